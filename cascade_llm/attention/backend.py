@@ -1,0 +1,81 @@
+"""What every attention backend is.
+
+A backend reads a `CascadePlan` and knows nothing else about scheduling. Per step `prepare` turns the plan into
+whatever the backend needs (device index tensors, kernel plans); per layer `attend` computes attention of all rows.
+Levels that are the same object as in an earlier step keep what was derived from them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
+from cascade_llm.plan import CascadePlan
+
+__all__ = ["Attention", "AttentionBackend", "AttentionSpec", "PreparedAttention"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """The shape of a model's attention."""
+
+    num_layers: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sm_scale: float
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head (gqa)."""
+        return self.num_qo_heads // self.num_kv_heads
+
+
+class Attention(Protocol):
+    """What a decoder layer is given: attention of one step, every layer through the same object."""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Write k and v, then attend.
+
+        Args:
+            layer: index of the layer
+            q: [rows, num_qo_heads, head_dim], after RoPE
+            k, v: [rows, num_kv_heads, head_dim]
+
+        Returns:
+            [rows, num_qo_heads, head_dim]
+        """
+        ...
+
+
+class PreparedAttention(ABC):
+    """One step's plan, ready for a backend's kernels."""
+
+    @abstractmethod
+    def attend(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of all rows over the pages that the plan names, in one layer.
+
+        Args:
+            q: [rows, num_qo_heads, head_dim]
+
+        Returns:
+            out [rows, num_qo_heads, head_dim], q's dtype; lse [rows, num_qo_heads], float32, base 2
+        """
+
+
+class AttentionBackend(ABC):
+    """Attention over a paged KV cache for one model on one device."""
+
+    def __init__(self, spec: AttentionSpec, kv_cache: PagedKVCache) -> None:
+        self.spec = spec
+        self.kv_cache = kv_cache
+
+    @abstractmethod
+    def prepare(self, plan: CascadePlan) -> PreparedAttention:
+        """Derive what the kernels need from a plan; called once per step, before its first layer."""

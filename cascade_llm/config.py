@@ -1,0 +1,215 @@
+"""Configuration: what a model is, what the user asked for, what was resolved from both.
+
+`EngineOptions` holds the user's keywords as given. Everything that is found out at start (how many pages fit, which
+dtype) becomes a value of its own, once, and nothing is patched afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from cascade_llm.errors import ConfigError, nearest_name_hint
+
+__all__ = ["CascadeConfig", "EngineOptions", "ModelConfig", "RopeConfig", "SchedulerConfig"]
+
+MAX_CASCADE_LEVELS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021) and how it is stretched; fields as in Hugging Face's config."""
+
+    theta: float = 10000.0
+    rope_type: str = "default"
+    """default | linear | dynamic | llama3 | yarn"""
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer: one block with an architecture's differences stated as fields."""
+
+    architecture: str
+    """llama | qwen2 | qwen3"""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    """Bias of the q, k and v projections."""
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm of each query and key head, before RoPE (Qwen3)."""
+    dtype: str = "float32"
+    """The checkpoint's own dtype: float32 | float16 | bfloat16."""
+    ending_token_ids: frozenset[int] = frozenset()
+    """End-of-sequence ids from generation_config.json, config.json or GGUF, together."""
+
+    @property
+    def sm_scale(self) -> float:
+        """What q·k is multiplied by before the softmax."""
+        return float(self.head_dim**-0.5)
+
+    def kv_bytes_per_token(self, kv_dtype_bytes: int) -> int:
+        """K and V of one token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * kv_dtype_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeConfig:
+    """What the user decided about cascade attention; the rest is the cost model's."""
+
+    enabled: bool = True
+    shared_prefix_len: int | None = None
+    """None trusts the cost model. A number gives a level to every run of that many tokens with two sharers."""
+    max_levels: int = 3
+    """The suffix level counted: 1 is plain attention."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_levels <= MAX_CASCADE_LEVELS:
+            raise ConfigError(
+                f"cascade_max_levels is {self.max_levels}: it must be 1 (plain attention) to {MAX_CASCADE_LEVELS}"
+            )
+        if self.shared_prefix_len is not None and self.shared_prefix_len < 1:
+            raise ConfigError(
+                f"cascade_shared_prefix_len is {self.shared_prefix_len}: give 1 or more tokens, "
+                "or None to leave the choice to the cost model"
+            )
+
+    @property
+    def max_shared_levels(self) -> int:
+        """How many levels above the leaf a plan may have."""
+        return self.max_levels - 1 if self.enabled else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """All that the scheduler knows of model and machine."""
+
+    page_size: int
+    total_pages: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_prefix_caching: bool = True
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    cache_salt: bytes = b""
+    """Names model and adapter in every page key, so that pages of another model never match."""
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "total_pages", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be 1 or larger")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs ({self.max_num_seqs}): "
+                "every running sequence decodes a token a step, so raise the first or lower the second"
+            )
+        needed = -(-self.max_model_len // self.page_size)
+        if self.total_pages < needed:
+            raise ConfigError(
+                f"the KV pool has {self.total_pages} pages of {self.page_size} tokens, one sequence of max_model_len "
+                f"{self.max_model_len} needs {needed}: give more memory (kv_cache_bytes, gpu_memory_utilization) or "
+                f"set max_model_len to {self.total_pages * self.page_size} or less"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The keywords of `LLM`, checked for name and range; `None` means "resolve it"."""
+
+    dtype: str = "auto"
+    """auto | float32 | bfloat16 | float16"""
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:N"""
+    num_threads: int | None = None
+    attention_backend: str = "auto"
+    """auto | flashinfer | torch"""
+    page_size: int = 16
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
+    enable_prefix_caching: bool = True
+    enable_cascade_attention: bool = True
+    cascade_shared_prefix_len: int | None = None
+    cascade_max_levels: int = 3
+    quantization: str | None = None
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    schedule_lag: int | None = None
+    """Steps that are planned ahead of the last known result: None is 1 on CUDA, 0 on the CPU."""
+    seed: int = 0
+    debug: bool = False
+
+    def __new__(cls, **kwargs: Any) -> EngineOptions:
+        """Refuse unknown names, naming the nearest known one."""
+        known = {f.name for f in fields(cls)}
+        for name in kwargs:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}: {nearest_name_hint(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._choice("dtype", ("auto", "float32", "bfloat16", "float16"))
+        self._choice("attention_backend", ("auto", "flashinfer", "torch"))
+        self._choice("kv_cache_dtype", ("auto", "float32", "bfloat16", "float16"))
+        self._choice("quantization", (None,))
+        for name in ("page_size", "max_num_seqs", "max_num_batched_tokens"):
+            self._positive(name)
+        for name in ("num_threads", "max_model_len", "kv_cache_bytes"):
+            if getattr(self, name) is not None:
+                self._positive(name)
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
+            raise ConfigError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must be in (0, 1]")
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(f"tensor_parallel_size is {self.tensor_parallel_size}: only 1 is implemented so far")
+        if self.schedule_lag not in (None, 0, 1):
+            raise ConfigError(f"schedule_lag is {self.schedule_lag}: it must be 0, 1 or None")
+        CascadeConfig(shared_prefix_len=self.cascade_shared_prefix_len, max_levels=self.cascade_max_levels)
+
+    @property
+    def cascade(self) -> CascadeConfig:
+        """The cascade part, as the scheduler takes it."""
+        return CascadeConfig(
+            enabled=self.enable_cascade_attention,
+            shared_prefix_len=self.cascade_shared_prefix_len,
+            max_levels=self.cascade_max_levels,
+        )
+
+    def given(self) -> Mapping[str, Any]:
+        """The options that differ from their defaults, for reports."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def _choice(self, name: str, allowed: tuple[str | None, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}")
+
+    def _positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name} is {value!r}: it must be an integer, 1 or larger")

@@ -1,0 +1,1 @@
+"""One decoder, architectures as stated differences."""

@@ -1,0 +1,68 @@
+"""What a user gets back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from cascade_llm.errors import CascadeError
+
+__all__ = ["CompletionOutput", "RequestOutput", "TokenLogprob"]
+
+
+class TokenLogprob(NamedTuple):
+    """The raw model's log-probabilities at one position, natural logarithm."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most probable token."""
+    top: tuple[tuple[int, float], ...]
+    """The most probable (token id, log-probability), best first; as many as were asked for."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of a request."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    """"stop" (an ending token or stop string), "length", "abort", "error"; None while it runs."""
+    stop_reason: int | str | None = None
+    """The stop token id or string that ended it; None for the model's own ending tokens."""
+    logprobs: list[TokenLogprob] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request and its samples. `out["text"]` and `out["token_ids"]` are the first sample's."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    """Prompt tokens whose K/V were found instead of computed (first sample, first admission)."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """One per prompt token; the first is None."""
+    error: CascadeError | None = None
+    """Why the request could not be served, with `on_error="return"`; its outputs are what it had by then."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has ended."""
+        return self.error is not None or all(output.finish_reason is not None for output in self.outputs)
+
+    def __getitem__(self, key: str) -> Any:
+        if key in ("text", "token_ids", "finish_reason", "logprobs", "cumulative_logprob"):
+            return getattr(self.outputs[0], key)
+        if key in self.__dataclass_fields__:
+            return getattr(self, key)
+        raise KeyError(key)
+
+    def keys(self) -> tuple[str, ...]:
+        """The names that `out[...]` takes."""
+        return ("text", "token_ids", "finish_reason", "logprobs", "cumulative_logprob", *self.__dataclass_fields__)

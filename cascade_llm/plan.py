@@ -1,0 +1,378 @@
+"""The contract between scheduler and runner: what one step computes, and what came of it.
+
+A `StepPlan` is everything that a device needs for one step: rows (query tokens), where their tokens come from, where
+their K/V go, which of them are sampled, and one `CascadePlan` per attention kind. A `StepResult` comes back. Neither
+side sees anything else of the other.
+
+A `CascadePlan` is a tuple of levels, coarsest first. Each `CascadeLevel` is four int columns in FlashInfer's own words
+(`MultiLevelCascadeAttentionWrapper.plan`): segment i joins the rows `qo_indptr[i]:qo_indptr[i+1]` with the pages
+`kv_page_indices[kv_page_indptr[i]:kv_page_indptr[i+1]]`, the last of which holds `kv_last_page_len[i]` tokens. The
+last level has one segment per sequence. Six invariants hold:
+
+1. Partition: at every level the segments cover all rows, in order, without gaps. A row with nothing to share sits in
+   an empty segment (no pages, `kv_last_page_len` 0).
+2. Refinement: a level's boundaries are boundaries of the next.
+3. Exactness: the pages a row meets from root to leaf are those it may read, each once, in order.
+4. Fullness: a shared segment holds full pages only, or nothing.
+5. Causality: a leaf segment holds at least its sequence's new tokens, so masking the leaf alone is right.
+6. Write before read: in each layer every row's K/V is written before any segment is read. So a segment may hold pages
+   that another sequence fills in this very step.
+
+A level that did not change since the last step is the same object, so that what was derived from it can be kept.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+from cascade_llm.errors import PlanError
+from cascade_llm.outputs import TokenLogprob
+from cascade_llm.sampling_params import SamplingParams
+
+__all__ = [
+    "CascadeLevel",
+    "CascadePlan",
+    "CascadeReport",
+    "IntColumn",
+    "LaneStart",
+    "PageCopy",
+    "StepPlan",
+    "StepResult",
+    "int_column",
+]
+
+IntColumn = memoryview
+"""A read-only view (format "i") over an `array("i")`; `.obj` is the array, which torch reads without a copy."""
+
+
+def int_column(values: Iterable[int]) -> IntColumn:
+    """A read-only int32 column; an `array("i")` is taken over, not copied."""
+    owned = values if isinstance(values, array) else array("i", values)
+    if owned.typecode != "i":
+        raise PlanError(f"a column must be int32 (array typecode 'i'), not {owned.typecode!r}")
+    return memoryview(owned).toreadonly()
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class CascadeLevel:
+    """One level: every row of the step is in exactly one of its segments. Immutable; compared by identity."""
+
+    qo_indptr: IntColumn
+    """[num_segments + 1], rows"""
+    kv_page_indptr: IntColumn
+    """[num_segments + 1], entries of `kv_page_indices`"""
+    kv_page_indices: IntColumn
+    """[num_page_entries], page ids"""
+    kv_last_page_len: IntColumn
+    """[num_segments], tokens in the last page; 0 where the segment is empty"""
+
+    @property
+    def num_segments(self) -> int:
+        """Segments, the empty ones counted."""
+        return len(self.qo_indptr) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the step."""
+        return int(self.qo_indptr[-1])
+
+    def rows(self, segment: int) -> range:
+        """The rows of a segment."""
+        return range(self.qo_indptr[segment], self.qo_indptr[segment + 1])
+
+    def pages(self, segment: int) -> IntColumn:
+        """The page ids of a segment, in order."""
+        return self.kv_page_indices[self.kv_page_indptr[segment] : self.kv_page_indptr[segment + 1]]
+
+    def kv_len(self, segment: int, page_size: int) -> int:
+        """Tokens of K/V in a segment."""
+        num_pages = self.kv_page_indptr[segment + 1] - self.kv_page_indptr[segment]
+        return int((num_pages - 1) * page_size + self.kv_last_page_len[segment]) if num_pages else 0
+
+    def check(self, page_size: int) -> None:
+        """Raise `PlanError` unless the four columns fit each other."""
+        for name in ("qo_indptr", "kv_page_indptr", "kv_page_indices", "kv_last_page_len"):
+            column = getattr(self, name)
+            if not isinstance(column, memoryview) or column.format != "i" or not column.readonly:
+                raise PlanError(f"{name} must be a read-only int32 view, see plan.int_column")
+        for name, indptr in (("qo_indptr", self.qo_indptr), ("kv_page_indptr", self.kv_page_indptr)):
+            if not len(indptr) or indptr[0] != 0:
+                raise PlanError(f"{name} must start with 0")
+            if any(a > b for a, b in pairwise(indptr)):
+                raise PlanError(f"{name} must not decrease")
+        if len(self.kv_page_indptr) != len(self.qo_indptr) or len(self.kv_last_page_len) != self.num_segments:
+            raise PlanError("qo_indptr, kv_page_indptr and kv_last_page_len must describe the same segments")
+        if self.kv_page_indptr[-1] != len(self.kv_page_indices):
+            raise PlanError("kv_page_indptr must end at the length of kv_page_indices")
+        if any(page < 0 for page in self.kv_page_indices):
+            raise PlanError("kv_page_indices has a negative page id")
+        for segment, last in enumerate(self.kv_last_page_len):
+            empty = self.kv_page_indptr[segment] == self.kv_page_indptr[segment + 1]
+            if (last != 0) if empty else not 1 <= last <= page_size:
+                raise PlanError(f"segment {segment}: kv_last_page_len {last} does not fit its pages")
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class CascadePlan:
+    """What each row of a step attends to, level by level; for one attention kind."""
+
+    levels: tuple[CascadeLevel, ...]
+    """Coarsest first; the last is the leaf: one segment per sequence, the only one with a causal mask."""
+    page_size: int
+    """Tokens per page."""
+    window_len: int | None = None
+    """The attention kind: None reads all earlier tokens, a number the last so many (sliding window)."""
+
+    @property
+    def leaf(self) -> CascadeLevel:
+        """The last level: one segment per sequence."""
+        return self.levels[-1]
+
+    @property
+    def shared_levels(self) -> tuple[CascadeLevel, ...]:
+        """All levels but the leaf."""
+        return self.levels[:-1]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the step."""
+        return self.leaf.num_rows
+
+    def page_table(self, sequence: int) -> list[int]:
+        """All pages that the rows of one leaf segment meet, root to leaf. Slow; for checks and twins."""
+        first_row = self.leaf.qo_indptr[sequence]
+        table: list[int] = []
+        for level in self.shared_levels:
+            segment = next(i for i in range(level.num_segments) if first_row in level.rows(i))
+            table.extend(level.pages(segment))
+        table.extend(self.leaf.pages(sequence))
+        return table
+
+    def check(self, page_tables: Sequence[Sequence[int]] | None = None) -> None:
+        """Raise `PlanError` unless invariants 1-5 hold.
+
+        `page_tables`: the pages that each leaf segment's sequence may read, for a full check of exactness; without
+        them only repeated pages are found.
+        """
+        if self.page_size < 1:
+            raise PlanError(f"page_size is {self.page_size}: it must be 1 or larger")
+        if not self.levels:
+            raise PlanError("a plan needs at least the leaf level")
+        boundaries: set[int] = {0}
+        for depth, level in enumerate(self.levels):
+            try:
+                level.check(self.page_size)
+                if level.num_rows != self.num_rows:
+                    raise PlanError(f"covers {level.num_rows} rows, the leaf {self.num_rows} (partition)")
+                own = set(level.qo_indptr)
+                if not boundaries <= own:
+                    raise PlanError(f"row {min(boundaries - own)} ends a segment above but not here (refinement)")
+                boundaries = own
+                if depth < len(self.levels) - 1:
+                    self._check_fullness(level)
+            except PlanError as error:
+                raise PlanError(f"level {depth}: {error}") from None
+        self._check_leaf()
+        self._check_exactness(page_tables)
+
+    def _check_fullness(self, level: CascadeLevel) -> None:
+        for segment, last in enumerate(level.kv_last_page_len):
+            if last not in (0, self.page_size):
+                raise PlanError(f"segment {segment}: its last page holds {last} tokens, not full (fullness)")
+
+    def _check_leaf(self) -> None:
+        for sequence in range(self.leaf.num_segments):
+            num_new, kv_len = len(self.leaf.rows(sequence)), self.leaf.kv_len(sequence, self.page_size)
+            if num_new == 0:
+                raise PlanError(f"leaf segment {sequence} has no rows")
+            if kv_len < num_new:
+                raise PlanError(f"leaf segment {sequence} holds {kv_len} tokens for {num_new} new ones (causality)")
+
+    def _check_exactness(self, page_tables: Sequence[Sequence[int]] | None) -> None:
+        if page_tables is not None and len(page_tables) != self.leaf.num_segments:
+            raise PlanError(f"{len(page_tables)} page tables for {self.leaf.num_segments} sequences (exactness)")
+        cursors = [0] * len(self.shared_levels)
+        for sequence in range(self.leaf.num_segments):
+            row = self.leaf.qo_indptr[sequence]
+            met: list[int] = []
+            for depth, level in enumerate(self.shared_levels):
+                while level.qo_indptr[cursors[depth] + 1] <= row:
+                    cursors[depth] += 1
+                met.extend(level.pages(cursors[depth]))
+            met.extend(self.leaf.pages(sequence))
+            if len(set(met)) != len(met):
+                raise PlanError(f"sequence {sequence} meets a page twice (exactness)")
+            if page_tables is not None and met != list(page_tables[sequence]):
+                raise PlanError(f"sequence {sequence} meets pages {met}, its own are {list(page_tables[sequence])}")
+
+
+class PageCopy(NamedTuple):
+    """A whole page to copy, in every layer, before the step's first write."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaneStart:
+    """A sequence enters a lane; the lane's device state is set from this before the step's rows are read."""
+
+    lane: int
+    epoch: int
+    """Grows with each use of a lane: rows of an earlier use are told apart by it."""
+    params: SamplingParams
+    seed: int
+    sample_index: int
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    """Generated before, by a sequence that was preempted and resumes; else empty."""
+    ending_token_ids: frozenset[int]
+    """What the min_tokens mask hides: the model's ending ids (unless ignored) and the request's stop ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeReport:
+    """What a step's plan shares, or why it shares nothing."""
+
+    num_levels: int = 1
+    """Levels of the plan, the leaf counted."""
+    num_groups: int = 0
+    """Shared segments that hold pages."""
+    grouped_rows: int = 0
+    """Rows in at least one of them."""
+    kv_tokens_read: int = 0
+    """Tokens of K/V over all segments."""
+    kv_tokens_one_level: int = 0
+    """Tokens of K/V that a one-level plan of the same step reads."""
+    reason: str | None = None
+    """Why nothing was shared; None where something was."""
+
+    @property
+    def kv_tokens_saved(self) -> int:
+        """Tokens of K/V that sharing did not read."""
+        return self.kv_tokens_one_level - self.kv_tokens_read
+
+
+EMPTY = int_column(())
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class StepPlan:
+    """One step, complete. Columns over rows have one entry per row, in the order of the cascade plan."""
+
+    step_id: int
+    cascades: tuple[CascadePlan, ...]
+    """One per attention kind of the model, all over the same rows; kind 0 reads all earlier tokens."""
+    token_ids: IntColumn
+    """[rows] input tokens; 0 where the token comes from a lane."""
+    positions: IntColumn
+    """[rows] place of the token in its sequence, from 0."""
+    slots: IntColumn
+    """[rows] where the row's K/V are written: page id * page_size + offset."""
+    lane_rows: IntColumn = EMPTY
+    """[lane inputs] rows whose token is on the device, in its lane."""
+    lane_row_lanes: IntColumn = EMPTY
+    """[lane inputs] the lanes they come from."""
+    sequence_lanes: IntColumn
+    """[leaf segments] lane of each scheduled sequence."""
+    sequence_epochs: IntColumn
+    """[leaf segments] epoch of the lane's present use."""
+    sample_rows: IntColumn = EMPTY
+    """[samples] rows whose logits are drawn from; n first tokens of one prompt name the same row."""
+    sample_lanes: IntColumn = EMPTY
+    """[samples] the lane that each drawn token goes to."""
+    sample_positions: IntColumn = EMPTY
+    """[samples] the place that the drawn token will have in its sequence."""
+    prompt_logprob_rows: IntColumn = EMPTY
+    """[prompt logprobs] rows whose logits are reported for the prompt token after them."""
+    prompt_logprob_token_ids: IntColumn = EMPTY
+    """[prompt logprobs] that prompt token."""
+    prompt_logprob_counts: IntColumn = EMPTY
+    """[prompt logprobs] how many most probable tokens to report beside it."""
+    lane_starts: tuple[LaneStart, ...] = ()
+    page_copies: tuple[PageCopy, ...] = ()
+    report: CascadeReport = field(default_factory=CascadeReport)
+
+    @property
+    def cascade(self) -> CascadePlan:
+        """The plan of the kind that reads all earlier tokens."""
+        return self.cascades[0]
+
+    @property
+    def num_rows(self) -> int:
+        """Query tokens of this step."""
+        return len(self.token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        """Scheduled sequences: leaf segments."""
+        return len(self.sequence_lanes)
+
+    def check(self, page_tables: Sequence[Sequence[int]] | None = None) -> None:
+        """Raise `PlanError` unless the plan is whole: columns, slots, samples, and the invariants of its cascades."""
+        for cascade in self.cascades:
+            cascade.check(page_tables if cascade.window_len is None else None)
+            if cascade.num_rows != self.num_rows:
+                raise PlanError(f"the cascade covers {cascade.num_rows} rows, the step has {self.num_rows}")
+            if cascade.leaf.num_segments != self.num_sequences:
+                raise PlanError(f"{cascade.leaf.num_segments} leaf segments for {self.num_sequences} sequences")
+        self._check_columns()
+        self._check_slots()
+
+    def _check_columns(self) -> None:
+        groups = (
+            ("rows", ("token_ids", "positions", "slots"), ()),
+            ("lane inputs", ("lane_rows", "lane_row_lanes"), ("lane_rows",)),
+            ("sequences", ("sequence_lanes", "sequence_epochs"), ()),
+            ("samples", ("sample_rows", "sample_lanes", "sample_positions"), ("sample_rows",)),
+            (
+                "prompt logprobs",
+                ("prompt_logprob_rows", "prompt_logprob_token_ids", "prompt_logprob_counts"),
+                ("prompt_logprob_rows",),
+            ),
+        )
+        for what, names, row_columns in groups:
+            if len({len(getattr(self, name)) for name in names}) > 1:
+                raise PlanError(f"columns over {what} differ in length: {', '.join(names)}")
+            for name in row_columns:
+                if any(not 0 <= row < self.num_rows for row in getattr(self, name)):
+                    raise PlanError(f"{name} names a row outside the step")
+        if len(set(self.sequence_lanes)) != self.num_sequences:
+            raise PlanError("two sequences of a step are in one lane")
+        if len(set(self.sample_lanes)) != len(self.sample_lanes):
+            raise PlanError("a lane is sampled twice in one step")
+
+    def _check_slots(self) -> None:
+        """Each row writes where its own leaf segment reads it last, and no slot is written twice."""
+        leaf, page_size = self.cascade.leaf, self.cascade.page_size
+        if len(set(self.slots)) != self.num_rows:
+            raise PlanError("two rows write one slot")
+        for sequence in range(leaf.num_segments):
+            rows, pages = leaf.rows(sequence), leaf.pages(sequence)
+            first = leaf.kv_len(sequence, page_size) - len(rows)
+            for offset, row in enumerate(rows, start=first):
+                if self.slots[row] != pages[offset // page_size] * page_size + offset % page_size:
+                    raise PlanError(f"row {row} writes slot {self.slots[row]}, outside its place in its leaf segment")
+                if self.positions[row] != self.positions[rows[0]] + offset - first:
+                    raise PlanError(f"row {row}: positions of a sequence's rows must be consecutive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step produced, in the order of the plan's samples."""
+
+    step_id: int
+    token_ids: Sequence[int] = ()
+    """[samples]"""
+    logprobs: Sequence[TokenLogprob | None] = ()
+    """[samples]; empty where no sequence of the step asked."""
+    prompt_logprobs: Sequence[TokenLogprob] = ()
+    """[prompt logprobs]"""
+    failed_samples: frozenset[int] = frozenset()
+    """Samples whose logits were not finite; their token means nothing."""
+    failure_detail: str | None = None
+    """With `debug=True`: the first layer whose output was not finite."""

@@ -1,0 +1,134 @@
+"""What a user may ask of the sampling of one request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cascade_llm.errors import SamplingParamsError, nearest_name_hint
+
+__all__ = ["SamplingParams"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are drawn, and when it ends.
+
+    The steps apply in this order, each on the renormalized outcome of the one before: repetition, presence and
+    frequency penalty, `logit_bias`, the `min_tokens` mask, temperature, top_k, top_p, min_p. Log-probabilities that
+    are returned are the raw model's, before all of these. A draw is the inverse CDF at one uniform number that is a
+    pure function of (seed, sample index, position), so it does not depend on what else is in the batch.
+
+    Raises `SamplingParamsError` for an unknown name or a value out of range.
+    """
+
+    temperature: float = 1.0
+    """0 is greedy: the first token of the largest logit."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 (or -1) keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable tokens whose mass reaches p, in (0, 1]."""
+    min_p: float = 0.0
+    """Drop tokens less probable than min_p times the most probable, in [0, 1]."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that was generated already, in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtracted once per earlier generation of the token, in [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits (multiplies negative) of tokens in prompt or output; > 0."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these token ids."""
+    seed: int | None = None
+    """Makes the request's draws reproducible; None takes one from the engine's own seed."""
+    n: int = 1
+    """Independent samples of the one prompt; they share its pages."""
+    max_tokens: int = 256
+    min_tokens: int = 0
+    """Ending tokens are masked until this many tokens were generated."""
+    stop: str | Sequence[str] | None = None
+    """Strings that end the text; kept in it only with `include_stop_str_in_output`."""
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Report the chosen token's log-probability and this many most probable ones."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token after the first."""
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
+        """Refuse unknown names, naming the nearest known one."""
+        if args:
+            raise SamplingParamsError("SamplingParams takes keywords only, e.g. SamplingParams(temperature=0.8)")
+        known = {field.name for field in fields(cls)}
+        for name in kwargs:
+            if name not in known:
+                raise SamplingParamsError(f"unknown sampling parameter {name!r}: {nearest_name_hint(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        self._check()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the token is the largest logit, without a draw."""
+        return self.temperature == 0.0
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return tuple(self.stop or ())
+
+    def _check(self) -> None:
+        self._number("temperature", "0 or larger (0 is greedy)", lambda x: x >= 0)
+        self._integer("top_k", "0 (all) or larger", lambda x: x >= 0)
+        self._number("top_p", "in (0, 1]; 1 keeps all tokens", lambda x: 0 < x <= 1)
+        self._number("min_p", "in [0, 1]; 0 keeps all tokens", lambda x: 0 <= x <= 1)
+        self._number("presence_penalty", "in [-2, 2]", lambda x: -2 <= x <= 2)
+        self._number("frequency_penalty", "in [-2, 2]", lambda x: -2 <= x <= 2)
+        self._number("repetition_penalty", "above 0; 1 switches it off", lambda x: x > 0)
+        self._integer("n", "1 or larger", lambda x: x >= 1)
+        self._integer("max_tokens", "1 or larger", lambda x: x >= 1)
+        self._integer("min_tokens", "between 0 and max_tokens", lambda x: 0 <= x <= self.max_tokens)
+        if self.seed is not None:
+            self._integer("seed", "in [-2**63, 2**63)", lambda x: -(2**63) <= x < 2**63)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._integer(name, "None, 0 or larger", lambda x: x >= 0)
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise SamplingParamsError(f"stop has {text!r}: give non-empty strings")
+        for token_id in self.stop_token_ids or ():
+            if not _is_integer(token_id) or token_id < 0:
+                raise SamplingParamsError(f"stop_token_ids has {token_id!r}: give token ids, 0 or larger")
+        for token_id, bias in (self.logit_bias or {}).items():
+            if not _is_integer(token_id) or token_id < 0:
+                raise SamplingParamsError(f"logit_bias has the key {token_id!r}: give token ids, 0 or larger")
+            if not _is_number(bias) or not math.isfinite(bias):
+                raise SamplingParamsError(f"logit_bias[{token_id}] is {bias!r}: give a finite number")
+
+    def _number(self, name: str, allowed: str, test: Any) -> None:
+        value = getattr(self, name)
+        if not _is_number(value) or not math.isfinite(value) or not test(value):
+            raise SamplingParamsError(f"{name} is {value!r}: it must be {allowed}")
+
+    def _integer(self, name: str, allowed: str, test: Any) -> None:
+        value = getattr(self, name)
+        if not _is_integer(value) or not test(value):
+            raise SamplingParamsError(f"{name} is {value!r}: it must be an integer, {allowed}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

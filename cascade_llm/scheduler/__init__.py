@@ -1,0 +1,1 @@
+"""Decides, in pure Python, what each step computes and what it shares."""

@@ -1,0 +1,1 @@
+"""Comparisons that prove the engine right."""
