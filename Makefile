@@ -1,0 +1,57 @@
+# Every target makes what it needs: `.venv` is created on first use and brought up to date when pyproject.toml,
+# constraints.txt or scripts/make_venv change. PYTHON=python3.12 chooses the interpreter.
+
+VENV := .venv
+FLASHINFER_VENV := .venv-flashinfer
+RECIPE := scripts/make_venv pyproject.toml constraints.txt
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-slow check format venv flashinfer-signatures clean clean-venv
+
+help:
+	@echo "make demo                   a first look: a small real model on this machine, prefixes shared"
+	@echo "make test                   the tests, a few minutes on two cores, no GPU needed"
+	@echo "make test-slow              the tests that take longer"
+	@echo "make check                  ruff, mypy and the import rules; changes nothing"
+	@echo "make format                 let ruff mend what it can"
+	@echo "make venv                   only the virtual environment, $(VENV)"
+	@echo "make flashinfer-signatures  compare FlashInfer's signatures with the committed ones, in $(FLASHINFER_VENV)"
+	@echo "make clean                  remove caches and build output (make clean-venv: the environments)"
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: $(RECIPE)
+	@scripts/make_venv $(VENV) dev
+
+$(FLASHINFER_VENV)/.installed: $(RECIPE)
+	@scripts/make_venv $(FLASHINFER_VENV) flashinfer
+
+demo: venv
+	@$(BIN)/cascade-llm demo
+
+test: venv
+	@$(BIN)/python -m pytest
+
+test-slow: venv
+	@$(BIN)/python -m pytest -m slow
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy scripts
+	$(BIN)/python -m pytest tests/test_imports.py
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+flashinfer-signatures: $(FLASHINFER_VENV)/.installed
+	@$(FLASHINFER_VENV)/bin/python scripts/flashinfer_signatures.py --check tests/attention/flashinfer_signatures.json
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find cascade_llm tests scripts examples -name __pycache__ -prune -exec rm -rf {} +
+
+clean-venv:
+	rm -rf $(VENV) $(FLASHINFER_VENV)
