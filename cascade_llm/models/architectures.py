@@ -1,0 +1,262 @@
+"""Which architectures are served, stated as what sets them apart, and how their config.json is read.
+
+A field that would change the mathematics and is not implemented is refused by name: a model is served right or not at
+all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cascade_llm.config import ModelConfig, RopeConfig
+from cascade_llm.errors import CheckpointError, UnsupportedModelError
+from cascade_llm.layers.rope import ROPE_TYPES
+
+__all__ = ["ARCHITECTURES", "Architecture", "model_config_from_hf"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What sets one architecture apart. A `str` names the field of config.json that decides (default false)."""
+
+    hf_class: str
+    qkv_bias: bool | str = False
+    attention_out_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    default_head_dim: int | None = None
+    """Where config.json has none; None is hidden_size / num_attention_heads."""
+    has_window_switch: bool = False
+    """`sliding_window` is in force only with `use_sliding_window`."""
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(
+        hf_class="LlamaForCausalLM",
+        qkv_bias="attention_bias",
+        attention_out_bias="attention_bias",
+        mlp_bias="mlp_bias",
+    ),
+    "qwen2": Architecture(hf_class="Qwen2ForCausalLM", qkv_bias=True, has_window_switch=True),
+    "qwen3": Architecture(
+        hf_class="Qwen3ForCausalLM",
+        qkv_bias="attention_bias",
+        attention_out_bias="attention_bias",
+        qk_norm=True,
+        default_head_dim=128,
+        has_window_switch=True,
+    ),
+}
+"""By `model_type` of config.json."""
+
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "partial_rotary_factor": (1,),
+    "rope_interleaved": (False,),
+    "rotary_interleaved": (False,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "attn_logit_softcap": (),
+    "final_logit_softcap": (),
+    "clip_qkv": (),
+    "query_pre_attn_scalar": (),
+    "attention_multiplier": (),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "use_qk_norm": (False,),
+    "use_parallel_residual": (False,),
+    "parallel_attn": (False,),
+    "alibi": (False,),
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "use_sliding_window": (False,),
+    "attention_chunk_size": (),
+    "no_rope_layers": ([],),
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "n_routed_experts": (0, 1),
+    "kv_lora_rank": (),
+}
+"""Fields that change the mathematics, with the values at which they do not; null and absence never do."""
+
+
+def model_config_from_hf(
+    hf_config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """Read a config.json (of transformers 4 or 5) and, for the ending ids, a generation_config.json.
+
+    Raises:
+        UnsupportedModelError: the architecture, or a field that changes the mathematics, is not implemented
+        CheckpointError: a field is missing or makes no sense
+    """
+    name = _architecture_name(hf_config)
+    architecture = ARCHITECTURES[name]
+    _refuse_unimplemented(hf_config, architecture)
+    _require(hf_config)
+    hidden_size, num_qo_heads = _count(hf_config, "hidden_size"), _count(hf_config, "num_attention_heads")
+    head_dim = _count(hf_config, "head_dim", architecture.default_head_dim or hidden_size // num_qo_heads)
+    num_kv_heads = _count(hf_config, "num_key_value_heads", num_qo_heads)
+    if num_qo_heads % num_kv_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads {num_qo_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+        )
+    if head_dim % 2:
+        raise CheckpointError(f"config.json: head_dim is {head_dim}: rotary embedding needs an even one")
+
+    def differs(fact: bool | str) -> bool:
+        return bool(hf_config.get(fact, False)) if isinstance(fact, str) else fact
+
+    return ModelConfig(
+        architecture=name,
+        vocab_size=_count(hf_config, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_count(hf_config, "intermediate_size"),
+        num_layers=_count(hf_config, "num_hidden_layers"),
+        num_qo_heads=num_qo_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=_count(hf_config, "max_position_embeddings"),
+        rms_norm_eps=_number(hf_config, "rms_norm_eps", 1e-6),
+        rope=_rope_config(hf_config),
+        tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
+        qkv_bias=differs(architecture.qkv_bias),
+        attention_out_bias=differs(architecture.attention_out_bias),
+        mlp_bias=differs(architecture.mlp_bias),
+        qk_norm=architecture.qk_norm,
+        dtype=_dtype(hf_config),
+        ending_token_ids=_ending_ids(hf_config) | _ending_ids(generation_config or {}),
+    )
+
+
+REQUIRED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
+def _require(hf_config: Mapping[str, Any]) -> None:
+    missing = [name for name in REQUIRED_FIELDS if hf_config.get(name) is None]
+    if missing:
+        raise CheckpointError(f"config.json lacks {', '.join(missing)}: is it the model's own, and whole?")
+
+
+def _architecture_name(hf_config: Mapping[str, Any]) -> str:
+    """The key of `ARCHITECTURES`; the class name decides where both are there, as it says which head is on top."""
+    classes = [str(name) for name in hf_config.get("architectures") or ()]
+    model_type = hf_config.get("model_type")
+    for name, architecture in ARCHITECTURES.items():
+        if architecture.hf_class in classes or (not classes and name == model_type):
+            return name
+    found = ", ".join(classes) or f"model_type {model_type!r}"
+    known = ", ".join(f"{architecture.hf_class} ({name})" for name, architecture in ARCHITECTURES.items())
+    raise UnsupportedModelError(f"architecture {found} is not implemented; supported: {known}")
+
+
+def _refuse_unimplemented(hf_config: Mapping[str, Any], architecture: Architecture) -> None:
+    refused = [
+        f"{name}={hf_config[name]!r}"
+        for name, neutral in NEUTRAL_VALUES.items()
+        if hf_config.get(name) is not None and hf_config[name] not in neutral
+    ]
+    if hf_config.get("sliding_window") is not None and not architecture.has_window_switch:
+        refused.append(f"sliding_window={hf_config['sliding_window']!r}")
+    layer_types = set(hf_config.get("layer_types") or ()) - {"full_attention"}
+    if layer_types:
+        refused.append(f"layer_types with {', '.join(sorted(map(str, layer_types)))}")
+    if hf_config.get("quantization_config"):
+        method = hf_config["quantization_config"].get("quant_method", "unknown")
+        refused.append(f"quantization_config ({method})")
+    if refused:
+        raise UnsupportedModelError(
+            f"config.json asks for what is not implemented: {'; '.join(refused)}. Serving the model without it would "
+            "give wrong text; choose a checkpoint without it"
+        )
+
+
+def _rope_config(hf_config: Mapping[str, Any]) -> RopeConfig:
+    """From `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (before)."""
+    newer = hf_config.get("rope_parameters") or {}
+    fields: Mapping[str, Any] = hf_config.get("rope_scaling") or newer
+    where = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
+    if any(isinstance(value, Mapping) for value in fields.values()):
+        raise UnsupportedModelError(f"config.json: {where} differs between layer types, which is not implemented")
+    rope_type = fields.get("rope_type") or fields.get("type") or "default"
+    if rope_type not in ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"config.json: rope type {rope_type!r} is not implemented; supported: {', '.join(ROPE_TYPES)}"
+        )
+    if fields.get("partial_rotary_factor") not in (None, 1) or fields.get("mrope_section"):
+        raise UnsupportedModelError(f"config.json: {where} rotates by partial_rotary_factor or mrope_section")
+    holder = next((held for held in (fields, newer, hf_config) if held.get("rope_theta") is not None), fields)
+    theta = _number(holder, "rope_theta", 10000.0)
+    if rope_type == "default":
+        return RopeConfig(theta=theta)
+    return RopeConfig(theta=theta, rope_type=rope_type, **_rope_scaling(hf_config, fields, rope_type, where))
+
+
+def _rope_scaling(
+    hf_config: Mapping[str, Any], fields: Mapping[str, Any], rope_type: str, where: str
+) -> dict[str, Any]:
+    """The fields of `RopeConfig` that say how far, and how, positions are stretched."""
+    max_len = _count(hf_config, "max_position_embeddings")
+    if rope_type in ("llama3", "yarn"):
+        inner = _count(fields, "original_max_position_embeddings", max_len)
+        original_len = _count(hf_config, "original_max_position_embeddings", inner)
+    else:
+        original_len = max_len
+    factor = fields.get("factor")
+    if factor is None and rope_type == "yarn":
+        factor = max_len / original_len
+    scaling: dict[str, Any] = {"original_max_position_embeddings": original_len, "factor": factor}
+    required = ("factor", "low_freq_factor", "high_freq_factor") if rope_type == "llama3" else ("factor",)
+    missing = [name for name in required if {**fields, **scaling}.get(name) is None]
+    if missing:
+        raise CheckpointError(f"config.json: {where} of type {rope_type} lacks {', '.join(missing)}")
+    names = ("low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim")
+    given = {**scaling, **{name: fields[name] for name in names if fields.get(name) is not None}}
+    # 0 means "not given" for the two ends of the ramp, as transformers reads them.
+    given.update({name: fields[name] for name in ("beta_fast", "beta_slow") if fields.get(name)})
+    return {**given, "truncate": bool(fields.get("truncate", True))}
+
+
+def _count(fields: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A field that must be a positive integer."""
+    value = default if fields.get(name) is None else fields[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"config.json: {name} is {value!r}: it must be an integer, 1 or larger")
+    return value
+
+
+def _number(fields: Mapping[str, Any], name: str, default: float) -> float:
+    value = default if fields.get(name) is None else fields[name]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CheckpointError(f"config.json: {name} is {value!r}: it must be a number")
+    return float(value)
+
+
+def _dtype(hf_config: Mapping[str, Any]) -> str:
+    """The checkpoint's dtype; what it does not say, or no plain float, is float32."""
+    stated = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return stated if stated in ("float32", "float16", "bfloat16") else "float32"
+
+
+def _ending_ids(config: Mapping[str, Any]) -> frozenset[int]:
+    """`eos_token_id`: null, one id, or a list of them."""
+    ids = config.get("eos_token_id")
+    if ids is None:
+        return frozenset()
+    listed = ids if isinstance(ids, list | tuple) else (ids,)
+    if any(not isinstance(token_id, int) for token_id in listed):
+        raise CheckpointError(f"eos_token_id is {ids!r}: it must be a token id or a list of them")
+    return frozenset(listed)

@@ -1,0 +1,99 @@
+"""Tiny random checkpoints of transformers, and attention over dense K/V: what the decoder is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers.models.qwen2 import Qwen2ForCausalLM
+from transformers.models.qwen3 import Qwen3ForCausalLM
+
+from cascade_llm.models.architectures import model_config_from_hf
+from cascade_llm.models.decoder import Decoder
+from cascade_llm.models.weights import load_weights
+
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
+def tiny_model(architecture: str, **changes: Any) -> PreTrainedModel:
+    """A random float32 model whose every parameter matters: biases and norms are not left at 0 and 1."""
+    config_class, model_class = CLASSES[architecture]
+    torch.manual_seed(0)
+    model = model_class(config_class(**{**TINY, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def hf_config_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What config.json would hold."""
+    return {**model.config.to_dict(), "architectures": [type(model).__name__]}
+
+
+def decoder_of(model: PreTrainedModel, **options: Any) -> Decoder:
+    """The same model as ours, through its configuration and its state dict."""
+    decoder = Decoder(model_config_from_hf(hf_config_of(model)), **options)
+    load_weights(decoder, model.state_dict().items())
+    return decoder
+
+
+class DenseAttention:
+    """Causal attention of one step over contiguous K/V; rows of many sequences may be mixed in any order."""
+
+    def __init__(self, num_layers: int, sm_scale: float) -> None:
+        self._store: list[dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in range(num_layers)]
+        self._sm_scale = sm_scale
+        self._rows: list[tuple[int, int]] = []
+
+    def start_step(self, sequences: list[int], positions: list[int]) -> None:
+        """Say which sequence and position each row of the coming step has."""
+        self._rows = list(zip(sequences, positions, strict=True))
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        store, group_size = self._store[layer], q.shape[1] // k.shape[1]
+        for row, key in enumerate(self._rows):
+            store[key] = k[row].clone(), v[row].clone()
+        out = torch.empty_like(q)
+        for row, (sequence, position) in enumerate(self._rows):
+            keys, values = zip(*(store[sequence, earlier] for earlier in range(position + 1)), strict=True)
+            keys, values = (torch.stack(part).repeat_interleave(group_size, dim=1) for part in (keys, values))
+            scores = torch.einsum("hd,thd->ht", q[row], keys) * self._sm_scale
+            out[row] = torch.einsum("ht,thd->hd", scores.softmax(-1), values)
+        return out
+
+
+class Replay:
+    """Runs token ids of several sequences through a decoder, in steps of any shape."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.attention = DenseAttention(decoder.config.num_layers, decoder.config.sm_scale)
+
+    @torch.inference_mode()
+    def step(self, rows: list[tuple[int, int, int]]) -> torch.Tensor:
+        """Logits [rows, vocab_size] of rows given as (sequence, position, token id)."""
+        sequences, positions, token_ids = (list(column) for column in zip(*rows, strict=True))
+        self.attention.start_step(sequences, positions)
+        hidden = self.decoder.forward(torch.tensor(token_ids), torch.tensor(positions), self.attention)
+        return self.decoder.logits(hidden)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cascade_llm.config import RopeConfig
+from cascade_llm.errors import CheckpointError, UnsupportedModelError
+from cascade_llm.models.architectures import ARCHITECTURES, model_config_from_hf
+from tests.models.checkpoints import hf_config_of, tiny_model
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+QWEN3: dict[str, Any] = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+QWEN2: dict[str, Any] = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+
+
+def test_defaults_of_a_bare_llama() -> None:
+    config = model_config_from_hf(LLAMA)
+    assert (config.architecture, config.head_dim, config.num_kv_heads) == ("llama", 16, 4)
+    assert (config.rms_norm_eps, config.tie_word_embeddings, config.dtype) == (1e-6, False, "float32")
+    assert config.rope == RopeConfig()
+    assert (config.qkv_bias, config.attention_out_bias, config.mlp_bias, config.qk_norm) == (False,) * 4
+    assert config.ending_token_ids == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("fields", "facts"),
+    [
+        ({**LLAMA, "attention_bias": True, "mlp_bias": True}, (True, True, True, False)),
+        (QWEN2, (True, False, False, False)),
+        (QWEN3, (False, False, False, True)),
+        ({**QWEN3, "attention_bias": True}, (True, True, False, True)),
+    ],
+)
+def test_architectures_differ_by_facts(fields: dict[str, Any], facts: tuple[bool, ...]) -> None:
+    config = model_config_from_hf(fields)
+    assert (config.qkv_bias, config.attention_out_bias, config.mlp_bias, config.qk_norm) == facts
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_defaults_are_those_of_transformers(architecture: str) -> None:
+    saved = hf_config_of(tiny_model(architecture, rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
+    whole = model_config_from_hf(saved)
+    assert whole.rope.theta == 5e5
+    defaulted = ("rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias", "head_dim", "hidden_act")
+    assert model_config_from_hf({name: value for name, value in saved.items() if name not in defaulted}) == whole
+
+
+def test_model_type_decides_where_no_class_is_named() -> None:
+    assert model_config_from_hf({**QWEN2, "architectures": None}).architecture == "qwen2"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architectures": ["MixtralForCausalLM"]},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"architectures": None, "model_type": "gpt2"},
+        {"architectures": None, "model_type": None},
+    ],
+)
+def test_an_unknown_architecture_lists_the_supported(fields: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.*Qwen2ForCausalLM.*Qwen3ForCausalLM"):
+        model_config_from_hf({**LLAMA, **fields})
+
+
+@pytest.mark.parametrize(
+    ("base", "fields"),
+    [
+        (LLAMA, {"hidden_act": "gelu"}),
+        (LLAMA, {"sliding_window": 4096}),
+        (LLAMA, {"partial_rotary_factor": 0.5}),
+        (LLAMA, {"attn_logit_softcapping": 50.0}),
+        (LLAMA, {"final_logit_softcapping": 30.0}),
+        (LLAMA, {"quantization_config": {"quant_method": "gptq"}}),
+        (LLAMA, {"num_local_experts": 8}),
+        (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 128}),
+        (QWEN3, {"use_sliding_window": True, "sliding_window": 128}),
+    ],
+)
+def test_a_field_that_changes_the_mathematics_is_refused_by_name(base: dict[str, Any], fields: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        model_config_from_hf({**base, **fields})
+    assert next(iter(fields)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "fields"),
+    [
+        (LLAMA, {"pretraining_tp": 2, "attention_dropout": 0.1, "use_cache": False, "hidden_act": "silu"}),
+        (LLAMA, {"sliding_window": None, "layer_types": ["full_attention"] * 2, "quantization_config": None}),
+        (QWEN2, {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1}),
+        (QWEN3, {"sliding_window": 4096}),
+        (LLAMA, {"num_experts": 0, "partial_rotary_factor": 1.0}),
+    ],
+)
+def test_a_field_without_effect_is_accepted(base: dict[str, Any], fields: dict[str, Any]) -> None:
+    assert model_config_from_hf({**base, "head_dim": 16, **fields}) == model_config_from_hf({**base, "head_dim": 16})
+
+
+def test_missing_fields_are_named_together() -> None:
+    fields = {name: value for name, value in LLAMA.items() if name not in ("vocab_size", "hidden_size")}
+    with pytest.raises(CheckpointError, match="lacks vocab_size, hidden_size"):
+        model_config_from_hf(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads 3"),
+        ({"head_dim": 15}, "head_dim is 15"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear lacks factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        ({"rope_theta": "big"}, "rope_theta is 'big'"),
+    ],
+)
+def test_a_field_that_makes_no_sense_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        model_config_from_hf({**LLAMA, **fields})
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16}
+
+
+@pytest.mark.parametrize("rope_key", ["type", "rope_type"])
+def test_old_and_new_spellings_of_rope_agree(rope_key: str) -> None:
+    old = model_config_from_hf({**LLAMA, "rope_theta": 1e6, "rope_scaling": {rope_key: "yarn", **YARN}})
+    new = model_config_from_hf({**LLAMA, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN}})
+    assert old == new
+    assert old.rope == RopeConfig(
+        theta=1e6, rope_type="yarn", factor=4.0, original_max_position_embeddings=128, beta_fast=16.0
+    )
+
+
+def test_old_default_scaling_is_plain_rope() -> None:
+    assert model_config_from_hf({**LLAMA, "rope_scaling": None, "rope_theta": 1e5}).rope == RopeConfig(theta=1e5)
+    assert model_config_from_hf({**LLAMA, "rope_scaling": {"type": "default"}}).rope == RopeConfig()
+
+
+def test_yarn_without_a_factor_takes_the_ratio_of_lengths() -> None:
+    scaling = {"type": "yarn", "factor": None, "original_max_position_embeddings": 128}
+    assert model_config_from_hf({**LLAMA, "rope_scaling": scaling}).rope.factor == 4.0
+
+
+def test_the_original_length_defaults_to_the_stated_one_and_may_stand_outside() -> None:
+    scaling = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert model_config_from_hf({**LLAMA, "rope_scaling": scaling}).rope.original_max_position_embeddings == 512
+    outside = {**LLAMA, "rope_scaling": scaling, "original_max_position_embeddings": 100}
+    assert model_config_from_hf(outside).rope.original_max_position_embeddings == 100
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "proportional"}},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+    ],
+)
+def test_an_unknown_rope_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match="rope"):
+        model_config_from_hf({**LLAMA, **fields})
+
+
+def test_ending_ids_are_the_set_of_both_files() -> None:
+    config = model_config_from_hf({**LLAMA, "eos_token_id": 2}, {"eos_token_id": [7, 2, 9]})
+    assert config.ending_token_ids == {2, 7, 9}
+
+
+@pytest.mark.parametrize(
+    ("stated", "read"), [("bfloat16", "bfloat16"), ("torch.float16", "float16"), (None, "float32")]
+)
+def test_the_checkpoints_dtype(stated: str | None, read: str) -> None:
+    assert model_config_from_hf({**LLAMA, "torch_dtype": stated}).dtype == read
+    assert model_config_from_hf({**LLAMA, "dtype": stated}).dtype == read

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from cascade_llm.layers.linear import can_pack
+from cascade_llm.models.decoder import Decoder
+from cascade_llm.models.finite_check import FirstNonFinite
+from cascade_llm.models.weights import init_dummy
+from tests.models.checkpoints import TINY, Replay, decoder_of, tiny_model
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, all biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, multi-head": ("llama", {"num_key_value_heads": 6}),
+    "llama, multi-query": ("llama", {"num_key_value_heads": 1}),
+    "llama, wide heads": ("llama", {"head_dim": 32}),
+    "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama, llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3, tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3, biases": ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    "qwen3, yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN}),
+}
+
+
+def token_ids(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(TINY["vocab_size"]), k=length)
+
+
+@torch.inference_mode()
+def transformers_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_prompt_has_the_logits_of_transformers(name: str, packed: bool) -> None:
+    architecture, changes = MODELS[name]
+    model = tiny_model(architecture, **changes)
+    decoder = decoder_of(model)
+    if packed:
+        decoder.pack()
+    ids = token_ids(40, seed=1)
+    got = Replay(decoder).step([(0, position, token) for position, token in enumerate(ids)])
+    assert_close(got, transformers_logits(model, ids))
+
+
+@pytest.mark.parametrize("name", ["llama, llama3", "qwen2", "qwen3"])
+def test_chunks_of_mixed_sequences_have_the_logits_of_each_alone(name: str) -> None:
+    architecture, changes = MODELS[name]
+    model, rng = tiny_model(architecture, **changes), random.Random(3)
+    replay = Replay(decoder_of(model))
+    prompts = [token_ids(length, seed=length) for length in (23, 1, 40)]
+    computed, logits = [0] * len(prompts), [torch.empty(0, TINY["vocab_size"])] * len(prompts)
+    while any(done < len(prompt) for done, prompt in zip(computed, prompts, strict=True)):
+        rows = []
+        for sequence, prompt in enumerate(prompts):
+            chunk = range(computed[sequence], min(len(prompt), computed[sequence] + rng.randint(1, 9)))
+            rows.extend((sequence, position, prompt[position]) for position in chunk)
+            computed[sequence] = max(computed[sequence], chunk.stop)
+        for row, out in zip(rows, replay.step(rows), strict=True):
+            logits[row[0]] = torch.cat((logits[row[0]], out[None]))
+    for prompt, got in zip(prompts, logits, strict=True):
+        assert_close(got, transformers_logits(model, prompt))
+
+
+@torch.inference_mode()
+def test_dynamic_rope_beyond_its_length_has_the_logits_of_decoding_token_by_token() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=12)
+    replay, ids = Replay(decoder_of(model, max_positions=30)), token_ids(30, seed=5)
+    got = replay.step([(0, position, token) for position, token in enumerate(ids)])
+    cache, expected = None, []
+    for token in ids:
+        out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        expected.append(out.logits[0, 0])
+    assert_close(got, torch.stack(expected))
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "qwen2", "qwen3"])
+def test_bfloat16_is_near_float32(name: str) -> None:
+    architecture, changes = MODELS[name]
+    model, ids = tiny_model(architecture, **changes), token_ids(24, seed=2)
+    decoder = decoder_of(model, dtype=torch.bfloat16)
+    decoder.pack()
+    got = Replay(decoder).step([(0, position, token) for position, token in enumerate(ids)])
+    assert got.dtype == torch.bfloat16
+    expected = transformers_logits(model, ids)
+    assert float((got.float() - expected).norm() / expected.norm()) < 0.05
+
+
+def test_packing_leaves_a_tied_embedding_dense_and_gives_the_head_its_own() -> None:
+    decoder = decoder_of(tiny_model("llama", tie_word_embeddings=True))
+    assert decoder.lm_head.weight.data_ptr() == decoder.embedding.data_ptr()
+    decoder.pack()
+    assert decoder.embedding.shape == (TINY["vocab_size"], TINY["hidden_size"])
+    assert all(linear.is_packed == can_pack(decoder.embedding) for linear in decoder.linears())
+
+
+def test_an_observer_sees_every_stage_and_finds_the_first_that_is_not_finite() -> None:
+    decoder = decoder_of(tiny_model("llama"))
+    replay, stages = Replay(decoder), []
+    replay.attention.start_step([0, 1], [0, 0])
+    rows = torch.tensor([3, 4]), torch.tensor([0, 0])
+    decoder.forward(*rows, replay.attention, observer=lambda stage, _: stages.append(stage))
+    assert stages == ["embedding", "layer 0", "layer 1", "layer 2", "final norm"]
+
+    healthy = FirstNonFinite()
+    decoder.forward(*rows, replay.attention, observer=healthy)
+    assert healthy.stage is None
+
+    decoder.layers[1].down.weight[0, 0] = float("nan")
+    broken = FirstNonFinite()
+    decoder.forward(*rows, replay.attention, observer=broken)
+    assert broken.stage == "layer 1"
+    assert broken.rows == (0, 1)
+
+
+def test_a_broken_row_is_named() -> None:
+    check = FirstNonFinite()
+    check("embedding", torch.tensor([[1.0, 2.0], [1.0, float("inf")], [0.0, 0.0]]))
+    check("layer 0", torch.full((3, 2), float("nan")))
+    assert (check.stage, check.rows) == ("embedding", (1,))
+
+
+def test_dummy_weights_give_finite_varied_logits_and_repeat_by_seed() -> None:
+    config = decoder_of(tiny_model("qwen3", head_dim=16)).config
+
+    def logits(seed: int) -> torch.Tensor:
+        decoder = Decoder(config)
+        init_dummy(decoder, seed)
+        return Replay(decoder).step([(0, position, token) for position, token in enumerate(token_ids(8, seed=1))])
+
+    first = logits(0)
+    assert torch.isfinite(first).all()
+    assert first.std() > 0.1
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(first, logits(0))
+    assert not torch.equal(first, logits(1))
