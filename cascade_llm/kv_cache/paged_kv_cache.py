@@ -17,9 +17,9 @@ KVLayout = Literal["NHD", "HND"]
 class PagedKVCache:
     """K and V of every layer, in pages.
 
-    Each layer has one tensor, [num_pages, 2, page_size, num_kv_heads, head_dim] for NHD or
-    [num_pages, 2, num_kv_heads, page_size, head_dim] for HND; index 0 of the second dimension is K, 1 is V. Slot s of
-    a layer is token s % page_size of page s // page_size.
+    Slot s of a layer is token s % page_size of page s // page_size. K and V of a layer are two contiguous tensors, so
+    that in NHD the slots of a layer are one flat dimension: a row is written by its slot alone, and tokens in
+    consecutive slots are read as a view.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class PagedKVCache:
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.dtype, self.device, self.layout = dtype, torch.device(device), layout
         inner = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
-        shape = (num_pages, 2, *inner, head_dim)
+        shape = (2, num_pages, *inner, head_dim)
         self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
     @property
@@ -47,24 +47,42 @@ class PagedKVCache:
         return len(self._layers)
 
     @property
+    def num_slots(self) -> int:
+        """Tokens that the pool of a layer holds."""
+        return self.num_pages * self.page_size
+
+    @property
     def num_bytes(self) -> int:
         """Memory of all layers' pools."""
         return sum(layer.numel() * layer.element_size() for layer in self._layers)
 
     def layer(self, index: int) -> torch.Tensor:
-        """The 5-D tensor of one layer, K and V together (FlashInfer's `paged_kv_cache`)."""
+        """K and V of one layer, the pool itself.
+
+        Returns:
+            [2, num_pages, page_size, num_kv_heads, head_dim] for NHD, [2, num_pages, num_kv_heads, page_size,
+            head_dim] for HND; `k, v = layer(i)` gives two contiguous tensors, FlashInfer's tuple `paged_kv_cache`
+        """
         return self._layers[index]
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """Store k and v, both [rows, num_kv_heads, head_dim], at int64 `slots` [rows]."""
-        pages, offsets = slots // self.page_size, slots % self.page_size
-        pool = self._layers[layer]
+        k_pool, v_pool = self._layers[layer]
         if self.layout == "NHD":
-            pool[pages, 0, offsets] = k.to(self.dtype)
-            pool[pages, 1, offsets] = v.to(self.dtype)
+            self._by_slot(k_pool).index_put_((slots,), k.to(self.dtype))
+            self._by_slot(v_pool).index_put_((slots,), v.to(self.dtype))
         else:
-            pool[pages, 0, :, offsets] = k.to(self.dtype)
-            pool[pages, 1, :, offsets] = v.to(self.dtype)
+            pages, offsets = slots // self.page_size, slots % self.page_size
+            k_pool[pages, :, offsets] = k.to(self.dtype)
+            v_pool[pages, :, offsets] = v.to(self.dtype)
+
+    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of K and V, both [tokens, num_kv_heads, head_dim], at int64 `slots` [tokens]; for checks and twins."""
+        k_pool, v_pool = self._layers[layer]
+        if self.layout == "NHD":
+            return self._by_slot(k_pool)[slots], self._by_slot(v_pool)[slots]
+        pages, offsets = slots // self.page_size, slots % self.page_size
+        return k_pool[pages, :, offsets], v_pool[pages, :, offsets]
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy whole pages in every layer; all sources are read before any target is written."""
@@ -73,4 +91,7 @@ class PagedKVCache:
         source = torch.tensor([copy.source for copy in copies], device=self.device)
         target = torch.tensor([copy.target for copy in copies], device=self.device)
         for pool in self._layers:
-            pool[target] = pool[source]
+            pool[:, target] = pool[:, source]
+
+    def _by_slot(self, pool: torch.Tensor) -> torch.Tensor:
+        return pool.view(self.num_slots, self.num_kv_heads, self.head_dim)

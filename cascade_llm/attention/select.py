@@ -1,0 +1,54 @@
+"""The one door to attention backends: which one serves, and why the others do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
+from cascade_llm.attention.torch_backend import TorchAttentionBackend
+from cascade_llm.errors import BackendError
+
+__all__ = ["BackendChoice", "select_backend"]
+
+PREFERENCE = ("flashinfer", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendChoice:
+    """The backend that serves, and what speaks against those that were preferred to it."""
+
+    name: str
+    backend: type[AttentionBackend]
+    refused: tuple[tuple[str, str], ...]
+    """(backend, reason), one per reason."""
+
+
+def select_backend(name: str, spec: AttentionSpec) -> BackendChoice:
+    """The backend of that name, or with `auto` the first of flashinfer and torch that nothing speaks against.
+
+    Raises:
+        BackendError: the named backend cannot serve this model on this device; lists the reasons
+    """
+    if name not in ("auto", *PREFERENCE):
+        raise BackendError(f"unknown attention backend {name!r}: it must be auto, {' or '.join(PREFERENCE)}")
+    refused: list[tuple[str, str]] = []
+    for candidate in PREFERENCE if name == "auto" else (name,):
+        reasons = _FLASHINFER_REASONS if candidate == "flashinfer" else _reasons_against_torch(spec)
+        if not reasons:
+            return BackendChoice(name=candidate, backend=TorchAttentionBackend, refused=tuple(refused))
+        refused.extend((candidate, reason) for reason in reasons)
+    listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in refused)
+    cure = "" if name == "auto" else " (attention_backend='auto' takes one that can)"
+    raise BackendError(f"no attention backend can serve: {listed}{cure}")
+
+
+_FLASHINFER_REASONS = ["not implemented yet"]
+
+
+def _reasons_against_torch(spec: AttentionSpec) -> list[str]:
+    reasons = []
+    if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
+        reasons.append(f"computes in floating-point types of 16 bits or more, not {spec.dtype}")
+    if spec.num_qo_heads % spec.num_kv_heads:
+        reasons.append(f"{spec.num_qo_heads} query heads cannot be shared out over {spec.num_kv_heads} KV heads")
+    return reasons
