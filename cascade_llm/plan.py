@@ -24,7 +24,8 @@ A level that did not change since the last step is the same object, so that what
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -55,6 +56,11 @@ def int_column(values: Iterable[int]) -> IntColumn:
     if owned.typecode != "i":
         raise PlanError(f"a column must be int32 (array typecode 'i'), not {owned.typecode!r}")
     return memoryview(owned).toreadonly()
+
+
+def _check_column(name: str, column: object) -> None:
+    if not isinstance(column, memoryview) or column.format != "i" or not column.readonly:
+        raise PlanError(f"{name} must be a read-only int32 view, see plan.int_column")
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
@@ -96,9 +102,7 @@ class CascadeLevel:
     def check(self, page_size: int) -> None:
         """Raise `PlanError` unless the four columns fit each other."""
         for name in ("qo_indptr", "kv_page_indptr", "kv_page_indices", "kv_last_page_len"):
-            column = getattr(self, name)
-            if not isinstance(column, memoryview) or column.format != "i" or not column.readonly:
-                raise PlanError(f"{name} must be a read-only int32 view, see plan.int_column")
+            _check_column(name, getattr(self, name))
         for name, indptr in (("qo_indptr", self.qo_indptr), ("kv_page_indptr", self.kv_page_indptr)):
             if not len(indptr) or indptr[0] != 0:
                 raise PlanError(f"{name} must start with 0")
@@ -142,6 +146,15 @@ class CascadePlan:
         """Rows of the step."""
         return self.leaf.num_rows
 
+    def paths(self) -> Iterator[tuple[int, ...]]:
+        """For each leaf segment, the segment of every level that its rows sit in, root to leaf."""
+        cursors = [0] * len(self.levels)
+        for row in self.leaf.qo_indptr[:-1]:
+            for depth, level in enumerate(self.levels):
+                while level.qo_indptr[cursors[depth] + 1] <= row:
+                    cursors[depth] += 1
+            yield tuple(cursors)
+
     def page_table(self, sequence: int) -> list[int]:
         """All pages that the rows of one leaf segment meet, root to leaf. Slow; for checks and twins."""
         first_row = self.leaf.qo_indptr[sequence]
@@ -166,21 +179,23 @@ class CascadePlan:
         for depth, level in enumerate(self.levels):
             try:
                 level.check(self.page_size)
-                if level.num_rows != self.num_rows:
-                    raise PlanError(f"covers {level.num_rows} rows, the leaf {self.num_rows} (partition)")
+                if level.num_rows != self.levels[0].num_rows:
+                    raise PlanError(f"covers {level.num_rows} rows, level 0 {self.levels[0].num_rows} (partition)")
                 own = set(level.qo_indptr)
                 if not boundaries <= own:
                     raise PlanError(f"row {min(boundaries - own)} ends a segment above but not here (refinement)")
                 boundaries = own
                 if depth < len(self.levels) - 1:
-                    self._check_fullness(level)
+                    self._check_shared(level)
             except PlanError as error:
                 raise PlanError(f"level {depth}: {error}") from None
         self._check_leaf()
         self._check_exactness(page_tables)
 
-    def _check_fullness(self, level: CascadeLevel) -> None:
+    def _check_shared(self, level: CascadeLevel) -> None:
         for segment, last in enumerate(level.kv_last_page_len):
+            if not level.rows(segment):
+                raise PlanError(f"segment {segment} has no rows: spare capacity is the runner's (partition)")
             if last not in (0, self.page_size):
                 raise PlanError(f"segment {segment}: its last page holds {last} tokens, not full (fullness)")
 
@@ -195,15 +210,8 @@ class CascadePlan:
     def _check_exactness(self, page_tables: Sequence[Sequence[int]] | None) -> None:
         if page_tables is not None and len(page_tables) != self.leaf.num_segments:
             raise PlanError(f"{len(page_tables)} page tables for {self.leaf.num_segments} sequences (exactness)")
-        cursors = [0] * len(self.shared_levels)
-        for sequence in range(self.leaf.num_segments):
-            row = self.leaf.qo_indptr[sequence]
-            met: list[int] = []
-            for depth, level in enumerate(self.shared_levels):
-                while level.qo_indptr[cursors[depth] + 1] <= row:
-                    cursors[depth] += 1
-                met.extend(level.pages(cursors[depth]))
-            met.extend(self.leaf.pages(sequence))
+        for sequence, path in enumerate(self.paths()):
+            met = [page for level, segment in zip(self.levels, path, strict=True) for page in level.pages(segment)]
             if len(set(met)) != len(met):
                 raise PlanError(f"sequence {sequence} meets a page twice (exactness)")
             if page_tables is not None and met != list(page_tables[sequence]):
@@ -314,6 +322,8 @@ class StepPlan:
 
     def check(self, page_tables: Sequence[Sequence[int]] | None = None) -> None:
         """Raise `PlanError` unless the plan is whole: columns, slots, samples, and the invariants of its cascades."""
+        if not self.cascades or self.cascade.window_len is not None:
+            raise PlanError("the first cascade of a step must be there and read all earlier tokens (window_len None)")
         for cascade in self.cascades:
             cascade.check(page_tables if cascade.window_len is None else None)
             if cascade.num_rows != self.num_rows:
@@ -321,6 +331,7 @@ class StepPlan:
             if cascade.leaf.num_segments != self.num_sequences:
                 raise PlanError(f"{cascade.leaf.num_segments} leaf segments for {self.num_sequences} sequences")
         self._check_columns()
+        self._check_lanes()
         self._check_slots()
 
     def _check_columns(self) -> None:
@@ -336,29 +347,48 @@ class StepPlan:
             ),
         )
         for what, names, row_columns in groups:
+            for name in names:
+                _check_column(name, getattr(self, name))
             if len({len(getattr(self, name)) for name in names}) > 1:
                 raise PlanError(f"columns over {what} differ in length: {', '.join(names)}")
             for name in row_columns:
                 if any(not 0 <= row < self.num_rows for row in getattr(self, name)):
                     raise PlanError(f"{name} names a row outside the step")
-        if len(set(self.sequence_lanes)) != self.num_sequences:
-            raise PlanError("two sequences of a step are in one lane")
-        if len(set(self.sample_lanes)) != len(self.sample_lanes):
-            raise PlanError("a lane is sampled twice in one step")
+        for row, position in zip(self.sample_rows, self.sample_positions, strict=True):
+            if position != self.positions[row] + 1:
+                raise PlanError(f"row {row} has position {self.positions[row]}, the token drawn from it {position}")
+
+    def _check_lanes(self) -> None:
+        for what, lanes in (
+            ("two sequences of a step are in one lane", self.sequence_lanes),
+            ("a lane is sampled twice in one step", self.sample_lanes),
+            ("two sequences enter one lane", [start.lane for start in self.lane_starts]),
+            ("a page is copied to twice", [copy.target for copy in self.page_copies]),
+        ):
+            if len(set(lanes)) != len(lanes):
+                raise PlanError(what)
+        for row, lane in zip(self.lane_rows, self.lane_row_lanes, strict=True):
+            own = self.sequence_lanes[bisect_right(self.cascade.leaf.qo_indptr, row) - 1]
+            if lane != own:
+                raise PlanError(f"row {row} takes its token from lane {lane}, its sequence is in lane {own}")
 
     def _check_slots(self) -> None:
-        """Each row writes where its own leaf segment reads it last, and no slot is written twice."""
+        """Each row writes where its own leaf segment reads it last, at its position, and no slot is written twice."""
         leaf, page_size = self.cascade.leaf, self.cascade.page_size
         if len(set(self.slots)) != self.num_rows:
             raise PlanError("two rows write one slot")
-        for sequence in range(leaf.num_segments):
+        for sequence, path in enumerate(self.cascade.paths()):
             rows, pages = leaf.rows(sequence), leaf.pages(sequence)
+            shared = zip(self.cascade.shared_levels, path, strict=False)
+            shared_len = sum(level.kv_len(segment, page_size) for level, segment in shared)
             first = leaf.kv_len(sequence, page_size) - len(rows)
             for offset, row in enumerate(rows, start=first):
                 if self.slots[row] != pages[offset // page_size] * page_size + offset % page_size:
                     raise PlanError(f"row {row} writes slot {self.slots[row]}, outside its place in its leaf segment")
-                if self.positions[row] != self.positions[rows[0]] + offset - first:
-                    raise PlanError(f"row {row}: positions of a sequence's rows must be consecutive")
+                if self.positions[row] != shared_len + offset:
+                    raise PlanError(
+                        f"row {row} has position {self.positions[row]}, but meets {shared_len + offset} earlier tokens"
+                    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -376,3 +406,18 @@ class StepResult:
     """Samples whose logits were not finite; their token means nothing."""
     failure_detail: str | None = None
     """With `debug=True`: the first layer whose output was not finite."""
+
+    def check(self, plan: StepPlan) -> None:
+        """Raise `PlanError` unless this answers the plan: its step, and one entry per sample and prompt logprob."""
+        if self.step_id != plan.step_id:
+            raise PlanError(f"a result of step {self.step_id} for the plan of step {plan.step_id}")
+        num_samples, num_prompt_logprobs = len(plan.sample_rows), len(plan.prompt_logprob_rows)
+        for what, found, expected in (
+            ("token_ids", len(self.token_ids), num_samples),
+            ("logprobs", len(self.logprobs) or num_samples, num_samples),
+            ("prompt_logprobs", len(self.prompt_logprobs), num_prompt_logprobs),
+        ):
+            if found != expected:
+                raise PlanError(f"{found} {what} for a plan that asks for {expected}")
+        if not self.failed_samples <= set(range(num_samples)):
+            raise PlanError(f"failed_samples {sorted(self.failed_samples)} for {num_samples} samples")
