@@ -1,0 +1,138 @@
+"""The shape of a plan that outlives a step: the order of rows and the shared levels."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
+
+from cascade_llm.plan import CascadeLevel, int_column
+from cascade_llm.scheduler.prefix_forest import Run
+from cascade_llm.scheduler.segment_choice import Choice
+
+__all__ = ["Placement", "Segment", "level_columns", "place_segments"]
+
+
+class Segment(NamedTuple):
+    """A chosen run with its place in the order of rows."""
+
+    first_row: int
+    last_row: int
+    start_page: int
+    end_page: int
+    sequence: int
+    """One of the sequences below it: its table has the pages."""
+    num_sequences: int
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that the segment reads."""
+        return self.end_page - self.start_page
+
+
+class Placement(NamedTuple):
+    """A choice of segments, laid out."""
+
+    order: list[int]
+    """The sequences of the step, depth first."""
+    levels: list[list[Segment]]
+    """The segments of each shared level, coarsest first, in the order of rows."""
+    prefix_pages: list[int]
+    """For each sequence of the step the pages that shared levels cover."""
+
+
+def place_segments(forest: Run, choice: Choice, num_new: Rows[int]) -> Placement:
+    """Order the sequences depth first and place each chosen run in that order.
+
+    Below each run those with segments come first, so that rows with nothing more to share are neighbours and sit in one
+    empty segment.
+    """
+    active = _active_runs(forest, choice)
+    order: list[int] = []
+    prefix_pages = [0] * len(num_new)
+    levels: list[list[Segment]] = [[] for _ in range(choice.num_levels)]
+    num_rows = 0
+    entered: list[tuple[int, int, Run]] = []  # open segments: level, place in the order, run
+    stack: list[tuple[str, Run]] = [("enter", forest)]
+    while stack:
+        action, run = stack.pop()
+        if action == "enter":
+            if run in choice.start_pages:
+                level = len(entered)
+                entered.append((level, len(order), run))
+                levels[level].append(Segment(num_rows, num_rows, choice.start_pages[run], run.end, 0, 0))
+                stack.append(("leave", run))
+            stack.append(("rest", run))
+            stack.extend(("enter", child) for child in reversed(run.children) if child in active)
+        elif action == "rest":
+            below = sorted(_members_outside(run, active))
+            order.extend(below)
+            num_rows += sum(num_new[i] for i in below)
+        else:
+            level, place, _ = entered.pop()
+            levels[level][-1] = levels[level][-1]._replace(
+                last_row=num_rows, sequence=order[place], num_sequences=len(order) - place
+            )
+            for index in order[place:]:
+                prefix_pages[index] = max(prefix_pages[index], run.end)
+    return Placement(order, levels, prefix_pages)
+
+
+def level_columns(
+    segments: Rows[Segment], above: Rows[int], num_rows: int, tables: Rows[array[int]], page_size: int
+) -> CascadeLevel:
+    """Write one shared level down, with empty segments for the rows that have none.
+
+    Args:
+        segments: the level's segments in the order of rows
+        above: sorted row boundaries of the level above, which this level must keep (refinement)
+        num_rows: rows of the step
+        tables: the page table of each sequence of the step
+    """
+    qo_indptr, page_indptr = array("i", [0]), array("i", [0])
+    indices, last_page_len = array("i"), array("i")
+
+    def end_segment(row: int, pages: array[int]) -> None:
+        qo_indptr.append(row)
+        indices.extend(pages)
+        page_indptr.append(len(indices))
+        last_page_len.append(page_size if pages else 0)
+
+    def skip_to(row: int) -> None:
+        here = qo_indptr[-1]
+        if here < row:
+            for boundary in above[bisect_right(above, here) : bisect_left(above, row)]:
+                end_segment(boundary, array("i"))
+            end_segment(row, array("i"))
+
+    for segment in segments:
+        skip_to(segment.first_row)
+        end_segment(segment.last_row, tables[segment.sequence][segment.start_page : segment.end_page])
+    skip_to(num_rows)
+    return CascadeLevel(int_column(qo_indptr), int_column(page_indptr), int_column(indices), int_column(last_page_len))
+
+
+def _active_runs(forest: Run, choice: Choice) -> set[Run]:
+    """Runs that are chosen or have a chosen run below them."""
+    preorder, stack = [], [forest]
+    while stack:
+        run = stack.pop()
+        preorder.append(run)
+        stack.extend(run.children)
+    active = set(choice.start_pages)
+    for run in reversed(preorder):
+        if any(child in active for child in run.children):
+            active.add(run)
+    return active
+
+
+def _members_outside(run: Run, active: set[Run]) -> list[int]:
+    """Members of a run, and all below those of its children that have no segments."""
+    members = list(run.members)
+    stack = [child for child in run.children if child not in active]
+    while stack:
+        current = stack.pop()
+        members.extend(current.members)
+        stack.extend(current.children)
+    return members

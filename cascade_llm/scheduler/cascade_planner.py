@@ -1,0 +1,159 @@
+"""From the sequences of a step to its cascade plan.
+
+1. The sequences' paths in the prefix tree give the tree of shared runs (`prefix_forest`).
+2. A cost model decides which runs become segments of a level (`segment_choice`).
+3. A depth-first walk orders the rows, so that sharers are neighbours, and the levels are written down
+   (`cascade_layout`).
+
+All of this depends on which sequences are there, where their paths end and how many rows each has. While that does not
+change, as from one decode step to the next, the shared levels are kept as they are, and only the leaf is new.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from cascade_llm.config import CascadeConfig
+from cascade_llm.plan import CascadeLevel, CascadePlan, CascadeReport, int_column
+from cascade_llm.scheduler.cascade_layout import Placement, level_columns, place_segments
+from cascade_llm.scheduler.prefix_cache import RadixNode
+from cascade_llm.scheduler.prefix_forest import PlannedRows, attach_nodes, shared_forest
+from cascade_llm.scheduler.segment_choice import SegmentCosts, TokensRead, choose_segments
+from cascade_llm.scheduler.sequence import Sequence
+
+__all__ = ["CascadePlanner", "PlannedCascade"]
+
+
+class PlannedCascade(NamedTuple):
+    """A plan, the sequences in the order of its leaf segments, and what it shares."""
+
+    plan: CascadePlan
+    order: list[int]
+    """Leaf segment i belongs to sequence `order[i]` of the step."""
+    report: CascadeReport
+
+
+@dataclass(slots=True)
+class _Layout:
+    """Everything of a plan that outlives a step, and what it was made for."""
+
+    sequences: list[Sequence]
+    nodes: list[RadixNode]
+    num_new: list[int]
+    order: list[int]
+    levels: tuple[CascadeLevel, ...]
+    prefix_pages: list[int]
+    report: CascadeReport
+    """Its token counts are those of the shared levels alone: read once, and as often as a one-level plan does."""
+
+
+@dataclass(slots=True)
+class _Leaf:
+    """The last leaf level, and what it was made for."""
+
+    layout: _Layout
+    table_versions: list[int]
+    level: CascadeLevel
+
+
+class CascadePlanner:
+    """Plans the shared levels and the leaf of each step; owned by the scheduler, whose sequences it only reads."""
+
+    def __init__(self, page_size: int, config: CascadeConfig, costs: SegmentCosts, root: RadixNode) -> None:
+        self._page_size = page_size
+        self._max_shared_levels = config.max_shared_levels
+        self._min_tokens = config.shared_prefix_len
+        self._costs = costs if config.shared_prefix_len is None else TokensRead()
+        self._root = root
+        self._layout: _Layout | None = None
+        self._leaf: _Leaf | None = None
+
+    def plan(self, rows: list[PlannedRows]) -> PlannedCascade:
+        """The cascade plan of a step. `rows`: each scheduled sequence once, its new pages in its table already."""
+        layout = self._kept_layout(rows)
+        leaf = self._leaf_level(layout, rows)
+        kv_tokens = sum([row.start_len + row.num_new for row in rows])
+        report = replace(
+            layout.report,
+            kv_tokens_one_level=kv_tokens,
+            kv_tokens_read=kv_tokens - layout.report.kv_tokens_saved,
+        )
+        return PlannedCascade(CascadePlan((*layout.levels, leaf), self._page_size), layout.order, report)
+
+    def _kept_layout(self, rows: list[PlannedRows]) -> _Layout:
+        """The layout of the last step where nothing that it depends on has changed, else a new one."""
+        sequences = [row.sequence for row in rows]
+        nodes = attach_nodes(rows, self._page_size)
+        num_new = [row.num_new for row in rows]
+        kept = self._layout
+        if kept and kept.sequences == sequences and kept.nodes == nodes and kept.num_new == num_new:
+            return kept
+        self._layout = self._new_layout(sequences, nodes, num_new)
+        return self._layout
+
+    def _new_layout(self, sequences: list[Sequence], nodes: list[RadixNode], num_new: list[int]) -> _Layout:
+        placement = self._place(nodes, num_new)
+        if isinstance(placement, str):
+            order, no_pages = list(range(len(sequences))), [0] * len(sequences)
+            return _Layout(sequences, nodes, num_new, order, (), no_pages, CascadeReport(reason=placement))
+        order, segments_by_level, prefix_pages = placement
+        tables = [sequence.pages for sequence in sequences]
+        num_rows = sum(num_new)
+        levels: list[CascadeLevel] = []
+        for segments in segments_by_level:
+            above = levels[-1].qo_indptr.tolist() if levels else []
+            levels.append(level_columns(segments, above, num_rows, tables, self._page_size))
+        every = [segment for segments in segments_by_level for segment in segments]
+        report = CascadeReport(
+            num_levels=len(levels) + 1,
+            num_groups=len(every),
+            grouped_rows=sum(n for n, pages in zip(num_new, prefix_pages, strict=True) if pages),
+            kv_tokens_read=self._page_size * sum(s.num_pages for s in every),
+            kv_tokens_one_level=self._page_size * sum(s.num_pages * s.num_sequences for s in every),
+        )
+        return _Layout(sequences, nodes, num_new, order, tuple(levels), prefix_pages, report)
+
+    def _place(self, nodes: list[RadixNode], num_new: list[int]) -> Placement | str:
+        """The segments of the shared levels, or the reason why there are none."""
+        if not self._max_shared_levels:
+            return "cascade attention is off"
+        if len(nodes) == 1:
+            return "one sequence"
+        forest = shared_forest(nodes, num_new, self._root)
+        if not forest.children:
+            return "no two sequences share a full page"
+        choice = choose_segments(
+            forest,
+            num_new,
+            self._page_size,
+            self._costs,
+            max_levels=self._max_shared_levels,
+            min_tokens=self._min_tokens or 1,
+        )
+        if choice.num_levels:
+            return place_segments(forest, choice, num_new)
+        if self._min_tokens is None:
+            return "the cost model expects no gain"
+        return f"no shared run of {self._min_tokens} tokens (cascade_shared_prefix_len)"
+
+    def _leaf_level(self, layout: _Layout, rows: list[PlannedRows]) -> CascadeLevel:
+        """One segment per sequence; columns that did not change since the last step are the same objects."""
+        size, last = self._page_size, self._leaf
+        versions = [row.sequence.table_version for row in rows]
+        ends = [rows[i].start_len + rows[i].num_new for i in layout.order]
+        last_page_len = int_column([(end - 1) % size + 1 for end in ends])
+        if last and last.layout is layout and last.table_versions == versions:
+            level = replace(last.level, kv_last_page_len=last_page_len)
+        else:
+            qo_indptr, page_indptr, indices = array("i", [0]), array("i", [0]), array("i")
+            num_rows = 0
+            for i, end in zip(layout.order, ends, strict=True):
+                num_rows += layout.num_new[i]
+                qo_indptr.append(num_rows)
+                indices.extend(layout.sequences[i].pages[layout.prefix_pages[i] : -(-end // size)])
+                page_indptr.append(len(indices))
+            level = CascadeLevel(int_column(qo_indptr), int_column(page_indptr), int_column(indices), last_page_len)
+        self._leaf = _Leaf(layout, versions, level)
+        return level

@@ -1,0 +1,43 @@
+"""Names of full pages that mean the same in every process: chained 128-bit xxh3 keys."""
+
+from __future__ import annotations
+
+from array import array
+
+import xxhash
+
+__all__ = ["PageKeys", "next_page_key", "root_key"]
+
+
+def root_key(salt: bytes) -> bytes:
+    """The key before the first page: xxh3-128 of the salt, which names model, adapter and tenant."""
+    return xxhash.xxh3_128_digest(salt)
+
+
+def next_page_key(parent_key: bytes, token_ids: array[int]) -> bytes:
+    """xxh3-128 of the parent's key and the page's token ids as little-endian int32: 16 bytes.
+
+    The salt is in the chain through `root_key`.
+    """
+    return xxhash.xxh3_128_digest(parent_key + token_ids.tobytes())
+
+
+class PageKeys:
+    """The keys of a sequence's full pages, each computed once and only when it is first asked for."""
+
+    __slots__ = ("_keys", "_page_size", "_root_key", "_token_ids")
+
+    def __init__(self, salt: bytes, token_ids: array[int], page_size: int) -> None:
+        """`token_ids` is the sequence's own, growing array; only its full pages are read."""
+        self._root_key = root_key(salt)
+        self._token_ids = token_ids
+        self._page_size = page_size
+        self._keys: list[bytes] = []
+
+    def key(self, page: int) -> bytes:
+        """The key of full page `page` of the sequence."""
+        keys, size = self._keys, self._page_size
+        while len(keys) <= page:
+            start = len(keys) * size
+            keys.append(next_page_key(keys[-1] if keys else self._root_key, self._token_ids[start : start + size]))
+        return keys[page]

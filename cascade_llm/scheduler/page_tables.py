@@ -1,0 +1,189 @@
+"""Gives sequences their pages: from the free list, by eviction, by sharing; and takes them back."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+from cascade_llm.metrics import PageCounts
+from cascade_llm.plan import PageCopy
+from cascade_llm.scheduler.page_allocator import PageAllocator
+from cascade_llm.scheduler.prefix_cache import PrefixCache, PrefixMatch
+from cascade_llm.scheduler.sequence import Sequence
+
+__all__ = ["PageTables"]
+
+
+class PageTables:
+    """The page tables of all sequences, over one allocator and one prefix cache.
+
+    A table starts with the pages on the path to the sequence's tail, which the prefix cache owns; the rest are the
+    sequence's own. An own page with several owners (after a fork) is copied before it is written.
+    """
+
+    def __init__(self, total_pages: int, page_size: int, *, keep_unheld: bool) -> None:
+        """`keep_unheld`: whether pages that no sequence holds stay for later requests (prefix caching)."""
+        self.page_size = page_size
+        self.allocator = PageAllocator(total_pages)
+        self.cache = PrefixCache(page_size)
+        self._keep_unheld = keep_unheld
+
+    @property
+    def counts(self) -> PageCounts:
+        """Where the pages are."""
+        total, free = self.allocator.total_pages, self.allocator.num_free
+        cached = self.cache.num_cached_pages
+        return PageCounts(total, free, total - free - cached, cached)
+
+    def match(self, sequence: Sequence) -> PrefixMatch:
+        """What of a waiting sequence the cache has: full pages before its last known token."""
+        if sequence.reports_prompt and sequence.num_prompt_logprobs < sequence.prompt_len - 1:
+            return PrefixMatch(self.cache.root, 0)  # needs the logits of every prompt token
+        max_pages = (len(sequence.token_ids) - 1) // self.page_size
+        return self.cache.match(sequence.token_ids, sequence.keys, max_pages)
+
+    def can_admit(self, sequence: Sequence, match: PrefixMatch, num_new: int, reserve: int) -> bool:
+        """Whether `num_new` tokens behind the match fit, with `reserve` pages left over."""
+        needed = self._num_pages(match.num_pages * self.page_size + num_new) - match.num_pages
+        return needed + reserve + self._num_cached(match) <= self.allocator.num_free + self.cache.num_cached_pages
+
+    def admit(self, sequence: Sequence, match: PrefixMatch) -> None:
+        """Start the table of a sequence with the matched pages, held."""
+        tail = self.cache.hold(match, sequence.keys)
+        pages = array("i")
+        for node in reversed(list(self.cache.path_up(tail))):
+            pages.extend(node.pages)
+        sequence.tail, sequence.pages = tail, pages
+        sequence.table_version += 1
+
+    def reserve(self, sequence: Sequence, end_len: int) -> list[PageCopy] | None:
+        """Make the table hold `end_len` tokens, of which those from `planned_len` on will be written.
+
+        Returns the copies to make first, or None, with nothing changed, when there is no room.
+        """
+        size = self.page_size
+        first_written = sequence.planned_len // size
+        shared = [
+            index
+            for index in range(first_written, len(sequence.pages))
+            if self.allocator.num_owners(sequence.pages[index]) > 1
+        ]
+        num_more = max(0, self._num_pages(end_len) - len(sequence.pages))
+        if not shared and not num_more:
+            return []
+        if not self._make_room(len(shared) + num_more):
+            return None
+        copies = []
+        for index in shared:
+            (target,) = self.allocator.allocate(1)
+            copies.append(PageCopy(sequence.pages[index], target))
+            self.allocator.remove_owner([sequence.pages[index]])
+            sequence.pages[index] = target
+        sequence.pages.extend(self.allocator.allocate(num_more))
+        sequence.table_version += 1
+        return copies
+
+    def publish_planned(self, sequence: Sequence, known_len: int) -> None:
+        """Put the full pages of the first `known_len` tokens into the tree, before the step that fills them has run.
+
+        Ends where the tree has a page of the same content: the sequence is about to write its own.
+        """
+        assert sequence.tail is not None
+        end = known_len // self.page_size
+        if end > sequence.tail.end:
+            self._append(sequence, end)
+
+    def publish_committed(self, sequence: Sequence, known_len: int) -> None:
+        """Put the full pages of the first `known_len` tokens into the tree, now that they are filled.
+
+        Where the tree has a page of the same content, the sequence adopts that one and gives its own back. So a table
+        always starts with the path to its tail, and sequences that come to the same text share it.
+        """
+        tail = sequence.tail
+        assert tail is not None
+        start, end = tail.end, known_len // self.page_size
+        if end <= start:
+            return
+        sequence.tail, adopted = self.cache.adopt(tail, sequence.token_ids, sequence.keys, end)
+        if adopted:
+            self.allocator.remove_owner(sequence.pages[start : start + len(adopted)])
+            sequence.pages[start : start + len(adopted)] = adopted
+            sequence.table_version += 1
+        self._append(sequence, end)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Give `child` the table of `parent`: the same pages, each with one more owner or hold."""
+        assert parent.tail is not None
+        self.cache.hold_again(parent.tail)
+        child.tail, child.pages = parent.tail, parent.pages[:]
+        self.allocator.add_owner(child.pages[parent.tail.end :])
+        child.table_version += 1
+
+    def release(self, sequence: Sequence) -> None:
+        """Take the table back. Published pages stay in the tree, cached, where that is wanted."""
+        assert sequence.tail is not None
+        self.allocator.remove_owner(sequence.pages[sequence.tail.end :])
+        self.cache.release(sequence.tail)
+        sequence.tail, sequence.pages = None, array("i")
+        sequence.table_version += 1
+        if not self._keep_unheld:
+            self.evict(self.cache.num_cached_pages)
+
+    def discard(self, sequences: Iterable[Sequence]) -> None:
+        """Take these tables back and drop their paths from the tree, as far as no other sequence uses them."""
+        tails = []
+        for sequence in sequences:
+            assert sequence.tail is not None
+            tails.append(sequence.tail)
+            self.release(sequence)
+        for tail in sorted(set(tails), key=lambda node: -node.end) if self._keep_unheld else ():
+            self.allocator.remove_owner(self.cache.drop(tail))
+
+    def evict(self, count: int) -> None:
+        """Free `count` cached pages, the least recently used."""
+        self.allocator.remove_owner(self.cache.evict(count))
+
+    def check(self, sequences: Iterable[Sequence]) -> None:
+        """Assert that every page is accounted for; slow, for tests and `debug=True`.
+
+        `sequences`: all that have a table.
+        """
+        self.cache.check()
+        owners: dict[int, int] = {}
+        for node in self.cache.nodes():
+            for page in node.pages:
+                assert page not in owners, f"page {page} is in the tree twice"
+                owners[page] = 1
+        for sequence in sequences:
+            assert sequence.tail is not None
+            path = [page for node in reversed(list(self.cache.path_up(sequence.tail))) for page in node.pages]
+            assert list(sequence.pages[: sequence.tail.end]) == path
+            for page in sequence.pages[sequence.tail.end :]:
+                owners[page] = owners.get(page, 0) + 1
+        for page in range(self.allocator.total_pages):
+            assert self.allocator.num_owners(page) == owners.get(page, 0), f"page {page}"
+        assert self.allocator.num_free + len(owners) == self.allocator.total_pages
+
+    def _append(self, sequence: Sequence, end: int) -> None:
+        """Hand own pages up to page `end` to the tree, as far as forks do not own them too."""
+        assert sequence.tail is not None
+        start = sequence.tail.end
+        forked = (i for i in range(start, end) if self.allocator.num_owners(sequence.pages[i]) > 1)
+        own = sequence.pages[start : next(forked, end)]
+        sequence.tail = self.cache.append(sequence.tail, sequence.token_ids, sequence.keys, own)
+
+    def _make_room(self, count: int) -> bool:
+        missing = count - self.allocator.num_free
+        if missing > self.cache.num_cached_pages:
+            return False
+        if missing > 0:
+            self.evict(missing)
+        return True
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def _num_cached(self, match: PrefixMatch) -> int:
+        """Pages of a match that are unheld now, and will not be evictable once it is held."""
+        unheld = sum(len(node.pages) for node in self.cache.path_up(match.node) if node.num_holds == 0)
+        return unheld - (match.node.end - match.num_pages if match.node.num_holds == 0 else 0)

@@ -1,0 +1,281 @@
+"""The prefix cache: a radix tree of full pages, with holds and LRU eviction.
+
+A node is a run of pages that no present path leaves in the middle. The path from the root to a node spells token ids,
+and the pages on it hold their K/V. A running sequence *holds* the path to its tail, the node at which its part of the
+tree ends; held nodes are never evicted.
+
+    root ── system prompt ──┬── question 1 ── answer 1
+                            └── question 2
+
+Holds are counted on every node of a path, so a node is held by at least as many sequences as any node below it.
+Released paths enter the LRU order deepest node first. Hence everything below an unheld node stands before it in that
+order, and the first of the order has no children: eviction needs no search.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from cascade_llm.scheduler.page_keys import PageKeys, next_page_key
+
+__all__ = ["PrefixCache", "PrefixMatch", "RadixNode"]
+
+
+class RadixNode:
+    """A run of full pages. Changed by `PrefixCache` alone."""
+
+    __slots__ = ("children", "end", "first_key", "num_holds", "num_tails", "pages", "parent", "token_ids", "version")
+
+    def __init__(
+        self, parent: RadixNode | None, first_key: bytes, token_ids: array[int], pages: array[int], end: int
+    ) -> None:
+        self.parent = parent
+        self.first_key = first_key
+        """Key of the first page: the name under which the parent knows this node."""
+        self.token_ids = token_ids
+        self.pages = pages
+        self.end = end
+        """Pages from the root to the end of this node."""
+        self.children: dict[bytes, RadixNode] = {}
+        self.num_holds = 0
+        """Sequences whose path includes this node."""
+        self.num_tails = 0
+        """Sequences whose path ends here."""
+        self.version = 0
+        """Grows when pages at its end are given up: (node, version, end) names content, not only pages."""
+
+    @property
+    def start(self) -> int:
+        """Pages from the root to the start of this node."""
+        return self.end - len(self.pages)
+
+
+class PrefixMatch(NamedTuple):
+    """How far a sequence's tokens are in the tree: `num_pages` pages, ending in the middle or at the end of `node`."""
+
+    node: RadixNode
+    num_pages: int
+
+
+class PrefixCache:
+    """The tree. `match` only looks; every other method changes it, as its name says."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.root = RadixNode(None, b"", array("i"), array("i"), 0)
+        self.num_pages = 0
+        """Pages in the tree."""
+        self.num_cached_pages = 0
+        """Pages in the tree that no sequence holds; all of them can be evicted."""
+        self._unheld: OrderedDict[RadixNode, None] = OrderedDict()
+
+    def match(self, token_ids: array[int], keys: PageKeys, max_pages: int) -> PrefixMatch:
+        """The longest prefix in the tree of at most `max_pages` full pages of `token_ids`.
+
+        Token ids are compared as well as keys: a collision of keys costs a miss, never a wrong answer.
+        """
+        node, matched = self.root, 0
+        while matched < max_pages:
+            child = node.children.get(keys.key(matched))
+            common = self._num_common_pages(child, token_ids, matched, max_pages) if child else 0
+            if child is None or common == 0:
+                break
+            node, matched = child, matched + common
+            if common < len(child.pages):
+                break
+        return PrefixMatch(node, matched)
+
+    def hold(self, match: PrefixMatch, keys: PageKeys) -> RadixNode:
+        """Hold the matched path for a sequence and return its tail; splits a node that matched in part."""
+        tail = match.node
+        if tail is not self.root and match.num_pages < tail.end:
+            tail = self._split(tail, match.num_pages - tail.start, keys)
+        self.hold_again(tail)
+        return tail
+
+    def hold_again(self, tail: RadixNode) -> None:
+        """One more sequence holds the path to `tail`."""
+        tail.num_tails += 1
+        for node in self.path_up(tail):
+            if node.num_holds == 0:
+                del self._unheld[node]
+                self.num_cached_pages -= len(node.pages)
+            node.num_holds += 1
+
+    def release(self, tail: RadixNode) -> None:
+        """A sequence gives up its hold on the path to `tail`; what nobody holds can be evicted from now on."""
+        tail.num_tails -= 1
+        for node in self.path_up(tail):
+            node.num_holds -= 1
+            if node.num_holds == 0:
+                self._unheld[node] = None
+                self.num_cached_pages += len(node.pages)
+
+    def adopt(
+        self, tail: RadixNode, token_ids: array[int], keys: PageKeys, max_pages: int
+    ) -> tuple[RadixNode, array[int]]:
+        """Move a sequence's hold on to what the tree has of its tokens, up to `max_pages` pages from the root.
+
+        Returns the new tail and the tree's pages between the old one and it.
+        """
+        node = tail
+        while node.end < max_pages:
+            child = node.children.get(keys.key(node.end))
+            common = self._num_common_pages(child, token_ids, node.end, max_pages) if child else 0
+            if child is None or common == 0:
+                break
+            node = self._split(child, common, keys) if common < len(child.pages) else child
+        if node is not tail:
+            self._move_hold(tail, node)
+        return node, self._pages_between(node, tail.end)
+
+    def append(self, tail: RadixNode, token_ids: array[int], keys: PageKeys, pages: array[int]) -> RadixNode:
+        """Put a sequence's full pages into the tree behind its tail, held by it; returns the new tail.
+
+        The pages are the tree's from now on. Where the tree has the first of them already (or a colliding key),
+        nothing happens: the sequence keeps its own.
+        """
+        key = keys.key(tail.end)
+        if not pages or key in tail.children:
+            return tail
+        size = self.page_size
+        run = token_ids[tail.end * size : (tail.end + len(pages)) * size]
+        self.num_pages += len(pages)
+        if tail.num_holds == 1 and not tail.children and tail is not self.root:  # only this sequence's path ends here
+            tail.token_ids.extend(run)
+            tail.pages.extend(pages)
+            tail.end += len(pages)
+            return tail
+        child = RadixNode(tail, key, run, pages[:], tail.end + len(pages))
+        tail.children[key] = child
+        self._unheld[child] = None
+        self.num_cached_pages += len(pages)
+        self._move_hold(tail, child)
+        return child
+
+    def evict(self, count: int) -> list[int]:
+        """Give up `count` cached pages, least recently used first and from the end of a run; returns them."""
+        assert count <= self.num_cached_pages, f"{count} pages wanted, {self.num_cached_pages} cached"
+        evicted: list[int] = []
+        while len(evicted) < count:
+            node = next(iter(self._unheld))
+            evicted.extend(self._truncate(node, max(0, len(node.pages) - (count - len(evicted)))))
+        return evicted
+
+    def drop(self, tail: RadixNode) -> list[int]:
+        """Give up the path to `tail`, as far up as nothing else uses it; returns its pages.
+
+        For pages whose content turned out not to be good.
+        """
+        dropped: list[int] = []
+        for node in list(self.path_up(tail)):
+            if node.children or node not in self._unheld:  # used by others, or gone already
+                break
+            dropped.extend(self._truncate(node, 0))
+        return dropped
+
+    def nodes(self) -> Iterator[RadixNode]:
+        """All nodes but the root, parents first."""
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def check(self) -> None:
+        """Assert the tree's own invariants; slow, for tests and `debug=True`."""
+        held_pages = cached_pages = 0
+        for node in self.nodes():
+            assert node.parent is not None
+            assert node.parent.children[node.first_key] is node
+            assert node.pages
+            assert len(node.token_ids) == len(node.pages) * self.page_size
+            assert node.start == node.parent.end
+            assert node.num_holds == node.num_tails + sum(child.num_holds for child in node.children.values())
+            assert (node.num_holds == 0) == (node in self._unheld)
+            held_pages += len(node.pages) if node.num_holds else 0
+            cached_pages += 0 if node.num_holds else len(node.pages)
+        assert cached_pages == self.num_cached_pages
+        assert held_pages + cached_pages == self.num_pages
+        seen: set[RadixNode] = set()
+        for node in self._unheld:
+            assert all(child in seen for child in node.children.values()), "a node stands before one of its children"
+            seen.add(node)
+
+    def path_up(self, tail: RadixNode) -> Iterator[RadixNode]:
+        """The nodes from `tail` up, without the root."""
+        node = tail
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+    def _move_hold(self, tail: RadixNode, lower: RadixNode) -> None:
+        self.hold_again(lower)
+        self.release(tail)
+
+    def _num_common_pages(self, child: RadixNode, token_ids: array[int], start: int, end: int) -> int:
+        """Pages at the start of `child` that equal the sequence's pages from `start` on, before `end`."""
+        size, most = self.page_size, min(len(child.pages), end - start)
+        theirs, ours = child.token_ids, token_ids[start * size : (start + most) * size]
+        if theirs[: most * size] == ours:
+            return most
+        low, high = 0, most  # the first `low` pages are equal, the first `high` are not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if theirs[low * size : middle * size] == ours[low * size : middle * size]:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _split(self, node: RadixNode, num_pages: int, keys: PageKeys) -> RadixNode:
+        """Cut a node after `num_pages` pages and return the new upper part; the object stays the lower part.
+
+        Whoever holds `node` as its tail keeps the whole path. `keys` are of a sequence that matches the upper part.
+        """
+        size, parent = self.page_size, node.parent
+        assert parent is not None
+        assert 0 < num_pages < len(node.pages)
+        cut = node.start + num_pages
+        upper = RadixNode(parent, node.first_key, node.token_ids[: num_pages * size], node.pages[:num_pages], cut)
+        node.token_ids, node.pages = node.token_ids[num_pages * size :], node.pages[num_pages:]
+        node.first_key = next_page_key(keys.key(cut - 1), node.token_ids[:size])
+        parent.children[upper.first_key] = upper
+        node.parent = upper
+        upper.children[node.first_key] = node
+        upper.num_holds = node.num_holds
+        if upper.num_holds == 0:  # held by the caller next, so its place in the order does not matter
+            self._unheld[upper] = None
+        return upper
+
+    def _truncate(self, node: RadixNode, num_pages: int) -> array[int]:
+        """Keep the first `num_pages` pages of an unheld node without children; remove it when that is none."""
+        assert not node.children
+        assert node.num_holds == 0
+        given_up = node.pages[num_pages:]
+        self.num_pages -= len(given_up)
+        self.num_cached_pages -= len(given_up)
+        if num_pages:
+            node.version += 1
+            del node.pages[num_pages:], node.token_ids[num_pages * self.page_size :]
+            node.end -= len(given_up)
+        else:
+            assert node.parent is not None
+            del self._unheld[node], node.parent.children[node.first_key]
+        return given_up
+
+    def _pages_between(self, node: RadixNode, start: int) -> array[int]:
+        """The pages on the path to `node` from page `start` on."""
+        runs = []
+        current: RadixNode = node
+        while current.end > start:
+            runs.append(current.pages[max(0, start - current.start) :])
+            assert current.parent is not None
+            current = current.parent
+        pages = array("i")
+        for run in reversed(runs):
+            pages.extend(run)
+        return pages

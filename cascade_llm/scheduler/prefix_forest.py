@@ -1,0 +1,117 @@
+"""The part of the prefix tree that the sequences of one step share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
+
+from cascade_llm.scheduler.prefix_cache import RadixNode
+from cascade_llm.scheduler.sequence import Sequence
+
+__all__ = ["PlannedRows", "Run", "attach_nodes", "shared_forest"]
+
+
+class PlannedRows(NamedTuple):
+    """What one sequence computes in a step: `num_new` tokens from `start_len` on."""
+
+    sequence: Sequence
+    start_len: int
+    num_new: int
+
+
+class Run:
+    """Pages `start` to `end` of the tables of a set of sequences, the same pages for all of them.
+
+    The root is an empty run. Any other has at least two sequences below it, and two of them part at its end.
+    """
+
+    __slots__ = ("children", "end", "members", "num_rows", "num_sequences", "start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+        self.children: list[Run] = []
+        self.members: list[int] = []
+        """Sequences (their index in the step) that share nothing beyond this run."""
+        self.num_sequences = 0
+        self.num_rows = 0
+
+
+def attach_nodes(rows: Rows[PlannedRows], page_size: int) -> list[RadixNode]:
+    """For each sequence the deepest node of its path that lies wholly before its new tokens.
+
+    What a sequence writes in this step belongs to its leaf segment, where the causal mask is. So a leader that fills
+    shared pages is attached above them in that step, and its followers below.
+    """
+    nodes = []
+    for sequence, start_len, _ in rows:
+        node = sequence.tail
+        assert node is not None
+        limit = start_len // page_size
+        while node.end > limit:
+            assert node.parent is not None
+            node = node.parent
+        nodes.append(node)
+    return nodes
+
+
+def shared_forest(nodes: Rows[RadixNode], num_new: Rows[int], root: RadixNode) -> Run:
+    """The runs that at least two of the sequences share, as a tree below an empty root.
+
+    Takes time linear in the tree nodes on the sequences' paths.
+    """
+    top = Run(0, 0)
+    runs = {root: top}
+    for index, node in enumerate(nodes):
+        _run_of(node, runs).members.append(index)
+    for run in reversed(_preorder(top)):
+        _fold_unshared(run, num_new)
+        if run is not top and not run.members and len(run.children) == 1:
+            _absorb(run, run.children[0])
+    return top
+
+
+def _run_of(node: RadixNode, runs: dict[RadixNode, Run]) -> Run:
+    """The run of a tree node; makes it, and those above it, where they are new."""
+    found = runs.get(node)
+    if found is not None:
+        return found
+    made = lower = runs[node] = Run(node.start, node.end)
+    while True:
+        assert node.parent is not None
+        node = node.parent
+        upper = runs.get(node)
+        if upper is not None:
+            upper.children.append(lower)
+            return made
+        upper = runs[node] = Run(node.start, node.end)
+        upper.children.append(lower)
+        lower = upper
+
+
+def _preorder(top: Run) -> list[Run]:
+    order, stack = [], [top]
+    while stack:
+        run = stack.pop()
+        order.append(run)
+        stack.extend(run.children)
+    return order
+
+
+def _fold_unshared(run: Run, num_new: Rows[int]) -> None:
+    """Turn children with one sequence into members and count what is below; children are done already."""
+    shared = []
+    for child in run.children:
+        if child.num_sequences == 1:
+            run.members.append(child.members[0])
+        else:
+            shared.append(child)
+    run.children = shared
+    run.num_sequences = len(run.members) + sum(child.num_sequences for child in shared)
+    run.num_rows = sum(num_new[i] for i in run.members) + sum(child.num_rows for child in shared)
+
+
+def _absorb(run: Run, child: Run) -> None:
+    """Lengthen a run by its only child, which has the same sequences."""
+    run.end = child.end
+    run.children, run.members = child.children, child.members

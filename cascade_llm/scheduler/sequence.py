@@ -1,0 +1,132 @@
+"""A request, and the token streams that it becomes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as TokenSequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.page_keys import PageKeys
+from cascade_llm.scheduler.prefix_cache import RadixNode
+
+__all__ = ["Request", "Sequence", "SequenceStatus"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a user asked: one prompt, `params.n` samples. Checked before it gets here."""
+
+    request_id: str
+    prompt_token_ids: TokenSequence[int]
+    params: SamplingParams
+    seed: int
+    """The seed of its draws: the user's, or one that the engine drew."""
+    priority: int = 0
+    """Lower runs earlier; equal priorities in order of arrival."""
+    model_ending_token_ids: frozenset[int] = frozenset()
+    """The model's own end-of-sequence ids."""
+    cache_salt: bytes = b""
+    """Requests of another salt never share pages with this one (tenants)."""
+    ending_token_ids: frozenset[int] = field(init=False)
+    """All ids that end it: the model's own unless `ignore_eos`, and `stop_token_ids`."""
+
+    def __post_init__(self) -> None:
+        own = frozenset() if self.params.ignore_eos else self.model_ending_token_ids
+        object.__setattr__(self, "ending_token_ids", own | frozenset(self.params.stop_token_ids or ()))
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is in its life: WAITING → RUNNING (→ WAITING when preempted) → FINISHED."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One token stream: the prompt, then what was generated.
+
+    Its K/V lie in `pages`, in order: first those of the prefix cache on the path to `tail`, then its own. `planned_len`
+    tokens have their K/V computed or planned to be, `committed_len` by steps whose results are known. A token that is
+    sampled by a step in flight is *unresolved*: it has a place but no known id.
+    """
+
+    __slots__ = (
+        "arrival",
+        "committed_len",
+        "computed_len",
+        "epoch",
+        "finish_reason",
+        "forked",
+        "keys",
+        "lane",
+        "num_cached_tokens",
+        "num_prompt_logprobs",
+        "num_unresolved",
+        "pages",
+        "planned_len",
+        "prompt_len",
+        "request",
+        "sample_index",
+        "status",
+        "table_version",
+        "tail",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, sample_index: int, arrival: int, page_size: int, salt: bytes) -> None:
+        self.request = request
+        self.sample_index = sample_index
+        self.arrival = arrival
+        self.token_ids = array("i", request.prompt_token_ids)
+        self.prompt_len = len(self.token_ids)
+        self.keys = PageKeys(salt, self.token_ids, page_size)
+        self.status = SequenceStatus.WAITING
+        self.pages = array("i")
+        self.table_version = 0
+        """Grows with every change of `pages`."""
+        self.tail: RadixNode | None = None
+        self.num_cached_tokens = 0
+        """Prompt tokens found in the prefix cache when it was first admitted."""
+        self.lane = 0
+        self.epoch = 0
+        self.planned_len = 0
+        self.committed_len = 0
+        self.computed_len = 0
+        """The largest `planned_len` it ever had: rows below are computed again after a preemption."""
+        self.num_unresolved = 0
+        self.num_prompt_logprobs = 0
+        """Prompt tokens whose log-probabilities were reported."""
+        self.forked = request.params.n == 1 or sample_index > 0
+        """Whether the other samples of the request exist already."""
+        self.finish_reason: str | None = None
+
+    @property
+    def precedence(self) -> tuple[int, int, int]:
+        """Smaller runs earlier and is preempted later; kept for life, so the oldest always advances."""
+        return (self.request.priority, self.arrival, self.sample_index)
+
+    @property
+    def total_len(self) -> int:
+        """Tokens that have a place, the unresolved ones counted."""
+        return len(self.token_ids) + self.num_unresolved
+
+    @property
+    def num_generated(self) -> int:
+        """Generated tokens, the unresolved ones counted."""
+        return self.total_len - self.prompt_len
+
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt come with this sequence's rows."""
+        return self.sample_index == 0 and self.request.params.prompt_logprobs is not None
+
+    @property
+    def num_to_plan(self) -> int:
+        """Tokens whose K/V have not been planned."""
+        return self.total_len - self.planned_len
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.request.request_id!r}, {self.sample_index}, {self.status.value})"

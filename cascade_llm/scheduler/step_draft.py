@@ -1,0 +1,104 @@
+"""One step while it is being decided, and the columns that it becomes."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from cascade_llm.plan import LaneStart, PageCopy, StepPlan, int_column
+from cascade_llm.scheduler.cascade_planner import PlannedCascade
+from cascade_llm.scheduler.prefix_forest import PlannedRows
+from cascade_llm.scheduler.sequence import Sequence
+
+__all__ = ["PlannedSequence", "StepDraft", "build_step_plan"]
+
+
+@dataclass(slots=True)
+class PlannedSequence:
+    """What a step does for one sequence; kept until the step's result is committed."""
+
+    sequence: Sequence
+    epoch: int
+    """The lane's use when this was planned: a result for an earlier use is dropped."""
+    start_len: int
+    num_new: int
+    samples: list[Sequence] = field(default_factory=list)
+    """The sequences that get a token drawn from the last row: itself, and forks of it at the end of a prompt."""
+
+
+@dataclass(slots=True)
+class StepDraft:
+    """The decisions of one call of `schedule`."""
+
+    budget: int
+    planned: list[PlannedSequence] = field(default_factory=list)
+    lane_starts: list[LaneStart] = field(default_factory=list)
+    page_copies: list[PageCopy] = field(default_factory=list)
+    preempted: bool = False
+
+
+def build_step_plan(step_id: int, draft: StepDraft, cascade: PlannedCascade, page_size: int) -> StepPlan:
+    """Write the columns over rows in the order of the cascade plan."""
+    planned = [draft.planned[i] for i in cascade.order]
+    token_ids, positions, slots = array("i"), array("i"), array("i")
+    lane_rows, lane_row_lanes = array("i"), array("i")
+    sample_rows, sample_lanes, sample_positions = array("i"), array("i"), array("i")
+    logprob_rows, logprob_ids, logprob_counts = array("i"), array("i"), array("i")
+    row = 0
+    for entry in planned:
+        sequence, start, num_new = entry.sequence, entry.start_len, entry.num_new
+        end = start + num_new
+        known = sequence.token_ids[start:end]
+        token_ids.extend(known)
+        if len(known) < num_new:  # its last token is drawn by a step in flight
+            token_ids.append(0)
+            lane_rows.append(row + num_new - 1)
+            lane_row_lanes.append(sequence.lane)
+        if num_new == 1:
+            positions.append(start)
+            slots.append(sequence.pages[start // page_size] * page_size + start % page_size)
+        else:
+            positions.extend(range(start, end))
+            _extend_slots(slots, sequence.pages, start, end, page_size)
+        for sampled in entry.samples:
+            sample_rows.append(row + num_new - 1)
+            sample_lanes.append(sampled.lane)
+            sample_positions.append(end)
+        if sequence.reports_prompt:
+            for position in range(max(start, sequence.num_prompt_logprobs), min(end, sequence.prompt_len - 1)):
+                logprob_rows.append(row + position - start)
+                logprob_ids.append(sequence.token_ids[position + 1])
+                logprob_counts.append(sequence.request.params.prompt_logprobs or 0)
+        row += num_new
+    return StepPlan(
+        step_id=step_id,
+        cascades=(cascade.plan,),
+        token_ids=int_column(token_ids),
+        positions=int_column(positions),
+        slots=int_column(slots),
+        lane_rows=int_column(lane_rows),
+        lane_row_lanes=int_column(lane_row_lanes),
+        sequence_lanes=int_column([entry.sequence.lane for entry in planned]),
+        sequence_epochs=int_column([entry.epoch for entry in planned]),
+        sample_rows=int_column(sample_rows),
+        sample_lanes=int_column(sample_lanes),
+        sample_positions=int_column(sample_positions),
+        prompt_logprob_rows=int_column(logprob_rows),
+        prompt_logprob_token_ids=int_column(logprob_ids),
+        prompt_logprob_counts=int_column(logprob_counts),
+        lane_starts=tuple(draft.lane_starts),
+        page_copies=tuple(draft.page_copies),
+        report=cascade.report,
+    )
+
+
+def planned_rows(draft: StepDraft) -> list[PlannedRows]:
+    """The draft as the cascade planner takes it."""
+    return [PlannedRows(entry.sequence, entry.start_len, entry.num_new) for entry in draft.planned]
+
+
+def _extend_slots(slots: array[int], pages: array[int], start: int, end: int, page_size: int) -> None:
+    for page in range(start // page_size, -(-end // page_size)):
+        first = pages[page] * page_size
+        begin, stop = max(start - page * page_size, 0), min(end - page * page_size, page_size)
+        slots.extend(range(first + begin, first + stop))
