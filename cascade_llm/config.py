@@ -6,6 +6,7 @@ dtype) becomes a value of its own, once, and nothing is patched afterwards.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -85,13 +86,13 @@ class CascadeConfig:
     """The suffix level counted: 1 is plain attention."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_levels <= MAX_CASCADE_LEVELS:
+        if not _is_integer(self.max_levels) or not 1 <= self.max_levels <= MAX_CASCADE_LEVELS:
             raise ConfigError(
-                f"cascade_max_levels is {self.max_levels}: it must be 1 (plain attention) to {MAX_CASCADE_LEVELS}"
+                f"cascade_max_levels is {self.max_levels!r}: it must be 1 (plain attention) to {MAX_CASCADE_LEVELS}"
             )
-        if self.shared_prefix_len is not None and self.shared_prefix_len < 1:
+        if self.shared_prefix_len is not None and not _is_positive_integer(self.shared_prefix_len):
             raise ConfigError(
-                f"cascade_shared_prefix_len is {self.shared_prefix_len}: give 1 or more tokens, "
+                f"cascade_shared_prefix_len is {self.shared_prefix_len!r}: give 1 or more tokens, "
                 "or None to leave the choice to the cost model"
             )
 
@@ -181,14 +182,20 @@ class EngineOptions:
         for name in ("num_threads", "max_model_len", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 self._positive(name)
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
-            raise ConfigError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must be in (0, 1]")
+        for name in ("enable_prefix_caching", "enable_cascade_attention", "enforce_eager", "debug"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be True or False")
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device is {self.device!r}: it must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {share!r}: it must be a number in (0, 1]")
+        if not _is_integer(self.seed) or not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed!r}: it must be an integer in [-2**63, 2**63)")
         if self.tensor_parallel_size != 1:
-            raise ConfigError(f"tensor_parallel_size is {self.tensor_parallel_size}: only 1 is implemented so far")
-        if self.schedule_lag not in (None, 0, 1):
-            raise ConfigError(f"schedule_lag is {self.schedule_lag}: it must be 0, 1 or None")
+            raise ConfigError(f"tensor_parallel_size is {self.tensor_parallel_size!r}: only 1 is implemented so far")
+        if self.schedule_lag is not None and not (_is_integer(self.schedule_lag) and 0 <= self.schedule_lag <= 1):
+            raise ConfigError(f"schedule_lag is {self.schedule_lag!r}: it must be 0, 1 or None")
         CascadeConfig(shared_prefix_len=self.cascade_shared_prefix_len, max_levels=self.cascade_max_levels)
 
     @property
@@ -210,6 +217,13 @@ class EngineOptions:
             raise ConfigError(f"{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}")
 
     def _positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} is {value!r}: it must be an integer, 1 or larger")
+        if not _is_positive_integer(getattr(self, name)):
+            raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be an integer, 1 or larger")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from cascade_llm.errors import CascadeError
 
 __all__ = ["CompletionOutput", "RequestOutput", "TokenLogprob"]
+
+
+FIRST_SAMPLE_KEYS = ("text", "token_ids", "finish_reason", "logprobs", "cumulative_logprob")
 
 
 class TokenLogprob(NamedTuple):
@@ -54,10 +58,14 @@ class RequestOutput:
     @property
     def finished(self) -> bool:
         """Whether every sample has ended."""
-        return self.error is not None or all(output.finish_reason is not None for output in self.outputs)
+        if self.error is not None:
+            return True
+        return bool(self.outputs) and all(output.finish_reason is not None for output in self.outputs)
 
     def __getitem__(self, key: str) -> Any:
-        if key in ("text", "token_ids", "finish_reason", "logprobs", "cumulative_logprob"):
+        if key in FIRST_SAMPLE_KEYS:
+            if not self.outputs and self.error is not None:
+                raise self.error
             return getattr(self.outputs[0], key)
         if key in self.__dataclass_fields__:
             return getattr(self, key)
@@ -65,4 +73,7 @@ class RequestOutput:
 
     def keys(self) -> tuple[str, ...]:
         """The names that `out[...]` takes."""
-        return ("text", "token_ids", "finish_reason", "logprobs", "cumulative_logprob", *self.__dataclass_fields__)
+        return (*FIRST_SAMPLE_KEYS, *self.__dataclass_fields__)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())

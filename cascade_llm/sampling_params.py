@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,9 +69,10 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self._tuple("stop"))
+        object.__setattr__(self, "stop_token_ids", self._tuple("stop_token_ids"))
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise SamplingParamsError(f"logit_bias is {self.logit_bias!r}: it must map token ids to numbers")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
@@ -114,6 +115,14 @@ class SamplingParams:
                 raise SamplingParamsError(f"logit_bias has the key {token_id!r}: give token ids, 0 or larger")
             if not _is_number(bias) or not math.isfinite(bias):
                 raise SamplingParamsError(f"logit_bias[{token_id}] is {bias!r}: give a finite number")
+
+    def _tuple(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        if value is None:
+            return ()
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+            raise SamplingParamsError(f"{name} is {value!r}: it must be a list")
+        return tuple(value)
 
     def _number(self, name: str, allowed: str, test: Any) -> None:
         value = getattr(self, name)

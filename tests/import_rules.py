@@ -48,6 +48,7 @@ class Door(NamedTuple):
 
 DOORS: Mapping[str, Door] = {
     "transformers": Door(("engine.tokenizer",), one_module=True),
+    "tokenizers": Door(("engine.tokenizer", "loader")),
     "gguf": Door(("loader",)),
     "safetensors": Door(("loader",)),
     "huggingface_hub": Door(("loader",)),
