@@ -1,0 +1,224 @@
+"""GGUF metadata as the fields of Hugging Face's config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType
+
+from cascade_llm.errors import CheckpointError, UnsupportedModelError
+from cascade_llm.loader.dequantize import dequantize
+from cascade_llm.loader.gguf_file import GGUFFile
+
+__all__ = ["ARCHITECTURES", "ending_token_ids", "hf_config_of"]
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+"""general.architecture (also Hugging Face's model_type) and the class it stands for."""
+
+NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
+    "expert_count": (0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "attention.scale": (0.0,),
+    "attention.causal": (True,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "attention.temperature_scale": (0.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
+"""Keys that change the mathematics in a way that is not implemented, unless they hold one of these."""
+
+END_OF_TURN_TEXTS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+"""Control tokens that end a turn where the file names none, as in llama.cpp."""
+
+CONTROL_TOKEN = 3
+
+LLAMA3_ORIGINAL_LEN, LLAMA3_LOW_FREQ_FACTOR, LLAMA3_HIGH_FREQ_FACTOR = 8192, 1.0, 4.0
+
+
+def hf_config_of(file: GGUFFile) -> dict[str, Any]:
+    """config.json of the model in a GGUF file, with the classic `rope_theta` and `rope_scaling`.
+
+    Raises `UnsupportedModelError` for an architecture or a feature that is not implemented, `CheckpointError` for
+    metadata that is missing or contradicts itself.
+    """
+    keys = _Keys(file)
+    _check_features(keys)
+    num_heads, hidden_size = keys.integer("attention.head_count"), keys.integer("embedding_length")
+    head_dim = keys.integer("attention.key_length", hidden_size // num_heads)
+    biased = "blk.0.attn_q.bias" in file.tensors
+    return {
+        "architectures": [ARCHITECTURES[keys.architecture]],
+        "model_type": keys.architecture,
+        "vocab_size": _embedding_rows(file),
+        "hidden_size": hidden_size,
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "num_hidden_layers": keys.integer("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": keys.integer("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": keys.number("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(keys, head_dim),
+        "attention_bias": biased,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "torch_dtype": _dtype(file),
+        "hidden_act": "silu",
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+    }
+
+
+def ending_token_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """End of sequence, of turn (eot) and of message (eom), in this order, each once."""
+    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if ids[1] is None:
+        texts, types = metadata.get("tokenizer.ggml.tokens", ()), metadata.get("tokenizer.ggml.token_type", ())
+        ids += [i for i, kind in enumerate(types) if kind == CONTROL_TOKEN and texts[i] in END_OF_TURN_TEXTS]
+    return [int(token_id) for token_id in dict.fromkeys(ids) if token_id is not None]
+
+
+class _Keys:
+    """The metadata of the file's own architecture, `llama.block_count` by `block_count`."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.architecture = str(file.metadata.get("general.architecture"))
+        if self.architecture not in ARCHITECTURES:
+            raise UnsupportedModelError(
+                f"{file.path}: architecture {self.architecture!r} is not implemented: "
+                f"supported are {', '.join(ARCHITECTURES)}"
+            )
+
+    def get(self, name: str, default: object = None) -> Any:
+        return self.file.metadata.get(f"{self.architecture}.{name}", default)
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self.get(name, default)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        if not isinstance(value, int) or value < 1:
+            raise self._unusable(name, value, "a positive integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.get(name, default)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise self._unusable(name, value, "a finite number")
+        return _shortest(value)
+
+    def _unusable(self, name: str, value: object, wanted: str) -> CheckpointError | UnsupportedModelError:
+        if isinstance(value, list):
+            return UnsupportedModelError(f"{self.file.path}: {name} differs from layer to layer, not implemented")
+        return CheckpointError(f"{self.file.path}: {self.architecture}.{name} is {value!r}, it must be {wanted}")
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same float32: 1e-05, where the file's float32 reads as 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _check_features(keys: _Keys) -> None:
+    for name, neutral in NEUTRAL_VALUES.items():
+        value = keys.get(name, neutral[0])
+        if value not in neutral:
+            raise UnsupportedModelError(f"{keys.file.path}: {keys.architecture}.{name} = {value} is not implemented")
+    key_len, value_len = keys.get("attention.key_length"), keys.get("attention.value_length")
+    if key_len != value_len and None not in (key_len, value_len):
+        raise UnsupportedModelError(
+            f"{keys.file.path}: keys of {key_len} and values of {value_len} are not implemented"
+        )
+    if keys.get("attention.sliding_window"):
+        raise UnsupportedModelError(f"{keys.file.path}: sliding-window attention is not implemented")
+
+
+def _embedding_rows(file: GGUFFile) -> int:
+    tensor = file.tensors.get("token_embd.weight")
+    if tensor is None or len(tensor.shape) != 2:
+        raise CheckpointError(f"{file.path} has no token_embd.weight: it is no whole language model")
+    return tensor.shape[0]
+
+
+def _dtype(file: GGUFFile) -> str:
+    """The plain type of the large matrices; block types are dequantized to float32."""
+    plain = {GGMLQuantizationType.F16: "float16", GGMLQuantizationType.BF16: "bfloat16"}
+    types = {plain.get(tensor.type, "float32") for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    return types.pop() if len(types) == 1 else "float32"
+
+
+def _rope_scaling(keys: _Keys, head_dim: int) -> dict[str, Any] | None:
+    """Hugging Face's rope_scaling; None where positions are not stretched."""
+    rotary_dim = keys.integer("rope.dimension_count", head_dim)
+    if rotary_dim != head_dim:
+        raise UnsupportedModelError(
+            f"{keys.file.path}: RoPE over {rotary_dim} of {head_dim} dimensions: not implemented"
+        )
+    if "rope_freqs.weight" in keys.file.tensors:
+        return _llama3_scaling(keys, head_dim)
+    kind = keys.get("rope.scaling.type", "linear" if keys.get("rope.scale_linear") else "none")
+    if kind == "none":
+        return None
+    factor = keys.number("rope.scaling.factor", keys.get("rope.scale_linear"))
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor} if factor != 1 else None
+    if kind == "yarn":
+        return _yarn_scaling(keys, factor)
+    raise UnsupportedModelError(f"{keys.file.path}: RoPE scaling {kind!r} is not implemented: linear, yarn, llama3 are")
+
+
+def _yarn_scaling(keys: _Keys, factor: float) -> dict[str, Any]:
+    """YaRN (Peng et al. 2023). llama.cpp's attn_factor multiplies the paper's 0.1 ln(factor) + 1."""
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length"),
+    }
+    for name in ("beta_fast", "beta_slow"):
+        if keys.get(f"rope.scaling.yarn_{name}") is not None:
+            scaling[name] = keys.number(f"rope.scaling.yarn_{name}")
+    for name in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
+        if keys.get(name) is not None:
+            scaling["attention_factor"] = keys.number(name) * (0.1 * math.log(max(factor, 1.0)) + 1.0)
+    return scaling
+
+
+def _llama3_scaling(keys: _Keys, head_dim: int) -> dict[str, Any]:
+    """Llama 3's scaling, found again from the divisors of each frequency that a GGUF holds in its place.
+
+    All Llama 3.1 to 3.3 models share three of its four numbers; divisors that these do not reproduce are refused.
+    """
+    tensor = keys.file.tensors["rope_freqs.weight"]
+    divisors = dequantize(keys.file.data(tensor), tensor.type, tensor.shape).double()
+    scaling = {
+        "rope_type": "llama3",
+        "factor": round(float(divisors.max()), 4),
+        "low_freq_factor": LLAMA3_LOW_FREQ_FACTOR,
+        "high_freq_factor": LLAMA3_HIGH_FREQ_FACTOR,
+        "original_max_position_embeddings": LLAMA3_ORIGINAL_LEN,
+    }
+    expected = _llama3_divisors(keys.number("rope.freq_base", 10000.0), head_dim, float(divisors.max()))
+    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
+        raise UnsupportedModelError(
+            f"{keys.file.path}: rope_freqs.weight is not the scaling of Llama 3.1 to 3.3, others are not implemented"
+        )
+    return scaling
+
+
+def _llama3_divisors(theta: float, head_dim: int, factor: float) -> torch.Tensor:
+    """[head_dim / 2], what Llama 3 divides each frequency by (Llama 3.1 reference code, `apply_scaling`)."""
+    wavelengths = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    smooth = (LLAMA3_ORIGINAL_LEN / wavelengths - LLAMA3_LOW_FREQ_FACTOR) / (
+        LLAMA3_HIGH_FREQ_FACTOR - LLAMA3_LOW_FREQ_FACTOR
+    )
+    smooth = smooth.clamp(0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / factor + smooth)

@@ -1,0 +1,104 @@
+"""GGUF files as llama.cpp's conversion writes them, made from transformers' models with the `gguf` package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
+from transformers import PreTrainedModel
+
+
+def convert(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """A model's weights under GGUF names, queries and keys of llama permuted; tied heads left out."""
+    config = model.config
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == config.model_type)
+    name_map = get_tensor_name_map(arch, config.num_hidden_layers)
+    tensors = {}
+    for name, parameter in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = parameter.float()
+        if config.model_type == "llama" and (".q_proj." in name or ".k_proj." in name):
+            values = permute(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        tensors[name_map.get_name(name, try_suffixes=(".weight", ".bias"))] = values.numpy()
+    return tensors
+
+
+def permute(values: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Interleave the two halves of each head's rows, row by row."""
+    head_dim = values.shape[0] // num_heads
+    rows = [
+        head * head_dim + half * head_dim // 2 + i
+        for head in range(num_heads)
+        for i in range(head_dim // 2)
+        for half in (0, 1)
+    ]
+    return values[rows].contiguous()
+
+
+def metadata_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The keys that a conversion writes for one of the three architectures."""
+    config = model.config
+    return {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim if config.model_type == "qwen3" else None,
+        "attention.value_length": config.head_dim if config.model_type == "qwen3" else None,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "vocab_size": config.vocab_size,
+    }
+
+
+def write_gguf(
+    path: Path,
+    architecture: str,
+    keys: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    *,
+    tensor_type: GGMLQuantizationType = GGMLQuantizationType.F32,
+    other_keys: Mapping[str, Any] | None = None,
+) -> Path:
+    """A file of `architecture`.`keys`, whole names `other_keys`, and tensors; matrices are stored as `tensor_type`."""
+    writer = GGUFWriter(path, architecture)
+    named = {f"{architecture}.{name}": value for name, value in (keys or {}).items()}
+    for name, value in {**named, **(other_keys or {})}.items():
+        if value is not None:
+            _add_key(writer, name, value)
+    for name, values in (tensors or {}).items():
+        stored = tensor_type if values.ndim > 1 else GGMLQuantizationType.F32
+        data = quants.quantize(values, stored)
+        plain = stored in (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+        writer.add_tensor(name, data, raw_dtype=None if plain else stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_model(path: Path, model: PreTrainedModel, changes: Mapping[str, Any] | None = None, **options: Any) -> Path:
+    """A model as a GGUF file, with some keys changed (None: left out)."""
+    keys = {**metadata_of(model), **(changes or {})}
+    return write_gguf(path, model.config.model_type, keys, convert(model), **options)
+
+
+def _add_key(writer: GGUFWriter, name: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(name, value)
+    elif isinstance(value, int):
+        writer.add_uint32(name, value)
+    elif isinstance(value, float):
+        writer.add_float32(name, value)
+    elif isinstance(value, str):
+        writer.add_string(name, value)
+    else:
+        writer.add_array(name, list(value))

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from cascade_llm.errors import CheckpointError, UnsupportedModelError
+from cascade_llm.loader.dequantize import CHUNK_LEN, dequantize
+from cascade_llm.loader.gguf_checkpoint import GGUFCheckpoint
+from cascade_llm.loader.resolve import open_checkpoint
+from cascade_llm.models.architectures import model_config_from_hf
+from tests.loader.gguf_files import write_gguf, write_model
+from tests.models.checkpoints import hf_config_of, tiny_model
+
+Type = GGMLQuantizationType
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, multi-head, biases": ("llama", {"num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+}
+
+
+def quantizable_types() -> list[Type]:
+    found = []
+    for tensor_type in Type:
+        try:
+            quants.quantize(np.ones((1, 256), np.float32), tensor_type)
+        except NotImplementedError:
+            continue
+        found.append(tensor_type)
+    return found
+
+
+def block_types() -> list[Type]:
+    found = []
+    for tensor_type in Type:
+        try:
+            quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[tensor_type][1]), np.uint8), tensor_type)
+        except NotImplementedError:
+            continue
+        found.append(tensor_type)
+    return [tensor_type for tensor_type in found if GGML_QUANT_SIZES[tensor_type][0] > 1]
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_tensors_equal_the_model_that_was_converted(tmp_path: Path, case: str) -> None:
+    architecture, changes = MODELS[case]
+    model = tiny_model(architecture, **changes)
+    checkpoint = GGUFCheckpoint(write_model(tmp_path / "tiny.gguf", model))
+    loaded = dict(checkpoint.tensors())
+    expected = model.state_dict()
+    if model.config.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+    assert set(loaded) == set(expected)
+    for name, values in expected.items():
+        assert torch.equal(loaded[name], values), name
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_configuration_means_what_the_model_s_own_does(tmp_path: Path, case: str) -> None:
+    architecture, changes = MODELS[case]
+    model = tiny_model(architecture, **changes)
+    checkpoint = GGUFCheckpoint(
+        write_model(tmp_path / "tiny.gguf", model, other_keys={"tokenizer.ggml.eos_token_id": 2})
+    )
+    config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
+    assert config == model_config_from_hf(hf_config_of(model))
+
+
+def transformers_weights(path: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """What transformers makes of a GGUF file: a model without weights, and the weights for it."""
+    read = load_gguf_checkpoint(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**read["config"]))
+    return model, load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_transformers_reads_the_same_weights_from_the_file(tmp_path: Path, architecture: str) -> None:
+    path = write_model(tmp_path / "tiny.gguf", tiny_model(architecture, num_key_value_heads=3))
+    assert_same_tensors(dict(GGUFCheckpoint(path).tensors()), transformers_weights(path)[1])
+
+
+@pytest.mark.slow
+def test_smollm2_equals_what_transformers_loads() -> None:
+    checkpoint = open_checkpoint("smollm2")
+    assert checkpoint.tokenizer_source is not None
+    model, weights = transformers_weights(checkpoint.tokenizer_source)
+    assert_same_tensors(dict(checkpoint.tensors()), weights)
+    ours, theirs = (model_config_from_hf(config) for config in (checkpoint.hf_config(), hf_config_of(model)))
+    # the file's float32 1e-5 reads as 9.99999974e-06 there
+    assert replace(ours, rms_norm_eps=theirs.rms_norm_eps) == theirs
+    assert ours.rms_norm_eps == pytest.approx(theirs.rms_norm_eps, rel=1e-7)
+
+
+def assert_same_tensors(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(loaded) == set(expected)
+    for name, values in expected.items():
+        assert torch.equal(loaded[name], values), name
+
+
+def test_smollm2_s_configuration() -> None:
+    checkpoint = open_checkpoint("smollm2")
+    config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
+    assert (config.architecture, config.num_layers, config.hidden_size, config.intermediate_size) == (
+        ("llama", 30, 576, 1536)
+    )
+    assert (config.num_qo_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (9, 3, 64, 49152)
+    assert (config.max_position_embeddings, config.rope.theta, config.rms_norm_eps) == (8192, 1e5, 1e-5)
+    assert config.tie_word_embeddings
+    assert config.ending_token_ids == {2}
+    assert checkpoint.name == "SmolLM2-135M-Instruct.Q4_1"
+
+
+@pytest.mark.parametrize("tensor_type", quantizable_types(), ids=lambda t: t.name)
+def test_quantized_files_equal_gguf_s_own_dequantization(tmp_path: Path, tensor_type: Type) -> None:
+    model = tiny_model(
+        "llama", hidden_size=256, intermediate_size=256, num_attention_heads=4, vocab_size=300, num_hidden_layers=1
+    )
+    checkpoint = GGUFCheckpoint(write_model(tmp_path / "tiny.gguf", model, tensor_type=tensor_type))
+    loaded = dict(checkpoint.tensors())
+    assert set(loaded) == set(model.state_dict())
+    for name, values in model.state_dict().items():
+        stored = tensor_type if values.dim() > 1 else Type.F32
+        # blocks lie within a row, so that permuting rows before quantizing or after gives the same
+        expected = quants.dequantize(quants.quantize(values.numpy(), stored), stored)
+        assert torch.equal(loaded[name].float(), torch.from_numpy(expected)), name
+    plain = {Type.F16: torch.float16, Type.BF16: torch.bfloat16}
+    assert loaded["lm_head.weight"].dtype == plain.get(tensor_type, torch.float32)
+    assert checkpoint.hf_config()["torch_dtype"] == str(loaded["lm_head.weight"].dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("tensor_type", block_types(), ids=lambda t: t.name)
+def test_random_blocks_equal_gguf_s_own_dequantization(tensor_type: Type) -> None:
+    block_len, block_bytes = GGML_QUANT_SIZES[tensor_type]
+    num_rows = 3
+    row_blocks = CHUNK_LEN // block_len // 2 + 7
+    data = np.random.default_rng(0).integers(0, 256, (num_rows, row_blocks * block_bytes), np.uint8)
+    with np.errstate(all="ignore"):
+        expected = torch.from_numpy(quants.dequantize(data, tensor_type))
+        loaded = dequantize(data.reshape(-1), tensor_type, (num_rows, row_blocks * block_len))
+    assert loaded.shape == (num_rows, row_blocks * block_len)
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_type_without_dequantization_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="Q8_K"):
+        dequantize(np.zeros(GGML_QUANT_SIZES[Type.Q8_K][1], np.uint8), Type.Q8_K, (256,))
+
+
+def test_plain_tensors_are_views_of_the_file(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.gguf", tiny_model("qwen2"))
+    first, second = (dict(GGUFCheckpoint(path).tensors())["lm_head.weight"] for _ in range(2))
+    before = path.read_bytes()
+    first.zero_()
+    assert second.abs().sum() > 0
+    assert path.read_bytes() == before
+
+
+SCALINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "none": ({"rope.scaling.type": "none"}, None),
+    "linear": ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "linear by 1": ({"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}, None),
+    "linear, old key": ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    "yarn": (
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ),
+    "yarn, all keys": (
+        {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.yarn_beta_fast": 16.0,
+            "rope.scaling.yarn_beta_slow": 2.0,
+            "rope.scaling.yarn_attn_factor": 1.0,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "attention_factor": 0.1 * np.log(4.0) + 1.0,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCALINGS)
+def test_rope_scaling(tmp_path: Path, case: str) -> None:
+    changes, expected = SCALINGS[case]
+    checkpoint = GGUFCheckpoint(write_model(tmp_path / "tiny.gguf", tiny_model("llama"), changes))
+    scaling = checkpoint.hf_config()["rope_scaling"]
+    assert scaling == (pytest.approx(expected) if expected and "attention_factor" in expected else expected)
+
+
+def llama3_divisors(factor: float, original_len: int) -> np.ndarray:
+    """What a conversion writes: the unscaled frequencies over those of transformers."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": original_len}
+    model = tiny_model("llama", head_dim=64, rope_parameters=rope, max_position_embeddings=131072)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
+    plain = 1.0 / 5e5 ** (torch.arange(0, 64, 2).float() / 64)
+    return (plain / scaled).numpy()
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_found_again_from_its_divisors(tmp_path: Path, factor: float) -> None:
+    checkpoint = GGUFCheckpoint(rope_freqs_file(tmp_path, llama3_divisors(factor, 8192)))
+    assert checkpoint.hf_config()["rope_scaling"] == {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert model_config_from_hf(checkpoint.hf_config()).rope.factor == factor
+    assert all("rope" not in name for name, _ in checkpoint.tensors())
+
+
+@pytest.mark.parametrize("divisors", [llama3_divisors(8.0, 2048), np.ones(16, np.float32)], ids=["other", "short"])
+def test_other_divisors_are_refused(tmp_path: Path, divisors: np.ndarray) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight"):
+        GGUFCheckpoint(rope_freqs_file(tmp_path, divisors))
+
+
+def rope_freqs_file(folder: Path, divisors: np.ndarray) -> Path:
+    keys = {
+        "context_length": 131072,
+        "embedding_length": 64,
+        "block_count": 1,
+        "feed_forward_length": 64,
+        "attention.head_count": 1,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 5e5,
+    }
+    tensors = {"token_embd.weight": np.zeros((8, 64), np.float32), "rope_freqs.weight": divisors.astype(np.float32)}
+    return write_gguf(folder / "tiny.gguf", "llama", keys, tensors)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "experts": ({"expert_count": 8}, "expert_count = 8"),
+    "soft cap": ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    "window": ({"attention.sliding_window": 4096}, "sliding-window"),
+    "partial rotation": ({"rope.dimension_count": 4}, "RoPE over 4 of 8"),
+    "longrope": ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, "longrope"),
+    "value heads": ({"attention.key_length": 8, "attention.value_length": 16}, "values of 16"),
+    "layers differ": ({"attention.head_count_kv": [2, 2, 6]}, "head_count_kv differs"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    changes, message = REFUSED[case]
+    path = write_model(tmp_path / "tiny.gguf", tiny_model("llama"), changes)
+    with pytest.raises(UnsupportedModelError, match=message):
+        GGUFCheckpoint(path)
+
+
+def test_one_kv_head_count_for_every_layer_may_be_a_list(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.gguf", tiny_model("llama"), {"attention.head_count_kv": [2, 2, 2]})
+    assert GGUFCheckpoint(path).hf_config()["num_key_value_heads"] == 2
+
+
+def test_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'gemma3' .* llama, qwen2, qwen3"):
+        GGUFCheckpoint(write_gguf(tmp_path / "tiny.gguf", "gemma3"))
+
+
+def test_unknown_tensor_is_refused(tmp_path: Path) -> None:
+    tensors = {"token_embd.weight": np.zeros((8, 48), np.float32), "blk.0.attn_sinks.weight": np.zeros(6, np.float32)}
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", metadata(), tensors)
+    with pytest.raises(UnsupportedModelError, match=r"blk\.0\.attn_sinks\.weight"):
+        GGUFCheckpoint(path)
+
+
+def metadata() -> dict[str, Any]:
+    return {
+        "context_length": 64,
+        "embedding_length": 48,
+        "block_count": 1,
+        "feed_forward_length": 64,
+        "attention.head_count": 6,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+    }
+
+
+def test_missing_metadata_is_named(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.gguf", tiny_model("llama"), {"block_count": None})
+    with pytest.raises(CheckpointError, match=r"llama\.block_count is None"):
+        GGUFCheckpoint(path)
+
+
+def test_a_file_without_embedding_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"token_embd\.weight"):
+        GGUFCheckpoint(write_gguf(tmp_path / "tiny.gguf", "llama", metadata()))
+
+
+def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.gguf", tiny_model("llama"), other_keys={"split.count": 3})
+    with pytest.raises(CheckpointError, match="one of 3 parts"):
+        GGUFCheckpoint(path)
+
+
+ENDINGS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "eos": ({"eos": 2}, [2]),
+    "eos, eot and eom": ({"eos": 2, "eot": 5, "eom": 6}, [2, 5, 6]),
+    "the same twice": ({"eos": 2, "eot": 2}, [2]),
+    "end of turn by its text": ({"eos": 2, "texts": True}, [2, 4]),
+    "nothing": ({}, []),
+}
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_ending_ids(tmp_path: Path, case: str) -> None:
+    given, expected = ENDINGS[case]
+    keys: dict[str, Any] = {
+        f"tokenizer.ggml.{name}_token_id": given[name] for name in ("eos", "eot", "eom") if name in given
+    }
+    if "texts" in given:
+        keys["tokenizer.ggml.tokens"] = ["a", "<|eot_id|>", "</s>", "b", "<|eot_id|>"]
+        keys["tokenizer.ggml.token_type"] = [1, 1, 3, 1, 3]
+    checkpoint = GGUFCheckpoint(write_model(tmp_path / "tiny.gguf", tiny_model("llama"), other_keys=keys))
+    assert checkpoint.generation_config() == ({"eos_token_id": expected} if expected else {})
+    assert (checkpoint.tokenizer_source is not None) == ("texts" in given)

