@@ -132,9 +132,8 @@ def _from_folder(folder: Path) -> Any:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # from a missing file to a panic of the Rust library, each of another class
-            raise CheckpointError(
-                f"{folder}: its tokenizer cannot be loaded ({error}): copy its files again"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({reason}): copy it again") from error
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), BackendTokenizer):
         raise UnsupportedModelError(
             f"{folder}: {type(tokenizer).__name__} is no fast tokenizer: add the model's tokenizer.json to the folder"
