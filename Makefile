@@ -51,7 +51,7 @@ flashinfer-signatures: $(FLASHINFER_VENV)/.installed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find cascade_llm tests scripts examples -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv:
 	rm -rf $(VENV) $(FLASHINFER_VENV)
