@@ -104,6 +104,9 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 self._integer(name, "None, 0 or larger", lambda x: x >= 0)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise SamplingParamsError(f"{name} is {getattr(self, name)!r}: it must be True or False")
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
                 raise SamplingParamsError(f"stop has {text!r}: give non-empty strings")
