@@ -56,7 +56,7 @@ DOORS: Mapping[str, Door] = {
     "matplotlib": Door(("cli", "bench", "validation"), one_module=True),
     "xxhash": Door(("scheduler",)),
     "click": Door(("cli",)),
-    "rich": Door(("cli", "bench", "validation")),
+    "rich": Door(("cli", "bench", "validation", "llm")),
 }
 
 
