@@ -162,7 +162,10 @@ class EngineOptions:
     schedule_lag: int | None = None
     """Steps that are planned ahead of the last known result: None is 1 on CUDA, 0 on the CPU."""
     seed: int = 0
+    load_format: str = "auto"
+    """auto | dummy (random weights from the configuration alone)"""
     debug: bool = False
+    """Check every plan, and name the first layer whose output is not finite; slow."""
 
     def __new__(cls, **kwargs: Any) -> EngineOptions:
         """Refuse unknown names, naming the nearest known one."""
@@ -177,6 +180,7 @@ class EngineOptions:
         self._choice("attention_backend", ("auto", "flashinfer", "torch"))
         self._choice("kv_cache_dtype", ("auto", "float32", "bfloat16", "float16"))
         self._choice("quantization", (None,))
+        self._choice("load_format", ("auto", "dummy"))
         for name in ("page_size", "max_num_seqs", "max_num_batched_tokens"):
             self._positive(name)
         for name in ("num_threads", "max_model_len", "kv_cache_bytes"):

@@ -21,7 +21,7 @@ A message names what is wrong, where, and what to change.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "BackendError",
@@ -91,7 +91,14 @@ class PlanError(CascadeError, ValueError):
 
 
 class GenerationError(CascadeError, RuntimeError):
-    """A running request was ended early, for a reason of its own."""
+    """A running request was ended early, for a reason of its own.
+
+    Raised by `LLM.generate` it carries `outputs`, those of all requests of the call: nothing that was computed is lost.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[object] = ()) -> None:
+        super().__init__(message)
+        self.outputs = list(outputs)
 
 
 class EngineClosedError(CascadeError, RuntimeError):

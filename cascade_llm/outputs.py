@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from cascade_llm.errors import CascadeError
 
-__all__ = ["CompletionOutput", "RequestOutput", "TokenLogprob"]
+__all__ = ["CompletionDelta", "CompletionOutput", "RequestOutput", "TokenLogprob"]
 
 
 FIRST_SAMPLE_KEYS = ("text", "token_ids", "finish_reason", "logprobs", "cumulative_logprob")
@@ -38,6 +38,18 @@ class CompletionOutput:
     """The stop token id or string that ended it; None for the model's own ending tokens."""
     logprobs: list[TokenLogprob] | None = None
     cumulative_logprob: float | None = None
+
+
+@dataclass(slots=True)
+class CompletionDelta:
+    """What one sample of a streamed request gained since the last delta."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    """May be empty while text is held back (half a character, the beginning of a stop string), and vice versa."""
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(slots=True)

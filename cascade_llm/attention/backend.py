@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
+from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
 from cascade_llm.plan import CascadePlan
 
 __all__ = ["Attention", "AttentionBackend", "AttentionSpec", "PreparedAttention"]
@@ -75,6 +75,11 @@ class AttentionBackend(ABC):
     def __init__(self, spec: AttentionSpec, kv_cache: PagedKVCache) -> None:
         self.spec = spec
         self.kv_cache = kv_cache
+
+    @staticmethod
+    @abstractmethod
+    def preferred_layout(device: torch.device) -> KVLayout:
+        """The pool's layout that this backend reads fastest on that kind of device."""
 
     @abstractmethod
     def prepare(self, plan: CascadePlan) -> PreparedAttention:

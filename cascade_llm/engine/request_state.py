@@ -1,0 +1,91 @@
+"""A request on its way: what was generated, detokenized, and handed out."""
+
+from __future__ import annotations
+
+from cascade_llm.engine.detokenizer import IncrementalDetokenizer
+from cascade_llm.engine.tokenizer import Tokenizer
+from cascade_llm.errors import GenerationError
+from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
+from cascade_llm.scheduler.scheduler import SequenceUpdate
+from cascade_llm.scheduler.sequence import Request
+
+__all__ = ["RequestState"]
+
+
+class RequestState:
+    """Turns the scheduler's updates of one request into its output."""
+
+    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None) -> None:
+        params = request.params
+        self.request = request
+        self.output = RequestOutput(
+            request.request_id,
+            prompt,
+            list(request.prompt_token_ids),
+            [CompletionOutput(index) for index in range(params.n)],
+        )
+        if params.logprobs is not None:
+            for output in self.output.outputs:
+                output.logprobs, output.cumulative_logprob = [], 0.0
+        if params.prompt_logprobs is not None:
+            self.output.prompt_logprobs = [None]
+        self._detokenizers = [
+            IncrementalDetokenizer(tokenizer, params, request.prompt_token_ids) if tokenizer else None
+            for _ in range(params.n)
+        ]
+        self._handed_out = [(0, 0, False)] * params.n  # characters, tokens, end
+
+    def apply(self, update: SequenceUpdate) -> str | None:
+        """Take in one update. Returns the stop string that has just ended the sample's text, if one did."""
+        if update.sample_index == 0 and not self.output.outputs[0].token_ids:
+            self.output.num_cached_tokens = update.num_cached_tokens
+        if update.prompt_logprobs is not None:
+            assert self.output.prompt_logprobs is not None
+            self.output.prompt_logprobs.extend(update.prompt_logprobs)
+            return None
+        output = self.output.outputs[update.sample_index]
+        if update.token_id is not None:
+            output.token_ids.append(update.token_id)
+        if update.logprob is not None and output.logprobs is not None:
+            output.logprobs.append(update.logprob)
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + update.logprob.logprob
+        output.finish_reason = update.finish_reason
+        output.stop_reason = update.stop_token_id
+        return self._detokenize(update, output)
+
+    def end(self, reason: str, error: GenerationError | None = None) -> None:
+        """End every sample that has not ended by itself."""
+        if error is not None and self.output.error is None:
+            self.output.error = error
+        for output in self.output.outputs:
+            if output.finish_reason is None:
+                output.finish_reason = reason
+
+    def take_deltas(self) -> list[CompletionDelta]:
+        """What each sample gained since the last call."""
+        deltas = []
+        for index, output in enumerate(self.output.outputs):
+            num_characters, num_tokens, ended = self._handed_out[index]
+            now = (len(output.text), len(output.token_ids), output.finish_reason is not None)
+            if now == (num_characters, num_tokens, ended):
+                continue
+            self._handed_out[index] = now
+            logprobs = output.logprobs[num_tokens:] if output.logprobs is not None else None
+            deltas.append(
+                CompletionDelta(
+                    index, output.text[num_characters:], output.token_ids[num_tokens:], output.finish_reason, logprobs
+                )
+            )
+        return deltas
+
+    def _detokenize(self, update: SequenceUpdate, output: CompletionOutput) -> str | None:
+        detokenizer = self._detokenizers[update.sample_index]
+        if detokenizer is None:
+            return None
+        new_ids = [] if update.token_id is None else [update.token_id]
+        delta = detokenizer.push(new_ids, finished=update.finish_reason is not None)
+        output.text += delta.text
+        if delta.stopped_by is None:
+            return None
+        output.finish_reason, output.stop_reason = "stop", delta.stopped_by
+        return delta.stopped_by

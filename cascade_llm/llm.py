@@ -1,0 +1,383 @@
+"""`LLM`: what a user of the library holds."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, cast
+
+from cascade_llm.config import EngineOptions, SchedulerConfig
+from cascade_llm.engine.engine import Engine
+from cascade_llm.engine.intake import Intake, Prompt, ReadPrompt
+from cascade_llm.engine.request_state import RequestState
+from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
+from cascade_llm.errors import (
+    ConfigError,
+    EngineClosedError,
+    GenerationError,
+    PromptError,
+    RequestError,
+    SamplingParamsError,
+)
+from cascade_llm.loader.resolve import open_checkpoint
+from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
+from cascade_llm.runner.build import RunnerFacts, build_runner
+from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel
+from cascade_llm.scheduler.scheduler import FlashInferScheduler
+
+__all__ = ["LLM", "TokenStream"]
+
+OnError = Literal["raise", "return"]
+Messages = Sequence[Mapping[str, Any]]
+Reader = Callable[[], ReadPrompt]
+Item = TypeVar("Item")
+
+
+class LLM:
+    """A model, ready to generate.
+
+    Args:
+        model: a folder, a .gguf file, a hub id, or "smollm2"
+        options: see `cascade_llm.config.EngineOptions`
+
+    Raises:
+        ConfigError: an option is unknown or out of range
+        ModelError: the model is not found, broken, or not implemented
+        CapacityError: it does not fit
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
+        self.options = EngineOptions(**options)
+        checkpoint = open_checkpoint(model, load_format=self.options.load_format)
+        self.tokenizer: Tokenizer | None = load_tokenizer(checkpoint.tokenizer_source)
+        runner, self.facts = build_runner(self.options, checkpoint)
+        self.model_name = checkpoint.name
+        config = SchedulerConfig(
+            page_size=self.options.page_size,
+            total_pages=self.facts.total_pages,
+            max_model_len=self.facts.max_model_len,
+            max_num_seqs=self.options.max_num_seqs,
+            max_num_batched_tokens=self.options.max_num_batched_tokens,
+            enable_prefix_caching=self.options.enable_prefix_caching,
+            cascade=self.options.cascade,
+            cache_salt=checkpoint.name.encode(),
+        )
+        scheduler = FlashInferScheduler(config, _cost_model(self.facts))
+        lag = self.options.schedule_lag
+        self._engine = Engine(scheduler, runner, self.tokenizer, lag=_default_lag(self.facts) if lag is None else lag)
+        self._intake = Intake(
+            self.tokenizer,
+            vocab_size=self.facts.model.vocab_size,
+            max_model_len=self.facts.max_model_len,
+            ending_token_ids=self.facts.model.ending_token_ids,
+            seed=self.options.seed,
+        )
+        self._lock = threading.RLock()
+        self._closed = False
+
+    # -- generation -------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many; returns one output per prompt, in their order.
+
+        Args:
+            prompts: a text or a list of token ids is one prompt; a list of these is many
+            params: one for all, or one per prompt; default `SamplingParams()`
+            priority: lower runs earlier; one for all, or one per prompt
+            on_error: "raise" checks all prompts first and names every bad one in one error, before anything runs;
+                "return" puts the error in that output's place and runs the rest
+            progress: draw a progress bar
+
+        Raises:
+            RequestError: prompts or parameters that cannot be served
+            GenerationError: a request ended early; the others were finished, see its `outputs`
+        """
+        readers = [partial(self._intake.read_prompt, prompt) for prompt in _as_many(prompts)]
+        return self._serve(readers, params, priority, on_error, progress)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, each a list of {"role": ..., "content": ...}; otherwise as `generate`."""
+        readers = [partial(self._intake.read_chat, conversation) for conversation in _as_conversations(messages)]
+        return self._serve(readers, params, priority, on_error, progress)
+
+    def stream(
+        self, prompt: Prompt | Messages, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> TokenStream:
+        """Yield what one prompt (or conversation) gains, as it comes. Closing the stream aborts the request."""
+        with self._lock:
+            self._check_open()
+            params = params or SamplingParams()
+            self._intake.check_params(params)
+            is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+            if is_chat:
+                read = self._intake.read_chat(cast(Messages, prompt))
+            else:
+                read = self._intake.read_prompt(cast(Prompt, prompt))
+            return TokenStream(self, self._engine.add(self._intake.request(read, params, priority), read.text))
+
+    def _serve(
+        self,
+        readers: Sequence[Reader],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int],
+        on_error: OnError,
+        progress: bool,
+    ) -> list[RequestOutput]:
+        if on_error not in ("raise", "return"):
+            raise ConfigError(f"on_error is {on_error!r}: it must be 'raise' or 'return'")
+        with self._lock:
+            self._check_open()
+            all_params = _one_per_prompt("params", params or SamplingParams(), SamplingParams, len(readers))
+            priorities = _one_per_prompt("priority", priority, int, len(readers))
+            prompts = self._read_all(readers, all_params, on_error)
+            states = [
+                prompt
+                if isinstance(prompt, RequestError)
+                else self._engine.add(self._intake.request(prompt, p, rank), prompt.text)
+                for prompt, p, rank in zip(prompts, all_params, priorities, strict=True)
+            ]
+            self._run([state for state in states if isinstance(state, RequestState)], progress)
+        outputs = [_output(state, index) for index, state in enumerate(states)]
+        if on_error == "raise":
+            _raise_first_failure(outputs)
+        return outputs
+
+    def _read_all(
+        self, readers: Sequence[Reader], all_params: Sequence[SamplingParams], on_error: OnError
+    ) -> list[ReadPrompt | RequestError]:
+        read: list[ReadPrompt | RequestError] = []
+        for reader, params in zip(readers, all_params, strict=True):
+            try:
+                self._intake.check_params(params)
+                read.append(reader())
+            except RequestError as error:
+                read.append(error)
+        bad = [(index, item) for index, item in enumerate(read) if isinstance(item, RequestError)]
+        if bad and on_error == "raise":
+            if len(read) == 1:
+                raise bad[0][1]
+            kind = type(bad[0][1]) if len({type(error) for _, error in bad}) == 1 else RequestError
+            listed = "; ".join(f"prompt {index}: {error}" for index, error in bad)
+            raise kind(f"{len(bad)} of {len(read)} prompts cannot be served (nothing has run): {listed}")
+        return read
+
+    # -- the engine's own state --------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int]:
+        """What the engine did since it started, and where its pages are.
+
+        Bytes are of K and V over all layers; `kv_bytes_saved` is what one-level plans of the same steps would have
+        read beside. free_pages + held_pages + cached_pages = total_pages.
+        """
+        with self._lock:
+            scheduler = self._engine.scheduler
+            counts = scheduler.counters.as_dict(self.facts.kv_bytes_per_token)
+            counts.update(asdict(scheduler.page_counts))
+            counts["running_sequences"] = scheduler.num_running
+            counts["waiting_sequences"] = scheduler.num_waiting
+            return counts
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix that no running request holds."""
+        with self._lock:
+            self._check_open()
+            self._engine.scheduler.reset_prefix_cache()
+
+    def close(self) -> None:
+        """End what still runs and free the memory; a second call does nothing."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _step(self) -> None:
+        with self._lock:
+            self._check_open()
+            self._engine.step()
+
+    def _abort(self, request_id: str) -> None:
+        with self._lock:
+            if not self._closed:
+                self._engine.abort(request_id)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed: create another LLM")
+
+    def _run(self, states: Sequence[RequestState], progress: bool) -> None:
+        """Step until these requests have ended; an interruption aborts them."""
+        try:
+            with _progress_bar(len(states), enabled=progress) as advance:
+                num_unfinished = len(states)
+                while num_unfinished:
+                    self._engine.step()
+                    now = sum(not state.output.finished for state in states)
+                    advance(num_unfinished - now, self._engine.scheduler.counters.generated_tokens)
+                    num_unfinished = now
+        finally:
+            for state in states:
+                if not state.output.finished:
+                    self._engine.abort(state.request.request_id)
+
+
+class TokenStream:
+    """An iterator over what a request gains: `CompletionDelta`s, as tokens come.
+
+    `output` is the whole so far. Leaving it early (`close()`, or the end of a `with` block) aborts the request and
+    frees its pages.
+    """
+
+    def __init__(self, llm: LLM, state: RequestState) -> None:
+        self._llm, self._state = llm, state
+        self._ready: list[CompletionDelta] = []
+
+    @property
+    def output(self) -> RequestOutput:
+        """Everything generated so far."""
+        return self._state.output
+
+    def __iter__(self) -> Iterator[CompletionDelta]:
+        return self
+
+    def __next__(self) -> CompletionDelta:
+        while not self._ready:
+            self._ready = self._state.take_deltas()[::-1]
+            if self._ready:
+                break
+            if self.output.finished:
+                if self.output.error is not None:
+                    raise self.output.error
+                raise StopIteration
+            self._llm._step()
+        return self._ready.pop()
+
+    def close(self) -> None:
+        """Abort the request unless it has ended."""
+        self._llm._abort(self._state.request.request_id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _cost_model(facts: RunnerFacts) -> CostModel:
+    shape = AttentionShape(
+        num_qo_heads=facts.model.num_qo_heads,
+        num_kv_heads=facts.model.num_kv_heads,
+        head_dim=facts.model.head_dim,
+        kv_dtype_bytes=facts.kv_dtype.itemsize,
+    )
+    return CostModel(shape, DEVICE_COSTS["cpu" if facts.device.type == "cpu" else "h200"])
+
+
+def _default_lag(facts: RunnerFacts) -> int:
+    return 1 if facts.device.type == "cuda" else 0
+
+
+def _as_many(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise PromptError(
+            f"prompts is a {type(prompts).__name__}: give a text, a list of token ids, or a list of these"
+        )
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [cast(Sequence[int], prompts)]
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, Sequence):
+            raise PromptError(f"prompt {index} is a {type(prompt).__name__}: give a text or a list of token ids")
+    return cast(Sequence[Prompt], prompts)
+
+
+def _as_conversations(messages: object) -> Sequence[Messages]:
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise PromptError('messages must be a list of {"role": ..., "content": ...}, or a list of such lists')
+    if isinstance(messages[0], Mapping):
+        return [cast(Messages, messages)]
+    return cast(Sequence[Messages], messages)
+
+
+def _one_per_prompt(name: str, given: Item | Sequence[Item], kind: type[Item], count: int) -> Sequence[Item]:
+    """`given` once for every prompt, or as it is where it is one per prompt."""
+    if isinstance(given, kind):
+        return [given] * count
+    wrong = SamplingParamsError if kind is SamplingParams else ConfigError
+    if not isinstance(given, Sequence) or isinstance(given, str) or not all(isinstance(item, kind) for item in given):
+        raise wrong(f"{name} must be one {kind.__name__}, or a list with one per prompt")
+    if len(given) != count:
+        raise wrong(f"{name} has {len(given)} entries for {count} prompts: give one for all, or one per prompt")
+    return given
+
+
+def _output(state: RequestState | RequestError, index: int) -> RequestOutput:
+    if isinstance(state, RequestState):
+        return state.output
+    return RequestOutput(f"refused-{index}", None, [], [CompletionOutput(0, finish_reason="error")], error=state)
+
+
+def _raise_first_failure(outputs: list[RequestOutput]) -> None:
+    failed = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
+    if failed:
+        listed = "; ".join(f"prompt {index}: {error}" for index, error in failed)
+        raise GenerationError(
+            f"{len(failed)} of {len(outputs)} requests ended early (this error's `outputs` has all that was generated; "
+            f'on_error="return" returns it): {listed}',
+            outputs,
+        ) from failed[0][1]
+
+
+@contextmanager
+def _progress_bar(total: int, *, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function of (requests that ended, tokens generated by the engine so far)."""
+    if not enabled:
+        yield lambda ended, generated: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[generated]} tokens"), transient=True) as bar:
+        task = bar.add_task("generating", total=total, generated=0)
+        first: list[int] = []
+
+        def advance(ended: int, generated: int) -> None:
+            first[:] = first or [generated]
+            bar.update(task, advance=ended, generated=generated - first[0])
+
+        yield advance

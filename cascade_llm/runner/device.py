@@ -1,0 +1,55 @@
+"""Which device and dtype a model runs in, and with how many threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cascade_llm.errors import ConfigError
+
+__all__ = ["resolve_device", "resolve_dtype", "thread_limit"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one. Raises `ConfigError` for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}: it must be auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: use cpu")
+    return device
+
+
+def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in. `auto`: bfloat16 on a CPU that multiplies it, float32 on others, the model's on CUDA."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if checkpoint_dtype == "float32" else DTYPES[checkpoint_dtype]
+    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+@contextmanager
+def thread_limit(num_threads: int | None) -> Iterator[None]:
+    """Run with this many threads and restore the process's number: it belongs to the user."""
+    before = torch.get_num_threads()
+    if num_threads is None or num_threads == before:
+        yield
+        return
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cpu_has_bfloat16() -> bool:
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
