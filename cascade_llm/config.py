@@ -102,6 +102,14 @@ class CascadeConfig:
         return self.max_levels - 1 if self.enabled else 0
 
 
+def _check_batch(max_num_batched_tokens: int, max_num_seqs: int) -> None:
+    if max_num_batched_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens ({max_num_batched_tokens}) is below max_num_seqs ({max_num_seqs}): "
+            "every running sequence decodes a token a step, so raise the first or lower the second"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """All that the scheduler knows of model and machine."""
@@ -120,11 +128,7 @@ class SchedulerConfig:
         for name in ("page_size", "total_pages", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 1 or larger")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs ({self.max_num_seqs}): "
-                "every running sequence decodes a token a step, so raise the first or lower the second"
-            )
+        _check_batch(self.max_num_batched_tokens, self.max_num_seqs)
         needed = -(-self.max_model_len // self.page_size)
         if self.total_pages < needed:
             raise ConfigError(
@@ -186,6 +190,7 @@ class EngineOptions:
         for name in ("num_threads", "max_model_len", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 self._positive(name)
+        _check_batch(self.max_num_batched_tokens, self.max_num_seqs)
         for name in ("enable_prefix_caching", "enable_cascade_attention", "enforce_eager", "debug"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be True or False")

@@ -54,7 +54,8 @@ class Intake:
     def read_chat(self, messages: Sequence[Mapping[str, Any]]) -> ReadPrompt:
         """A conversation through the model's chat template, ending where the assistant's turn begins."""
         tokenizer = self._require_tokenizer("a conversation")
-        return self._checked(tokenizer.apply_chat_template(messages), tokenizer.encode_chat(messages))
+        text = tokenizer.apply_chat_template(messages)
+        return self._checked(text, tokenizer.encode(text, add_special_tokens=False))
 
     def check_params(self, params: SamplingParams) -> None:
         """Raise `SamplingParamsError` for what only the model can tell to be wrong."""
