@@ -87,5 +87,6 @@ class RequestState:
         output.text += delta.text
         if delta.stopped_by is None:
             return None
-        output.finish_reason, output.stop_reason = "stop", delta.stopped_by
-        return delta.stopped_by
+        stopped_by = delta.stopped_by
+        output.finish_reason, output.stop_reason = "stop", stopped_by
+        return stopped_by

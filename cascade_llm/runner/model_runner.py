@@ -16,7 +16,6 @@ from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import IntColumn, StepPlan, StepResult
 from cascade_llm.runner.device import thread_limit
 from cascade_llm.runner.lanes import LaneState
-from cascade_llm.runner.logprobs import token_logprobs
 from cascade_llm.runner.sampler import Sampler
 
 __all__ = ["ModelRunner", "PendingStep", "StepAttention"]
@@ -109,11 +108,8 @@ class ModelRunner:
         for begin in range(0, len(plan.prompt_logprob_rows), LOGPROB_ROWS):
             part = slice(begin, begin + LOGPROB_ROWS)
             logits = self.decoder.logits(hidden[self._index(plan.prompt_logprob_rows[part])])
-            reports += token_logprobs(
-                logits,
-                range(len(logits)),
-                plan.prompt_logprob_token_ids[part].tolist(),
-                plan.prompt_logprob_counts[part].tolist(),
+            reports += self._sampler.prompt_logprobs(
+                logits, range(len(logits)), plan.prompt_logprob_token_ids[part], plan.prompt_logprob_counts[part]
             )
         return reports
 
