@@ -12,13 +12,21 @@ is rotated by transformers with its final length throughout, and here token by t
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 
 from cascade_llm.config import ModelConfig, RopeConfig
 
-__all__ = ["ROPE_TYPES", "RotaryEmbedding", "Rotation", "cos_sin_cache", "max_context_len", "rope_frequencies"]
+__all__ = [
+    "ROPE_TYPES",
+    "Rotation",
+    "cos_sin_cache",
+    "max_context_len",
+    "rope_frequencies",
+    "rotate_heads",
+    "rotation_at",
+]
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -128,29 +136,33 @@ def _yarn_frequencies(rope: RopeConfig, head_dim: int, original_len: int) -> tor
     return (1 - extrapolated) / (rope.factor * scales) + extrapolated / scales
 
 
-class Rotation(NamedTuple):
-    """Cosines and signed sines of one step's rows, both [rows, 1, head_dim]."""
+class Rotation:
+    """Cosines and sines of one step's rows; made once per step, used in every layer."""
 
-    cos: torch.Tensor
-    """Both halves alike."""
-    sin: torch.Tensor
-    """The first half negated."""
+    def __init__(self, cos_sin: torch.Tensor) -> None:
+        self.cos_sin = cos_sin
+        """[rows, head_dim] float32: rows of the table."""
+
+    @cached_property
+    def cos(self) -> torch.Tensor:
+        """[rows, 1, head_dim], both halves alike."""
+        cos, _ = self.cos_sin.unsqueeze(1).chunk(2, dim=-1)
+        return torch.cat((cos, cos), dim=-1)
+
+    @cached_property
+    def signed_sin(self) -> torch.Tensor:
+        """[rows, 1, head_dim], the first half negated."""
+        _, sin = self.cos_sin.unsqueeze(1).chunk(2, dim=-1)
+        return torch.cat((-sin, sin), dim=-1)
 
 
-class RotaryEmbedding:
-    """The table of one model, and the rotation of query and key heads (NeoX style: halves, not pairs)."""
+def rotation_at(table: torch.Tensor, positions: torch.Tensor) -> Rotation:
+    """The rotation of rows at int64 `positions` [rows], which must lie inside the table."""
+    return Rotation(table.index_select(0, positions))
 
-    def __init__(self, config: ModelConfig, max_positions: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.cos_sin_cache = cos_sin_cache(config, max_positions, device)
-        self._dtype = dtype
 
-    def at(self, positions: torch.Tensor) -> Rotation:
-        """The rotation of rows at int64 `positions` [rows]; read once per step, used in every layer."""
-        cos, sin = self.cos_sin_cache.index_select(0, positions).unsqueeze(1).to(self._dtype).chunk(2, dim=-1)
-        return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
-
-    @staticmethod
-    def apply(heads: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        """Rotated copy of [rows, num_heads, head_dim]; query and key heads may go together."""
-        swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
-        return (heads * rotation.cos).addcmul_(swapped, rotation.sin)
+def rotate_heads(heads: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Rotated copy of [rows, num_heads, head_dim], computed in float32 (NeoX style: halves, not pairs)."""
+    exact = heads.float()
+    swapped = exact.roll(heads.shape[-1] // 2, dims=-1)
+    return (exact * rotation.cos).addcmul_(swapped, rotation.signed_sin).to(heads.dtype)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from cascade_llm.attention.backend import Attention
 from cascade_llm.config import ModelConfig
-from cascade_llm.layers.activation import silu_and_mul
+from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm
 from cascade_llm.layers.linear import Linear
-from cascade_llm.layers.rmsnorm import RMSNorm
-from cascade_llm.layers.rope import RotaryEmbedding, Rotation
+from cascade_llm.layers.rope import Rotation, cos_sin_cache, rotation_at
+from cascade_llm.layers.select_ops import select_fused_ops
 
 __all__ = ["Decoder", "DecoderLayer", "Observer"]
 
@@ -27,21 +27,23 @@ Observer = Callable[[str, torch.Tensor], None]
 class DecoderLayer:
     """Pre-norm attention and gated feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, index: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, *, dtype: torch.dtype, device: torch.device, ops: FusedOps
+    ) -> None:
         self.index = index
-        self._head_counts = (config.num_qo_heads, config.num_kv_heads, config.num_kv_heads)
-        self._head_dim = config.head_dim
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        q_size, num_heads = config.num_qo_heads * config.head_dim, sum(self._head_counts)
+        self._ops = ops
+        self._layout = HeadLayout(config.num_qo_heads, config.num_kv_heads, config.head_dim)
+        hidden, eps, q_size = config.hidden_size, config.rms_norm_eps, config.num_qo_heads * config.head_dim
+        qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
 
         def linear(inputs: int, outputs: int, bias: bool) -> Linear:
             return Linear(inputs, outputs, bias=bias, dtype=dtype, device=device)
 
         def norm(size: int) -> RMSNorm:
-            return RMSNorm(size, eps, dtype=dtype, device=device)
+            return RMSNorm.ones(size, eps, dtype=dtype, device=device)
 
         self.input_norm = norm(hidden)
-        self.qkv = linear(hidden, num_heads * config.head_dim, config.qkv_bias)
+        self.qkv = linear(hidden, qkv_size, config.qkv_bias)
         self.qk_norms = (norm(config.head_dim), norm(config.head_dim)) if config.qk_norm else None
         self.attention_out = linear(q_size, hidden, config.attention_out_bias)
         self.feed_forward_norm = norm(hidden)
@@ -53,23 +55,26 @@ class DecoderLayer:
         """The four products, in the order they run."""
         return self.qkv, self.attention_out, self.gate_up, self.down
 
-    def __call__(self, hidden: torch.Tensor, rotation: Rotation, attention: Attention) -> torch.Tensor:
-        """Add this layer's two parts to `hidden` [rows, hidden], in place; returns it."""
-        q, k, v = self._heads(self.input_norm(hidden), rotation)
-        hidden += self.attention_out(attention(self.index, q, k, v).flatten(1))
-        hidden += self.down(silu_and_mul(self.gate_up(self.feed_forward_norm(hidden))))
-        return hidden
+    def __call__(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, rotation: Rotation, attention: Attention
+    ) -> torch.Tensor:
+        """What this layer's feed-forward adds to the residual stream; adding it is left to the next norm.
 
-    def _heads(self, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k (rotated) and v, each [rows, heads, head_dim]; q and k are views of one tensor."""
-        num_q, num_k, num_v = self._head_counts
-        heads = self.qkv(x).view(x.shape[0], -1, self._head_dim)
-        qk, v = heads.split_with_sizes((num_q + num_k, num_v), dim=1)
-        if self.qk_norms is not None:
-            q_norm, k_norm = self.qk_norms
-            qk = torch.cat((q_norm(qk[:, :num_q]), k_norm(qk[:, num_q:])), dim=1)
-        q, k = RotaryEmbedding.apply(qk, rotation).split_with_sizes((num_q, num_k), dim=1)
-        return q, k, v
+        Args:
+            residual: [rows, hidden]; `delta` and the attention's output are added in place
+            delta: [rows, hidden], what the layer before left to add; None for the first layer
+            rotation: of these rows
+            attention: over this step's rows
+        """
+        ops = self._ops
+        if delta is None:
+            x = ops.rms_norm(residual, self.input_norm)
+        else:
+            x = ops.add_rms_norm(residual, delta, self.input_norm)
+        q, k, v = ops.rotate(self.qkv(x), self._layout, rotation, self.qk_norms)
+        attended = self.attention_out(attention(self.index, q, k, v).flatten(1))
+        x = ops.add_rms_norm(residual, attended, self.feed_forward_norm)
+        return self.down(ops.silu_and_mul(self.gate_up(x)))
 
 
 class Decoder:
@@ -86,17 +91,29 @@ class Decoder:
         device: torch.device | str = "cpu",
         *,
         max_positions: int | None = None,
+        ops: FusedOps | None = None,
     ) -> None:
-        """`max_positions`: the longest sequence, for the RoPE table; default `config.max_position_embeddings`."""
+        """Allocate the parameters.
+
+        Args:
+            config: the model
+            dtype: of the parameters and of all that is computed from them
+            device: where they lie
+            max_positions: the longest sequence, for the RoPE table; default `config.max_position_embeddings`
+            ops: the elementwise operations; default the fastest that works on this device
+        """
         device = torch.device(device)
         self.config, self.dtype, self.device = config, dtype, device
+        self.ops = ops or select_fused_ops(dtype, device)
         self.embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.layers = [DecoderLayer(config, i, dtype=dtype, device=device) for i in range(config.num_layers)]
-        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.layers = [
+            DecoderLayer(config, i, dtype=dtype, device=device, ops=self.ops) for i in range(config.num_layers)
+        ]
+        self.final_norm = RMSNorm.ones(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding
-        self.rope = RotaryEmbedding(config, max_positions or config.max_position_embeddings, dtype=dtype, device=device)
+        self.cos_sin_cache = cos_sin_cache(config, max_positions or config.max_position_embeddings, device)
 
     def forward(
         self,
@@ -113,15 +130,17 @@ class Decoder:
             attention: writes and attends K/V of this step's rows
             observer: is shown the output of every stage
         """
-        hidden = F.embedding(token_ids, self.embedding)
-        rotation = self.rope.at(positions)
+        residual = F.embedding(token_ids, self.embedding)
+        rotation = rotation_at(self.cos_sin_cache, positions)
         if observer is not None:
-            observer("embedding", hidden)
+            observer("embedding", residual)
+        delta: torch.Tensor | None = None
         for layer in self.layers:
-            hidden = layer(hidden, rotation, attention)
+            delta = layer(residual, delta, rotation, attention)
             if observer is not None:
-                observer(f"layer {layer.index}", hidden)
-        hidden = self.final_norm(hidden)
+                observer(f"layer {layer.index}", residual + delta)
+        assert delta is not None, "a model has at least one layer"
+        hidden = self.ops.add_rms_norm(residual, delta, self.final_norm)
         if observer is not None:
             observer("final norm", hidden)
         return hidden

@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from cascade_llm.config import ModelConfig
-from cascade_llm.layers.rope import RotaryEmbedding, cos_sin_cache, max_context_len, rope_frequencies
+from cascade_llm.layers.rope import cos_sin_cache, max_context_len, rope_frequencies, rotate_heads, rotation_at
 from cascade_llm.models.architectures import model_config_from_hf
 
 CPU = torch.device("cpu")
@@ -111,16 +111,16 @@ def test_dynamic_table_beyond_the_original_length_is_that_of_decoding_token_by_t
 
 
 @pytest.mark.parametrize("name", ["default", "yarn, mscale"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_rotation_equals_transformers(name: str, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
-    rope = RotaryEmbedding(own_config(SCALINGS[name]), MAX_LEN, dtype=dtype, device=CPU)
+    table = cos_sin_cache(own_config(SCALINGS[name]), MAX_LEN)
     positions = torch.tensor([0, 5, 1, 255, 17])
     heads = torch.randn(5, 6, 64)
     cos, sin = LlamaRotaryEmbedding(hf_config(SCALINGS[name]))(heads, positions[None])
     expected, _ = apply_rotary_pos_emb(heads[None], heads[None], cos, sin, unsqueeze_dim=2)
     before = heads.to(dtype)
-    got = rope.apply(before, rope.at(positions))
+    got = rotate_heads(before, rotation_at(table, positions))
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), expected[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(before, heads.to(dtype))
@@ -128,12 +128,12 @@ def test_rotation_equals_transformers(name: str, dtype: torch.dtype, tolerance: 
 
 def test_rotation_keeps_scores_a_function_of_the_distance() -> None:
     torch.manual_seed(0)
-    rope = RotaryEmbedding(own_config(SCALINGS["default"]), MAX_LEN, dtype=torch.float32, device=CPU)
+    table = cos_sin_cache(own_config(SCALINGS["default"]), MAX_LEN)
     q, k = torch.randn(1, 1, 64), torch.randn(1, 1, 64)
 
     def score(query_position: int, key_position: int) -> float:
-        rotated_q = rope.apply(q, rope.at(torch.tensor([query_position])))
-        rotated_k = rope.apply(k, rope.at(torch.tensor([key_position])))
+        rotated_q = rotate_heads(q, rotation_at(table, torch.tensor([query_position])))
+        rotated_k = rotate_heads(k, rotation_at(table, torch.tensor([key_position])))
         return float((rotated_q * rotated_k).sum())
 
     assert score(9, 2) == pytest.approx(score(200, 193), abs=1e-3)

@@ -1,0 +1,77 @@
+"""The elementwise work of a decoder layer, behind one door: torch anywhere, compiled C on the CPU."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from cascade_llm.layers.rope import Rotation
+
+__all__ = ["FusedOps", "HeadLayout", "RMSNorm"]
+
+
+@dataclass(frozen=True, eq=False)
+class RMSNorm:
+    """Parameters of a root mean square normalization (Zhang & Sennrich 2019): x / sqrt(mean(x²) + eps) * weight."""
+
+    weight: torch.Tensor
+    """[size]"""
+    eps: float
+
+    @classmethod
+    def ones(cls, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> RMSNorm:
+        """A norm that only scales to unit mean square."""
+        return cls(torch.ones(size, dtype=dtype, device=device), eps)
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """How the product of the fused q, k, v projection is cut into heads: query heads first, then keys, then values."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def num_rotated(self) -> int:
+        """Query and key heads."""
+        return self.num_qo_heads + self.num_kv_heads
+
+    def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views q, k and v [rows, heads, head_dim] of qkv [rows, all heads * head_dim]."""
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
+        q, k, v = heads.split_with_sizes((self.num_qo_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        return q, k, v
+
+
+class FusedOps(ABC):
+    """What happens between the matrix products of a layer. Every implementation computes in float32 inside."""
+
+    name: str
+
+    @abstractmethod
+    def rms_norm(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """Normalised copy of x [rows, size]."""
+
+    @abstractmethod
+    def add_rms_norm(self, residual: torch.Tensor, delta: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """Add `delta` to `residual` in place, and return the sum normalised; all [rows, size]."""
+
+    @abstractmethod
+    def rotate(
+        self, qkv: torch.Tensor, layout: HeadLayout, rotation: Rotation, norms: tuple[RMSNorm, RMSNorm] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v, each [rows, heads, head_dim], of one projection; q and k rotated.
+
+        Args:
+            qkv: [rows, all heads * head_dim], contiguous; may be overwritten
+            layout: where the heads lie
+            rotation: of the same rows
+            norms: applied to each query head and each key head before the rotation (Qwen3)
+        """
+
+    @abstractmethod
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up (SwiGLU, Shazeer 2020), for gate_up [rows, 2 * size], the gate first; -> [rows, size]."""

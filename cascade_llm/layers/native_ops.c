@@ -1,0 +1,124 @@
+/* The elementwise operations of a decoder layer, one pass each; see native_ops.py, which compiles this at start.
+ *
+ * Built for one element type: -DBFLOAT16 or, without it, float. Arithmetic is in float, one rounding at the end.
+ * NaN and infinity must come through, so the build must not assume finite mathematics.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+static inline float float_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+#ifdef BFLOAT16
+typedef uint16_t element;
+
+static inline float load(element x) { return float_of_bits((uint32_t)x << 16); }
+
+/* To the nearest, ties to even; a NaN stays one. */
+static inline element store(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    uint32_t quiet = (bits >> 16) | 0x40;
+    return (element)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+}
+#else
+typedef float element;
+static inline float load(element x) { return x; }
+static inline element store(float value) { return value; }
+#endif
+
+/* e^x to float precision for |x| <= 87, clamped beyond: Cody-Waite reduction and a polynomial of degree 6. */
+static inline float exponential(float x) {
+    x = x > 87.0f ? 87.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.3888889e-3f;
+    p = p * r + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * float_of_bits((uint32_t)((int32_t)n + 127) << 23);
+}
+
+static inline float inverse_rms(float sum_of_squares, long size, float eps) {
+    return 1.0f / sqrtf(sum_of_squares / (float)size + eps);
+}
+
+/* Elements from which a second thread pays for its start; the exponential costs more per element. */
+enum { PARALLEL_FROM = 65536, PARALLEL_FROM_EXPONENTIAL = 16384 };
+
+/* out = rms_norm(residual); with delta, residual += delta first. All [rows, size], contiguous. */
+void add_rms_norm(element *restrict residual, const element *restrict delta, const element *restrict weight,
+                  element *restrict out, long rows, long size, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * size >= PARALLEL_FROM)
+    for (long row = 0; row < rows; row++) {
+        element *x = residual + row * size, *y = out + row * size;
+        float sum = 0;
+        if (delta) {
+            const element *d = delta + row * size;
+#pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < size; i++) {
+                x[i] = store(load(x[i]) + load(d[i]));
+                sum += load(x[i]) * load(x[i]);
+            }
+        } else {
+#pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < size; i++) sum += load(x[i]) * load(x[i]);
+        }
+        float scale = inverse_rms(sum, size, eps);
+        for (long i = 0; i < size; i++) y[i] = store(load(x[i]) * scale * load(weight[i]));
+    }
+}
+
+/* out [rows, size] = silu(gate) * up, with gate_up [rows, 2 * size]. */
+void silu_and_mul(const element *restrict gate_up, element *restrict out, long rows, long size, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * size >= PARALLEL_FROM_EXPONENTIAL)
+    for (long row = 0; row < rows; row++) {
+        const element *gate = gate_up + 2 * row * size, *up = gate + size;
+        element *y = out + row * size;
+        for (long i = 0; i < size; i++) {
+            float x = load(gate[i]);
+            y[i] = store(x / (1.0f + exponential(-x)) * load(up[i]));
+        }
+    }
+}
+
+/* One head: normalise (unless weight is null), then rotate its halves against each other. */
+static inline void rotate_head(element *restrict head, const element *restrict weight, const float *restrict cosines,
+                               const float *restrict sines, long half, float eps) {
+    element *low = head, *high = head + half;
+    if (weight) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < 2 * half; i++) sum += load(head[i]) * load(head[i]);
+        float scale = inverse_rms(sum, 2 * half, eps);
+        for (long i = 0; i < 2 * half; i++) head[i] = store(load(head[i]) * scale * load(weight[i]));
+    }
+    for (long i = 0; i < half; i++) {
+        float x = load(low[i]), y = load(high[i]);
+        low[i] = store(x * cosines[i] - y * sines[i]);
+        high[i] = store(y * cosines[i] + x * sines[i]);
+    }
+}
+
+/* Query and key heads of qkv [rows, row_size], in place; cos_sin is [rows, head_dim]. The norms may be null. */
+void rotate(element *restrict qkv, const float *restrict cos_sin, const element *restrict q_norm,
+            const element *restrict k_norm, long rows, long row_size, long num_q, long num_k, long head_dim, float eps,
+            int threads) {
+    long half = head_dim / 2;
+#pragma omp parallel for num_threads(threads) if (rows * (num_q + num_k) * head_dim >= PARALLEL_FROM)
+    for (long row = 0; row < rows; row++) {
+        const float *cosines = cos_sin + row * head_dim, *sines = cosines + half;
+        for (long head = 0; head < num_q + num_k; head++)
+            rotate_head(qkv + row * row_size + head * head_dim, head < num_q ? q_norm : k_norm, cosines, sines, half,
+                        eps);
+    }
+}

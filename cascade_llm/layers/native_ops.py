@@ -1,0 +1,148 @@
+"""The elementwise operations in C, for the CPU: one pass over the data each, compiled in 0.2 s when an engine starts.
+
+On small models the glue between matrix products costs torch a quarter of a decode step: fifteen dispatches a layer,
+each with a pass over the rows. `torch.compile` spends as much on guards as it saves. Here a layer makes four calls.
+
+The machine's own compiler builds `native_ops.c` for the machine's own processor; nothing is kept on disk. Where there
+is no compiler, `TorchOps` does the same work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from cascade_llm.errors import BackendError
+from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm
+from cascade_llm.layers.rope import Rotation
+
+__all__ = ["NativeOps"]
+
+SOURCE = Path(__file__).with_suffix(".c")
+COMPILER = "gcc"
+"""GCC's OpenMP runtime is the one that torch has already loaded; another compiler's would bring a second pool."""
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+DTYPE_FLAGS = {torch.float32: "-DFLOAT32", torch.bfloat16: "-DBFLOAT16"}
+
+_pointer, _long, _float, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+
+
+class NativeOps(FusedOps):
+    """Compiled for one dtype, float32 or bfloat16; tensors must be on the CPU, of that dtype and contiguous."""
+
+    name = "native"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """Compile and load; raises `BackendError` with the reason where that is not possible."""
+        self.dtype = dtype
+        library = _compiled(dtype)
+        self._add_rms_norm, self._rotate, self._silu_and_mul = (
+            library.add_rms_norm,
+            library.rotate,
+            library.silu_and_mul,
+        )
+
+    def rms_norm(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See `FusedOps`."""
+        return self._normalised(x, None, norm)
+
+    def add_rms_norm(self, residual: torch.Tensor, delta: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See `FusedOps`."""
+        assert delta.is_contiguous()
+        assert delta.shape == residual.shape
+        return self._normalised(residual, delta.data_ptr(), norm)
+
+    def rotate(
+        self, qkv: torch.Tensor, layout: HeadLayout, rotation: Rotation, norms: tuple[RMSNorm, RMSNorm] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `FusedOps`; q, k and v are views of `qkv`."""
+        assert qkv.is_contiguous()
+        assert qkv.dtype == self.dtype
+        assert len(rotation.cos_sin) == len(qkv)
+        self._rotate(
+            qkv.data_ptr(),
+            rotation.cos_sin.data_ptr(),
+            norms[0].weight.data_ptr() if norms else None,
+            norms[1].weight.data_ptr() if norms else None,
+            *qkv.shape,
+            layout.num_qo_heads,
+            layout.num_kv_heads,
+            layout.head_dim,
+            norms[0].eps if norms else 0.0,
+            torch.get_num_threads(),
+        )
+        return layout.split(qkv)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `FusedOps`."""
+        assert gate_up.is_contiguous()
+        assert gate_up.dtype == self.dtype
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, size)
+        self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), rows, size, torch.get_num_threads())
+        return out
+
+    def _normalised(self, residual: torch.Tensor, delta_pointer: int | None, norm: RMSNorm) -> torch.Tensor:
+        assert residual.is_contiguous()
+        assert residual.dtype == self.dtype
+        out = torch.empty_like(residual)
+        self._add_rms_norm(
+            residual.data_ptr(),
+            delta_pointer,
+            norm.weight.data_ptr(),
+            out.data_ptr(),
+            *residual.shape,
+            norm.eps,
+            torch.get_num_threads(),
+        )
+        return out
+
+
+@functools.cache
+def _compiled(dtype: torch.dtype) -> ctypes.CDLL:
+    """The library for one dtype, compiled once per process; its file is gone when this returns."""
+    if dtype not in DTYPE_FLAGS:
+        raise BackendError(f"native operations are for float32 and bfloat16, not {str(dtype).removeprefix('torch.')}")
+    compiler = shutil.which(COMPILER)
+    if compiler is None:
+        raise BackendError(f"native operations need a C compiler, and {COMPILER} was not found")
+    with tempfile.TemporaryDirectory(prefix="cascade_llm_") as folder:
+        target = str(Path(folder) / "native_ops.so")
+        command = [compiler, *FLAGS, DTYPE_FLAGS[dtype], str(SOURCE), "-o", target, "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BackendError(f"native operations did not compile: {done.stderr.strip()[:500]}")
+        before = _openmp_runtimes()
+        try:
+            library = ctypes.CDLL(target)
+        except OSError as error:
+            raise BackendError(f"native operations did not load: {error}") from None
+    if _openmp_runtimes() - before:
+        raise BackendError("native operations brought a second OpenMP runtime beside torch's")
+    return _with_signatures(library)
+
+
+def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the types of the three functions."""
+    library.add_rms_norm.argtypes = (*[_pointer] * 4, _long, _long, _float, _int)
+    library.silu_and_mul.argtypes = (_pointer, _pointer, _long, _long, _int)
+    library.rotate.argtypes = (*[_pointer] * 4, *[_long] * 5, _float, _int)
+    for function in (library.add_rms_norm, library.silu_and_mul, library.rotate):
+        function.restype = None
+    return library
+
+
+def _openmp_runtimes() -> set[str]:
+    """OpenMP runtimes that this process has loaded, by path; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line}
+    return {path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
