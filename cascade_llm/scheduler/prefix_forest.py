@@ -38,18 +38,18 @@ class Run:
 
 
 def attach_nodes(rows: Rows[PlannedRows], page_size: int) -> list[RadixNode]:
-    """For each sequence the deepest node of its path that lies wholly before its new tokens.
+    """For each sequence the deepest node of its path that it can share in this step.
 
-    What a sequence writes in this step belongs to its leaf segment, where the causal mask is. So a leader that fills
-    shared pages is attached above them in that step, and its followers below.
+    That node lies wholly before its new tokens: what a sequence writes in this step belongs to its leaf segment, where
+    the causal mask is. So a leader that fills shared pages is attached above them in that step, and its followers
+    below. And another sequence holds it too: while a sequence extends its own path, it stays attached where it is.
     """
     nodes = []
     for sequence, start_len, _ in rows:
         node = sequence.tail
         assert node is not None
         limit = start_len // page_size
-        while node.end > limit:
-            assert node.parent is not None
+        while node.parent is not None and (node.num_holds == 1 or node.end > limit):
             node = node.parent
         nodes.append(node)
     return nodes
