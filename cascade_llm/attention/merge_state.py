@@ -8,9 +8,13 @@ A state is (v, s): `v` is the attention output over some keys, `s` the logarithm
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 __all__ = ["merge_state", "merge_state_in_place"]
+
+LN_2 = math.log(2.0)
 
 
 def merge_state(
@@ -32,7 +36,7 @@ def merge_state(
 
 def merge_state_in_place(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor) -> None:
     """Merge another state into (v, s), v float32; shapes as in `merge_state`."""
-    merged = torch.logaddexp2(s, s_other)
-    anchor = merged.masked_fill(merged == -torch.inf, 0.0)  # -inf less -inf would be NaN
-    v.mul_(torch.exp2(s - anchor).unsqueeze(-1)).addcmul_(v_other, torch.exp2(s_other - anchor).unsqueeze(-1))
-    s.copy_(merged)
+    # how much of the whole the other is: sigmoid of the difference; -inf less -inf is NaN, any weight will do there
+    weight = torch.sub(s_other, s).nan_to_num_(nan=0.0).mul_(LN_2).sigmoid_()
+    v.lerp_(v_other.float(), weight.unsqueeze(-1))
+    torch.logaddexp2(s, s_other, out=s)

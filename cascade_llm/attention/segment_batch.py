@@ -2,17 +2,18 @@
 
 A level's segments differ in rows and length. They are sorted and cut into batches; inside a batch all are padded to
 the longest. A batch is closed when its padding would cost more than starting another one, or when its K/V would leave
-the processor's cache. A long segment whose pages are consecutive is a batch of its own: it is read where it lies.
+the processor's cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
-from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.plan import CascadeLevel
 
 __all__ = ["Blocking", "RowBlock", "Segment", "SegmentBatch", "read_segments", "split_into_batches"]
@@ -20,18 +21,16 @@ __all__ = ["Blocking", "RowBlock", "Segment", "SegmentBatch", "read_segments", "
 
 @dataclass(frozen=True, kw_only=True)
 class Blocking:
-    """How work is cut, in units that fit a processor's cache; the defaults were measured on a CPU."""
+    """How work is cut so that it stays in a processor's caches; the defaults were measured on a CPU."""
 
-    scores_per_block: int = 1 << 20
+    scores_per_block: int = 2 << 20
     """Scores (over all heads) that are held at a time."""
-    tokens_per_batch: int = 4096
-    """Tokens of K/V that are gathered at a time, unless one segment is longer."""
-    batch_overhead: int = 16384
-    """What starting a batch costs, in scores of one head group: padding up to this much is cheaper."""
+    gathered_bytes_per_batch: int = 6 << 20
+    """K/V that are gathered at a time, unless one segment is longer."""
+    batch_overhead: int = 32 << 10
+    """What starting a batch costs, in rows x keys: padding up to this much is cheaper."""
     token_overhead: int = 8
     """What gathering a token costs, in the same unit."""
-    view_len: int = 512
-    """From this length on, a segment in consecutive pages is read in place, alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +41,6 @@ class Segment:
     num_rows: int
     first_page_entry: int
     kv_len: int
-    first_slot: int
-    is_consecutive: bool
-    """Its pages follow each other in the pool, so its tokens are the slots from `first_slot` on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +62,12 @@ class SegmentBatch:
     kv_len: int
     rows: slice | torch.Tensor
     """The step's rows, segment by segment; padding repeats a segment's last row."""
-    real_rows: torch.Tensor | None
-    """Which of the padded rows are real; None where all are."""
-    slots: slice | torch.Tensor
-    """[segments, kv_len] int64, padding repeats a segment's last token; a slice where one segment lies in one piece."""
+    real: slice | torch.Tensor
+    """Which of these are not padding."""
+    real_rows: slice | torch.Tensor
+    """The step's rows without padding."""
+    slots: torch.Tensor
+    """[segments, kv_len] int64; padding repeats a segment's last token, so that it cannot bring in what lies there."""
     blocks: tuple[RowBlock, ...]
 
     @classmethod
@@ -81,7 +79,7 @@ class SegmentBatch:
         *,
         causal: bool,
         window_len: int | None,
-        rows_per_block: int,
+        max_rows_per_block: int,
     ) -> SegmentBatch:
         """Join segments of one level.
 
@@ -90,93 +88,72 @@ class SegmentBatch:
             causal: whether a segment's rows are its last tokens and see no later ones
             window_len: how many tokens back a row may look; only with `causal`
         """
-        first_row = torch.tensor([s.first_row for s in segments]).unsqueeze(1)
-        num_rows = torch.tensor([s.num_rows for s in segments]).unsqueeze(1)
-        kv_len = torch.tensor([s.kv_len for s in segments]).unsqueeze(1)
-        row = torch.arange(max(s.num_rows for s in segments)).unsqueeze(0)
-        limits = torch.minimum(kv_len - num_rows + row + 1, kv_len) if causal else kv_len.expand(-1, row.shape[1])
+        num_rows, kv_len = (
+            torch.tensor(x).unsqueeze(1) for x in zip(*((s.num_rows, s.kv_len) for s in segments), strict=True)
+        )
+        max_rows = int(num_rows.max())
+        row = torch.arange(max_rows).unsqueeze(0)
+        limits = torch.minimum(kv_len - num_rows + row + 1, kv_len) if causal else kv_len.expand(-1, max_rows)
+        rows_per_block = -(-max_rows // -(-max_rows // max_rows_per_block))
+        rows, real, real_rows = _row_indices(segments, num_rows, row, pages.device)
         return cls(
             num_segments=len(segments),
-            num_rows=row.shape[1],
+            num_rows=max_rows,
             kv_len=int(kv_len.max()),
-            rows=_row_index(segments, (first_row + torch.minimum(row, num_rows - 1)).flatten(), pages.device),
-            real_rows=None if bool((num_rows == row.shape[1]).all()) else _where(row < num_rows, pages.device),
+            rows=rows,
+            real=real,
+            real_rows=real_rows,
             slots=_slots(segments, pages, page_size),
             blocks=tuple(
-                _row_block(slice(start, min(start + rows_per_block, row.shape[1])), limits, window_len, pages.device)
-                for start in range(0, row.shape[1], rows_per_block)
+                _row_block(slice(start, min(start + rows_per_block, max_rows)), limits, window_len, pages.device)
+                for start in range(0, max_rows, rows_per_block)
             ),
         )
 
 
 def read_segments(level: CascadeLevel, page_size: int) -> list[Segment]:
     """The segments of a level that hold pages, in order."""
-    pages, indptr = column_tensor(level.kv_page_indices), column_tensor(level.kv_page_indptr)
-    if not len(pages):
-        return []
-    breaks = torch.zeros_like(pages)
-    torch.cumsum(pages.diff() != 1, 0, out=breaks[1:])
-    columns = (
-        level.qo_indptr.tolist(),
-        indptr.tolist(),
-        level.kv_last_page_len.tolist(),
-        pages[indptr[:-1].clamp(max=len(pages) - 1)].tolist(),
-        breaks[indptr[:-1].clamp(max=len(pages) - 1)].tolist(),
-        breaks[(indptr[1:] - 1).clamp(min=0)].tolist(),
-    )
-    qo_indptr, kv_indptr, last_page_len, first_page, first_break, last_break = columns
+    qo_indptr, kv_indptr = level.qo_indptr.tolist(), level.kv_page_indptr.tolist()
     return [
-        Segment(
-            first_row=qo_indptr[i],
-            num_rows=qo_indptr[i + 1] - qo_indptr[i],
-            first_page_entry=kv_indptr[i],
-            kv_len=(kv_indptr[i + 1] - kv_indptr[i] - 1) * page_size + last_page_len[i],
-            first_slot=first_page[i] * page_size,
-            is_consecutive=first_break[i] == last_break[i],
+        Segment(row, next_row - row, entry, (next_entry - entry - 1) * page_size + last_page_len)
+        for (row, next_row), (entry, next_entry), last_page_len in zip(
+            pairwise(qo_indptr), pairwise(kv_indptr), level.kv_last_page_len, strict=True
         )
-        for i in range(level.num_segments)
-        if kv_indptr[i] < kv_indptr[i + 1] and qo_indptr[i] < qo_indptr[i + 1]
+        if entry < next_entry and row < next_row
     ]
 
 
-def split_into_batches(segments: Sequence[Segment], blocking: Blocking) -> list[list[Segment]]:
+def split_into_batches(segments: Sequence[Segment], blocking: Blocking, spec: AttentionSpec) -> list[list[Segment]]:
     """Segments that are worth computing together, each batch in the order of its rows."""
+    max_tokens = blocking.gathered_bytes_per_batch // (2 * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize)
     batches: list[list[Segment]] = []
-    rest: list[Segment] = []
-    for segment in segments:
-        if segment.is_consecutive and segment.kv_len >= blocking.view_len:
-            batches.append([segment])
-        else:
-            rest.append(segment)
-    batch: list[Segment] = []
-    kv_len = cost = 0
-    for segment in sorted(rest, key=lambda s: (s.num_rows, s.kv_len)):
-        kv_len = max(kv_len, segment.kv_len)
-        cost += segment.kv_len * (segment.num_rows + blocking.token_overhead)
-        tokens = (len(batch) + 1) * kv_len
-        padding = tokens * (segment.num_rows + blocking.token_overhead) - cost
-        if not batch or padding > blocking.batch_overhead or tokens > blocking.tokens_per_batch:
-            batch, kv_len, cost = [], segment.kv_len, segment.kv_len * (segment.num_rows + blocking.token_overhead)
-            batches.append(batch)
-        batch.append(segment)
+    kv_len = useful = 0
+    for segment in sorted(segments, key=lambda s: (s.num_rows, s.kv_len)):
+        token_cost = segment.num_rows + blocking.token_overhead
+        kv_len, useful = max(kv_len, segment.kv_len), useful + segment.kv_len * token_cost
+        num_tokens = (len(batches[-1]) + 1) * kv_len if batches else 0
+        padding = num_tokens * token_cost - useful
+        if not batches or num_tokens > max_tokens or padding > blocking.batch_overhead:
+            batches.append([])
+            kv_len, useful = segment.kv_len, segment.kv_len * token_cost
+        batches[-1].append(segment)
     return [sorted(batch, key=lambda s: s.first_row) for batch in batches]
 
 
-def _row_index(segments: Sequence[Segment], rows: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
-    """The rows as a slice where they follow each other without padding, else as an index tensor."""
+def _row_indices(
+    segments: Sequence[Segment], num_rows: torch.Tensor, row: torch.Tensor, device: torch.device
+) -> tuple[slice | torch.Tensor, slice | torch.Tensor, slice | torch.Tensor]:
+    """`rows`, `real` and `real_rows` of a batch: slices where its rows follow each other without padding."""
     start, stop = segments[0].first_row, segments[-1].first_row + segments[-1].num_rows
-    if sum(s.num_rows for s in segments) == len(rows) == stop - start:
-        return slice(start, stop)
-    return rows.to(device)
+    if stop - start == int(num_rows.sum()) == len(segments) * row.shape[1]:
+        return slice(start, stop), slice(None), slice(start, stop)
+    first_row = torch.tensor([s.first_row for s in segments]).unsqueeze(1)
+    rows = (first_row + torch.minimum(row, num_rows - 1)).flatten()
+    real = (row < num_rows).flatten().nonzero().squeeze(1)
+    return rows.to(device), real.to(device), rows[real].to(device)
 
 
-def _where(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return mask.flatten().nonzero().squeeze(1).to(device)
-
-
-def _slots(segments: Sequence[Segment], pages: torch.Tensor, page_size: int) -> slice | torch.Tensor:
-    if len(segments) == 1 and segments[0].is_consecutive:
-        return slice(segments[0].first_slot, segments[0].first_slot + segments[0].kv_len)
+def _slots(segments: Sequence[Segment], pages: torch.Tensor, page_size: int) -> torch.Tensor:
     device = pages.device
     kv_len = torch.tensor([s.kv_len for s in segments], device=device).unsqueeze(1)
     first_entry = torch.tensor([s.first_page_entry for s in segments], device=device).unsqueeze(1)

@@ -11,7 +11,7 @@ from tests.cascade_cases import CascadeCase, cascade_case, pool_with_only, singl
 
 NUM_CASES = 320
 BFLOAT16_TOLERANCE = 0.03
-SMALL_BLOCKS = Blocking(scores_per_block=64, tokens_per_batch=64, batch_overhead=64, view_len=8)
+SMALL_BLOCKS = Blocking(scores_per_block=64, gathered_bytes_per_batch=20_000, batch_overhead=64)
 
 
 def backend_for(case: CascadeCase, dtype: torch.dtype, seed: int, blocking: Blocking | None) -> TorchAttentionBackend:

@@ -1,0 +1,118 @@
+"""One queue of work on a device, as the host sees it: copies, marks and graphs run in the order they were given.
+
+The host writes into pinned buffers, queues a copy and goes on; it may not touch such a buffer before a `Mark` that was
+set after the copy has been waited for. All GPU work of an engine goes through one stream, so kernels, copies and
+graph replays never overtake each other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+__all__ = ["CudaStream", "DeviceStream", "Graph", "Mark"]
+
+
+class Mark(ABC):
+    """A point in a stream."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block the host until all work queued before the mark is done."""
+
+
+class Graph(ABC):
+    """Captured work."""
+
+    @abstractmethod
+    def replay(self) -> None:
+        """Queue the captured work; it reads and writes the buffers that it was captured with."""
+
+
+class DeviceStream(ABC):
+    """The stream that an engine works on."""
+
+    device: torch.device
+
+    @abstractmethod
+    def pinned(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """A zeroed host buffer [num_elements] that the device copies from and to without blocking."""
+
+    @abstractmethod
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy between a pinned host buffer and a device tensor of the same shape and dtype."""
+
+    @abstractmethod
+    def mark(self) -> Mark:
+        """Mark this point."""
+
+    @abstractmethod
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Record work as a graph. All graphs share one memory pool; the work must have run before, without capture."""
+
+    @abstractmethod
+    def active(self) -> AbstractContextManager[None]:
+        """Make this the stream that torch and FlashInfer queue on."""
+
+    @abstractmethod
+    def pool_bytes(self) -> int:
+        """Device memory that is reserved just now."""
+
+
+class CudaStream(DeviceStream):
+    """A CUDA stream of its own, since the default stream cannot be captured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def pinned(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """See `DeviceStream`."""
+        return torch.zeros(num_elements, dtype=dtype, pin_memory=True)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """See `DeviceStream`."""
+        target.copy_(source, non_blocking=True)
+
+    def mark(self) -> Mark:
+        """See `DeviceStream`."""
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return _CudaMark(event)
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """See `DeviceStream`."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            work()
+        return _CudaGraph(graph)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """See `DeviceStream`."""
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def pool_bytes(self) -> int:
+        """See `DeviceStream`."""
+        return torch.cuda.memory_reserved(self.device)
+
+
+class _CudaMark(Mark):
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+class _CudaGraph(Graph):
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+
+    def replay(self) -> None:
+        self._graph.replay()
