@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence as Rows
+from itertools import accumulate
 from typing import NamedTuple
 
 from cascade_llm.plan import CascadeLevel, int_column
@@ -45,37 +46,31 @@ class Placement(NamedTuple):
 def place_segments(forest: Run, choice: Choice, num_new: Rows[int]) -> Placement:
     """Order the sequences depth first and place each chosen run in that order.
 
-    Below each run those with segments come first, so that rows with nothing more to share are neighbours and sit in one
-    empty segment.
+    Below each chosen run those with a further segment come first, so that rows with nothing more to share are
+    neighbours and sit in one empty segment.
     """
-    active = _active_runs(forest, choice)
     order: list[int] = []
+    spans: list[list[tuple[Run, int, int]]] = [[] for _ in range(choice.num_levels)]
+
+    def place_below(run: Run, level: int) -> None:
+        chosen, others = _parts_below(run, choice)
+        for child in chosen:
+            start = len(order)
+            place_below(child, level + 1)
+            spans[level].append((child, start, len(order)))
+        order.extend(sorted(others))
+
+    place_below(forest, 0)
+    first_rows = list(accumulate((num_new[i] for i in order), initial=0))
     prefix_pages = [0] * len(num_new)
-    levels: list[list[Segment]] = [[] for _ in range(choice.num_levels)]
-    num_rows = 0
-    entered: list[tuple[int, int, Run]] = []  # open segments: level, place in the order, run
-    stack: list[tuple[str, Run]] = [("enter", forest)]
-    while stack:
-        action, run = stack.pop()
-        if action == "enter":
-            if run in choice.start_pages:
-                level = len(entered)
-                entered.append((level, len(order), run))
-                levels[level].append(Segment(num_rows, num_rows, choice.start_pages[run], run.end, 0, 0))
-                stack.append(("leave", run))
-            stack.append(("rest", run))
-            stack.extend(("enter", child) for child in reversed(run.children) if child in active)
-        elif action == "rest":
-            below = sorted(_members_outside(run, active))
-            order.extend(below)
-            num_rows += sum(num_new[i] for i in below)
-        else:
-            level, place, _ = entered.pop()
-            levels[level][-1] = levels[level][-1]._replace(
-                last_row=num_rows, sequence=order[place], num_sequences=len(order) - place
+    levels: list[list[Segment]] = [[] for _ in spans]
+    for level, level_spans in zip(levels, spans, strict=True):
+        for run, start, end in level_spans:
+            level.append(
+                Segment(first_rows[start], first_rows[end], choice.start_pages[run], run.end, order[start], end - start)
             )
-            for index in order[place:]:
-                prefix_pages[index] = max(prefix_pages[index], run.end)
+            for index in order[start:end]:
+                prefix_pages[index] = run.end
     return Placement(order, levels, prefix_pages)
 
 
@@ -113,26 +108,16 @@ def level_columns(
     return CascadeLevel(int_column(qo_indptr), int_column(page_indptr), int_column(indices), int_column(last_page_len))
 
 
-def _active_runs(forest: Run, choice: Choice) -> set[Run]:
-    """Runs that are chosen or have a chosen run below them."""
-    preorder, stack = [], [forest]
-    while stack:
-        run = stack.pop()
-        preorder.append(run)
-        stack.extend(run.children)
-    active = set(choice.start_pages)
-    for run in reversed(preorder):
-        if any(child in active for child in run.children):
-            active.add(run)
-    return active
-
-
-def _members_outside(run: Run, active: set[Run]) -> list[int]:
-    """Members of a run, and all below those of its children that have no segments."""
-    members = list(run.members)
-    stack = [child for child in run.children if child not in active]
+def _parts_below(run: Run, choice: Choice) -> tuple[list[Run], list[int]]:
+    """The nearest chosen runs below `run`, and the sequences below it that are in none of them."""
+    chosen: list[Run] = []
+    others = list(run.members)
+    stack = run.children[::-1]
     while stack:
         current = stack.pop()
-        members.extend(current.members)
-        stack.extend(current.children)
-    return members
+        if current in choice.start_pages:
+            chosen.append(current)
+        else:
+            others.extend(current.members)
+            stack.extend(reversed(current.children))
+    return chosen, others

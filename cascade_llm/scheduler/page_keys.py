@@ -9,9 +9,12 @@ import xxhash
 __all__ = ["PageKeys", "next_page_key", "root_key"]
 
 
-def root_key(salt: bytes) -> bytes:
-    """The key before the first page: xxh3-128 of the salt, which names model, adapter and tenant."""
-    return xxhash.xxh3_128_digest(salt)
+def root_key(*salts: bytes) -> bytes:
+    """The key before the first page, from what names model, adapter and tenant: xxh3-128 of the salts' xxh3-128.
+
+    Each salt is digested by itself, so that different lists of salts never spell the same bytes.
+    """
+    return xxhash.xxh3_128_digest(b"".join(xxhash.xxh3_128_digest(salt) for salt in salts))
 
 
 def next_page_key(parent_key: bytes, token_ids: array[int]) -> bytes:
@@ -27,9 +30,9 @@ class PageKeys:
 
     __slots__ = ("_keys", "_page_size", "_root_key", "_token_ids")
 
-    def __init__(self, salt: bytes, token_ids: array[int], page_size: int) -> None:
+    def __init__(self, root_key: bytes, token_ids: array[int], page_size: int) -> None:
         """`token_ids` is the sequence's own, growing array; only its full pages are read."""
-        self._root_key = root_key(salt)
+        self._root_key = root_key
         self._token_ids = token_ids
         self._page_size = page_size
         self._keys: list[bytes] = []
@@ -37,6 +40,7 @@ class PageKeys:
     def key(self, page: int) -> bytes:
         """The key of full page `page` of the sequence."""
         keys, size = self._keys, self._page_size
+        assert (page + 1) * size <= len(self._token_ids), f"page {page} is not full yet"
         while len(keys) <= page:
             start = len(keys) * size
             keys.append(next_page_key(keys[-1] if keys else self._root_key, self._token_ids[start : start + size]))

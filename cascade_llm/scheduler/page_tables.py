@@ -129,14 +129,12 @@ class PageTables:
         if not self._keep_unheld:
             self.evict(self.cache.num_cached_pages)
 
-    def discard(self, sequences: Iterable[Sequence]) -> None:
-        """Take these tables back and drop their paths from the tree, as far as no other sequence uses them."""
-        tails = []
-        for sequence in sequences:
-            assert sequence.tail is not None
-            tails.append(sequence.tail)
-            self.release(sequence)
-        for tail in sorted(set(tails), key=lambda node: -node.end) if self._keep_unheld else ():
+    def discard(self, sequence: Sequence) -> None:
+        """Take the table back and drop its path from the tree, as far up as nothing else uses it."""
+        tail = sequence.tail
+        assert tail is not None
+        self.release(sequence)
+        if self._keep_unheld:
             self.allocator.remove_owner(self.cache.drop(tail))
 
     def evict(self, count: int) -> None:

@@ -27,7 +27,7 @@ __all__ = ["PrefixCache", "PrefixMatch", "RadixNode"]
 class RadixNode:
     """A run of full pages. Changed by `PrefixCache` alone."""
 
-    __slots__ = ("children", "end", "first_key", "num_holds", "num_tails", "pages", "parent", "token_ids", "version")
+    __slots__ = ("children", "end", "first_key", "num_holds", "num_tails", "pages", "parent", "token_ids")
 
     def __init__(
         self, parent: RadixNode | None, first_key: bytes, token_ids: array[int], pages: array[int], end: int
@@ -44,8 +44,6 @@ class RadixNode:
         """Sequences whose path includes this node."""
         self.num_tails = 0
         """Sequences whose path ends here."""
-        self.version = 0
-        """Grows when pages at its end are given up: (node, version, end) names content, not only pages."""
 
     @property
     def start(self) -> int:
@@ -138,8 +136,7 @@ class PrefixCache:
         The pages are the tree's from now on. Where the tree has the first of them already (or a colliding key),
         nothing happens: the sequence keeps its own.
         """
-        key = keys.key(tail.end)
-        if not pages or key in tail.children:
+        if not pages or (key := keys.key(tail.end)) in tail.children:
             return tail
         size = self.page_size
         run = token_ids[tail.end * size : (tail.end + len(pages)) * size]
@@ -259,7 +256,6 @@ class PrefixCache:
         self.num_pages -= len(given_up)
         self.num_cached_pages -= len(given_up)
         if num_pages:
-            node.version += 1
             del node.pages[num_pages:], node.token_ids[num_pages * self.page_size :]
             node.end -= len(given_up)
         else:

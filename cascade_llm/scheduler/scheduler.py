@@ -22,6 +22,7 @@ from cascade_llm.metrics import PageCounts, SchedulerCounters
 from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import LaneStart, StepPlan, StepResult
 from cascade_llm.scheduler.cascade_planner import CascadePlanner
+from cascade_llm.scheduler.page_keys import root_key
 from cascade_llm.scheduler.page_tables import PageTables
 from cascade_llm.scheduler.segment_choice import SegmentCosts
 from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus
@@ -72,6 +73,7 @@ class FlashInferScheduler:
         self._free_lanes = list(range(config.max_num_seqs))
         self._lane_epochs = [0] * config.max_num_seqs
         self._in_flight: deque[_InFlight] = deque()
+        self._draining = False  # a running sequence lacks pages: plan nothing until no step is in flight
         self._num_arrived = 0
         self._next_step_id = 0
 
@@ -131,9 +133,12 @@ class FlashInferScheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when nothing can run before a step in flight is committed."""
+        if self._draining and self._in_flight:
+            return None
+        self._draining = False
         draft = StepDraft(self.config.max_num_batched_tokens)
         self._plan_running(draft)
-        if not draft.preempted:
+        if not draft.short_of_pages:
             self._admit_waiting(draft)
         if not draft.planned:
             return None
@@ -153,11 +158,12 @@ class FlashInferScheduler:
             if num_new <= 0 or self._ends_by_count(sequence):
                 continue
             while not self._plan_sequence(draft, sequence, num_new):
-                if self._in_flight:  # its results may free pages; only then may anybody have to go
+                draft.short_of_pages = True
+                if self._in_flight:  # nobody can go while its token is unresolved
+                    self._draining = True
                     break
                 victim = unplanned.pop() if unplanned else sequence
                 self._preempt(victim)
-                draft.preempted = True
                 if victim is sequence:
                     break
 
@@ -267,9 +273,10 @@ class FlashInferScheduler:
         return updates
 
     def fail(self, plan: StepPlan) -> list[SequenceUpdate]:
-        """A step raised: end its sequences, and forget what it and the steps planned on top of it were to fill.
+        """A step raised: end its sequences, and forget every prefix, since it may be one that the step was to fill.
 
-        The steps in flight after it were planned on its result, so they are dropped too: do not commit them.
+        The steps in flight after it were planned on its result, so they are dropped too: do not commit them. Sequences
+        that run but are in none of these steps start again.
         """
         assert self._in_flight
         assert self._in_flight[0].plan is plan
@@ -281,9 +288,12 @@ class FlashInferScheduler:
             if sequence.status is SequenceStatus.RUNNING
         }
         self._in_flight.clear()
-        self._tables.discard(touched)
-        for sequence in touched:
-            self._finish(sequence, "error")
+        for sequence in list(self._running):
+            if sequence in touched:
+                self._finish(sequence, "error")
+            else:
+                self._preempt(sequence)
+        self.reset_prefix_cache()
         return [self._update(sequence, finish_reason="error") for sequence in touched]
 
     def _commit_rows(self, entry: PlannedSequence) -> None:
@@ -295,7 +305,7 @@ class FlashInferScheduler:
     def _commit_sample(self, sequence: Sequence, result: StepResult, sample: int) -> SequenceUpdate:
         sequence.num_unresolved -= 1
         if sample in result.failed_samples:
-            self._tables.discard([sequence])
+            self._tables.discard(sequence)
             self._finish(sequence, "error")
             return self._update(sequence, finish_reason="error")
         token_id = result.token_ids[sample]
@@ -352,10 +362,10 @@ class FlashInferScheduler:
     # -- sequences --------------------------------------------------------------------------------------------------
 
     def _new_sequence(self, request: Request, sample_index: int, arrival: int) -> Sequence:
-        salt = self.config.cache_salt + request.cache_salt
+        salts = [self.config.cache_salt, request.cache_salt]
         if not self.config.enable_prefix_caching:
-            salt += request.request_id.encode()  # its samples share, other requests do not
-        sequence = Sequence(request, sample_index, arrival, self.config.page_size, salt)
+            salts.append(request.request_id.encode())  # its samples share, other requests do not
+        sequence = Sequence(request, sample_index, arrival, self.config.page_size, root_key(*salts))
         self._sequences[request.request_id].append(sequence)
         return sequence
 

@@ -76,13 +76,13 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, sample_index: int, arrival: int, page_size: int, salt: bytes) -> None:
+    def __init__(self, request: Request, sample_index: int, arrival: int, page_size: int, root_key: bytes) -> None:
         self.request = request
         self.sample_index = sample_index
         self.arrival = arrival
         self.token_ids = array("i", request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
-        self.keys = PageKeys(salt, self.token_ids, page_size)
+        self.keys = PageKeys(root_key, self.token_ids, page_size)
         self.status = SequenceStatus.WAITING
         self.pages = array("i")
         self.table_version = 0

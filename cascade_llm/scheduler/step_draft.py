@@ -34,7 +34,8 @@ class StepDraft:
     planned: list[PlannedSequence] = field(default_factory=list)
     lane_starts: list[LaneStart] = field(default_factory=list)
     page_copies: list[PageCopy] = field(default_factory=list)
-    preempted: bool = False
+    short_of_pages: bool = False
+    """Whether a running sequence found no room: then nobody is admitted."""
 
 
 def build_step_plan(step_id: int, draft: StepDraft, cascade: PlannedCascade, page_size: int) -> StepPlan:

@@ -1,0 +1,138 @@
+"""Random loads on random limits: each request produces what it must, no page is lost, nobody starves."""
+
+from __future__ import annotations
+
+import pytest
+import xxhash
+
+from cascade_llm.plan import StepPlan
+from cascade_llm.scheduler.sequence import Sequence, SequenceStatus
+from tests.scheduler.generated import RandomLoad, generated_steps, random_engine
+from tests.scheduler.simulated_engine import SimulatedEngine
+
+
+class Fuzz:
+    """Drives one random load to its end, with aborts, failed samples and failed steps, and checks what came of it."""
+
+    def __init__(
+        self, seed: int, *, lag: int, num_requests: int, trouble: float, salts: tuple[bytes, ...] = (b"", b"tenant")
+    ) -> None:
+        self.engine, self.rng = random_engine(seed, lag=lag)
+        self.lag, self.num_requests, self.trouble = lag, num_requests, trouble
+        self.load = RandomLoad(self.rng, self.engine.config, salts)
+        self.spoiled: set[str] = set()
+        """Requests that were ended by trouble."""
+        self.num_steps = 0
+        self.oldest: Sequence | None = None
+        self.num_skips = 0
+        """Calls in a row that did not plan it."""
+
+    def run(self) -> None:
+        engine = self.engine
+        while len(engine.requests) < self.num_requests or engine.scheduler.has_unfinished:
+            if len(engine.requests) < self.num_requests and self.rng.random() < 0.4:
+                self.load.add_to(engine, self.rng.choice((1, 1, 1, 4)))
+            if engine.requests and self.happens(2 * self.trouble):
+                self.end(self.rng.choice(list(engine.requests)))
+            self.step()
+        assert engine.scheduler.page_counts.held_pages == 0
+        for request_id in self.spoiled:
+            del engine.requests[request_id]
+        engine.check_outputs()
+
+    def happens(self, probability: float) -> bool:
+        return self.rng.random() < probability
+
+    def end(self, request_id: str) -> None:
+        """Abort a request; one that has ended already is not spoiled by it."""
+        if any(s.request.request_id == request_id for s in self.engine.scheduler.sequences()):
+            self.spoiled.add(request_id)
+        self.engine.scheduler.abort(request_id)
+        self.engine.check()
+
+    def step(self) -> None:
+        engine = self.engine
+        self.num_steps += engine.scheduler.has_unfinished
+        plan = engine.schedule()
+        self.check_progress(plan)
+        engine.updates = []
+        if engine.pending and (plan is None or len(engine.pending) > self.lag):
+            if self.happens(self.trouble / 2):
+                engine.fail()
+            else:
+                num_samples = len(engine.pending[0].sample_rows)
+                engine.commit(frozenset(i for i in range(num_samples) if self.happens(self.trouble / 2)))
+        for update in engine.updates:
+            if update.finish_reason == "error":
+                self.spoiled.add(update.request_id)
+                engine.scheduler.abort(update.request_id)
+
+    def check_progress(self, plan: StepPlan | None) -> None:
+        """The oldest running sequence is planned, or waits until no step is in flight; nobody waits for ever."""
+        running = [s for s in self.engine.scheduler.sequences() if s.status is SequenceStatus.RUNNING]
+        oldest = min(running, key=lambda s: s.precedence, default=None)
+        planned = oldest is None or (plan is not None and oldest.lane in plan.sequence_lanes)
+        self.num_skips = 0 if planned else self.num_skips + 1 if oldest is self.oldest else 1
+        self.oldest = oldest
+        assert self.num_skips <= 2 * self.lag, "the oldest sequence does not advance"
+        requests = self.engine.requests.values()
+        most_rows = sum(r.params.n * (len(r.prompt_token_ids) + r.params.max_tokens) for r in requests)
+        assert self.num_steps <= (1 + 2 * self.lag) * most_rows, "somebody starves"
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("first_seed", range(0, 300, 50))
+def test_random_loads(first_seed: int, lag: int) -> None:
+    for seed in range(first_seed, first_seed + 50):
+        Fuzz(seed, lag=lag, num_requests=12, trouble=0.01 if seed % 2 else 0.0).run()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_random_loads_when_most_page_keys_collide(monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
+    monkeypatch.setattr(xxhash, "xxh3_128_digest", lambda data: bytes([sum(data) % 3]) * 16)
+    for seed in range(300, 330):
+        Fuzz(seed, lag=lag, num_requests=12, trouble=0.01, salts=(b"",)).run()  # salts are in the keys alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 1])
+def test_long_random_loads(lag: int) -> None:
+    num_steps, seed = 0, 1000
+    while num_steps < 10_000:
+        fuzz = Fuzz(seed, lag=lag, num_requests=200, trouble=0.003)
+        fuzz.run()
+        num_steps += fuzz.num_steps
+        seed += 1
+
+
+def test_generated_steps_are_the_same_each_time() -> None:
+    first, second = list(generated_steps(5, 20)), list(generated_steps(5, 20))
+    assert [tables for _, tables in first] == [tables for _, tables in second]
+    assert [list(plan.slots) for plan, _ in first] == [list(plan.slots) for plan, _ in second]
+    assert [list(plan.token_ids) for plan, _ in first] == [list(plan.token_ids) for plan, _ in second]
+
+
+def test_generated_steps_have_every_kind_of_plan() -> None:
+    kinds = set()
+    for seed in range(100):
+        for plan, _ in generated_steps(seed, 10):
+            rows_of = [len(plan.cascade.leaf.rows(i)) for i in range(plan.num_sequences)]
+            kinds.add(("levels", len(plan.cascade.levels)))
+            kinds.add("mixed" if 1 in rows_of and max(rows_of) > 1 else "decode" if max(rows_of) == 1 else "prefill")
+            kinds |= {name for name in ("page_copies", "lane_rows", "prompt_logprob_rows") if len(getattr(plan, name))}
+            kinds.add(plan.report.reason if plan.report.reason else "shared")
+    levels = {("levels", n) for n in (1, 2, 3, 4)}
+    assert levels | {"mixed", "decode", "prefill", "page_copies", "lane_rows", "prompt_logprob_rows", "shared"} <= kinds
+    assert {"one sequence", "cascade attention is off", "the cost model expects no gain"} <= kinds
+    assert "no two sequences share a full page" in kinds
+
+
+def test_engine_of_this_suite_notices_a_wrong_page() -> None:
+    engine = SimulatedEngine()
+    engine.add(range(8))
+    engine.add(range(100, 108))
+    engine.step()
+    first, second = engine.scheduler.sequences()
+    first.pages[0], second.pages[0] = second.pages[0], first.pages[0]
+    with pytest.raises(AssertionError):
+        engine.step()

@@ -1,0 +1,45 @@
+"""Requests, and the lengths of their token streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.page_keys import root_key
+from cascade_llm.scheduler.sequence import Request, Sequence
+
+
+def request(**params: Any) -> Request:
+    return Request(
+        request_id="a",
+        prompt_token_ids=[5, 6, 7],
+        params=SamplingParams(**params),
+        seed=0,
+        priority=2,
+        model_ending_token_ids=frozenset({1, 2}),
+    )
+
+
+def test_what_ends_a_request() -> None:
+    assert request().ending_token_ids == {1, 2}
+    assert request(stop_token_ids=[2, 9]).ending_token_ids == {1, 2, 9}
+    assert request(ignore_eos=True).ending_token_ids == set()
+    assert request(ignore_eos=True, stop_token_ids=[9]).ending_token_ids == {9}
+
+
+def test_lengths_count_tokens_that_have_a_place_but_no_id_yet() -> None:
+    sequence = Sequence(request(), 0, 4, 16, root_key())
+    assert (sequence.total_len, sequence.num_generated, sequence.num_to_plan) == (3, 0, 3)
+    sequence.planned_len, sequence.num_unresolved = 3, 1
+    assert (sequence.total_len, sequence.num_generated, sequence.num_to_plan) == (4, 1, 1)
+    sequence.token_ids.append(8)
+    sequence.num_unresolved = 0
+    assert (sequence.total_len, sequence.num_generated, sequence.num_to_plan) == (4, 1, 1)
+    assert sequence.precedence == (2, 4, 0)
+
+
+def test_only_the_first_sample_forks_and_reports_the_prompt() -> None:
+    samples = [Sequence(request(n=2, prompt_logprobs=0), i, 0, 16, root_key()) for i in range(2)]
+    assert [s.forked for s in samples] == [False, True]
+    assert [s.reports_prompt for s in samples] == [True, False]
+    assert Sequence(request(), 0, 0, 16, root_key()).forked
