@@ -1,0 +1,64 @@
+"""The demo model from its GGUF file, through the whole engine, against transformers on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cascade_llm import LLM, SamplingParams
+from cascade_llm.loader.resolve import open_checkpoint
+
+PROMPTS = [
+    "The capital of France is",
+    "In one sentence: what is a radix tree, and what is it good for?",
+    "def fibonacci(n):\n    ",
+    "The capital of France is Paris, and the capital of Italy is",
+]
+NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("smollm2", dtype="float32", max_num_seqs=8, max_model_len=1024, kv_cache_bytes=200_000_000) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def reference() -> LlamaForCausalLM:
+    checkpoint = open_checkpoint("smollm2")
+    fields = {k: v for k, v in checkpoint.hf_config().items() if k not in ("architectures", "model_type")}
+    model = LlamaForCausalLM(LlamaConfig(**fields)).eval()
+    missing, unexpected = model.load_state_dict(dict(checkpoint.tensors()), strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    return model
+
+
+def test_last_position_logits_are_within_a_thousandth(llm: LLM, reference: LlamaForCausalLM) -> None:
+    engine = llm._engine
+    for prompt in PROMPTS:
+        read = llm._intake.read_prompt(prompt)
+        state = engine.add(llm._intake.request(read, SamplingParams(max_tokens=1)))
+        plan = engine.scheduler.schedule()
+        assert plan is not None
+        ours = engine.runner.logits(plan, plan.sample_rows)[0]
+        engine.scheduler.fail(plan)  # the step was run by hand: nothing of it is to be committed
+        with torch.inference_mode():
+            theirs = reference(torch.tensor([read.token_ids])).logits[0, -1]
+        assert (ours - theirs).abs().max() < 1e-3
+        assert state.output.outputs[0].finish_reason is None
+        engine.abort(state.request.request_id)
+
+
+def test_greedy_tokens_are_transformers_best(llm: LLM, reference: LlamaForCausalLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    for output in llm.generate(PROMPTS, params):
+        ids = output.prompt_token_ids + output["token_ids"]
+        with torch.inference_mode():
+            logprobs = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for place, token_id in enumerate(output["token_ids"], start=len(output.prompt_token_ids) - 1):
+            best, second = logprobs[place].topk(2).values.tolist()
+            assert token_id == int(logprobs[place].argmax()) or best - second < 2e-3
