@@ -6,6 +6,7 @@ dtype) becomes a value of its own, once, and nothing is patched afterwards.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -170,6 +171,10 @@ class EngineOptions:
     """auto | dummy (random weights from the configuration alone)"""
     debug: bool = False
     """Check every plan, and name the first layer whose output is not finite; slow."""
+    record_plans: str | None = None
+    """A file to write the step plans to, gzip-compressed JSON lines; one that is there is replaced."""
+    record_token_ids: bool = False
+    """Write token ids, sampled tokens and stop strings to it as well, so that the engine can be replayed."""
 
     def __new__(cls, **kwargs: Any) -> EngineOptions:
         """Refuse unknown names, naming the nearest known one."""
@@ -191,7 +196,13 @@ class EngineOptions:
             if getattr(self, name) is not None:
                 self._positive(name)
         _check_batch(self.max_num_batched_tokens, self.max_num_seqs)
-        for name in ("enable_prefix_caching", "enable_cascade_attention", "enforce_eager", "debug"):
+        for name in (
+            "enable_prefix_caching",
+            "enable_cascade_attention",
+            "enforce_eager",
+            "debug",
+            "record_token_ids",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be True or False")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -206,6 +217,17 @@ class EngineOptions:
         if self.schedule_lag is not None and not (_is_integer(self.schedule_lag) and 0 <= self.schedule_lag <= 1):
             raise ConfigError(f"schedule_lag is {self.schedule_lag!r}: it must be 0, 1 or None")
         CascadeConfig(shared_prefix_len=self.cascade_shared_prefix_len, max_levels=self.cascade_max_levels)
+        self._check_recording()
+
+    def _check_recording(self) -> None:
+        path: object = self.record_plans
+        if isinstance(path, os.PathLike):
+            path = os.fspath(path)
+            object.__setattr__(self, "record_plans", path)
+        if path is not None and (not isinstance(path, str) or not path):
+            raise ConfigError(f"record_plans is {path!r}: it must be a file name, or None")
+        if self.record_token_ids and path is None:
+            raise ConfigError("record_token_ids is True: it needs record_plans, the file to write them to")
 
     @property
     def cascade(self) -> CascadeConfig:

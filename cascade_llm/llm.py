@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, TypeVar, cast
 from cascade_llm.config import EngineOptions, SchedulerConfig
 from cascade_llm.engine.engine import Engine
 from cascade_llm.engine.intake import Intake, Prompt, ReadPrompt
+from cascade_llm.engine.plan_recording import open_recorder
 from cascade_llm.engine.request_state import RequestState
 from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
 from cascade_llm.errors import (
@@ -69,8 +70,9 @@ class LLM:
             cache_salt=checkpoint.name.encode(),
         )
         scheduler = FlashInferScheduler(config, _cost_model(self.facts))
-        lag = self.options.schedule_lag
-        self._engine = Engine(scheduler, runner, self.tokenizer, lag=_default_lag(self.facts) if lag is None else lag)
+        lag = _default_lag(self.facts) if self.options.schedule_lag is None else self.options.schedule_lag
+        recorder = open_recorder(self.options, checkpoint.name, self.facts)
+        self._engine = Engine(scheduler, runner, self.tokenizer, lag=lag, recorder=recorder)
         self._intake = Intake(
             self.tokenizer,
             vocab_size=self.facts.model.vocab_size,
@@ -198,6 +200,15 @@ class LLM:
             counts["running_sequences"] = scheduler.num_running
             counts["waiting_sequences"] = scheduler.num_waiting
             return counts
+
+    def plan_report(self) -> dict[str, Any]:
+        """What the last step shared, and how many steps shared nothing for which reason.
+
+        Returns:
+            {"last_step": the fields of `CascadeReport`, None before the first step, "unshared_steps": {reason: steps}}
+        """
+        with self._lock:
+            return self._engine.cascade_log.as_dict()
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix that no running request holds."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from cascade_llm.plan import CascadeReport
 
-__all__ = ["PageCounts", "SchedulerCounters"]
+__all__ = ["CascadeLog", "PageCounts", "SchedulerCounters"]
 
 
 @dataclass(slots=True)
@@ -50,6 +52,26 @@ class SchedulerCounters:
         counts["kv_bytes_read"] = counts.pop("kv_tokens_read") * kv_bytes_per_token
         counts["kv_bytes_saved"] = counts.pop("kv_tokens_saved") * kv_bytes_per_token
         return counts
+
+
+@dataclass(slots=True)
+class CascadeLog:
+    """The last step's report, and why steps shared nothing; the reasons are few, so the log is bounded."""
+
+    last: CascadeReport | None = None
+    unshared_steps: Counter[str] = field(default_factory=Counter)
+    """Steps by the reason why they shared nothing."""
+
+    def note(self, report: CascadeReport) -> None:
+        """Add one planned step."""
+        self.last = report
+        if report.reason is not None:
+            self.unshared_steps[report.reason] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """{"last_step": report or None, "unshared_steps": {reason: steps}}, the commonest reason first."""
+        last = None if self.last is None else {**asdict(self.last), "kv_tokens_saved": self.last.kv_tokens_saved}
+        return {"last_step": last, "unshared_steps": dict(self.unshared_steps.most_common())}
 
 
 @dataclass(frozen=True, slots=True)

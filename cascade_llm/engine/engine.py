@@ -11,7 +11,9 @@ from collections import deque
 from cascade_llm.engine.request_state import RequestState
 from cascade_llm.engine.tokenizer import Tokenizer
 from cascade_llm.errors import GenerationError
+from cascade_llm.metrics import CascadeLog
 from cascade_llm.plan import StepResult
+from cascade_llm.plan_file.writer import PlanFileWriter
 from cascade_llm.runner.model_runner import ModelRunner, PendingStep
 from cascade_llm.scheduler.scheduler import FlashInferScheduler, SequenceUpdate
 from cascade_llm.scheduler.sequence import Request
@@ -23,11 +25,18 @@ class Engine:
     """One scheduler and one runner, and the states of the requests that are on their way."""
 
     def __init__(
-        self, scheduler: FlashInferScheduler, runner: ModelRunner, tokenizer: Tokenizer | None, *, lag: int
+        self,
+        scheduler: FlashInferScheduler,
+        runner: ModelRunner,
+        tokenizer: Tokenizer | None,
+        *,
+        lag: int,
+        recorder: PlanFileWriter | None = None,
     ) -> None:
-        """`lag`: steps that may be planned beyond the last committed one."""
+        """`lag`: steps that may be planned beyond the last committed one; `recorder` is closed with the engine."""
         self.scheduler, self.runner = scheduler, runner
-        self._tokenizer, self._lag = tokenizer, lag
+        self.cascade_log = CascadeLog()
+        self._tokenizer, self._lag, self._recorder = tokenizer, lag, recorder
         self._pending: deque[PendingStep] = deque()
         self._states: dict[str, RequestState] = {}
 
@@ -55,6 +64,8 @@ class Engine:
         for request_id in list(self._states):
             self.abort(request_id)
         self._pending.clear()
+        if self._recorder is not None:
+            self._recorder.close()
         del self.runner
 
     def step(self) -> list[RequestState]:
@@ -65,7 +76,10 @@ class Engine:
         try:
             plan = self.scheduler.schedule()
             if plan is not None:
+                self.cascade_log.note(plan.report)
                 self._pending.append(PendingStep(plan, _not_submitted))
+                if self._recorder is not None:
+                    self._recorder.write_step(plan)
                 self._pending[-1] = self.runner.submit(plan)
                 if len(self._pending) <= self._lag:
                     return []
@@ -79,6 +93,8 @@ class Engine:
                 raise
             return changed
         self._pending.popleft()
+        if self._recorder is not None:
+            self._recorder.write_result(result)
         return self._emit(self.scheduler.commit(oldest.plan, result), result)
 
     def _fail(self, error: BaseException) -> list[RequestState]:
