@@ -76,7 +76,7 @@ def cascade_case(seed: int) -> CascadeCase:
         leaf.append((num_rows[sequence], own, kv_len - (len(own) - 1) * page_size))
     levels.append(make_level(leaf))
 
-    plan = CascadePlan(tuple(levels), page_size)
+    plan = CascadePlan(tuple(levels), page_size, _window(rng, levels, kv_lens))
     plan.check(tables)
     return CascadeCase(
         plan, tables, pages.num_pages, rng.choice((1, 2, 3)), rng.choice((1, 2, 3, 7)), rng.choice((8, 24, 64))
@@ -131,6 +131,12 @@ def _rows(rng: random.Random, num_sequences: int) -> list[int]:
     if kind == "equal":
         return [rng.randrange(2, 20)] * num_sequences
     return [rng.choice((1, 1, rng.randrange(2, 50))) for _ in range(num_sequences)]
+
+
+def _window(rng: random.Random, levels: Sequence[CascadeLevel], kv_lens: Sequence[int]) -> int | None:
+    """A sliding window, now and then, where nothing is shared: a shared segment must lie inside every row's window."""
+    shares = any(len(level.kv_page_indices) for level in levels[:-1])
+    return None if shares or rng.random() < 0.6 else rng.randrange(1, max(kv_lens) + 2)
 
 
 def _split(rng: random.Random, group: range) -> list[range]:

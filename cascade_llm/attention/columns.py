@@ -16,6 +16,6 @@ def column_tensor(column: IntColumn) -> torch.Tensor:
     owner = column.obj
     if len(column) == 0:  # torch.frombuffer refuses empty buffers
         return torch.empty(0, dtype=torch.int32)
-    if isinstance(owner, array) and owner.typecode == "i" and len(owner) == len(column):
+    if isinstance(owner, array) and owner.typecode == "i" and len(owner) == len(column) and column.c_contiguous:
         return torch.frombuffer(owner, dtype=torch.int32)
     return torch.tensor(column.tolist(), dtype=torch.int32)

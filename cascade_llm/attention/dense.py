@@ -41,7 +41,7 @@ def dense_attention(
 
     Args:
         q: [batch, queries, head_dim]
-        k, v: [batch, kv_len, head_dim], q's dtype, kv_len at least 1; strided views are as fast as dense tensors
+        k, v: [batch, kv_len, head_dim], q's dtype, kv_len at least 1
         bias: float32, added to the last `bias.shape[-1]` scores of every query; broadcast against them as
             [outer, inner, rows, group, columns] where outer * inner = batch and rows * group = queries. No query may
             lose all its keys.

@@ -121,7 +121,7 @@ class _BatchAttention:
         by_head = q.transpose(1, 2)
         out, lse = dense_attention(
             by_head.reshape(len(keys), -1, self._spec.head_dim),
-            keys[:, block.keys],
+            keys[:, block.keys].contiguous(),  # else the product makes a copy, and transposes it
             values[:, block.keys],
             self._spec.sm_scale,
             block.bias,
