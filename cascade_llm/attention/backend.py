@@ -72,6 +72,9 @@ class PreparedAttention(ABC):
 class AttentionBackend(ABC):
     """Attention over a paged KV cache for one model on one device."""
 
+    slot_dtype = torch.int64
+    """What `write` takes slots in."""
+
     def __init__(self, spec: AttentionSpec, kv_cache: PagedKVCache) -> None:
         self.spec = spec
         self.kv_cache = kv_cache
@@ -80,6 +83,10 @@ class AttentionBackend(ABC):
     @abstractmethod
     def preferred_layout(device: torch.device) -> KVLayout:
         """The pool's layout that this backend reads fastest on that kind of device."""
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """Store k and v, both [rows, num_kv_heads, head_dim], at `slots` [rows] of type `slot_dtype`."""
+        self.kv_cache.write(layer, k, v, slots)
 
     @abstractmethod
     def prepare(self, plan: CascadePlan) -> PreparedAttention:

@@ -67,7 +67,7 @@ class CudaStream(DeviceStream):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def pinned(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -80,7 +80,7 @@ class CudaStream(DeviceStream):
 
     def mark(self) -> Mark:
         """See `DeviceStream`."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return _CudaMark(event)
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
+from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
+from cascade_llm.attention.flashinfer_ops import reasons_against_flashinfer
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.errors import BackendError
 
 __all__ = ["BackendChoice", "select_backend"]
 
-PREFERENCE = ("flashinfer", "torch")
+BACKENDS: dict[str, type[AttentionBackend]] = {
+    "flashinfer": FlashInferAttentionBackend,
+    "torch": TorchAttentionBackend,
+}
+"""By preference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +28,11 @@ class BackendChoice:
     refused: tuple[tuple[str, str], ...]
     """(backend, reason), one per reason."""
 
+    def describe(self) -> str:
+        """One line for the log."""
+        reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.refused)
+        return f"attention backend: {self.name}" + (f" ({reasons})" if reasons else "")
+
 
 def select_backend(name: str, spec: AttentionSpec) -> BackendChoice:
     """The backend of that name, or with `auto` the first of flashinfer and torch that nothing speaks against.
@@ -29,20 +40,17 @@ def select_backend(name: str, spec: AttentionSpec) -> BackendChoice:
     Raises:
         BackendError: the named backend cannot serve this model on this device; lists the reasons
     """
-    if name not in ("auto", *PREFERENCE):
-        raise BackendError(f"unknown attention backend {name!r}: it must be auto, {' or '.join(PREFERENCE)}")
+    if name not in ("auto", *BACKENDS):
+        raise BackendError(f"unknown attention backend {name!r}: it must be auto, {' or '.join(BACKENDS)}")
     refused: list[tuple[str, str]] = []
-    for candidate in PREFERENCE if name == "auto" else (name,):
-        reasons = _FLASHINFER_REASONS if candidate == "flashinfer" else _reasons_against_torch(spec)
+    for candidate in BACKENDS if name == "auto" else (name,):
+        reasons = reasons_against_flashinfer(spec) if candidate == "flashinfer" else _reasons_against_torch(spec)
         if not reasons:
-            return BackendChoice(name=candidate, backend=TorchAttentionBackend, refused=tuple(refused))
+            return BackendChoice(name=candidate, backend=BACKENDS[candidate], refused=tuple(refused))
         refused.extend((candidate, reason) for reason in reasons)
     listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in refused)
     cure = "" if name == "auto" else " (attention_backend='auto' takes one that can)"
     raise BackendError(f"no attention backend can serve: {listed}{cure}")
-
-
-_FLASHINFER_REASONS = ["not implemented yet"]
 
 
 def _reasons_against_torch(spec: AttentionSpec) -> list[str]:

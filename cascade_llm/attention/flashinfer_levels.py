@@ -1,0 +1,239 @@
+"""One level of a cascade plan on one FlashInfer wrapper; which kernel serves which level.
+
+The wrappers are FlashInfer's own, planned and run as `claude_docs/flashinfer_cascade_spec.md` writes down. Every level
+writes into tensors that it is given, and levels are joined in place: nothing is allocated between two kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.device_stream import DeviceStream, Mark
+from cascade_llm.attention.flashinfer_ops import FlashInferOps
+from cascade_llm.errors import CapacityError
+
+__all__ = [
+    "FlashInferDevice",
+    "KernelTable",
+    "LevelBuffers",
+    "LevelColumns",
+    "LevelKernel",
+    "LevelOutput",
+    "LevelRun",
+    "attend_levels",
+]
+
+FLOAT_WORKSPACE_BYTES = 128 << 20
+NO_WINDOW = -1
+
+PrefillKernel = Literal["prefill_fa2", "prefill_fa3"]
+DecodeKernel = Literal["decode_tensor_cores", "decode_cuda_cores", "prefill_fa2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTable:
+    """Which kernel serves which level: the one place where this is decided, and what a benchmark overrides."""
+
+    shared: PrefillKernel
+    """Shared levels: rows x pages, no mask."""
+    decode_leaf: DecodeKernel
+    """The leaf where every sequence has one row."""
+    row_leaf: PrefillKernel
+    """The leaf of prefill and mixed steps, with the causal mask."""
+
+    @classmethod
+    def for_model(cls, spec: AttentionSpec) -> KernelTable:
+        """fa2 for shared levels: on Hopper, fa3 neither splits K/V nor packs query heads. One query head per KV head
+        leaves tensor cores idle."""
+        return cls(
+            shared="prefill_fa2",
+            decode_leaf="decode_cuda_cores" if spec.group_size == 1 else "decode_tensor_cores",
+            row_leaf="prefill_fa2",
+        )
+
+
+@dataclass(frozen=True)
+class FlashInferDevice:
+    """What all wrappers of an engine share: FlashInfer, one stream, one float workspace, since levels run in turn."""
+
+    ops: FlashInferOps
+    stream: DeviceStream
+    float_workspace: torch.Tensor
+    """uint8, split-KV partial results"""
+
+    @classmethod
+    def create(cls, ops: FlashInferOps, stream: DeviceStream) -> FlashInferDevice:
+        """Allocate the workspace."""
+        workspace = torch.empty(FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=stream.device)
+        return cls(ops, stream, workspace)
+
+
+class LevelColumns(NamedTuple):
+    """A level's four columns as `plan` takes them: int32, on the host; the page indices of a graph on the device."""
+
+    qo_indptr: torch.Tensor
+    kv_page_indptr: torch.Tensor
+    kv_page_indices: torch.Tensor
+    kv_last_page_len: torch.Tensor
+
+
+class LevelBuffers(NamedTuple):
+    """The same columns in fixed device memory, which captured kernels read."""
+
+    qo_indptr: torch.Tensor
+    kv_page_indptr: torch.Tensor
+    kv_page_indices: torch.Tensor
+    kv_last_page_len: torch.Tensor
+
+
+class LevelOutput(NamedTuple):
+    """Where a level's result goes; out must be contiguous."""
+
+    out: torch.Tensor
+    """[rows, num_qo_heads, head_dim]"""
+    lse: torch.Tensor
+    """[rows, num_qo_heads], float32, base 2"""
+
+    @classmethod
+    def empty(cls, rows: int, spec: AttentionSpec) -> LevelOutput:
+        """Uninitialised memory for that many rows."""
+        shape = (rows, spec.num_qo_heads)
+        out = torch.empty((*shape, spec.head_dim), dtype=spec.dtype, device=spec.device)
+        return cls(out, torch.empty(shape, dtype=torch.float32, device=spec.device))
+
+    def first(self, rows: int) -> LevelOutput:
+        """The first rows; still contiguous."""
+        return LevelOutput(self.out[:rows], self.lse[:rows])
+
+
+class LevelKernel:
+    """A FlashInfer wrapper that serves one level: planned when the level changes, run in every layer.
+
+    With `buffers` it is in CUDA-graph mode: the columns of each plan go to these buffers, the number of segments is
+    theirs, and the wrapper owns a slice of plan memory just large enough.
+    """
+
+    def __init__(
+        self,
+        device: FlashInferDevice,
+        spec: AttentionSpec,
+        page_size: int,
+        kernel: PrefillKernel | DecodeKernel,
+        *,
+        causal: bool = False,
+        buffers: LevelBuffers | None = None,
+        split_kv: bool = True,
+        window_len: int | None = None,
+    ) -> None:
+        self._device, self._spec, self._page_size = device, spec, page_size
+        self._decodes = kernel.startswith("decode")
+        self._options: dict[str, Any] = {
+            "sm_scale": spec.sm_scale,
+            "window_left": NO_WINDOW if window_len is None else window_len - 1,
+            "q_data_type": spec.dtype,
+            "kv_data_type": spec.dtype,
+        }
+        if kernel != "decode_cuda_cores":
+            self._options["disable_split_kv"] = not split_kv
+        if not self._decodes:
+            self._options["causal"] = causal
+        self._is_fixed = buffers is not None
+        self._wrapper = self._decode_wrapper(kernel, buffers) if self._decodes else self._wrapper_of(kernel, buffers)
+        self._planned: Mark | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it takes one row per segment, and no `qo_indptr`."""
+        return self._decodes
+
+    def plan(self, columns: LevelColumns) -> None:
+        """Plan the kernel for these segments. The wrapper's own pinned memory is free again when the last plan's copy
+        is done, so that is waited for."""
+        if self._planned is not None:
+            self._planned.wait()
+        elif self._is_fixed:
+            self._shrink(columns)
+        self._wrapper.plan(*self._arguments(columns), **self._options, non_blocking=True)
+        self._planned = self._device.stream.mark()
+
+    def run(self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], output: LevelOutput) -> None:
+        """Attention of q [rows, num_qo_heads, head_dim] to the level's pages of one layer's (K, V)."""
+        self._wrapper.run(q, kv, out=output.out, lse=output.lse, return_lse=True)
+
+    def _arguments(self, columns: LevelColumns) -> tuple[Any, ...]:
+        spec = self._spec
+        shape = (spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, self._page_size)
+        rows = () if self._decodes else (columns.qo_indptr,)
+        return (*rows, columns.kv_page_indptr, columns.kv_page_indices, columns.kv_last_page_len, *shape)
+
+    def _shrink(self, columns: LevelColumns) -> None:
+        """Give the wrapper plan memory of its own in place of the 8 MiB that it came with; no plan needs more."""
+        float_bytes, int_bytes = self._wrapper.workspace_size(*self._arguments(columns), **self._options)
+        if float_bytes > self._device.float_workspace.numel():
+            raise CapacityError(
+                f"split-KV attention needs a workspace of {float_bytes:,} bytes, "
+                f"{self._device.float_workspace.numel():,} are set aside: lower max_num_seqs"
+            )
+        int_workspace = torch.empty(int_bytes, dtype=torch.uint8, device=self._spec.device)
+        self._wrapper.reset_workspace_buffer(self._device.float_workspace, int_workspace)
+
+    def _wrapper_of(self, kernel: str, buffers: LevelBuffers | None) -> Any:
+        fixed: dict[str, Any] = {}
+        if buffers is not None:
+            fixed = {
+                "use_cuda_graph": True,
+                "qo_indptr_buf": buffers.qo_indptr,
+                "paged_kv_indptr_buf": buffers.kv_page_indptr,
+                "paged_kv_indices_buf": buffers.kv_page_indices,
+                "paged_kv_last_page_len_buf": buffers.kv_last_page_len,
+            }
+        return self._device.ops.BatchPrefillWithPagedKVCacheWrapper(
+            self._device.float_workspace, "NHD", backend=kernel.removeprefix("prefill_"), **fixed
+        )
+
+    def _decode_wrapper(self, kernel: str, buffers: LevelBuffers | None) -> Any:
+        fixed: dict[str, Any] = {}
+        if buffers is not None:
+            fixed = {
+                "use_cuda_graph": True,
+                "paged_kv_indptr_buffer": buffers.kv_page_indptr,
+                "paged_kv_indices_buffer": buffers.kv_page_indices,
+                "paged_kv_last_page_len_buffer": buffers.kv_last_page_len,
+            }
+        return self._device.ops.BatchDecodeWithPagedKVCacheWrapper(
+            self._device.float_workspace,
+            "NHD",
+            use_tensor_cores=kernel == "decode_tensor_cores",
+            backend="fa2",
+            **fixed,
+        )
+
+
+class LevelRun(NamedTuple):
+    """A planned level, and how many rows from the first on it covers."""
+
+    kernel: LevelKernel
+    num_rows: int
+
+
+def attend_levels(
+    device: FlashInferDevice,
+    q: torch.Tensor,
+    kv: tuple[torch.Tensor, torch.Tensor],
+    leaf: LevelKernel,
+    shared: Sequence[LevelRun],
+    result: LevelOutput,
+    partial: LevelOutput | None,
+) -> None:
+    """Attend level after level into `result`; `partial` holds one shared level's result at a time."""
+    leaf.run(q, kv, result)
+    for level in shared:
+        assert partial is not None
+        mine, other = result.first(level.num_rows), partial.first(level.num_rows)
+        level.kernel.run(q[: level.num_rows], kv, other)
+        device.ops.merge_state_in_place(mine.out, mine.lse, other.out, other.lse)
