@@ -261,7 +261,7 @@ class FlashInferScheduler:
         prompt_logprobs = iter(result.prompt_logprobs)
         for entry in in_flight.planned:
             reported = self._take_prompt_logprobs(entry, prompt_logprobs)
-            alive = entry.epoch == entry.sequence.epoch and entry.sequence.status is SequenceStatus.RUNNING
+            alive = entry.epoch == entry.sequence.epoch
             if alive:
                 self._commit_rows(entry)
             if reported and alive:

@@ -227,6 +227,7 @@ class SimulatedEngine:
         self,
         prompt: Sequence[int],
         *,
+        request_id: str | None = None,
         priority: int = 0,
         salt: bytes = b"",
         ending: Sequence[int] = (),
@@ -234,7 +235,7 @@ class SimulatedEngine:
     ) -> str:
         """Queue a request and return its id; `params` are sampling parameters."""
         request = Request(
-            request_id=f"r{len(self.requests)}",
+            request_id=request_id or f"r{len(self.requests)}",
             prompt_token_ids=list(prompt),
             params=SamplingParams(**{"max_tokens": 4, **params}),
             seed=len(self.requests),

@@ -7,7 +7,7 @@ import xxhash
 
 from cascade_llm.plan import StepPlan
 from cascade_llm.scheduler.sequence import Sequence, SequenceStatus
-from tests.scheduler.generated import RandomLoad, generated_steps, random_engine
+from tests.scheduler.generated import RandomLoad, random_engine
 from tests.scheduler.simulated_engine import SimulatedEngine
 
 
@@ -53,7 +53,10 @@ class Fuzz:
     def step(self) -> None:
         engine = self.engine
         self.num_steps += engine.scheduler.has_unfinished
+        num_preempted = engine.counters.preemptions
         plan = engine.schedule()
+        if plan is not None and engine.counters.preemptions > num_preempted:
+            assert all(start.sample_index for start in plan.lane_starts), "nobody is admitted in somebody's place"
         self.check_progress(plan)
         engine.updates = []
         if engine.pending and (plan is None or len(engine.pending) > self.lag):
@@ -80,18 +83,16 @@ class Fuzz:
         assert self.num_steps <= (1 + 2 * self.lag) * most_rows, "somebody starves"
 
 
-@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("first_seed", range(0, 300, 50))
-def test_random_loads(first_seed: int, lag: int) -> None:
+def test_random_loads(first_seed: int) -> None:
     for seed in range(first_seed, first_seed + 50):
-        Fuzz(seed, lag=lag, num_requests=12, trouble=0.01 if seed % 2 else 0.0).run()
+        Fuzz(seed, lag=seed % 2, num_requests=12, trouble=0.01 if seed % 4 < 2 else 0.0).run()
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_random_loads_when_most_page_keys_collide(monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
+def test_random_loads_when_most_page_keys_collide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xxhash, "xxh3_128_digest", lambda data: bytes([sum(data) % 3]) * 16)
     for seed in range(300, 330):
-        Fuzz(seed, lag=lag, num_requests=12, trouble=0.01, salts=(b"",)).run()  # salts are in the keys alone
+        Fuzz(seed, lag=seed % 2, num_requests=12, trouble=0.01, salts=(b"",)).run()  # salts are in the keys alone
 
 
 @pytest.mark.slow
@@ -103,28 +104,6 @@ def test_long_random_loads(lag: int) -> None:
         fuzz.run()
         num_steps += fuzz.num_steps
         seed += 1
-
-
-def test_generated_steps_are_the_same_each_time() -> None:
-    first, second = list(generated_steps(5, 20)), list(generated_steps(5, 20))
-    assert [tables for _, tables in first] == [tables for _, tables in second]
-    assert [list(plan.slots) for plan, _ in first] == [list(plan.slots) for plan, _ in second]
-    assert [list(plan.token_ids) for plan, _ in first] == [list(plan.token_ids) for plan, _ in second]
-
-
-def test_generated_steps_have_every_kind_of_plan() -> None:
-    kinds = set()
-    for seed in range(100):
-        for plan, _ in generated_steps(seed, 10):
-            rows_of = [len(plan.cascade.leaf.rows(i)) for i in range(plan.num_sequences)]
-            kinds.add(("levels", len(plan.cascade.levels)))
-            kinds.add("mixed" if 1 in rows_of and max(rows_of) > 1 else "decode" if max(rows_of) == 1 else "prefill")
-            kinds |= {name for name in ("page_copies", "lane_rows", "prompt_logprob_rows") if len(getattr(plan, name))}
-            kinds.add(plan.report.reason if plan.report.reason else "shared")
-    levels = {("levels", n) for n in (1, 2, 3, 4)}
-    assert levels | {"mixed", "decode", "prefill", "page_copies", "lane_rows", "prompt_logprob_rows", "shared"} <= kinds
-    assert {"one sequence", "cascade attention is off", "the cost model expects no gain"} <= kinds
-    assert "no two sequences share a full page" in kinds
 
 
 def test_engine_of_this_suite_notices_a_wrong_page() -> None:
