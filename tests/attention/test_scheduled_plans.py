@@ -1,0 +1,73 @@
+"""What the scheduler plans, computed by the torch backend, equals dense float64 attention over each page table."""
+
+from __future__ import annotations
+
+import torch
+
+from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.reference import reference_attention
+from cascade_llm.attention.torch_backend import TorchAttentionBackend
+from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
+from cascade_llm.plan import CascadeLevel, CascadePlan, int_column
+from tests.scheduler.generated import generated_steps
+
+NUM_PAGES = 200
+NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM = 2, 3, 8
+STEPS_PER_SEED = 60
+
+
+def one_level(plan: CascadePlan, page_tables: list[list[int]]) -> CascadePlan:
+    """The plan that reads every sequence's pages by itself, from the tables and not from the plan's levels."""
+    ends = [0]
+    for table in page_tables:
+        ends.append(ends[-1] + len(table))
+    leaf = CascadeLevel(
+        plan.leaf.qo_indptr,
+        int_column(ends),
+        int_column([page for table in page_tables for page in table]),
+        plan.leaf.kv_last_page_len,
+    )
+    return CascadePlan((leaf,), plan.page_size)
+
+
+def random_backend(page_size: int, generator: torch.Generator) -> TorchAttentionBackend:
+    spec = AttentionSpec(
+        num_layers=1,
+        num_qo_heads=NUM_KV_HEADS * GROUP_SIZE,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        sm_scale=HEAD_DIM**-0.5,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    pool = PagedKVCache(
+        num_layers=1,
+        num_pages=NUM_PAGES,
+        page_size=page_size,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=torch.float32,
+    )
+    pool.layer(0).normal_(generator=generator)
+    return TorchAttentionBackend(spec, pool)
+
+
+def num_cascades_that_equal_dense(seed: int) -> int:
+    """Compare every plan of one random load; returns how many had shared levels."""
+    generator = torch.Generator().manual_seed(seed)
+    backend: TorchAttentionBackend | None = None
+    num_cascades = 0
+    for step, page_tables in generated_steps(seed, STEPS_PER_SEED):
+        plan = step.cascade
+        backend = backend or random_backend(plan.page_size, generator)
+        q = torch.randn(step.num_rows, NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, generator=generator)
+        out, lse = backend.prepare(plan).attend(0, q)
+        expected, expected_lse = reference_attention(one_level(plan, page_tables), backend.kv_cache, 0, q, 8**-0.5)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+        num_cascades += len(plan.levels) > 1
+    return num_cascades
+
+
+def test_1200_scheduled_plans_equal_dense_attention() -> None:
+    assert sum(num_cascades_that_equal_dense(seed) for seed in range(20)) > 400
