@@ -70,23 +70,23 @@ def everything(weights: torch.Tensor) -> module.Candidates:
     return module.Candidates.select(weights, block_maxima(weights), floor)
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, 3.0, 8.0])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
 @pytest.mark.parametrize("quantum", [0.25, 2.0**-10])
 @pytest.mark.parametrize(
     ("top_p", "min_p"), [(0.05, 0.0), (0.5, 0.0), (0.95, 0.0), (0.9999, 0.0), (0.9, 0.02), (1.0, 0.3)]
 )
-@pytest.mark.parametrize("top_k", [1, 7, 20, 21, 500, VOCAB_SIZE])
+@pytest.mark.parametrize("top_k", [1, 20, 500, VOCAB_SIZE])
 def test_few_candidates_or_the_whole_vocabulary_give_one_token(
     scale: float, quantum: float, top_p: float, min_p: float, top_k: int
 ) -> None:
-    weights = probabilities(16, scale, quantum)
-    uniform = torch.linspace(0, 1 - 1e-9, 16, dtype=torch.float64)
-    filters = all_rows(16, top_k, top_p, min_p)
+    weights = probabilities(8, scale, quantum)
+    uniform = torch.linspace(0, 1 - 1e-9, 8, dtype=torch.float64)
+    filters = all_rows(8, top_k, top_p, min_p)
     if top_k < VOCAB_SIZE:
         quick, mass = draw_top_k, None
     else:
         quick = draw_top_p if top_p < 1.0 else draw_min_p
-        mass = weights.view(16, -1, module.BLOCK_LEN).sum(-1).sum(-1, dtype=torch.float64)
+        mass = weights.view(8, -1, module.BLOCK_LEN).sum(-1).sum(-1, dtype=torch.float64)
     slow = module._draw_candidates(everything(weights), uniform, filters, mass)
     assert torch.equal(quick(weights, uniform, filters, Workspace()), slow)
 
