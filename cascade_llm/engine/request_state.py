@@ -57,9 +57,11 @@ class RequestState:
         """End every sample that has not ended by itself."""
         if error is not None and self.output.error is None:
             self.output.error = error
-        for output in self.output.outputs:
+        for output, detokenizer in zip(self.output.outputs, self._detokenizers, strict=True):
             if output.finish_reason is None:
                 output.finish_reason = reason
+                if detokenizer is not None:
+                    output.text += detokenizer.push([], finished=True).text
 
     def take_deltas(self) -> list[CompletionDelta]:
         """What each sample gained since the last call."""
@@ -83,7 +85,11 @@ class RequestState:
         if detokenizer is None:
             return None
         new_ids = [] if update.token_id is None else [update.token_id]
-        delta = detokenizer.push(new_ids, finished=update.finish_reason is not None)
+        delta = detokenizer.push(
+            new_ids,
+            finished=update.finish_reason is not None,
+            ended_by_token=update.finish_reason == "stop",  # the scheduler knows of no other stop
+        )
         output.text += delta.text
         if delta.stopped_by is None:
             return None
