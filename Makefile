@@ -30,17 +30,17 @@ demo: venv
 	@$(BIN)/cascade-llm demo
 
 test: venv
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} @$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
 test-slow: venv
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} @$(BIN)/python -m pytest -m slow
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m slow
 
 check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy scripts
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/python -m pytest tests/test_imports.py
 
 format: venv
 	$(BIN)/ruff check --fix .
@@ -50,7 +50,7 @@ flashinfer-signatures: $(FLASHINFER_VENV)/.installed
 	@$(FLASHINFER_VENV)/bin/python scripts/flashinfer_signatures.py --check tests/attention/flashinfer_signatures.json
 
 clean:
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv:
