@@ -37,11 +37,14 @@ class GpuPlatform:
 
     ops: FlashInferOps
     stream: DeviceStream
+    num_processors: int
+    """Streaming multiprocessors, which FlashInfer's planner wants to fill."""
 
     @classmethod
     def cuda(cls, device: torch.device) -> GpuPlatform:
         """The real one."""
-        return cls(load_flashinfer_ops(), CudaStream(device))
+        num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+        return cls(load_flashinfer_ops(), CudaStream(device), num_processors)
 
 
 class FlashInferAttentionBackend(AttentionBackend):
@@ -62,6 +65,7 @@ class FlashInferAttentionBackend(AttentionBackend):
             raise BackendError(f"the flashinfer backend reads NHD pages, not {kv_cache.layout}: create the pool so")
         platform = platform or GpuPlatform.cuda(spec.device)
         self.kernels = kernels or KernelTable.for_model(spec)
+        self.platform = platform
         self.device = FlashInferDevice.create(platform.ops, platform.stream)
         self._leaves: dict[tuple[bool, int | None], LevelKernel] = {}
         self._shared: list[_SharedLevel] = []

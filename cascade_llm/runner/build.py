@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
-from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
+from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend, GpuPlatform
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
+from cascade_llm.layers.flashinfer_layer_ops import FlashInferLayerOps
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.models.weights import init_dummy, load_weights
+from cascade_llm.runner.cuda_graphs import CaptureReport, CudaGraphs, OnCapture
 from cascade_llm.runner.device import DTYPES, resolve_device, resolve_dtype, thread_limit
 from cascade_llm.runner.lanes import LaneState
-from cascade_llm.runner.memory import pool_pages
+from cascade_llm.runner.memory import pool_pages, step_bytes
 from cascade_llm.runner.model_runner import ModelRunner
 
 __all__ = ["RunnerFacts", "build_runner"]
+
+log = logging.getLogger("cascade_llm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,8 @@ class RunnerFacts:
     total_pages: int
     max_model_len: int
     backend: BackendChoice
+    capture: CaptureReport | None = None
+    """What capturing graphs took; None where there are none."""
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -41,8 +49,21 @@ class RunnerFacts:
         return self.model.kv_bytes_per_token(self.kv_dtype.itemsize)
 
 
-def build_runner(options: EngineOptions, checkpoint: Checkpoint) -> tuple[ModelRunner, RunnerFacts]:
-    """Load the weights, size the KV pool, choose the backend."""
+def build_runner(
+    options: EngineOptions,
+    checkpoint: Checkpoint,
+    *,
+    platform: GpuPlatform | None = None,
+    on_capture: OnCapture | None = None,
+) -> tuple[ModelRunner, RunnerFacts]:
+    """Load the weights, size the KV pool, choose the backend, capture graphs.
+
+    Args:
+        options: the user's
+        checkpoint: the model's files
+        platform: the GPU and FlashInfer, taken without asking; default the CUDA device where FlashInfer can serve
+        on_capture: told of the progress of capturing
+    """
     model = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, model.dtype, device)
@@ -59,33 +80,47 @@ def build_runner(options: EngineOptions, checkpoint: Checkpoint) -> tuple[ModelR
         dtype=dtype,
         device=device,
     )
-    choice = select_backend(options.attention_backend, spec)
+    if platform is not None:
+        choice = BackendChoice(name="flashinfer", backend=FlashInferAttentionBackend, refused=())
+    else:
+        choice = select_backend(options.attention_backend, spec)
+        log.info(choice.describe())
+        if choice.name == "flashinfer":
+            platform = GpuPlatform.cuda(device)
     with torch.inference_mode(), thread_limit(options.num_threads):
-        decoder = Decoder(model, dtype, device, max_positions=max_model_len)
-        if checkpoint.is_dummy:
-            init_dummy(decoder, options.seed)
+        decoder = _decoder(options, checkpoint, model, dtype, device, max_model_len, platform)
+        reserved = 0 if device.type == "cpu" else step_bytes(decoder, options)
+        bytes_per_page = model.kv_bytes_per_token(kv_dtype.itemsize) * options.page_size
+        total_pages = pool_pages(options, max_model_len, bytes_per_page, device, reserved)
+        padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
+        kv_cache = PagedKVCache(
+            num_layers=model.num_layers,
+            num_pages=total_pages + padding,
+            page_size=options.page_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=kv_dtype,
+            device=device,
+            layout=choice.backend.preferred_layout(device),
+        )
+        lanes = LaneState(options.max_num_seqs + padding, model.vocab_size, device)
+        backend: AttentionBackend
+        graphs = report = None
+        if platform is None:
+            backend = choice.backend(spec, kv_cache)
         else:
-            load_weights(decoder, checkpoint.tensors())
-        decoder.pack()
-    bytes_per_page = model.kv_bytes_per_token(kv_dtype.itemsize) * options.page_size
-    total_pages = pool_pages(options, max_model_len, bytes_per_page, device)
-    kv_cache = PagedKVCache(
-        num_layers=model.num_layers,
-        num_pages=total_pages,
-        page_size=options.page_size,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=kv_dtype,
-        device=device,
-        layout=choice.backend.preferred_layout(device),
-    )
+            backend = FlashInferAttentionBackend(spec, kv_cache, platform)
+            if not options.enforce_eager and not options.debug:
+                graphs, report = _capture(options, decoder, backend, lanes, max_model_len, on_capture)
     runner = ModelRunner(
         decoder,
-        choice.backend(spec, kv_cache),
+        backend,
         kv_cache,
-        LaneState(options.max_num_seqs, model.vocab_size, device),
+        lanes,
         num_threads=options.num_threads,
         debug=options.debug,
+        stream=platform.stream if platform else None,
+        graphs=graphs,
     )
     facts = RunnerFacts(
         model=model,
@@ -95,8 +130,53 @@ def build_runner(options: EngineOptions, checkpoint: Checkpoint) -> tuple[ModelR
         total_pages=total_pages,
         max_model_len=max_model_len,
         backend=choice,
+        capture=report,
     )
     return runner, facts
+
+
+def _decoder(
+    options: EngineOptions,
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    platform: GpuPlatform | None,
+) -> Decoder:
+    """The model with its weights."""
+    ops = FlashInferLayerOps(platform.ops, device, options.max_num_batched_tokens) if platform else None
+    decoder = Decoder(model, dtype, device, max_positions=max_model_len, ops=ops)
+    if checkpoint.is_dummy:
+        init_dummy(decoder, options.seed)
+    else:
+        load_weights(decoder, checkpoint.tensors())
+    if platform is None:
+        decoder.pack()
+    return decoder
+
+
+def _capture(
+    options: EngineOptions,
+    decoder: Decoder,
+    backend: FlashInferAttentionBackend,
+    lanes: LaneState,
+    max_model_len: int,
+    on_capture: OnCapture | None,
+) -> tuple[CudaGraphs, CaptureReport]:
+    """Capture the decode steps."""
+    with backend.device.stream.active():
+        graphs = CudaGraphs(
+            decoder,
+            backend,
+            lanes,
+            max_rows=options.max_num_seqs,
+            max_model_len=max_model_len,
+            max_shared_levels=options.cascade.max_shared_levels,
+        )
+        report = graphs.capture(on_capture)
+    log.info("captured %d graphs in %.1f s, %.0f MiB", report.num_graphs, report.seconds, report.num_bytes / (1 << 20))
+    return graphs, report
 
 
 def _max_model_len(options: EngineOptions, model: ModelConfig) -> int:

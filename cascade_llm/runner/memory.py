@@ -9,10 +9,13 @@ import torch
 
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import CapacityError
+from cascade_llm.models.decoder import Decoder
 
-__all__ = ["available_bytes", "pool_pages"]
+__all__ = ["available_bytes", "pool_pages", "step_bytes"]
 
 CGROUP = Path("/sys/fs/cgroup")
+GRAPH_BYTES = 1 << 30
+"""An estimate of all graphs' memory: 5 to 15 MB each, and FlashInfer's workspace."""
 
 
 def available_bytes(device: torch.device) -> int:
@@ -23,10 +26,30 @@ def available_bytes(device: torch.device) -> int:
     return min([int(psutil.virtual_memory().available), *_cgroup_rooms(CGROUP)])
 
 
-def pool_pages(options: EngineOptions, max_model_len: int, bytes_per_page: int, device: torch.device) -> int:
+def step_bytes(decoder: Decoder, options: EngineOptions) -> int:
+    """Memory that steps take beside weights and KV pool, on CUDA: the measured peak of a forward pass over the largest
+    step, and an estimate of what graphs keep."""
+    device = decoder.device
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    rows = torch.zeros(options.max_num_batched_tokens, dtype=torch.int64, device=device)
+    decoder.forward(rows, rows, lambda layer, q, k, v: torch.zeros_like(q))
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    graphs = 0 if options.enforce_eager else GRAPH_BYTES
+    # logits in the model's dtype, and the sampler's float32 copies of them
+    logits = options.max_num_seqs * decoder.config.vocab_size * (decoder.dtype.itemsize + 3 * 4)
+    return peak + graphs + logits
+
+
+def pool_pages(
+    options: EngineOptions, max_model_len: int, bytes_per_page: int, device: torch.device, reserved_bytes: int = 0
+) -> int:
     """Pages of the KV pool: what `kv_cache_bytes` says, else what the sequences could need and the memory gives.
 
-    On the CPU the memory gives a quarter of what is free.
+    On the CPU the memory gives a quarter of what is free; on CUDA the share that `gpu_memory_utilization` names, less
+    `reserved_bytes`, which steps need for themselves.
 
     Raises:
         CapacityError: not one sequence of `max_model_len` fits; says which number to change
@@ -38,7 +61,8 @@ def pool_pages(options: EngineOptions, max_model_len: int, bytes_per_page: int, 
         pool_bytes, cure = options.kv_cache_bytes, "raise kv_cache_bytes"
     else:
         share = options.gpu_memory_utilization if device.type == "cuda" else 0.25
-        pool_bytes, cure = int(free_bytes * share), "give kv_cache_bytes"
+        pool_bytes = max(0, int(free_bytes * share) - reserved_bytes)
+        cure = "raise gpu_memory_utilization" if device.type == "cuda" else "give kv_cache_bytes"
     pages = min(wanted, pool_bytes // bytes_per_page)
     if pages < pages_per_sequence:
         needed = pages_per_sequence * bytes_per_page

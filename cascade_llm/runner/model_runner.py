@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from cascade_llm.attention.backend import AttentionBackend, PreparedAttention
+from cascade_llm.attention.backend import AttentionBackend
 from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.device_stream import DeviceStream
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.models.finite_check import FirstNonFinite
 from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import IntColumn, StepPlan, StepResult
+from cascade_llm.runner.cuda_graphs import CudaGraphs
 from cascade_llm.runner.device import thread_limit
 from cascade_llm.runner.lanes import LaneState
 from cascade_llm.runner.sampler import Sampler
+from cascade_llm.runner.step_attention import StepAttention
 
-__all__ = ["ModelRunner", "PendingStep", "StepAttention"]
+__all__ = ["ModelRunner", "PendingStep"]
 
 LOGPROB_ROWS = 256
 
@@ -30,21 +34,6 @@ class PendingStep:
     plan: StepPlan
     result: Callable[[], StepResult]
     """Waits for the device, once."""
-
-
-class StepAttention:
-    """Attention of one step, as the decoder calls it: write, then read."""
-
-    def __init__(self, prepared: PreparedAttention, kv_cache: PagedKVCache, slots: torch.Tensor) -> None:
-        """`slots`: [rows] int64, where the rows' K/V go."""
-        self._prepared = prepared
-        self._kv_cache = kv_cache
-        self._slots = slots
-
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See `attention.backend.Attention`."""
-        self._kv_cache.write(layer, k, v, self._slots)
-        return self._prepared.attend(layer, q)[0]
 
 
 class ModelRunner:
@@ -62,8 +51,13 @@ class ModelRunner:
         *,
         num_threads: int | None = None,
         debug: bool = False,
+        stream: DeviceStream | None = None,
+        graphs: CudaGraphs | None = None,
     ) -> None:
+        """`stream`: what a GPU's work is queued on; `graphs`: captured decode steps, tried before eager ones."""
         self.decoder, self.backend, self.kv_cache = decoder, backend, kv_cache
+        self.graphs = graphs
+        self._stream = stream
         self._lanes, self._sampler = lanes, Sampler(lanes)
         self._num_threads, self._debug = num_threads, debug
 
@@ -71,15 +65,33 @@ class ModelRunner:
         """Start a step. Its result is there when `result()` returns; steps run in the order of submission."""
         if self._debug:
             plan.check()
-        with torch.inference_mode(), thread_limit(self._num_threads):
+        with self._running():
+            self._lanes.start(plan.lane_starts)
+            self.kv_cache.copy_pages(plan.page_copies)
+            if self.graphs is not None:
+                self.graphs.note_starts(plan)
+                result = self.graphs.submit(plan)
+                if result is not None:
+                    return PendingStep(plan, result)
             outcome = self._run(plan)
         return PendingStep(plan, lambda: outcome)
 
     def logits(self, plan: StepPlan, rows: IntColumn) -> torch.Tensor:
         """Run a step without sampling and return the logits of `rows`, [len(rows), vocab]; for validation."""
-        with torch.inference_mode(), thread_limit(self._num_threads):
+        with self._running():
+            self._lanes.start(plan.lane_starts)
+            self.kv_cache.copy_pages(plan.page_copies)
             hidden, _ = self._forward(plan)
             return self.decoder.logits(hidden[self._index(rows)])
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(thread_limit(self._num_threads))
+            if self._stream is not None:
+                stack.enter_context(self._stream.active())
+            yield
 
     def _run(self, plan: StepPlan) -> StepResult:
         hidden, broken_stage = self._forward(plan)
@@ -115,13 +127,12 @@ class ModelRunner:
 
     def _forward(self, plan: StepPlan) -> tuple[torch.Tensor, str | None]:
         """Hidden states [rows, hidden], and with `debug` the first stage that was not finite."""
-        self._lanes.start(plan.lane_starts)
-        self.kv_cache.copy_pages(plan.page_copies)
         token_ids = self._index(plan.token_ids)
         if len(plan.lane_rows):
             token_ids[self._index(plan.lane_rows)] = self._lanes.last_tokens[self._index(plan.lane_row_lanes)]
         prepared = self.backend.prepare(plan.cascade)
-        attention = StepAttention(prepared, self.kv_cache, self._index(plan.slots))
+        slots = self._index(plan.slots).to(self.backend.slot_dtype)
+        attention = StepAttention(prepared, self.backend, slots)
         observer = FirstNonFinite() if self._debug else None
         hidden = self.decoder.forward(token_ids, self._index(plan.positions), attention, observer)
         return hidden, observer.stage if observer else None

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cascade_llm.attention.flashinfer_backend import GpuPlatform
 from cascade_llm.attention.flashinfer_ops import FlashInferOps
 from tests.doubles.device import DoubleStream, poison
 from tests.doubles.planner import DoubleError, KernelPlan, decode_plan, prefill_plan
@@ -60,6 +61,10 @@ class FlashInferDouble:
             silu_and_mul=self.silu_and_mul,
             apply_rope_with_cos_sin_cache_inplace=self.apply_rope_with_cos_sin_cache_inplace,
         )
+
+    def platform(self) -> GpuPlatform:
+        """A GPU made of doubles."""
+        return GpuPlatform(self.ops(), self.stream, self.num_sm)
 
     # -- shared checks ----------------------------------------------------------------------------------------------
 

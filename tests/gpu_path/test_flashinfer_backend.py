@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend, GpuPlatform
+from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
 from cascade_llm.attention.flashinfer_levels import KernelTable
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
@@ -47,7 +47,7 @@ def backend_of(
     stream = DoubleStream()
     double = FlashInferDouble(stream, num_sm=num_sm, exact=dtype == torch.float32)
     spec = spec_of(case, dtype)
-    return FlashInferAttentionBackend(spec, pool, GpuPlatform(double.ops(), stream), kernels), double
+    return FlashInferAttentionBackend(spec, pool, double.platform(), kernels), double
 
 
 def random_q(case: CascadeCase, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

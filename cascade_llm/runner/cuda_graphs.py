@@ -1,0 +1,350 @@
+"""Decode steps as CUDA graphs: captured once for each shape, replayed with new integers in fixed memory.
+
+A step goes: write its integers into a pinned image, queue one copy, plan what changed, replay the forward graph, replay
+the sampling graph, queue the copy of the results. The host waits for nothing but, two steps later, its own image.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.device_stream import DeviceStream, Graph
+from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
+from cascade_llm.attention.flashinfer_graph import GraphAttention, SharedColumns
+from cascade_llm.attention.flashinfer_levels import LevelColumns
+from cascade_llm.models.decoder import Decoder
+from cascade_llm.plan import CascadeLevel, StepPlan, StepResult
+from cascade_llm.runner.graph_sampler import FeatureSet, GraphSampler, LaneFeatures
+from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape, graph_shapes, needs_padding_segment
+from cascade_llm.runner.lanes import LaneState
+from cascade_llm.runner.sampler import Sampler
+from cascade_llm.runner.step_arena import HostImage, StepArena
+from cascade_llm.runner.step_attention import StepAttention
+
+__all__ = ["CaptureReport", "CudaGraphs", "GraphCounters", "OnCapture"]
+
+log = logging.getLogger("cascade_llm")
+
+OnCapture = Callable[[int, int], None]
+"""Told how many graphs are captured, and of how many."""
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """What capturing took."""
+
+    num_graphs: int
+    seconds: float
+    num_bytes: int
+    dropped: tuple[GraphShape, ...] = ()
+    """Shapes that the memory had no room for; their steps run eagerly."""
+
+
+@dataclass
+class GraphCounters:
+    """How steps were run."""
+
+    graph_steps: int = 0
+    eager_steps: Counter[str] = field(default_factory=Counter)
+    """Steps outside graphs, by reason."""
+    eagerly_sampled_steps: int = 0
+    """Steps whose forward pass was a graph and whose sampling was not."""
+    padding_rows: int = 0
+
+
+@dataclass(frozen=True)
+class _CapturedShape:
+    attention: GraphAttention
+    forward: Graph
+
+
+class CudaGraphs:
+    """The graphs of one runner. Owns the fixed memory that they read and write."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        backend: FlashInferAttentionBackend,
+        lanes: LaneState,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        max_shared_levels: int,
+    ) -> None:
+        """Set memory aside; `capture` fills it.
+
+        Args:
+            decoder: the model
+            backend: its pool's last page belongs to no sequence: padding rows write to it
+            lanes: its last lane belongs to no sequence: the tokens of padding rows go there
+            max_rows: sequences of the largest step
+            max_model_len: tokens of the longest sequence
+            max_shared_levels: levels above the leaf
+        """
+        self._decoder, self._backend, self._lanes = decoder, backend, lanes
+        self._stream: DeviceStream = backend.device.stream
+        self._num_processors = backend.platform.num_processors
+        pool = backend.kv_cache
+        self._page_size, self._padding_page = pool.page_size, pool.num_pages - 1
+        self._padding_lane = lanes.num_lanes - 1
+        self._group_size = backend.spec.group_size
+        self._all_shapes = graph_shapes(max_rows, self._group_size, max_shared_levels)
+        max_segments = max((capacity for shape in self._all_shapes for capacity in shape.capacities), default=0)
+        self._shared = [SharedColumns(max_segments, pool.num_pages, lanes.device) for _ in range(max_shared_levels)]
+        self._arena = StepArena(
+            self._stream,
+            max_rows=max_rows,
+            max_leaf_pages=max_rows * -(-max_model_len // pool.page_size),
+            shared_len=max_shared_levels * (3 * (max_segments + 1) + pool.num_pages),
+        )
+        self._logits = torch.zeros(max_rows, lanes.vocab_size, dtype=decoder.dtype, device=lanes.device)
+        self._results = torch.zeros(2, max_rows, dtype=torch.int64, device=lanes.device)
+        self._sampler, self._eager_sampler = GraphSampler(lanes, max_rows), Sampler(lanes)
+        self._features = LaneFeatures(lanes.num_lanes)
+        self._shapes: dict[GraphShape, _CapturedShape] = {}
+        self._sampling: dict[tuple[int, FeatureSet], Graph] = {}
+        self._last_leaf: object = None
+        self.counters = GraphCounters()
+
+    # -- capture ----------------------------------------------------------------------------------------------------
+
+    def capture(self, on_capture: OnCapture | None = None) -> CaptureReport:
+        """Capture all graphs, the largest first; one that does not fit into memory is left out, said aloud."""
+        started, bytes_before = time.perf_counter(), self._stream.pool_bytes()
+        dropped = []
+        row_counts = sorted({shape.rows for shape in self._all_shapes}, reverse=True)
+        total = len(self._all_shapes) + 2 * len(row_counts)
+        for shape in self._all_shapes:
+            try:
+                self._capture_forward(shape)
+            except torch.OutOfMemoryError:
+                dropped.append(shape)
+                log.warning("no memory to capture the graph of %s: such steps will run eagerly", shape)
+            if on_capture is not None:
+                on_capture(len(self._shapes), total)
+        for rows in row_counts:
+            for features in (FeatureSet.DRAW, FeatureSet.GREEDY):
+                self._capture_sampling(rows, features)
+            if on_capture is not None:
+                on_capture(len(self._shapes) + len(self._sampling), total)
+        self._stream.mark().wait()
+        return CaptureReport(
+            len(self._shapes) + len(self._sampling),
+            time.perf_counter() - started,
+            self._stream.pool_bytes() - bytes_before,
+            tuple(dropped),
+        )
+
+    def _capture_forward(self, shape: GraphShape) -> None:
+        attention = GraphAttention(
+            self._backend,
+            shape.rows,
+            shape.capacities,
+            self._arena.leaf_buffers(shape.rows),
+            self._shared,
+            self._num_processors,
+        )
+        image = self._arena.take_image()
+        self._write_padding(image, 0, shape.rows, first_leaf_page=0)
+        self._arena.send(image, shape.rows)
+        attention.plan_leaf(self._leaf_columns(image, shape.rows), None)
+        room = _Room(image.shared)
+        for position, capacity in enumerate(shape.capacities):
+            attention.plan_shared(position, None, self._stand_in_columns(room, shape.rows, capacity))
+        image.in_use = self._stream.mark()
+        work = partial(self._forward, attention, shape.rows)
+        work()
+        self._shapes[shape] = _CapturedShape(attention, self._stream.capture(work))
+
+    def _capture_sampling(self, rows: int, features: FeatureSet) -> None:
+        work = partial(self._sample, rows, features)
+        work()
+        self._sampling[rows, features] = self._stream.capture(work)
+
+    def _forward(self, attention: GraphAttention, rows: int) -> None:
+        """What a forward graph holds: from the arena's columns to logits in fixed memory."""
+        columns = self._arena.columns
+        lanes = columns.token_lanes[:rows]
+        from_lanes = self._lanes.last_tokens[lanes.clamp(min=0)]
+        token_ids = torch.where(lanes >= 0, from_lanes, columns.token_ids[:rows])
+        step = StepAttention(attention, self._backend, columns.slots[:rows])
+        hidden = self._decoder.forward(token_ids, columns.positions[:rows], step)
+        self._logits[:rows].copy_(self._decoder.logits(hidden))
+
+    def _sample(self, rows: int, features: FeatureSet) -> None:
+        """What a sampling graph holds."""
+        columns = self._arena.columns
+        self._sampler.sample(
+            features,
+            self._logits[:rows],
+            columns.sample_lanes[:rows],
+            columns.positions[:rows],
+            self._results[:, :rows],
+        )
+
+    def _stand_in_columns(self, room: _Room, rows: int, capacity: int) -> LevelColumns:
+        """A level to capture with: all rows over the padding page."""
+        return LevelColumns(
+            room.put([0] + [rows] * capacity),
+            room.put([0] + [1] * capacity),
+            room.put([self._padding_page]),
+            room.put([self._page_size] + [0] * (capacity - 1)),
+        )
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def note_starts(self, plan: StepPlan) -> None:
+        """Take note of sequences that enter lanes; for every step, whoever runs it."""
+        self._features.start(plan.lane_starts)
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult] | None:
+        """Queue a step; returns what waits for its result, or None where no graph holds the step (counted)."""
+        shape = self._shape_of(plan)
+        if isinstance(shape, str):
+            self.counters.eager_steps[shape] += 1
+            return None
+        captured = self._shapes[shape]
+        self.counters.graph_steps += 1
+        self.counters.padding_rows += shape.rows - plan.num_rows
+        image = self._arena.take_image()
+        num_leaf_pages = self._write_step(image, plan, shape.rows)
+        self._arena.send(image, num_leaf_pages)
+        captured.attention.plan_leaf(self._leaf_columns(image, shape.rows), plan.cascade.leaf.kv_page_indptr)
+        room = _Room(image.shared)
+        for position, level in enumerate(plan.cascade.shared_levels):
+            if not captured.attention.holds(position, level):
+                columns = self._shared_columns(room, level, shape, shape.capacities[position])
+                captured.attention.plan_shared(position, level, columns)
+        captured.forward.replay()
+        return self._sampled(plan, shape.rows, image)
+
+    def _sampled(self, plan: StepPlan, rows: int, image: HostImage) -> Callable[[], StepResult]:
+        features = self._features.of(plan.sample_lanes.tolist())
+        if features is FeatureSet.EAGER:
+            image.in_use = self._stream.mark()
+            self.counters.eagerly_sampled_steps += 1
+            result = self._sample_eagerly(plan)
+            return lambda: result
+        if not len(plan.sample_rows):
+            image.in_use = self._stream.mark()
+            return lambda: StepResult(step_id=plan.step_id)
+        self._sampling[rows, features].replay()
+        self._stream.copy(image.results, self._results)
+        mark = image.in_use = self._stream.mark()
+
+        def result_after_wait() -> StepResult:
+            mark.wait()
+            tokens, finite = image.results.tolist()
+            return _result(plan, tokens, finite)
+
+        return result_after_wait
+
+    def _sample_eagerly(self, plan: StepPlan) -> StepResult:
+        lanes, rows = plan.sample_lanes.tolist(), plan.sample_rows.tolist()
+        sampled = self._eager_sampler.sample(self._logits, lanes, plan.sample_positions.tolist(), rows)
+        self._lanes.record(lanes, sampled.token_ids)
+        return StepResult(
+            step_id=plan.step_id,
+            token_ids=sampled.token_ids.tolist(),
+            logprobs=sampled.logprobs,
+            failed_samples=frozenset((~sampled.finite).nonzero().flatten().tolist()),
+        )
+
+    def _shape_of(self, plan: StepPlan) -> GraphShape | str:
+        """The graph that serves a step, or why none does."""
+        if plan.num_rows != plan.num_sequences:
+            return "a sequence has several rows"
+        if len(plan.cascades) > 1:
+            return "a sliding window"
+        if len(plan.prompt_logprob_rows):
+            return "prompt log-probabilities"
+        if len(set(plan.sample_rows)) != len(plan.sample_rows):
+            return "several samples of one row"
+        shape = fitting_shape(plan.cascade, list(self._shapes), self._group_size)
+        return shape or "no graph of that shape"
+
+    # -- columns ----------------------------------------------------------------------------------------------------
+
+    def _write_step(self, image: HostImage, plan: StepPlan, rows: int) -> int:
+        """Write a step's columns, padded to `rows`; returns how many page indices the leaf has."""
+        columns, count, leaf = image.columns, plan.num_rows, plan.cascade.leaf
+        columns.token_ids[:count] = column_tensor(plan.token_ids)
+        columns.positions[:count] = column_tensor(plan.positions)
+        columns.slots[:count] = column_tensor(plan.slots)
+        columns.token_lanes[:count] = -1
+        columns.token_lanes[column_tensor(plan.lane_rows).long()] = column_tensor(plan.lane_row_lanes)
+        columns.sample_lanes[:count] = self._padding_lane
+        columns.sample_lanes[column_tensor(plan.sample_rows).long()] = column_tensor(plan.sample_lanes)
+        num_pages = len(leaf.kv_page_indices)
+        columns.leaf_indptr[: count + 1] = column_tensor(leaf.kv_page_indptr)
+        columns.leaf_last_page_len[:count] = column_tensor(leaf.kv_last_page_len)
+        columns.leaf_indices[:num_pages] = column_tensor(leaf.kv_page_indices)
+        self._write_padding(image, count, rows, first_leaf_page=num_pages)
+        return num_pages + rows - count
+
+    def _write_padding(self, image: HostImage, first: int, rows: int, *, first_leaf_page: int) -> None:
+        """Rows that nobody asked for: token 0 on the padding page, each with that one page and one token."""
+        columns, count = image.columns, rows - first
+        columns.token_ids[first:rows] = 0
+        columns.positions[first:rows] = 0
+        columns.slots[first:rows] = self._padding_page * self._page_size
+        columns.token_lanes[first:rows] = -1
+        columns.sample_lanes[first:rows] = self._padding_lane
+        columns.leaf_indptr[0] = 0
+        columns.leaf_indptr[first + 1 : rows + 1] = torch.arange(first_leaf_page + 1, first_leaf_page + count + 1)
+        columns.leaf_last_page_len[first:rows] = 1
+        columns.leaf_indices[first_leaf_page : first_leaf_page + count] = self._padding_page
+
+    def _leaf_columns(self, image: HostImage, rows: int) -> LevelColumns:
+        columns = image.columns
+        return LevelColumns(
+            torch.arange(rows + 1, dtype=torch.int32),
+            columns.leaf_indptr[: rows + 1],
+            columns.leaf_indices[:0],
+            columns.leaf_last_page_len[:rows],
+        )
+
+    def _shared_columns(self, room: _Room, level: CascadeLevel, shape: GraphShape, capacity: int) -> LevelColumns:
+        """A shared level padded to its capacity: padding rows in an empty segment, the rest without rows."""
+        own = level.num_segments
+        num_rows, num_pages = level.num_rows, len(level.kv_page_indices)
+        qo_indptr, kv_page_indptr = level.qo_indptr.tolist(), level.kv_page_indptr.tolist()
+        if not needs_padding_segment(level, num_rows, shape.rows):
+            qo_indptr[-1] = shape.rows  # the last segment is empty, or there are no padding rows
+        return LevelColumns(
+            room.put(qo_indptr + [shape.rows] * (capacity - own)),
+            room.put(kv_page_indptr + [num_pages] * (capacity - own)),
+            room.put(level.kv_page_indices.tolist()),
+            room.put(level.kv_last_page_len.tolist() + [0] * (capacity - own)),
+        )
+
+
+class _Room:
+    """Hands out pinned memory, piece by piece."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory, self._used = memory, 0
+
+    def put(self, values: list[int]) -> torch.Tensor:
+        """The values, in the next free piece."""
+        piece = self._memory[self._used : self._used + len(values)]
+        piece.copy_(torch.tensor(values, dtype=torch.int32))
+        self._used += len(values)
+        return piece
+
+
+def _result(plan: StepPlan, tokens: list[int], finite: list[int]) -> StepResult:
+    rows = plan.sample_rows.tolist()
+    return StepResult(
+        step_id=plan.step_id,
+        token_ids=[tokens[row] for row in rows],
+        failed_samples=frozenset(i for i, row in enumerate(rows) if not finite[row]),
+    )
