@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -33,8 +34,7 @@ class Blocking:
     """What gathering a token costs, in the same unit."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """What batching needs to know of a segment that holds pages."""
 
     first_row: int
