@@ -148,25 +148,41 @@ class EngineOptions:
     device: str = "auto"
     """auto | cpu | cuda | cuda:N"""
     num_threads: int | None = None
+    """CPU threads of a step; None leaves torch's own number."""
     attention_backend: str = "auto"
     """auto | flashinfer | torch"""
     page_size: int = 16
+    """Tokens per page of the KV pool: the unit in which prefixes are shared."""
     max_model_len: int | None = None
+    """Tokens of a sequence, prompt and output together; None takes the model's context."""
     max_num_seqs: int = 256
+    """Sequences that run at once."""
     max_num_batched_tokens: int = 8192
+    """Rows of a step at most; longer prompts are prefilled in chunks."""
     gpu_memory_utilization: float = 0.9
+    """Share of the GPU's free memory that the KV pool may take."""
     kv_cache_bytes: int | None = None
+    """Size of the KV pool; None takes what the sequences could need, as far as the memory gives it."""
     kv_cache_dtype: str = "auto"
+    """auto (as dtype) | float32 | bfloat16 | float16"""
     enable_prefix_caching: bool = True
+    """Keep the pages of prompts for later requests that begin alike."""
     enable_cascade_attention: bool = True
+    """Read shared prefixes once per step; changes speed, never meaning."""
     cascade_shared_prefix_len: int | None = None
+    """None trusts the cost model; a number gives a level to every run of that many tokens with two sharers."""
     cascade_max_levels: int = 3
+    """The suffix level counted: 1 is plain attention."""
     quantization: str | None = None
+    """Not implemented yet."""
     tensor_parallel_size: int = 1
+    """Only 1 is implemented so far."""
     enforce_eager: bool = False
+    """Never capture CUDA graphs."""
     schedule_lag: int | None = None
     """Steps that are planned ahead of the last known result: None is 1 on CUDA, 0 on the CPU."""
     seed: int = 0
+    """Of the draws of requests that have no seed, and of dummy weights."""
     load_format: str = "auto"
     """auto | dummy (random weights from the configuration alone)"""
     debug: bool = False

@@ -102,7 +102,7 @@ class LLM:
             priority: lower runs earlier; one for all, or one per prompt
             on_error: "raise" checks all prompts first and names every bad one in one error, before anything runs;
                 "return" puts the error in that output's place and runs the rest
-            progress: draw a progress bar
+            progress: draw a progress bar on standard error, where that is a terminal
 
         Raises:
             RequestError: prompts or parameters that cannot be served
@@ -380,10 +380,12 @@ def _progress_bar(total: int, *, enabled: bool) -> Iterator[Callable[[int, int],
     if not enabled:
         yield lambda ended, generated: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[generated]} tokens"), transient=True) as bar:
+    counted, console = TextColumn("{task.fields[generated]} tokens"), Console(stderr=True)
+    with Progress(*columns, counted, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("generating", total=total, generated=0)
         first: list[int] = []
 

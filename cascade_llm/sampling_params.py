@@ -45,18 +45,23 @@ class SamplingParams:
     n: int = 1
     """Independent samples of the one prompt; they share its pages."""
     max_tokens: int = 256
+    """Generated tokens at most."""
     min_tokens: int = 0
     """Ending tokens are masked until this many tokens were generated."""
     stop: str | Sequence[str] | None = None
     """Strings that end the text; kept in it only with `include_stop_str_in_output`."""
     stop_token_ids: Sequence[int] | None = None
+    """Token ids that end the output."""
     ignore_eos: bool = False
+    """Go on after the model's own ending tokens."""
     logprobs: int | None = None
     """Report the chosen token's log-probability and this many most probable ones."""
     prompt_logprobs: int | None = None
     """The same for each prompt token after the first."""
     skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
     include_stop_str_in_output: bool = False
+    """Keep the stop string that ended the text."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Refuse unknown names, naming the nearest known one."""
