@@ -41,3 +41,106 @@ def test_equals_the_torch_backend(tiny: Path, lag: int, enforce_eager: bool) -> 
             assert set(counters.eager_steps) <= {"a sequence has several rows"}
             assert counters.eagerly_sampled_steps == 0
             assert double.stream.num_replays == 2 * counters.graph_steps
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_batched_tokens": 24, "max_num_seqs": 8},
+        {"cascade_max_levels": 4, "page_size": 1},
+        {"page_size": 16, "cascade_shared_prefix_len": 16, "max_num_seqs": 24},
+        {"enable_cascade_attention": False},
+    ],
+    ids=["chunked", "four-levels", "page-16", "one-level"],
+)
+def test_graphs_equal_the_torch_backend_over_forests(tiny: Path, seed: int, options: dict[str, Any]) -> None:
+    prompts = random_forest(seed, 14, VOCAB, 50)
+    params = [SamplingParams(temperature=0, max_tokens=3 + i % 9, ignore_eos=True) for i in range(len(prompts))]
+    with tiny_llm(tiny, **options) as twin:
+        expected = tokens(twin.generate(prompts, params))
+    with gpu_llm(tiny, double_gpu(num_sm=4), **options) as llm:
+        assert tokens(llm.generate(prompts, params)) == expected
+        assert graphs_of(llm).counters.graph_steps > 0
+
+
+def test_preemption_and_a_tiny_pool(tiny: Path) -> None:
+    prompts = random_forest(7, 12, VOCAB, 60)
+    pool = {"kv_cache_bytes": (256 // 4 + 6) * 4 * 2 * 2 * 2 * 64 * 4}
+    with tiny_llm(tiny, **pool) as twin:
+        expected = tokens(twin.generate(prompts, GREEDY))
+    with gpu_llm(tiny, double_gpu(), **pool) as llm:
+        assert tokens(llm.generate(prompts, GREEDY)) == expected
+        assert llm.stats()["preemptions"] > 0
+
+
+@pytest.mark.parametrize(
+    ("params", "in_graph"),
+    [
+        ({"temperature": 0.8, "seed": 5}, True),
+        ({"temperature": 0.8, "seed": 5, "n": 3}, True),
+        ({"temperature": 0.7, "top_p": 0.9, "seed": 1}, False),
+        ({"temperature": 0.7, "top_k": 5, "seed": 1}, False),
+        ({"temperature": 0, "repetition_penalty": 1.3}, False),
+        ({"temperature": 0, "logprobs": 2}, False),
+        ({"temperature": 0, "logit_bias": {5: 3.0}}, False),
+    ],
+    ids=str,
+)
+def test_every_kind_of_sampling(tiny: Path, params: dict[str, Any], in_graph: bool) -> None:
+    """Draws are the same as without graphs, token by token; what no graph holds is sampled behind one."""
+    prompts = random_forest(2, 6, VOCAB, 30)
+    sampling = SamplingParams(max_tokens=10, ignore_eos=True, **params)
+    with tiny_llm(tiny) as twin:
+        expected = twin.generate(prompts, sampling)
+    with gpu_llm(tiny, double_gpu()) as llm:
+        found = llm.generate(prompts, sampling)
+        counters = graphs_of(llm).counters
+    assert tokens(found) == tokens(expected)
+    assert (counters.eagerly_sampled_steps == 0) == in_graph
+    if "logprobs" in params:
+        assert_equal_outputs(found, expected)
+
+
+def test_greedy_and_drawn_sequences_in_one_step(tiny: Path) -> None:
+    prompts = random_forest(4, 8, VOCAB, 30)
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=8, ignore_eos=True) for i in range(8)]
+    with tiny_llm(tiny) as twin:
+        expected = tokens(twin.generate(prompts, params))
+    with gpu_llm(tiny, double_gpu()) as llm:
+        assert tokens(llm.generate(prompts, params)) == expected
+        assert graphs_of(llm).counters.eagerly_sampled_steps == 0
+
+
+def test_sixteen_bits_run_by_the_strict_rules(tiny: Path) -> None:
+    """bfloat16, nothing let through: tokens may differ at near-ties, so only their number is compared."""
+    prompts = random_forest(5, 6, VOCAB, 40)
+    with gpu_llm(tiny, double_gpu(exact=False), dtype="bfloat16") as llm:
+        outputs = llm.generate(prompts, GREEDY)
+        assert graphs_of(llm).counters.graph_steps > 0
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [12] * 6
+
+
+def test_plans_are_made_rarely(tiny: Path) -> None:
+    """One shared prefix, many steps: the shared level is planned once, the leaf when pages are added."""
+    prefix = list(range(3, 35))
+    prompts = [[*prefix, 40 + i] for i in range(12)]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    double = double_gpu(num_sm=2)  # 12 rows of 2 heads fill it: the leaf does not split
+    with gpu_llm(tiny, double, page_size=16, cascade_shared_prefix_len=16) as llm:
+        llm.generate(prompts[:1], params)
+        before, steps = double.num_plans, graphs_of(llm).counters.graph_steps
+        llm.generate(prompts, params)
+        eager = sum(graphs_of(llm).counters.eager_steps.values())
+        assert graphs_of(llm).counters.graph_steps - steps >= 22
+        assert double.num_plans - before <= 2 * eager + 2
+
+
+def test_the_capture_report_and_progress(tiny: Path) -> None:
+    with gpu_llm(tiny, double_gpu()) as llm:
+        report = llm.facts.capture
+    assert report is not None
+    assert report.num_graphs == 3 + 3 * 2 + 0 + 2 * 5 + 6
+    assert report.num_bytes > 0
+    assert report.seconds > 0
+    assert report.dropped == ()
