@@ -37,6 +37,39 @@ def test_pages_of_a_preempted_sequence_stay_cached_while_there_is_room(
     engine.check_outputs()
     assert engine.counters.recomputed_tokens == recomputed_tokens
     assert engine.counters.prefilled_tokens == 2 * 8 + recomputed_tokens
+    assert engine.counters.cached_tokens == 0, "its own pages are no hits"
+
+
+def test_the_youngest_goes_first_and_only_as_many_as_must() -> None:
+    engine = SimulatedEngine(small_config(total_pages=16, max_model_len=64, max_num_batched_tokens=16, max_num_seqs=4))
+    old, young = engine.add([100] * 16, max_tokens=9), engine.add([101] * 16, max_tokens=9)
+    for _ in range(4):
+        engine.step()
+    urgent = engine.add(range(44), priority=-1)
+    while not engine.counters.preemptions:
+        engine.step()
+    assert {s.request.request_id for s in engine.scheduler.sequences() if s.pages} == {urgent, old}
+    assert engine.counters.preemptions == 1
+    engine.run()
+    engine.check_outputs()
+    assert engine.outputs[young, 0].finish_reason == "length"
+
+
+def test_nobody_is_admitted_in_the_step_that_preempts() -> None:
+    config = small_config(total_pages=16, max_num_batched_tokens=17, max_model_len=64, enable_prefix_caching=False)
+    engine = SimulatedEngine(config)
+    engine.add([100] * 8, max_tokens=30)
+    engine.step()
+    engine.add([101] * 45, max_tokens=10)
+    while not engine.counters.preemptions:
+        plan = engine.step()
+    assert plan is not None
+    assert plan.lane_starts == (), "though a first chunk of it would fit again"
+    plan = engine.step()
+    assert plan is not None
+    assert len(plan.lane_starts) == 1
+    engine.run()
+    engine.check_outputs()
 
 
 @pytest.mark.parametrize("lag", [0, 1])
