@@ -8,7 +8,7 @@ from typing import NamedTuple
 from cascade_llm.scheduler.prefix_cache import RadixNode
 from cascade_llm.scheduler.sequence import Sequence
 
-__all__ = ["PlannedRows", "Run", "attach_nodes", "shared_forest"]
+__all__ = ["PlannedRows", "Run", "attach_nodes", "preorder", "shared_forest"]
 
 
 class PlannedRows(NamedTuple):
@@ -64,7 +64,7 @@ def shared_forest(nodes: Rows[RadixNode], num_new: Rows[int], root: RadixNode) -
     runs = {root: top}
     for index, node in enumerate(nodes):
         _run_of(node, runs).members.append(index)
-    for run in reversed(_preorder(top)):
+    for run in reversed(preorder(top)):
         _fold_unshared(run, num_new)
         if run is not top and not run.members and len(run.children) == 1:
             _absorb(run, run.children[0])
@@ -89,7 +89,8 @@ def _run_of(node: RadixNode, runs: dict[RadixNode, Run]) -> Run:
         lower = upper
 
 
-def _preorder(top: Run) -> list[Run]:
+def preorder(top: Run) -> list[Run]:
+    """All runs, parents first."""
     order, stack = [], [top]
     while stack:
         run = stack.pop()

@@ -3,35 +3,43 @@
 The problem. Given the tree of shared runs, choose a set of runs that become *segments*. A run that is not chosen is
 folded: its tokens are carried down into the nearest chosen run on each path below it, or into the leaf segments. So a
 segment holds its own run and the folded runs directly above it. No path may have more chosen runs than there are
-levels. The cost is the sum over segments and leaf segments, plus a fixed cost for each level used.
+levels. The cost is the sum over segments and leaf segments, each linear in its tokens, plus a fixed cost for each level
+used.
 
-The algorithm. All that a subtree needs to know of what is above it is where the carried tokens start (at the end of
-the nearest chosen ancestor) and how many levels are left. So the best cost of a subtree is a function of these two,
-computed bottom up; trying each number of levels at the top finds the optimum of the whole. With n runs, depth d and k
-levels that takes O(n * d * k) time.
+The algorithm. All that a subtree needs to know of what is above it is the page at which the carried tokens start (the
+end of the nearest chosen run) and how many levels are left. For each number of levels its best cost is a piecewise
+linear function of that page (`carried_cost`). Bottom up, from the functions of its children, a run's is
+
+    folded     the children's sum, plus a line for the sequences that end here
+    shared     a line: its own segment, and the children with one level less and nothing carried
+    best       the lower of the two; a range of start pages where sharing is cheaper is all that is remembered
+
+Going down again from the root, these ranges give the choice. The result is optimal. Every run brings in at most two
+pieces, and a sum moves the pieces of the smaller functions only, so that with n runs and k levels it takes
+O(k * n * log n) steps, however deep the tree is.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from cascade_llm.scheduler.prefix_forest import Run
+from cascade_llm.scheduler.carried_cost import CarriedCost
+from cascade_llm.scheduler.prefix_forest import Run, preorder
 
 __all__ = ["Choice", "SegmentCosts", "TokensRead", "choose_segments"]
 
 
 class SegmentCosts(Protocol):
-    """What parts of a plan cost; `CostModel` in seconds, `TokensRead` in tokens."""
+    """What parts of a plan cost; `CostModel` in seconds, `TokensRead` in tokens. All are linear in `tokens`."""
 
     def shared_segment_s(self, tokens: int, rows: int) -> float:
-        """A shared segment."""
+        """A shared segment; of no tokens, what it costs besides."""
         ...
 
     def leaf_tokens_s(self, tokens: int, rows: int) -> float:
-        """Tokens that a sequence with `rows` rows reads by itself."""
+        """Tokens that a sequence with `rows` rows reads by itself; none cost nothing."""
         ...
 
     def level_s(self, rows: int) -> float:
@@ -63,77 +71,68 @@ class Choice(NamedTuple):
     num_levels: int
 
 
-class _Best(NamedTuple):
-    cost: float
-    share: bool
+Shares = dict[Run, list[range]]
+"""For each run and number of levels left, the start pages of carried tokens for which it is best a segment."""
 
 
 def choose_segments(
     top: Run, num_new: Rows[int], page_size: int, costs: SegmentCosts, *, max_levels: int, min_tokens: int
 ) -> Choice:
     """The cheapest choice with at most `max_levels` shared levels and no segment shorter than `min_tokens`."""
-    order, starts = _paths(top)
-    tables: dict[Run, dict[tuple[int, int], _Best]] = {}
-    for run in reversed(order):
-        member_rows = Counter(num_new[i] for i in run.members)
-        table = tables[run] = {}
-        for left in range(max_levels + 1):
-            shared = _shared_below(run, tables, left) if left and run is not top else None
-            for start in starts[run]:
-                tokens = (run.end - start) * page_size
-                best = _Best(_folded(run, tables, member_rows, costs, tokens, start, left), share=False)
-                if shared is not None and tokens >= min_tokens:
-                    cost = shared + costs.shared_segment_s(tokens, run.num_rows)
-                    best = min(best, _Best(cost, share=True))
-                table[start, left] = best
-    num_levels = min(
-        range(max_levels + 1), key=lambda left: tables[top][0, left].cost + left * costs.level_s(top.num_rows)
-    )
-    return _collect(top, tables, num_levels)
+    best, shares = _best_costs(top, num_new, page_size, costs, max_levels, -(-min_tokens // page_size))
+    level_s = costs.level_s(top.num_rows)
+    return _collect(top, shares, min(range(max_levels + 1), key=lambda levels: best[levels] + levels * level_s))
 
 
-def _paths(top: Run) -> tuple[list[Run], dict[Run, tuple[int, ...]]]:
-    """Runs, parents first; and for each the pages at which tokens carried into it can start."""
-    order, stack = [], [top]
-    starts: dict[Run, tuple[int, ...]] = {top: (0,)}
-    while stack:
-        run = stack.pop()
-        order.append(run)
-        for child in run.children:
-            starts[child] = starts[run] if run is top else (*starts[run], run.end)
-            stack.append(child)
-    return order, starts
+def _best_costs(
+    top: Run, num_new: Rows[int], page_size: int, costs: SegmentCosts, max_levels: int, min_pages: int
+) -> tuple[list[float], Shares]:
+    """For each number of levels the least cost of the whole tree, and where runs are shared."""
+    page_s = {rows: costs.leaf_tokens_s(page_size, rows) for rows in set(num_new)}
+    functions: dict[Run, list[CarriedCost]] = {}
+    shares: Shares = {}
+    for run in reversed(preorder(top)):
+        start, end = run.start, run.end
+        by_levels = functions[run] = _sums([functions.pop(child) for child in run.children], max_levels)
+        nothing_carried = [function.end_at(end) for function in by_levels]
+        member_s = sum([page_s[num_new[i]] for i in run.members])
+        for function in by_levels:
+            function.add_line(complex(member_s * end, member_s))
+        if run is top:
+            break
+        segment_s = costs.shared_segment_s(0, run.num_rows)
+        shared_s = costs.shared_segment_s(page_size, run.num_rows) - segment_s
+        last_start = min(start, end - min_pages)
+        shares[run] = [range(0)]
+        for levels in range(1, max_levels + 1):
+            shared = complex(segment_s + nothing_carried[levels - 1] + shared_s * end, shared_s)
+            function = by_levels[levels]
+            function.end_at(start)
+            shares[run].append(function.undercut(shared, last_start) if last_start >= 0 else range(0))
+    return [function.end_at(0) for function in functions[top]], shares
 
 
-def _folded(
-    run: Run,
-    tables: dict[Run, dict[tuple[int, int], _Best]],
-    member_rows: Counter[int],
-    costs: SegmentCosts,
-    tokens: int,
-    start: int,
-    left: int,
-) -> float:
-    """Cost below `run` when the tokens from page `start` on are carried further down."""
-    members = sum(count * costs.leaf_tokens_s(tokens, rows) for rows, count in member_rows.items()) if tokens else 0.0
-    return members + sum(tables[child][start, left].cost for child in run.children)
+def _sums(functions: Rows[list[CarriedCost]], max_levels: int) -> list[CarriedCost]:
+    """For each number of levels the sum over the children; takes over the first child's functions."""
+    if not functions:
+        return [CarriedCost() for _ in range(max_levels + 1)]
+    sums = functions[0]
+    for others in functions[1:]:
+        for function, other in zip(sums, others, strict=True):
+            function.add(other)
+    return sums
 
 
-def _shared_below(run: Run, tables: dict[Run, dict[tuple[int, int], _Best]], left: int) -> float:
-    """Cost below `run` when it is a segment: nothing is carried into what follows."""
-    return sum(tables[child][run.end, left - 1].cost for child in run.children)
-
-
-def _collect(top: Run, tables: dict[Run, dict[tuple[int, int], _Best]], num_levels: int) -> Choice:
+def _collect(top: Run, shares: Shares, num_levels: int) -> Choice:
     """Follow the best decisions from the root down."""
     start_pages: dict[Run, int] = {}
-    deepest = 0
-    stack = [(top, 0, num_levels)]
+    fewest_left = num_levels
+    stack = [(child, 0, num_levels) for child in top.children]
     while stack:
         run, start, left = stack.pop()
-        if tables[run][start, left].share:
+        if start in shares[run][left]:
             start_pages[run] = start
             start, left = run.end, left - 1
-            deepest = max(deepest, num_levels - left)
-        stack.extend((child, start, left) for child in run.children)
-    return Choice(start_pages, deepest)
+            fewest_left = min(fewest_left, left)
+        stack.extend([(child, start, left) for child in run.children])
+    return Choice(start_pages, num_levels - fewest_left)
