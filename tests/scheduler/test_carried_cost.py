@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Rows
 from functools import cache
+from itertools import pairwise, product
 
 import pytest
 
@@ -132,12 +133,15 @@ def test_eight_thousand_sequences_each_sharing_one_page_more() -> None:
         run.num_sequences = run.num_rows = below
     top.num_sequences = top.num_rows = num_runs + 1
     num_new = [1] * (num_runs + 1)
-    choice = choose_segments(top, num_new, 1, TokensRead(), max_levels=1, min_tokens=1)
-    (run,) = choice.start_pages
-    # a segment of x pages is read once instead of by the num_runs + 1 - x + 1 sequences that reach its end
-    saved = [end * (num_runs + 1 - end) for end in range(num_runs + 1)]
-    assert run.end * (run.num_sequences - 1) == max(saved)
-    choice = choose_segments(top, num_new, 1, TokensRead(), max_levels=3, min_tokens=1)
-    ends = sorted(run.end for run in choice.start_pages)
-    assert choice.num_levels == 3
-    assert ends == [2000, 4000, 6000]
+    for max_levels in (1, 2, 3):
+        choice = choose_segments(top, num_new, 1, TokensRead(), max_levels=max_levels, min_tokens=1)
+        assert choice.num_levels == len(choice.start_pages) == max_levels
+        ends = sorted(run.end for run in choice.start_pages)
+        around = (range(end - 2, end + 3) for end in ends)
+        assert pages_saved(ends, num_runs) == max(pages_saved(near, num_runs) for near in product(*around))
+        assert ends == pytest.approx([num_runs * (i + 1) / (max_levels + 1) for i in range(max_levels)], abs=2)
+
+
+def pages_saved(ends: Rows[int], num_runs: int) -> int:
+    """By segments that end after these pages: each is read once, not by all sequences that reach its end."""
+    return sum((end - start) * (num_runs + 1 - end) for start, end in pairwise((0, *ends)))
