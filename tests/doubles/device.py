@@ -25,7 +25,16 @@ from tests.doubles.planner import DoubleError
 
 __all__ = ["DoubleStream", "poison"]
 
-HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "lift_fresh", "equal")
+HOST_READS = (
+    "item",
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "_unique2",
+    "lift_fresh",
+    "equal",
+)
 """Operations that make the host wait for the device, or bring pageable memory; a capture fails on them."""
 INT_POISON = -(1 << 30)
 
@@ -77,7 +86,6 @@ class DoubleStream(DeviceStream):
         self.device = torch.device("cpu")
         self.num_replays = 0
         self.num_copies = 0
-        self.blocking_copies = 0
         self._queue: deque[_Work] = deque()
         self._num_queued = self._num_run = 0
         self._pinned: dict[int, torch.Tensor] = {}
@@ -214,7 +222,8 @@ class _StreamMode(TorchDispatchMode):
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and isinstance(value, torch.Tensor) and self._stream.is_pinned(value):
                 self._stream.check_host_write(value)
-        self._stream.before_operation(tensors)
+        if not func.is_view:  # a view reads nothing
+            self._stream.before_operation(tensors)
         return func(*args, **kwargs)
 
 

@@ -296,10 +296,9 @@ class _Wrapper:
         assert indices_buffer is not None
         if len(indices) > len(indices_buffer):
             raise DoubleError("more page indices than the buffer holds")
-        if not self._stream.is_on_device(indices):
-            self._stream.blocking_copies += 1
+        if len(indices) and not self._stream.is_on_device(indices):
             raise DoubleError("page indices on the host: the copy would block until the device is idle")
-        if indices.data_ptr() == indices_buffer.data_ptr():
+        if len(indices) and indices.data_ptr() == indices_buffer.data_ptr():
             raise DoubleError("page indices are copied onto themselves")
         for buffer, column in zip(self._buffers, columns, strict=True):
             if buffer is not None:

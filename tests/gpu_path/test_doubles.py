@@ -198,3 +198,47 @@ def test_a_capture_refuses_what_makes_the_host_wait(work: Any) -> None:
     x = torch.ones(2)
     with pytest.raises(DoubleError, match="during capture"):
         DoubleStream().capture(lambda: work(x))
+
+
+def test_a_capture_refuses_a_wrapper_without_fixed_buffers() -> None:
+    double = FlashInferDouble(DoubleStream(), exact=True)
+    wrapper = double.ops().BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(64, dtype=torch.uint8), use_tensor_cores=True, backend="fa2"
+    )
+    indptr, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    wrapper.plan(indptr, one, one, 4, 2, 64, 16, q_data_type=torch.float32, kv_data_type=torch.float32)
+    q, pools = torch.zeros(1, 4, 64), torch.zeros(2, 2, 16, 2, 64)
+    out, lse = torch.zeros(1, 4, 64), torch.zeros(1, 4)
+    wrapper.run(q, pools.unbind(), out=out, lse=lse, return_lse=True)
+    with pytest.raises(DoubleError, match="without fixed buffers"):
+        double.stream.capture(lambda: wrapper.run(q, pools.unbind(), out=out, lse=lse, return_lse=True))
+
+
+def test_two_streams_may_not_share_a_float_workspace() -> None:
+    double, workspace = FlashInferDouble(DoubleStream()), torch.empty(64, dtype=torch.uint8)
+    double.ops().BatchPrefillWithPagedKVCacheWrapper(workspace, backend="fa2")
+    double.stream = DoubleStream()
+    with pytest.raises(DoubleError, match="two streams"):
+        double.ops().BatchPrefillWithPagedKVCacheWrapper(workspace, backend="fa2")
+
+
+def test_append_and_merge_check_their_tensors() -> None:
+    double = FlashInferDouble(DoubleStream())
+    v, s = torch.zeros(2, 4, 64, dtype=torch.bfloat16), torch.zeros(2, 4)
+    double.merge_state_in_place(v, s, v.clone(), s.clone())
+    for bad in (
+        (v.float(), s, v.float(), s),
+        (v, s.bfloat16(), v, s),
+        (v.transpose(0, 1).contiguous().transpose(0, 1), s, v, s),
+        (v[:, :, :32].contiguous(), s, v[:, :, :32].contiguous(), s),
+    ):
+        with pytest.raises(DoubleError):
+            double.merge_state_in_place(*bad)
+    pools = torch.zeros(2, 3, 4, 2, 64, dtype=torch.bfloat16).unbind()
+    table = torch.arange(3, dtype=torch.int32), torch.tensor([0, 3]).int(), torch.tensor([4]).int()
+    rows, zeros = torch.ones(2, 2, 64, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
+    double.read_only_slots = {4, 5}
+    double.append_paged_kv_cache(rows, rows, zeros, torch.tensor([3, 6]).int(), pools, *table)
+    for bad_rows, positions in ((rows.float(), [3, 6]), (rows, [3, 5]), (rows, [3, 12])):
+        with pytest.raises(DoubleError):
+            double.append_paged_kv_cache(bad_rows, bad_rows, zeros, torch.tensor(positions).int(), pools, *table)

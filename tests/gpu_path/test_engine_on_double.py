@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cascade_llm import SamplingParams
 from tests.engine.tiny_llm import assert_equal_outputs, random_forest, save_tiny, tiny_llm
@@ -144,3 +145,51 @@ def test_the_capture_report_and_progress(tiny: Path) -> None:
     assert report.num_bytes > 0
     assert report.seconds > 0
     assert report.dropped == ()
+
+
+def test_graphs_that_do_not_fit_into_memory_are_left_out(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine starts, says so, and runs such steps eagerly."""
+    double = double_gpu()
+    capture, calls = double.stream.capture, []
+
+    def without_memory(work: Any) -> Any:
+        calls.append(1)
+        if len(calls) <= 6:  # all shapes of 16 rows
+            raise torch.OutOfMemoryError("no memory")
+        return capture(work)
+
+    monkeypatch.setattr(double.stream, "capture", without_memory)
+    prompts = random_forest(3, 10, VOCAB, 40)
+    with tiny_llm(tiny) as twin:
+        expected = tokens(twin.generate(prompts, GREEDY))
+    with gpu_llm(tiny, double) as llm:
+        assert tokens(llm.generate(prompts, GREEDY)) == expected
+        report = llm.facts.capture
+        assert report is not None
+        assert {shape.rows for shape in report.dropped} == {16}
+        assert len(report.dropped) == 6
+        assert graphs_of(llm).counters.eager_steps["no graph of that shape"] > 0
+    assert sum("will run eagerly" in record.message for record in caplog.records) == 6
+
+
+def test_debug_does_without_graphs(tiny: Path) -> None:
+    with gpu_llm(tiny, double_gpu(), debug=True) as llm:
+        assert llm._engine.runner.graphs is None
+        assert llm.facts.capture is None
+        assert len(llm.generate([[5, 6, 7]], GREEDY)[0]["token_ids"]) == 12
+
+
+def test_logits_of_any_rows_for_validation(tiny: Path) -> None:
+    """The runner's `logits` goes the eager way, on the same pool."""
+    with gpu_llm(tiny, double_gpu()) as llm, tiny_llm(tiny) as twin:
+        ids = list(range(3, 30))
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+        ours, theirs = llm.generate([ids], params)[0], twin.generate([ids], params)[0]
+        assert ours.prompt_logprobs is not None
+        assert theirs.prompt_logprobs is not None
+        pairs = list(zip(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], strict=True))
+        assert pairs
+        for mine, other in pairs:
+            assert abs(mine.logprob - other.logprob) < 1e-4

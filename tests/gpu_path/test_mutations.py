@@ -1,0 +1,495 @@
+"""Every rule of the device and of FlashInfer, broken in the engine on purpose: the run must then fail or differ.
+
+A rule whose breach goes unnoticed here would go unnoticed on a GPU until it gave a wrong token. The table names each
+rule; `unchanged` proves that the same run passes where nothing is broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cascade_llm import SamplingParams
+from cascade_llm.attention import flashinfer_backend, flashinfer_levels
+from cascade_llm.attention.flashinfer_graph import GraphAttention
+from cascade_llm.attention.flashinfer_levels import LevelBuffers, LevelColumns, LevelKernel, LevelOutput, LevelRun
+from cascade_llm.plan import CascadePlan, StepResult
+from cascade_llm.runner import cuda_graphs, graph_sampler
+from cascade_llm.runner.cuda_graphs import CudaGraphs
+from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape
+from cascade_llm.runner.step_arena import StepArena
+from cascade_llm.runner.step_attention import StepAttention
+from tests.engine.tiny_llm import save_tiny, tiny_llm
+from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
+MUTATIONS: dict[str, Mutation] = {}
+
+FAMILIES = [[3 + (i * step) % 80 for i in range(64)] for step in (1, 7)]
+PROMPTS = [[*FAMILIES[i % 2], *(5 + (7 * i + j) % 80 for j in range(120 + i))] for i in range(6)]
+PROMPTS += [[*FAMILIES[0][:40], 50 + i] for i in range(2)] + [[60 - i for i in range(9)]]
+PARAMS = [SamplingParams(temperature=0, max_tokens=6 + 3 * i, ignore_eos=True) for i in range(len(PROMPTS))]
+"""Some sequences grow past 128 tokens of their own, where kernels begin to split K/V."""
+OPTIONS: dict[str, Any] = {"page_size": 4, "cascade_shared_prefix_len": 32, "max_num_seqs": 10}
+
+
+def mutation(rule: str) -> Callable[[Mutation], Mutation]:
+    def add(function: Mutation) -> Mutation:
+        assert rule not in MUTATIONS
+        MUTATIONS[rule] = function
+        return function
+
+    return add
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("grouped"), "qwen3", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def ungrouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many KV heads as query heads: decoded on CUDA cores."""
+    return save_tiny(tmp_path_factory.mktemp("ungrouped"), "llama", **{**SHAPE, "num_key_value_heads": 4})
+
+
+@pytest.fixture(scope="module")
+def expected(grouped: Path, ungrouped: Path) -> dict[Path, list[list[int]]]:
+    found = {}
+    for folder in (grouped, ungrouped):
+        with tiny_llm(folder, **OPTIONS) as llm:
+            found[folder] = [output["token_ids"] for output in llm.generate(PROMPTS, PARAMS)]
+    return found
+
+
+def run(folder: Path) -> list[list[int]]:
+    with gpu_llm(folder, double_gpu(num_sm=16), **OPTIONS) as llm:
+        return [output["token_ids"] for output in llm.generate(PROMPTS, PARAMS)]
+
+
+@pytest.fixture
+def alternating_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other step takes a larger graph than it needs, so that one level is met by several graphs."""
+    steps = count()
+
+    def alternating(plan: CascadePlan, shapes: list[GraphShape], group_size: int) -> GraphShape | None:
+        smallest = fitting_shape(plan, shapes, group_size)
+        if smallest is None or next(steps) % 2 == 0:
+            return smallest
+        return fitting_shape(plan, [shape for shape in shapes if shape.rows > smallest.rows], group_size) or smallest
+
+    monkeypatch.setattr(cuda_graphs, "fitting_shape", alternating)
+
+
+def test_unchanged(grouped: Path, ungrouped: Path, expected: dict[Path, list[list[int]]]) -> None:
+    for folder in (grouped, ungrouped):
+        assert run(folder) == expected[folder]
+
+
+@pytest.mark.usefixtures("alternating_graphs")
+def test_unchanged_where_graphs_alternate(grouped: Path, expected: dict[Path, list[list[int]]]) -> None:
+    assert run(grouped) == expected[grouped]
+
+
+# -- plans and columns ------------------------------------------------------------------------------------------------
+
+
+@mutation("the number of segments of a captured level is fixed")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = CudaGraphs._shared_columns
+
+    def unpadded(self: CudaGraphs, room: Any, level: Any, shape: Any, capacity: int) -> LevelColumns:
+        return original(self, room, level, shape, level.num_segments)
+
+    patch.setattr(CudaGraphs, "_shared_columns", unpadded)
+
+
+@mutation("the first plan freezes the number of rows, so it is made with all of them")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = CudaGraphs._stand_in_columns
+    patch.setattr(
+        CudaGraphs,
+        "_stand_in_columns",
+        lambda self, room, rows, capacity: original(self, room, max(1, rows - 1), capacity),
+    )
+
+
+@mutation("padding rows are inside a segment: rows outside qo_indptr are not written")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = CudaGraphs._shared_columns
+
+    def short(self: CudaGraphs, room: Any, level: Any, shape: Any, capacity: int) -> LevelColumns:
+        columns = original(self, room, level, shape, capacity)
+        columns.qo_indptr.clamp_(max=level.num_rows)
+        return columns
+
+    patch.setattr(CudaGraphs, "_shared_columns", short)
+
+
+@mutation("an empty segment has last_page_len 0")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = CudaGraphs._shared_columns
+
+    def ones(self: CudaGraphs, room: Any, level: Any, shape: Any, capacity: int) -> LevelColumns:
+        columns = original(self, room, level, shape, capacity)
+        columns.kv_last_page_len.clamp_(min=1)
+        return columns
+
+    patch.setattr(CudaGraphs, "_shared_columns", ones)
+
+
+@mutation("a leaf whose kernel splits K/V is planned again when pages are added")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = GraphAttention.plan_leaf
+
+    def once(self: GraphAttention, columns: LevelColumns, pages: Any) -> None:
+        if pages is None:
+            original(self, columns, pages)
+
+    patch.setattr(GraphAttention, "plan_leaf", once)
+
+
+@mutation("a shared level is planned again when it is another object")
+def _(patch: pytest.MonkeyPatch) -> None:
+    planned: set[int] = set()
+
+    def holds(self: GraphAttention, position: int, level: Any) -> bool:
+        key = hash((id(self), position))
+        return key in planned or bool(planned.add(key))
+
+    patch.setattr(GraphAttention, "holds", holds)
+
+
+@mutation("every graph and level has a plan memory of its own")
+def _(patch: pytest.MonkeyPatch) -> None:
+    one = torch.empty(1 << 20, dtype=torch.uint8)
+
+    def shared(self: LevelKernel, columns: LevelColumns) -> None:
+        self._wrapper.reset_workspace_buffer(self._device.float_workspace, one)
+
+    patch.setattr(LevelKernel, "_shrink", shared)
+
+
+@mutation("the plan memory is as large as the plan")
+def _(patch: pytest.MonkeyPatch) -> None:
+    def small(self: LevelKernel, columns: LevelColumns) -> None:
+        self._wrapper.reset_workspace_buffer(self._device.float_workspace, torch.empty(64, dtype=torch.uint8))
+
+    patch.setattr(LevelKernel, "_shrink", small)
+
+
+@mutation("a plan has the layout that the graph was captured with")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = GraphAttention.plan_leaf
+
+    def other_split(self: GraphAttention, columns: LevelColumns, pages: Any) -> None:
+        if pages is not None:
+            self._leaf._options["disable_split_kv"] = not self._leaf._options["disable_split_kv"]
+        original(self, columns, pages)
+
+    patch.setattr(GraphAttention, "plan_leaf", other_split)
+
+
+@mutation("page indices are on the device before they are planned")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = GraphAttention.plan_shared
+
+    def from_host(self: GraphAttention, position: int, level: Any, columns: LevelColumns) -> None:
+        original(self, position, level, columns)
+        self._shared[position].kernel.plan(columns)
+
+    patch.setattr(GraphAttention, "plan_shared", from_host)
+
+
+@mutation("captured kernels read the buffers that steps are written to")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = StepArena.leaf_buffers
+
+    def cloned(self: StepArena, rows: int) -> LevelBuffers:
+        return LevelBuffers(*(buffer.clone() for buffer in original(self, rows)))
+
+    patch.setattr(StepArena, "leaf_buffers", cloned)
+
+
+@mutation("plan is told the model's dtype: FlashInfer's default is float16")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LevelKernel.plan
+
+    def default(self: LevelKernel, columns: LevelColumns) -> None:
+        self._options.pop("q_data_type", None)
+        original(self, columns)
+
+    patch.setattr(LevelKernel, "plan", default)
+
+
+@mutation("the kernel family is named: FlashInfer's own choice is not ours")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LevelKernel, "_wrapper_of", lambda self, kernel, buffers: _auto_wrapper(self))
+
+
+def _auto_wrapper(kernel: LevelKernel) -> Any:
+    device = kernel._device
+    return device.ops.BatchPrefillWithPagedKVCacheWrapper(device.float_workspace, "NHD")
+
+
+@mutation("rows behind the last shared segment are left out of the merge")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = flashinfer_backend._SharedLevel.planned
+
+    def all_rows(self: Any, level: Any) -> LevelRun:
+        planned = original(self, level)
+        return LevelRun(planned.kernel, level.num_rows)
+
+    patch.setattr(flashinfer_backend._SharedLevel, "planned", all_rows)
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+@mutation("out is contiguous")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LevelOutput.empty.__func__  # type: ignore[attr-defined]
+
+    def strided(cls: type[LevelOutput], rows: int, spec: Any) -> LevelOutput:
+        out, lse = original(cls, rows, spec)
+        return cls(torch.empty(spec.num_qo_heads, rows, spec.head_dim, dtype=out.dtype).transpose(0, 1), lse)
+
+    patch.setattr(LevelOutput, "empty", classmethod(strided))
+
+
+@mutation("the log-sum-exp is float32")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LevelOutput.empty.__func__  # type: ignore[attr-defined]
+
+    def short(cls: type[LevelOutput], rows: int, spec: Any) -> LevelOutput:
+        out, lse = original(cls, rows, spec)
+        return cls(out, lse.bfloat16())
+
+    patch.setattr(LevelOutput, "empty", classmethod(short))
+
+
+@mutation("the log-sum-exp is base 2")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = flashinfer_levels.LevelKernel.run
+
+    def natural(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput) -> None:
+        original(self, q, kv, output)
+        output.lse.mul_(0.6931471805599453)
+
+    patch.setattr(LevelKernel, "run", natural)
+
+
+@mutation("levels are merged by their log-sum-exp")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LevelKernel.run
+
+    def flat(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput) -> None:
+        original(self, q, kv, output)
+        output.lse.zero_()
+
+    patch.setattr(LevelKernel, "run", flat)
+
+
+@mutation("what one graph leaves in the pool is not read after another was replayed")
+def _(patch: pytest.MonkeyPatch) -> None:
+    def leave_in_pool(self: CudaGraphs, attention: Any, rows: int) -> None:
+        columns = self._arena.columns
+        step = StepAttention(attention, self._backend, columns.slots[:rows])
+        lanes = columns.token_lanes[:rows]
+        token_ids = torch.where(lanes >= 0, self._lanes.last_tokens[lanes.clamp(min=0)], columns.token_ids[:rows])
+        logits = self._decoder.logits(self._decoder.forward(token_ids, columns.positions[:rows], step))
+        self._logits = torch.nn.functional.pad(logits, (0, 0, 0, len(self._logits) - rows))
+
+    patch.setattr(CudaGraphs, "_forward", leave_in_pool)
+
+
+@mutation("results are read after their mark")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = CudaGraphs._sampled
+
+    def at_once(self: CudaGraphs, plan: Any, rows: int, image: Any) -> Any:
+        original(self, plan, rows, image)
+        tokens, _ = image.results.clone().tolist()
+        result = _result_of(plan, tokens)
+        return lambda: result
+
+    patch.setattr(CudaGraphs, "_sampled", at_once)
+
+
+def _result_of(plan: Any, tokens: list[int]) -> Any:
+    return StepResult(step_id=plan.step_id, token_ids=[tokens[row] for row in plan.sample_rows])
+
+
+# -- capture ----------------------------------------------------------------------------------------------------------
+
+
+@mutation("everything runs once before it is captured")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = CudaGraphs._forward
+    seen: set[int] = set()
+
+    def only_second(self: CudaGraphs, attention: Any, rows: int) -> None:
+        if id(attention) in seen:
+            original(self, attention, rows)
+        seen.add(id(attention))
+
+    patch.setattr(CudaGraphs, "_forward", only_second)
+
+
+@mutation("nothing is planned during capture")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = GraphAttention.attend
+
+    def planning(self: GraphAttention, layer: int, q: torch.Tensor) -> Any:
+        columns = torch.arange(self.rows + 1, dtype=torch.int32)
+        lengths = torch.ones(self.rows, dtype=torch.int32)
+        self._leaf.plan(LevelColumns(columns, columns, self._leaf_indices[:0], lengths))
+        return original(self, layer, q)
+
+    patch.setattr(GraphAttention, "attend", planning)
+
+
+@mutation("the host reads nothing during capture")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = StepAttention.__call__
+
+    def reading(self: StepAttention, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        assert int(self._slots.max()) >= 0
+        return original(self, layer, q, k, v)
+
+    patch.setattr(StepAttention, "__call__", reading)
+
+
+@mutation("no pageable memory is copied during capture")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = graph_sampler.first_argmax
+    patch.setattr(graph_sampler, "first_argmax", lambda values: original(values + torch.tensor([0.0])))
+
+
+# -- host and device --------------------------------------------------------------------------------------------------
+
+
+@mutation("a host image is not written while its copy is in flight")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(StepArena, "take_image", lambda self: self._images[0])
+
+
+@mutation("two host images take turns, each after its mark")
+def _(patch: pytest.MonkeyPatch) -> None:
+    def result_of_the_other(self: StepArena) -> Any:
+        image = self._images[0]
+        if image.in_use is not None:
+            image.in_use.wait()
+        return image
+
+    patch.setattr(StepArena, "take_image", result_of_the_other)
+
+
+@mutation("a wrapper's own pinned memory is not planned into while its copy is in flight")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LevelKernel.plan
+
+    def without_wait(self: LevelKernel, columns: LevelColumns) -> None:
+        planned, self._planned = self._planned, None
+        fixed, self._is_fixed = self._is_fixed, self._is_fixed and planned is None
+        original(self, columns)
+        self._is_fixed = fixed
+
+    patch.setattr(LevelKernel, "plan", without_wait)
+
+
+@mutation("padding rows write to a page that no sequence has")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = CudaGraphs._write_padding
+
+    def to_page_0(self: CudaGraphs, image: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
+        original(self, image, first, rows, first_leaf_page=first_leaf_page)
+        image.columns.slots[first:rows] = 0
+
+    patch.setattr(CudaGraphs, "_write_padding", to_page_0)
+
+
+@mutation("the tokens of padding rows go to a lane that no sequence has")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = CudaGraphs._write_padding
+
+    def to_lane_0(self: CudaGraphs, image: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
+        original(self, image, first, rows, first_leaf_page=first_leaf_page)
+        image.columns.sample_lanes[first:rows] = 0
+
+    patch.setattr(CudaGraphs, "_write_padding", to_lane_0)
+
+
+@mutation("a token that is not known yet comes from its lane")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = CudaGraphs._write_step
+
+    def from_host(self: CudaGraphs, image: Any, plan: Any, rows: int) -> int:
+        num_pages = original(self, image, plan, rows)
+        image.columns.token_lanes[:rows] = -1
+        return num_pages
+
+    patch.setattr(CudaGraphs, "_write_step", from_host)
+
+
+def _columns_of_another_graph(patch: pytest.MonkeyPatch) -> None:
+    def holds(self: GraphAttention, position: int, level: Any) -> bool:
+        shared = self._shared[position]
+        return shared.level is not None and shared.level() is level
+
+    patch.setattr(GraphAttention, "holds", holds)
+
+
+ALTERNATING = {"columns that another graph has overwritten are written again": _columns_of_another_graph}
+
+
+def _padding_without_pages(patch: pytest.MonkeyPatch) -> None:
+    original = CudaGraphs._write_padding
+
+    def no_page(self: CudaGraphs, image: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
+        original(self, image, first, rows, first_leaf_page=first_leaf_page)
+        image.columns.leaf_indptr[first + 1 : rows + 1] = first_leaf_page
+        image.columns.leaf_last_page_len[first:rows] = 0
+
+    patch.setattr(CudaGraphs, "_write_padding", no_page)
+
+
+UNGROUPED = {"CUDA-core decode sees no row without pages": _padding_without_pages}
+
+
+@pytest.mark.parametrize("rule", MUTATIONS)
+def test_breaking_a_rule_is_noticed(
+    rule: str, grouped: Path, expected: dict[Path, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MUTATIONS[rule](monkeypatch)
+    assert _differs(grouped, expected), f"unnoticed: {rule}"
+
+
+@pytest.mark.parametrize("rule", UNGROUPED)
+def test_breaking_a_rule_of_cuda_core_decode_is_noticed(
+    rule: str, ungrouped: Path, expected: dict[Path, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    UNGROUPED[rule](monkeypatch)
+    assert _differs(ungrouped, expected), f"unnoticed: {rule}"
+
+
+@pytest.mark.usefixtures("alternating_graphs")
+@pytest.mark.parametrize("rule", ALTERNATING)
+def test_breaking_a_rule_of_several_graphs_is_noticed(
+    rule: str, grouped: Path, expected: dict[Path, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ALTERNATING[rule](monkeypatch)
+    assert _differs(grouped, expected), f"unnoticed: {rule}"
+
+
+def _differs(folder: Path, expected: dict[Path, list[list[int]]]) -> bool:
+    try:
+        return run(folder) != expected[folder]
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+        return True
