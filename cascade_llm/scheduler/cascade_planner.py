@@ -6,17 +6,21 @@
    (`cascade_layout`).
 
 All of this depends on which sequences are there, where their paths end and how many rows each has. While that does not
-change, as from one decode step to the next, the shared levels are kept as they are, and only the leaf is new.
+change, the shared levels are kept as they are, and only the leaf is new. From one decode step to the next even the leaf
+is made from the one before (`plan_next`).
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import add
 from typing import NamedTuple
 
 from cascade_llm.config import CascadeConfig
-from cascade_llm.plan import CascadeLevel, CascadePlan, CascadeReport, int_column
+from cascade_llm.plan import CascadeLevel, CascadePlan, CascadeReport, IntColumn, int_column
 from cascade_llm.scheduler.cascade_layout import Placement, level_columns, place_segments
 from cascade_llm.scheduler.prefix_cache import RadixNode
 from cascade_llm.scheduler.prefix_forest import PlannedRows, attach_nodes, shared_forest
@@ -49,15 +53,6 @@ class _Layout:
     """Its token counts are those of the shared levels alone: read once, and as often as a one-level plan does."""
 
 
-@dataclass(slots=True)
-class _Leaf:
-    """The last leaf level, and what it was made for."""
-
-    layout: _Layout
-    table_versions: list[int]
-    level: CascadeLevel
-
-
 class CascadePlanner:
     """Plans the shared levels and the leaf of each step; owned by the scheduler, whose sequences it only reads."""
 
@@ -68,21 +63,44 @@ class CascadePlanner:
         self._costs = costs if config.shared_prefix_len is None else TokensRead()
         self._root = root
         self._layout: _Layout | None = None
-        self._leaf: _Leaf | None = None
+        self._last: PlannedCascade | None = None
 
-    def plan(self, rows: list[PlannedRows]) -> PlannedCascade:
+    def plan(self, rows: Rows[PlannedRows]) -> PlannedCascade:
         """The cascade plan of a step. `rows`: each scheduled sequence once, its new pages in its table already."""
         layout = self._kept_layout(rows)
-        leaf = self._leaf_level(layout, rows)
         kv_tokens = sum([row.start_len + row.num_new for row in rows])
-        report = replace(
-            layout.report,
-            kv_tokens_one_level=kv_tokens,
-            kv_tokens_read=kv_tokens - layout.report.kv_tokens_saved,
-        )
-        return PlannedCascade(CascadePlan((*layout.levels, leaf), self._page_size), layout.order, report)
+        return self._planned(layout, self._leaf_level(layout, rows), kv_tokens)
 
-    def _kept_layout(self, rows: list[PlannedRows]) -> _Layout:
+    def plan_next(self, new_pages: Rows[tuple[int, int]]) -> PlannedCascade:
+        """The plan after the last one, when each of its sequences goes on by one token and shares what it shared.
+
+        Shared levels, and columns of the leaf that are as before, are the same objects.
+
+        Args:
+            new_pages: (leaf segment, page id) of the sequences whose token is the first of a page, in order
+        """
+        layout, last = self._layout, self._last
+        assert layout is not None
+        assert last is not None
+        leaf = last.plan.leaf
+        last_page_len = [length + 1 for length in leaf.kv_last_page_len]
+        for segment, _ in new_pages:
+            last_page_len[segment] = 1
+        page_indptr, page_indices = leaf.kv_page_indptr, leaf.kv_page_indices
+        if new_pages:
+            page_indptr, page_indices = _with_pages(leaf, new_pages)
+        leaf = CascadeLevel(leaf.qo_indptr, page_indptr, page_indices, int_column(last_page_len))
+        return self._planned(layout, leaf, last.report.kv_tokens_one_level + len(last_page_len))
+
+    def _planned(self, layout: _Layout, leaf: CascadeLevel, kv_tokens: int) -> PlannedCascade:
+        """`kv_tokens`: of all sequences, as many as a one-level plan reads."""
+        shared = layout.report
+        report = replace(shared, kv_tokens_one_level=kv_tokens, kv_tokens_read=kv_tokens - shared.kv_tokens_saved)
+        plan = CascadePlan((*layout.levels, leaf), self._page_size)
+        self._last = PlannedCascade(plan, layout.order, report)
+        return self._last
+
+    def _kept_layout(self, rows: Rows[PlannedRows]) -> _Layout:
         """The layout of the last step where nothing that it depends on has changed, else a new one."""
         sequences = [row.sequence for row in rows]
         nodes = attach_nodes(rows, self._page_size)
@@ -138,22 +156,37 @@ class CascadePlanner:
             return "the cost model expects no gain"
         return f"no shared run of {self._min_tokens} tokens (cascade_shared_prefix_len)"
 
-    def _leaf_level(self, layout: _Layout, rows: list[PlannedRows]) -> CascadeLevel:
-        """One segment per sequence; columns that did not change since the last step are the same objects."""
-        size, last = self._page_size, self._leaf
-        versions = [row.sequence.table_version for row in rows]
-        ends = [rows[i].start_len + rows[i].num_new for i in layout.order]
-        last_page_len = int_column([(end - 1) % size + 1 for end in ends])
-        if last and last.layout is layout and last.table_versions == versions:
-            level = replace(last.level, kv_last_page_len=last_page_len)
-        else:
-            qo_indptr, page_indptr, indices = array("i", [0]), array("i", [0]), array("i")
-            num_rows = 0
-            for i, end in zip(layout.order, ends, strict=True):
-                num_rows += layout.num_new[i]
-                qo_indptr.append(num_rows)
-                indices.extend(layout.sequences[i].pages[layout.prefix_pages[i] : -(-end // size)])
-                page_indptr.append(len(indices))
-            level = CascadeLevel(int_column(qo_indptr), int_column(page_indptr), int_column(indices), last_page_len)
-        self._leaf = _Leaf(layout, versions, level)
-        return level
+    def _leaf_level(self, layout: _Layout, rows: Rows[PlannedRows]) -> CascadeLevel:
+        """One segment per sequence, with the pages that no shared level has."""
+        size = self._page_size
+        qo_indptr, page_indptr = array("i", [0]), array("i", [0])
+        indices, last_page_len = array("i"), array("i")
+        num_rows = 0
+        for i in layout.order:
+            sequence, start_len, num_new, _ = rows[i]
+            end = start_len + num_new
+            num_rows += num_new
+            qo_indptr.append(num_rows)
+            indices.extend(sequence.pages[layout.prefix_pages[i] : -(-end // size)])
+            page_indptr.append(len(indices))
+            last_page_len.append((end - 1) % size + 1)
+        return CascadeLevel(
+            int_column(qo_indptr), int_column(page_indptr), int_column(indices), int_column(last_page_len)
+        )
+
+
+def _with_pages(leaf: CascadeLevel, new_pages: Rows[tuple[int, int]]) -> tuple[IntColumn, IntColumn]:
+    """`kv_page_indptr` and `kv_page_indices` with a page more at the end of some segments."""
+    indptr, pages = leaf.kv_page_indptr.tolist(), array("i")
+    before, width = leaf.kv_page_indices.cast("B"), pages.itemsize
+    copied = 0
+    for segment, page in new_pages:
+        end = indptr[segment + 1] * width
+        pages.frombytes(before[copied:end])
+        pages.append(page)
+        copied = end
+    pages.frombytes(before[copied:])
+    num_more = [0] * len(indptr)
+    for segment, _ in new_pages:
+        num_more[segment + 1] = 1
+    return int_column(map(add, indptr, accumulate(num_more))), int_column(pages)

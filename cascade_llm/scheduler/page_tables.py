@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 
 from cascade_llm.metrics import PageCounts
 from cascade_llm.plan import PageCopy
@@ -54,7 +55,6 @@ class PageTables:
         for node in reversed(list(self.cache.path_up(tail))):
             pages.extend(node.pages)
         sequence.tail, sequence.pages = tail, pages
-        sequence.table_version += 1
 
     def reserve(self, sequence: Sequence, end_len: int) -> list[PageCopy] | None:
         """Make the table hold `end_len` tokens, of which those from `planned_len` on will be written.
@@ -80,8 +80,16 @@ class PageTables:
             self.allocator.remove_owner([sequence.pages[index]])
             sequence.pages[index] = target
         sequence.pages.extend(self.allocator.allocate(num_more))
-        sequence.table_version += 1
         return copies
+
+    def extend(self, sequences: Rows[Sequence]) -> list[int] | None:
+        """One more page for each of these, all or none of them; returns the pages, or None when there is no room."""
+        if not self._make_room(len(sequences)):
+            return None
+        pages = self.allocator.allocate(len(sequences))
+        for sequence, page in zip(sequences, pages, strict=True):
+            sequence.pages.append(page)
+        return pages
 
     def publish_planned(self, sequence: Sequence, known_len: int) -> None:
         """Put the full pages of the first `known_len` tokens into the tree, before the step that fills them has run.
@@ -108,7 +116,6 @@ class PageTables:
         if adopted:
             self.allocator.remove_owner(sequence.pages[start : start + len(adopted)])
             sequence.pages[start : start + len(adopted)] = adopted
-            sequence.table_version += 1
         self._append(sequence, end)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -117,7 +124,6 @@ class PageTables:
         self.cache.hold_again(parent.tail)
         child.tail, child.pages = parent.tail, parent.pages[:]
         self.allocator.add_owner(child.pages[parent.tail.end :])
-        child.table_version += 1
 
     def release(self, sequence: Sequence) -> None:
         """Take the table back. Published pages stay in the tree, cached, where that is wanted."""
@@ -125,7 +131,6 @@ class PageTables:
         self.allocator.remove_owner(sequence.pages[sequence.tail.end :])
         self.cache.release(sequence.tail)
         sequence.tail, sequence.pages = None, array("i")
-        sequence.table_version += 1
         if not self._keep_unheld:
             self.evict(self.cache.num_cached_pages)
 

@@ -68,6 +68,8 @@ class PrefixCache:
         """Pages in the tree."""
         self.num_cached_pages = 0
         """Pages in the tree that no sequence holds; all of them can be evicted."""
+        self.version = 0
+        """Grows when a sequence comes, goes, or moves on to pages that were there: when what is shared may change."""
         self._unheld: OrderedDict[RadixNode, None] = OrderedDict()
 
     def match(self, token_ids: array[int], keys: PageKeys, max_pages: int) -> PrefixMatch:
@@ -96,21 +98,13 @@ class PrefixCache:
 
     def hold_again(self, tail: RadixNode) -> None:
         """One more sequence holds the path to `tail`."""
-        tail.num_tails += 1
-        for node in self.path_up(tail):
-            if node.num_holds == 0:
-                del self._unheld[node]
-                self.num_cached_pages -= len(node.pages)
-            node.num_holds += 1
+        self.version += 1
+        self._add_hold(tail)
 
     def release(self, tail: RadixNode) -> None:
         """A sequence gives up its hold on the path to `tail`; what nobody holds can be evicted from now on."""
-        tail.num_tails -= 1
-        for node in self.path_up(tail):
-            node.num_holds -= 1
-            if node.num_holds == 0:
-                self._unheld[node] = None
-                self.num_cached_pages += len(node.pages)
+        self.version += 1
+        self._remove_hold(tail)
 
     def adopt(
         self, tail: RadixNode, token_ids: array[int], keys: PageKeys, max_pages: int
@@ -127,6 +121,7 @@ class PrefixCache:
                 break
             node = self._split(child, common, keys) if common < len(child.pages) else child
         if node is not tail:
+            self.version += 1
             self._move_hold(tail, node)
         return node, self._pages_between(node, tail.end)
 
@@ -209,9 +204,25 @@ class PrefixCache:
             yield node
             node = node.parent
 
+    def _add_hold(self, tail: RadixNode) -> None:
+        tail.num_tails += 1
+        for node in self.path_up(tail):
+            if node.num_holds == 0:
+                del self._unheld[node]
+                self.num_cached_pages -= len(node.pages)
+            node.num_holds += 1
+
+    def _remove_hold(self, tail: RadixNode) -> None:
+        tail.num_tails -= 1
+        for node in self.path_up(tail):
+            node.num_holds -= 1
+            if node.num_holds == 0:
+                self._unheld[node] = None
+                self.num_cached_pages += len(node.pages)
+
     def _move_hold(self, tail: RadixNode, lower: RadixNode) -> None:
-        self.hold_again(lower)
-        self.release(tail)
+        self._add_hold(lower)
+        self._remove_hold(tail)
 
     def _num_common_pages(self, child: RadixNode, token_ids: array[int], start: int, end: int) -> int:
         """Pages at the start of `child` that equal the sequence's pages from `start` on, before `end`."""

@@ -17,6 +17,8 @@ class PlannedRows(NamedTuple):
     sequence: Sequence
     start_len: int
     num_new: int
+    samples: tuple[Sequence, ...] = ()
+    """Who gets a token drawn from the last row: the sequence itself, and forks of it at the end of a prompt."""
 
 
 class Run:
@@ -45,7 +47,7 @@ def attach_nodes(rows: Rows[PlannedRows], page_size: int) -> list[RadixNode]:
     below. And another sequence holds it too: while a sequence extends its own path, it stays attached where it is.
     """
     nodes = []
-    for sequence, start_len, _ in rows:
+    for sequence, start_len, _, _ in rows:
         node = sequence.tail
         assert node is not None
         limit = start_len // page_size

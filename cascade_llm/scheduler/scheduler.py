@@ -11,22 +11,26 @@ knows from lengths alone; token ids that are not known yet are read on the devic
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 from cascade_llm.config import SchedulerConfig
 from cascade_llm.metrics import PageCounts, SchedulerCounters
 from cascade_llm.outputs import TokenLogprob
-from cascade_llm.plan import LaneStart, StepPlan, StepResult
+from cascade_llm.plan import StepPlan, StepResult
 from cascade_llm.scheduler.cascade_planner import CascadePlanner
+from cascade_llm.scheduler.decode_run import DecodeRun, InFlightStep, is_decode
+from cascade_llm.scheduler.lane_pool import LanePool
 from cascade_llm.scheduler.page_keys import root_key
 from cascade_llm.scheduler.page_tables import PageTables
+from cascade_llm.scheduler.prefix_cache import PrefixMatch
+from cascade_llm.scheduler.prefix_forest import PlannedRows
 from cascade_llm.scheduler.segment_choice import SegmentCosts
 from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus
-from cascade_llm.scheduler.step_draft import PlannedSequence, StepDraft, build_step_plan, planned_rows
+from cascade_llm.scheduler.step_draft import StepDraft, build_step_plan
 from cascade_llm.scheduler.waiting_queue import WaitingQueue
 
 __all__ = ["FlashInferScheduler", "SequenceUpdate"]
@@ -48,13 +52,6 @@ class SequenceUpdate:
     num_cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    plan: StepPlan
-    planned: list[PlannedSequence]
-    """In the order of the plan's leaf segments."""
-
-
 class FlashInferScheduler:
     """Continuous batching over a paged KV cache, with multi-level cascade plans.
 
@@ -70,9 +67,9 @@ class FlashInferScheduler:
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # by precedence
         self._sequences: dict[str, list[Sequence]] = {}
-        self._free_lanes = list(range(config.max_num_seqs))
-        self._lane_epochs = [0] * config.max_num_seqs
-        self._in_flight: deque[_InFlight] = deque()
+        self._lanes = LanePool(config.max_num_seqs)
+        self._in_flight: deque[InFlightStep] = deque()
+        self._decode_run: DecodeRun | None = None
         self._draining = False  # a running sequence lacks pages: plan nothing until no step is in flight
         self._num_arrived = 0
         self._next_step_id = 0
@@ -136,26 +133,48 @@ class FlashInferScheduler:
         if self._draining and self._in_flight:
             return None
         self._draining = False
+        step = self._next_decode_step() or self._new_step()
+        if step is None:
+            return None
+        self._next_step_id += 1
+        self._in_flight.append(step)
+        self.counters.count_step(step.plan.report)
+        return step.plan
+
+    def _next_decode_step(self) -> InFlightStep | None:
+        """The last step, moved on by a token; None where anything is to be decided."""
+        if self._decode_run is None or self._next_admission(self.config.max_num_batched_tokens) is not None:
+            return None
+        return self._decode_run.next_step(self._next_step_id)
+
+    def _new_step(self) -> InFlightStep | None:
+        """A step decided sequence by sequence."""
         draft = StepDraft(self.config.max_num_batched_tokens)
         self._plan_running(draft)
         if not draft.short_of_pages:
             self._admit_waiting(draft)
-        if not draft.planned:
+        self._decode_run = None
+        if not draft.rows:
             return None
-        cascade = self._planner.plan(planned_rows(draft))
-        plan = build_step_plan(self._next_step_id, draft, cascade, self.config.page_size)
-        self._next_step_id += 1
-        self._in_flight.append(_InFlight(plan, [draft.planned[i] for i in cascade.order]))
-        self.counters.count_step(plan.report)
-        return plan
+        cascade = self._planner.plan(draft.rows)
+        rows = [draft.rows[i] for i in cascade.order]
+        plan = build_step_plan(self._next_step_id, draft, rows, cascade, self.config.page_size)
+        sequences, version = [row.sequence for row in rows], self._tables.cache.version
+        if not is_decode(rows):
+            return InFlightStep(plan, sequences, version, rows)
+        step = InFlightStep(plan, sequences, version)
+        if len(rows) == len(self._running):
+            self._decode_run = DecodeRun(step, self._tables, self._planner)
+        return step
 
     def _plan_running(self, draft: StepDraft) -> None:
         """Every running sequence gets its rows, the earliest first; each later one is left at least a token."""
         unplanned = deque(self._running)  # forks that join while this runs are not among them
         while unplanned:
             sequence = unplanned.popleft()
-            num_new = min(sequence.num_to_plan, draft.budget - len(unplanned))
-            if num_new <= 0 or self._ends_by_count(sequence):
+            total_len = sequence.total_len
+            num_new = min(total_len - sequence.planned_len, draft.budget - len(unplanned))
+            if num_new <= 0 or total_len >= sequence.max_len:  # the tokens in flight are the last that it may have
                 continue
             while not self._plan_sequence(draft, sequence, num_new):
                 draft.short_of_pages = True
@@ -172,21 +191,27 @@ class FlashInferScheduler:
 
         A page is kept back for each running sequence, so that an admission does not cause a preemption at once.
         """
-        while draft.budget > 0 and self._free_lanes and (sequence := self._waiting.first()):
-            match = self._tables.match(sequence)
-            matched_len = match.num_pages * self.config.page_size
-            num_new = min(len(sequence.token_ids) - matched_len, draft.budget)
-            if not self._tables.can_admit(sequence, match, num_new, reserve=len(self._running)):
-                break
+        while admission := self._next_admission(draft.budget):
+            sequence, match, num_new = admission
             self._waiting.pop_first()
             self._tables.admit(sequence, match)
+            matched_len = match.num_pages * self.config.page_size
             sequence.planned_len = sequence.committed_len = matched_len
             if sequence.computed_len == 0:
                 sequence.num_cached_tokens = matched_len
                 self.counters.cached_tokens += matched_len
-            self._enter_lane(draft, sequence)
+            self._start(draft, sequence)
             planned = self._plan_sequence(draft, sequence, num_new)
             assert planned, "room was made sure of"
+
+    def _next_admission(self, budget: int) -> tuple[Sequence, PrefixMatch, int] | None:
+        """The waiting sequence whose turn it is, what the cache has of it and how many tokens to plan, if it fits."""
+        if budget <= 0 or not self._lanes.num_free or (sequence := self._waiting.first()) is None:
+            return None
+        match = self._tables.match(sequence)
+        num_new = min(len(sequence.token_ids) - match.num_pages * self.config.page_size, budget)
+        fits = self._tables.can_admit(sequence, match, num_new, reserve=len(self._running))
+        return (sequence, match, num_new) if fits else None
 
     def _plan_sequence(self, draft: StepDraft, sequence: Sequence, num_new: int) -> bool:
         """Give a running sequence `num_new` rows, pages for them, and a sample where its last token is among them."""
@@ -197,19 +222,16 @@ class FlashInferScheduler:
             return False
         draft.page_copies.extend(copies)
         draft.budget -= num_new
-        entry = PlannedSequence(sequence, sequence.epoch, start, num_new)
-        draft.planned.append(entry)
-        self._count_rows(sequence, start, end)
-        ends_known = end == sequence.total_len
         sequence.planned_len = end
-        sequence.computed_len = max(sequence.computed_len, end)
-        self._tables.publish_planned(sequence, min(end, sequence.prompt_len))
-        if ends_known:
-            entry.samples.append(sequence)
-            if not sequence.forked:
-                entry.samples.extend(self._fork_samples(draft, sequence))
-            for sampled in entry.samples:
+        if start < sequence.prompt_len or start < sequence.computed_len:
+            self._count_rows(sequence, start, end)
+            self._tables.publish_planned(sequence, min(end, sequence.prompt_len))
+        samples: tuple[Sequence, ...] = ()
+        if end == sequence.total_len:
+            samples = (sequence,) if sequence.forked else (sequence, *self._fork_samples(draft, sequence))
+            for sampled in samples:
                 sampled.num_unresolved += 1
+        draft.rows.append(PlannedRows(sequence, start, num_new, samples))
         return True
 
     def _fork_samples(self, draft: StepDraft, parent: Sequence) -> list[Sequence]:
@@ -218,12 +240,12 @@ class FlashInferScheduler:
         forks = []
         for index in range(1, parent.request.params.n):
             child = self._new_sequence(parent.request, index, parent.arrival)
-            if not self._free_lanes:
+            if not self._lanes.num_free:
                 self._waiting.push(child)
                 continue
             self._tables.fork(parent, child)
             child.planned_len = child.committed_len = child.computed_len = parent.planned_len
-            self._enter_lane(draft, child)
+            self._start(draft, child)
             forks.append(child)
         return forks
 
@@ -233,18 +255,12 @@ class FlashInferScheduler:
             counters.recomputed_tokens += min(end, sequence.computed_len) - start
         counters.prefilled_tokens += max(0, min(end, max(sequence.prompt_len, sequence.computed_len)) - start)
 
-    def _ends_by_count(self, sequence: Sequence) -> bool:
-        """Whether the tokens in flight are the last that it may have."""
-        return (
-            sequence.num_generated >= sequence.request.params.max_tokens
-            or sequence.total_len >= self.config.max_model_len
-        )
-
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; its published pages stay cached as long as there is room."""
         assert not sequence.num_unresolved
         self._leave(sequence)
         sequence.status = SequenceStatus.WAITING
+        sequence.computed_len = max(sequence.computed_len, sequence.planned_len)
         sequence.planned_len = sequence.committed_len = 0
         self._waiting.push(sequence)
         self.counters.preemptions += 1
@@ -253,24 +269,40 @@ class FlashInferScheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
         """Take in the result of the oldest step in flight. Rows of sequences that have ended since are dropped."""
-        in_flight = self._in_flight.popleft()
-        assert in_flight.plan is plan
+        step = self._in_flight.popleft()
+        assert step.plan is plan
         assert result.step_id == plan.step_id
+        if step.mixed_rows is None and step.version == self._tables.cache.version and not result.failed_samples:
+            return self._commit_decode(step, result)
         updates: list[SequenceUpdate] = []
         sample = 0
         prompt_logprobs = iter(result.prompt_logprobs)
-        for entry in in_flight.planned:
-            reported = self._take_prompt_logprobs(entry, prompt_logprobs)
-            alive = entry.epoch == entry.sequence.epoch
+        for row, epoch in zip(step.rows(), plan.sequence_epochs, strict=True):
+            reported = self._take_prompt_logprobs(row, prompt_logprobs)
+            alive = epoch == row.sequence.epoch and row.sequence.status is SequenceStatus.RUNNING
             if alive:
-                self._commit_rows(entry)
+                self._commit_rows(row.sequence, row.start_len + row.num_new)
             if reported and alive:
-                updates.append(self._update(entry.sequence, prompt_logprobs=reported))
-            for sampled in entry.samples:
+                updates.append(self._update(row.sequence, prompt_logprobs=reported))
+            for sampled in row.samples:
                 if sampled.status is SequenceStatus.RUNNING and sampled.num_unresolved:
                     updates.append(self._commit_sample(sampled, result, sample))
                 sample += 1
         return updates
+
+    def _commit_decode(self, step: InFlightStep, result: StepResult) -> list[SequenceUpdate]:
+        """The same for a decode step whose sequences all run on."""
+        size = self.config.page_size
+        for sequence, end in zip(step.sequences, step.plan.sample_positions, strict=True):
+            if end % size:
+                sequence.committed_len = end
+            else:
+                self._commit_rows(sequence, end)
+        logprobs = result.logprobs or repeat(None, len(step.sequences))
+        return [
+            self._commit_token(sequence, token_id, logprob)
+            for sequence, token_id, logprob in zip(step.sequences, result.token_ids, logprobs, strict=True)
+        ]
 
     def fail(self, plan: StepPlan) -> list[SequenceUpdate]:
         """A step raised: end its sequences, and forget every prefix, since it may be one that the step was to fill.
@@ -282,9 +314,9 @@ class FlashInferScheduler:
         assert self._in_flight[0].plan is plan
         touched = {
             sequence: None
-            for in_flight in self._in_flight
-            for entry in in_flight.planned
-            for sequence in (entry.sequence, *entry.samples)
+            for step in self._in_flight
+            for row in step.rows()
+            for sequence in (row.sequence, *row.samples)
             if sequence.status is SequenceStatus.RUNNING
         }
         self._in_flight.clear()
@@ -296,48 +328,49 @@ class FlashInferScheduler:
         self.reset_prefix_cache()
         return [self._update(sequence, finish_reason="error") for sequence in touched]
 
-    def _commit_rows(self, entry: PlannedSequence) -> None:
-        sequence = entry.sequence
-        sequence.committed_len = entry.start_len + entry.num_new
-        known_len = min(sequence.committed_len, len(sequence.token_ids))
-        self._tables.publish_committed(sequence, known_len)
+    def _commit_rows(self, sequence: Sequence, committed_len: int) -> None:
+        sequence.committed_len = committed_len
+        self._tables.publish_committed(sequence, min(committed_len, len(sequence.token_ids)))
 
     def _commit_sample(self, sequence: Sequence, result: StepResult, sample: int) -> SequenceUpdate:
-        sequence.num_unresolved -= 1
         if sample in result.failed_samples:
             self._tables.discard(sequence)
             self._finish(sequence, "error")
             return self._update(sequence, finish_reason="error")
-        token_id = result.token_ids[sample]
+        logprob = result.logprobs[sample] if result.logprobs else None
+        return self._commit_token(sequence, result.token_ids[sample], logprob)
+
+    def _commit_token(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> SequenceUpdate:
+        sequence.num_unresolved -= 1
         sequence.token_ids.append(token_id)
         self.counters.generated_tokens += 1
-        update = self._update(sequence, token_id=token_id)
-        update.logprob = result.logprobs[sample] if result.logprobs else None
-        reason = self._end_reason(sequence, token_id)
+        reason = stop_token_id = None
+        request, num_tokens = sequence.request, len(sequence.token_ids)
+        if token_id in request.ending_token_ids and num_tokens - sequence.prompt_len > request.params.min_tokens:
+            reason = "stop"
+            stop_token_id = token_id if token_id in (request.params.stop_token_ids or ()) else None
+        elif num_tokens >= sequence.max_len:
+            reason = "length"
         if reason is not None:
-            update.finish_reason = reason
-            if reason == "stop" and token_id in (sequence.request.params.stop_token_ids or ()):
-                update.stop_token_id = token_id
             self._finish(sequence, reason)
-        return update
+        return SequenceUpdate(
+            request.request_id,
+            sequence.sample_index,
+            token_id,
+            logprob,
+            reason,
+            stop_token_id,
+            None,
+            sequence.num_cached_tokens,
+        )
 
-    def _end_reason(self, sequence: Sequence, token_id: int) -> str | None:
-        request, num_generated = sequence.request, len(sequence.token_ids) - sequence.prompt_len
-        if token_id in request.ending_token_ids and num_generated > request.params.min_tokens:
-            return "stop"
-        if num_generated >= request.params.max_tokens or len(sequence.token_ids) >= self.config.max_model_len:
-            return "length"
-        return None
-
-    def _take_prompt_logprobs(
-        self, entry: PlannedSequence, prompt_logprobs: Iterator[TokenLogprob]
-    ) -> list[TokenLogprob]:
+    def _take_prompt_logprobs(self, row: PlannedRows, prompt_logprobs: Iterator[TokenLogprob]) -> list[TokenLogprob]:
         """The part of a result's prompt log-probabilities that belongs to this sequence's rows."""
-        sequence = entry.sequence
+        sequence = row.sequence
         if not sequence.reports_prompt:
             return []
-        first = max(entry.start_len, sequence.num_prompt_logprobs)
-        last = min(entry.start_len + entry.num_new, sequence.prompt_len - 1)
+        first = max(row.start_len, sequence.num_prompt_logprobs)
+        last = min(row.start_len + row.num_new, sequence.prompt_len - 1)
         reported = [next(prompt_logprobs) for _ in range(first, last)]
         sequence.num_prompt_logprobs += len(reported)
         return reported
@@ -346,7 +379,6 @@ class FlashInferScheduler:
     def _update(
         sequence: Sequence,
         *,
-        token_id: int | None = None,
         finish_reason: str | None = None,
         prompt_logprobs: list[TokenLogprob] | None = None,
     ) -> SequenceUpdate:
@@ -354,7 +386,6 @@ class FlashInferScheduler:
             sequence.request.request_id,
             sequence.sample_index,
             num_cached_tokens=sequence.num_cached_tokens,
-            token_id=token_id,
             finish_reason=finish_reason,
             prompt_logprobs=prompt_logprobs,
         )
@@ -365,35 +396,21 @@ class FlashInferScheduler:
         salts = [self.config.cache_salt, request.cache_salt]
         if not self.config.enable_prefix_caching:
             salts.append(request.request_id.encode())  # its samples share, other requests do not
-        sequence = Sequence(request, sample_index, arrival, self.config.page_size, root_key(*salts))
+        key, max_model_len = root_key(*salts), self.config.max_model_len
+        sequence = Sequence(request, sample_index, arrival, self.config.page_size, key, max_model_len)
         self._sequences[request.request_id].append(sequence)
         return sequence
 
-    def _enter_lane(self, draft: StepDraft, sequence: Sequence) -> None:
-        lane = heapq.heappop(self._free_lanes)
-        self._lane_epochs[lane] += 1
-        sequence.lane, sequence.epoch = lane, self._lane_epochs[lane]
+    def _start(self, draft: StepDraft, sequence: Sequence) -> None:
+        """Let a sequence that has a table run."""
+        draft.lane_starts.append(self._lanes.enter(sequence))
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=lambda s: s.precedence)
-        request = sequence.request
-        draft.lane_starts.append(
-            LaneStart(
-                lane=lane,
-                epoch=sequence.epoch,
-                params=request.params,
-                seed=request.seed,
-                sample_index=sequence.sample_index,
-                prompt_token_ids=request.prompt_token_ids,
-                output_token_ids=sequence.token_ids[sequence.prompt_len :],
-                ending_token_ids=request.ending_token_ids,
-            )
-        )
 
     def _leave(self, sequence: Sequence) -> None:
         """Give back lane and pages of a running sequence."""
         self._running.remove(sequence)
-        heapq.heappush(self._free_lanes, sequence.lane)
-        sequence.epoch = 0
+        self._lanes.leave(sequence)
         if sequence.tail is not None:  # else its pages were discarded already
             self._tables.release(sequence)
 
@@ -425,7 +442,7 @@ class FlashInferScheduler:
         counts = self.page_counts
         assert counts.free_pages + counts.held_pages + counts.cached_pages == counts.total_pages
         assert len({s.lane for s in self._running}) == len(self._running)
-        assert len(self._free_lanes) + len(self._running) == self.config.max_num_seqs
+        assert self._lanes.num_free + len(self._running) == self.config.max_num_seqs
         assert sorted(self._running, key=lambda s: s.precedence) == self._running
         assert len(self._waiting) == sum(1 for _ in self._waiting)
         assert len(list(self.sequences())) == len(self._running) + len(self._waiting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class Sequence:
         "forked",
         "keys",
         "lane",
+        "max_len",
         "num_cached_tokens",
         "num_prompt_logprobs",
         "num_unresolved",
@@ -71,22 +73,29 @@ class Sequence:
         "request",
         "sample_index",
         "status",
-        "table_version",
         "tail",
         "token_ids",
     )
 
-    def __init__(self, request: Request, sample_index: int, arrival: int, page_size: int, root_key: bytes) -> None:
+    def __init__(
+        self,
+        request: Request,
+        sample_index: int,
+        arrival: int,
+        page_size: int,
+        root_key: bytes,
+        max_model_len: int | None = None,
+    ) -> None:
         self.request = request
         self.sample_index = sample_index
         self.arrival = arrival
         self.token_ids = array("i", request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
+        self.max_len = min(self.prompt_len + request.params.max_tokens, max_model_len or sys.maxsize)
+        """It ends when it has so many tokens."""
         self.keys = PageKeys(root_key, self.token_ids, page_size)
         self.status = SequenceStatus.WAITING
         self.pages = array("i")
-        self.table_version = 0
-        """Grows with every change of `pages`."""
         self.tail: RadixNode | None = None
         self.num_cached_tokens = 0
         """Prompt tokens found in the prefix cache when it was first admitted."""
@@ -95,7 +104,7 @@ class Sequence:
         self.planned_len = 0
         self.committed_len = 0
         self.computed_len = 0
-        """The largest `planned_len` it ever had: rows below are computed again after a preemption."""
+        """The `planned_len` that it had when it was preempted: rows below are computed again."""
         self.num_unresolved = 0
         self.num_prompt_logprobs = 0
         """Prompt tokens whose log-probabilities were reported."""
@@ -114,19 +123,9 @@ class Sequence:
         return len(self.token_ids) + self.num_unresolved
 
     @property
-    def num_generated(self) -> int:
-        """Generated tokens, the unresolved ones counted."""
-        return self.total_len - self.prompt_len
-
-    @property
     def reports_prompt(self) -> bool:
         """Whether the log-probabilities of the prompt come with this sequence's rows."""
         return self.sample_index == 0 and self.request.params.prompt_logprobs is not None
-
-    @property
-    def num_to_plan(self) -> int:
-        """Tokens whose K/V have not been planned."""
-        return self.total_len - self.planned_len
 
     def __repr__(self) -> str:
         return f"Sequence({self.request.request_id!r}, {self.sample_index}, {self.status.value})"

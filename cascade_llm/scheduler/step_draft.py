@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
 from cascade_llm.plan import LaneStart, PageCopy, StepPlan, int_column
 from cascade_llm.scheduler.cascade_planner import PlannedCascade
 from cascade_llm.scheduler.prefix_forest import PlannedRows
-from cascade_llm.scheduler.sequence import Sequence
 
-__all__ = ["PlannedSequence", "StepDraft", "build_step_plan"]
-
-
-@dataclass(slots=True)
-class PlannedSequence:
-    """What a step does for one sequence; kept until the step's result is committed."""
-
-    sequence: Sequence
-    epoch: int
-    """The lane's use when this was planned: a result for an earlier use is dropped."""
-    start_len: int
-    num_new: int
-    samples: list[Sequence] = field(default_factory=list)
-    """The sequences that get a token drawn from the last row: itself, and forks of it at the end of a prompt."""
+__all__ = ["StepDraft", "build_step_plan"]
 
 
 @dataclass(slots=True)
@@ -31,46 +18,45 @@ class StepDraft:
     """The decisions of one call of `schedule`."""
 
     budget: int
-    planned: list[PlannedSequence] = field(default_factory=list)
+    rows: list[PlannedRows] = field(default_factory=list)
     lane_starts: list[LaneStart] = field(default_factory=list)
     page_copies: list[PageCopy] = field(default_factory=list)
     short_of_pages: bool = False
     """Whether a running sequence found no room: then nobody is admitted."""
 
 
-def build_step_plan(step_id: int, draft: StepDraft, cascade: PlannedCascade, page_size: int) -> StepPlan:
-    """Write the columns over rows in the order of the cascade plan."""
-    planned = [draft.planned[i] for i in cascade.order]
+def build_step_plan(
+    step_id: int, draft: StepDraft, rows: Rows[PlannedRows], cascade: PlannedCascade, page_size: int
+) -> StepPlan:
+    """Write the columns over `rows`, which are the draft's in the order of the cascade plan."""
     token_ids, positions, slots = array("i"), array("i"), array("i")
     lane_rows, lane_row_lanes = array("i"), array("i")
     sample_rows, sample_lanes, sample_positions = array("i"), array("i"), array("i")
     logprob_rows, logprob_ids, logprob_counts = array("i"), array("i"), array("i")
     row = 0
-    for entry in planned:
-        sequence, start, num_new = entry.sequence, entry.start_len, entry.num_new
+    for sequence, start, num_new, samples in rows:
         end = start + num_new
-        known = sequence.token_ids[start:end]
-        token_ids.extend(known)
-        if len(known) < num_new:  # its last token is drawn by a step in flight
-            token_ids.append(0)
-            lane_rows.append(row + num_new - 1)
-            lane_row_lanes.append(sequence.lane)
         if num_new == 1:
             positions.append(start)
             slots.append(sequence.pages[start // page_size] * page_size + start % page_size)
         else:
             positions.extend(range(start, end))
             _extend_slots(slots, sequence.pages, start, end, page_size)
-        for sampled in entry.samples:
-            sample_rows.append(row + num_new - 1)
+        token_ids.extend(sequence.token_ids[start:end])
+        row += num_new
+        if len(token_ids) < row:  # its last token is drawn by a step in flight
+            token_ids.append(0)
+            lane_rows.append(row - 1)
+            lane_row_lanes.append(sequence.lane)
+        for sampled in samples:
+            sample_rows.append(row - 1)
             sample_lanes.append(sampled.lane)
             sample_positions.append(end)
-        if sequence.reports_prompt:
+        if start < sequence.prompt_len and sequence.reports_prompt:
             for position in range(max(start, sequence.num_prompt_logprobs), min(end, sequence.prompt_len - 1)):
-                logprob_rows.append(row + position - start)
+                logprob_rows.append(row - end + position)
                 logprob_ids.append(sequence.token_ids[position + 1])
                 logprob_counts.append(sequence.request.params.prompt_logprobs or 0)
-        row += num_new
     return StepPlan(
         step_id=step_id,
         cascades=(cascade.plan,),
@@ -79,8 +65,8 @@ def build_step_plan(step_id: int, draft: StepDraft, cascade: PlannedCascade, pag
         slots=int_column(slots),
         lane_rows=int_column(lane_rows),
         lane_row_lanes=int_column(lane_row_lanes),
-        sequence_lanes=int_column([entry.sequence.lane for entry in planned]),
-        sequence_epochs=int_column([entry.epoch for entry in planned]),
+        sequence_lanes=int_column([row.sequence.lane for row in rows]),
+        sequence_epochs=int_column([row.sequence.epoch for row in rows]),
         sample_rows=int_column(sample_rows),
         sample_lanes=int_column(sample_lanes),
         sample_positions=int_column(sample_positions),
@@ -91,11 +77,6 @@ def build_step_plan(step_id: int, draft: StepDraft, cascade: PlannedCascade, pag
         page_copies=tuple(draft.page_copies),
         report=cascade.report,
     )
-
-
-def planned_rows(draft: StepDraft) -> list[PlannedRows]:
-    """The draft as the cascade planner takes it."""
-    return [PlannedRows(entry.sequence, entry.start_len, entry.num_new) for entry in draft.planned]
 
 
 def _extend_slots(slots: array[int], pages: array[int], start: int, end: int, page_size: int) -> None:

@@ -29,13 +29,18 @@ def test_what_ends_a_request() -> None:
 
 def test_lengths_count_tokens_that_have_a_place_but_no_id_yet() -> None:
     sequence = Sequence(request(), 0, 4, 16, root_key())
-    assert (sequence.total_len, sequence.num_generated, sequence.num_to_plan) == (3, 0, 3)
-    sequence.planned_len, sequence.num_unresolved = 3, 1
-    assert (sequence.total_len, sequence.num_generated, sequence.num_to_plan) == (4, 1, 1)
+    assert sequence.total_len == 3
+    sequence.num_unresolved = 1
+    assert sequence.total_len == 4
     sequence.token_ids.append(8)
     sequence.num_unresolved = 0
-    assert (sequence.total_len, sequence.num_generated, sequence.num_to_plan) == (4, 1, 1)
+    assert sequence.total_len == 4
     assert sequence.precedence == (2, 4, 0)
+
+
+def test_it_ends_at_its_own_limit_or_the_context_s() -> None:
+    assert Sequence(request(max_tokens=5), 0, 0, 16, root_key()).max_len == 8
+    assert Sequence(request(max_tokens=5), 0, 0, 16, root_key(), max_model_len=6).max_len == 6
 
 
 def test_only_the_first_sample_forks_and_reports_the_prompt() -> None:

@@ -1,0 +1,94 @@
+"""Decode steps made from the one before, against a scheduler that decides each of them anew."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from cascade_llm.plan import StepPlan
+from tests.scheduler.generated import RandomLoad, random_engine
+from tests.scheduler.simulated_engine import SimulatedEngine, small_config
+
+ROW_COLUMNS = ("token_ids", "positions", "lane_rows", "lane_row_lanes", "sequence_lanes", "sequence_epochs")
+SAMPLE_COLUMNS = ("sample_rows", "sample_lanes", "sample_positions")
+
+
+def continues(plan: StepPlan, before: StepPlan) -> bool:
+    return plan.positions is before.sample_positions
+
+
+def without_page_ids(plan: StepPlan) -> list[object]:
+    """All that two schedulers decide alike; which free page comes first depends on the order of asking."""
+    columns = [list(getattr(plan, name)) for name in ROW_COLUMNS + SAMPLE_COLUMNS]
+    levels = [
+        (list(level.qo_indptr), list(level.kv_page_indptr), list(level.kv_last_page_len))
+        for level in plan.cascade.levels
+    ]
+    return [columns, levels, plan.report, [start.lane for start in plan.lane_starts], len(plan.page_copies)]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_plans_are_those_decided_anew(lag: int) -> None:
+    num_continued = num_plans = 0
+    for seed in range(60):
+        engine, rng = random_engine(seed, lag=lag)
+        twin, twin_rng = random_engine(seed, lag=lag)
+        load, twin_load = RandomLoad(rng, engine.config), RandomLoad(twin_rng, twin.config)
+        before = None
+        for step in range(40):
+            if step % 8 == 0:
+                assert load.add_to(engine, 3) == twin_load.add_to(twin, 3)
+            twin.scheduler._decode_run = None
+            plan, twin_plan = engine.step(), twin.step()
+            assert (plan is None) == (twin_plan is None)
+            if plan is None or twin_plan is None:
+                continue
+            assert without_page_ids(plan) == without_page_ids(twin_plan)
+            num_plans += 1
+            num_continued += before is not None and continues(plan, before)
+            before = plan
+        assert engine.outputs == twin.outputs
+    assert num_continued > num_plans / 5
+
+
+def test_a_run_goes_on_until_a_sequence_ends() -> None:
+    engine = SimulatedEngine()
+    for own, max_tokens in ((100, 20), (101, 12)):
+        engine.add([1, 2, 3, 4, own], max_tokens=max_tokens)
+    plans = engine.run()
+    continued = [continues(plan, before) for before, plan in pairwise(plans)]
+    # plan 0 is prefill, 1 the first decode step, 12 the first one of a single sequence
+    assert continued == [False] + [True] * 10 + [False] + [True] * 7
+
+
+def test_a_run_ends_when_somebody_comes_or_goes_or_shares_more() -> None:
+    engine = SimulatedEngine()
+    first = engine.add([1, 2, 3, 4, 100], max_tokens=40)
+    engine.add([1, 2, 3, 4, 101], max_tokens=40)
+    plans = [engine.step() for _ in range(4)]
+    engine.add([1, 2, 3, 4, 102], max_tokens=40)
+    plans += [engine.step() for _ in range(4)]
+    engine.scheduler.abort(first)
+    plans += [engine.step() for _ in range(3)]
+    made = [plan for plan in plans if plan is not None]
+    continued = [continues(plan, before) for before, plan in pairwise(made)]
+    assert continued == [False, True, True, False, False, True, True, False, True, True]
+
+
+def test_a_waiting_request_that_does_not_fit_does_not_end_a_run() -> None:
+    engine = SimulatedEngine(small_config(max_num_seqs=1))
+    engine.add([1, 2, 3], max_tokens=10)
+    engine.add([4, 5, 6], max_tokens=2)
+    plans = engine.run()
+    assert sum(continues(plan, before) for before, plan in pairwise(plans)) == 8
+    engine.check_outputs()
+
+
+def test_a_run_ends_when_pages_are_short() -> None:
+    engine = SimulatedEngine(small_config(total_pages=32, max_num_seqs=4))
+    for own in range(4):
+        engine.add([own] * 8, max_tokens=60)
+    engine.run()
+    assert engine.counters.preemptions
+    engine.check_outputs()
