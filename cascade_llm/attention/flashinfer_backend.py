@@ -14,6 +14,7 @@ import torch
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec, PreparedAttention
 from cascade_llm.attention.columns import column_tensor
 from cascade_llm.attention.device_stream import CudaStream, DeviceStream
+from cascade_llm.attention.flashinfer_kernels import device_arch, kernel_folder
 from cascade_llm.attention.flashinfer_levels import (
     FlashInferDevice,
     KernelTable,
@@ -44,7 +45,9 @@ class GpuPlatform:
     def cuda(cls, device: torch.device) -> GpuPlatform:
         """The real one."""
         num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-        return cls(load_flashinfer_ops(), CudaStream(device), num_processors)
+        prebuilt = kernel_folder(device_arch(device))
+        ops = load_flashinfer_ops(prebuilt if prebuilt.exists() else None)
+        return cls(ops, CudaStream(device), num_processors)
 
 
 class FlashInferAttentionBackend(AttentionBackend):

@@ -7,8 +7,10 @@ Nothing here imports FlashInfer before it is asked to: importing this module cos
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +18,19 @@ import torch
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.errors import BackendError
 
-__all__ = ["TESTED_VERSIONS", "FlashInferOps", "load_flashinfer_ops", "reasons_against_flashinfer"]
+__all__ = [
+    "TESTED_VERSIONS",
+    "FlashInferOps",
+    "JitModule",
+    "jit_modules",
+    "load_flashinfer_ops",
+    "package_reasons",
+    "shape_reasons",
+]
 
 TESTED_VERSIONS = ("0.7.2.post1",)
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
-MIN_CAPABILITY = (8, 0)
 MERGE_THREADS = 1024
 """`merge_state` gives a row one thread per 8 elements of its output, all in one block."""
 
@@ -40,15 +49,24 @@ class FlashInferOps:
     apply_rope_with_cos_sin_cache_inplace: Callable[..., Any]
 
 
-def load_flashinfer_ops() -> FlashInferOps:
-    """Import FlashInfer. Raises `BackendError` where it is not installed."""
+def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
+    """Import FlashInfer. Raises `BackendError` where it is not installed.
+
+    Args:
+        prebuilt: a folder of `<module>/<module>.so`; modules in it are loaded without a compiler
+    """
+    if prebuilt is not None and (prebuilt / "norm").exists():
+        os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")  # else each process compiles its norms anew
     try:
         import flashinfer
         from flashinfer.activation import silu_and_mul
+        from flashinfer.jit import env
         from flashinfer.norm import fused_add_rmsnorm, rmsnorm
         from flashinfer.rope import apply_rope_with_cos_sin_cache_inplace
     except ImportError as error:
         raise BackendError(f"FlashInfer cannot be imported ({error}): pip install 'cascade-llm[cuda]'") from error
+    if prebuilt is not None:
+        env.FLASHINFER_AOT_DIR = prebuilt
     return FlashInferOps(
         BatchPrefillWithPagedKVCacheWrapper=flashinfer.BatchPrefillWithPagedKVCacheWrapper,
         BatchDecodeWithPagedKVCacheWrapper=flashinfer.BatchDecodeWithPagedKVCacheWrapper,
@@ -61,9 +79,69 @@ def load_flashinfer_ops() -> FlashInferOps:
     )
 
 
-def reasons_against_flashinfer(spec: AttentionSpec) -> list[str]:
-    """Everything that speaks against FlashInfer for this model on this device; nothing where it can serve."""
-    return [*_device_reasons(spec.device), *_package_reasons(), *shape_reasons(spec)]
+@dataclass(frozen=True)
+class JitModule:
+    """A module of kernels that FlashInfer compiles on first use."""
+
+    name: str
+    """FlashInfer's own, which says dtype and head size"""
+    purpose: str
+    build: Callable[[], None]
+    """Compile it into FlashInfer's cache; a `RuntimeError` carries the compiler's output"""
+    library: Path
+    """Where it then is."""
+
+
+def jit_modules(dtype: torch.dtype, head_dim: int, kernels: Iterable[str]) -> list[JitModule]:
+    """The modules that a model needs, as the engine calls them. FLASHINFER_CUDA_ARCH_LIST must be set before.
+
+    Args:
+        dtype: of the model and its K/V
+        head_dim: of its heads
+        kernels: names from a `KernelTable`
+    """
+    from flashinfer.jit.activation import gen_act_and_mul_module
+    from flashinfer.jit.attention.modules import (
+        _gen_batch_prefill_primary_module,
+        gen_batch_decode_module,
+        gen_batch_prefill_module,
+    )
+    from flashinfer.jit.cascade import gen_cascade_module
+    from flashinfer.jit.norm import gen_norm_module
+    from flashinfer.jit.page import gen_page_module
+    from flashinfer.jit.rope import gen_rope_module
+
+    # no position encoding, no sliding window, no soft cap
+    shape = (dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False)
+    attention = {
+        "prefill_fa2": lambda: _gen_batch_prefill_primary_module("fa2", *shape, False),
+        "decode_tensor_cores": lambda: _gen_batch_prefill_primary_module("fa2", *shape, False),
+        "prefill_fa3": lambda: gen_batch_prefill_module("fa3", *shape, False),
+        "decode_cuda_cores": lambda: gen_batch_decode_module(*shape),
+    }
+    specs = {f"attention, {kernel}": attention[kernel]() for kernel in sorted(set(kernels))}
+    specs |= {
+        "merging levels": gen_cascade_module(),
+        "appending to pages": gen_page_module(),
+        "rotary embedding": gen_rope_module(),
+        "norms": gen_norm_module(),
+        "gated activation": gen_act_and_mul_module("silu"),
+    }
+    by_name: dict[str, JitModule] = {}
+    for purpose, spec in specs.items():
+        by_name.setdefault(spec.name, JitModule(spec.name, purpose, spec.build, Path(spec.jit_library_path)))
+    return list(by_name.values())
+
+
+def package_reasons() -> list[str]:
+    """What speaks against the installed package."""
+    try:
+        version = importlib.metadata.version("flashinfer-python")
+    except importlib.metadata.PackageNotFoundError:
+        return ["flashinfer-python is not installed (pip install 'cascade-llm[cuda]')"]
+    if version not in TESTED_VERSIONS:
+        return [f"flashinfer-python {version} is untested here, use {' or '.join(TESTED_VERSIONS)}"]
+    return []
 
 
 def shape_reasons(spec: AttentionSpec) -> list[str]:
@@ -80,22 +158,3 @@ def shape_reasons(spec: AttentionSpec) -> list[str]:
         limit = MERGE_THREADS * 8 // spec.head_dim
         reasons.append(f"{spec.num_qo_heads} query heads of {spec.head_dim}: merge_state takes {limit} at most")
     return reasons
-
-
-def _device_reasons(device: torch.device) -> list[str]:
-    if device.type != "cuda":
-        return [f"needs a CUDA GPU, the device is {device.type}"]
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return [f"needs compute capability 8.0 or newer, the GPU has {capability[0]}.{capability[1]}"]
-    return []
-
-
-def _package_reasons() -> list[str]:
-    try:
-        version = importlib.metadata.version("flashinfer-python")
-    except importlib.metadata.PackageNotFoundError:
-        return ["flashinfer-python is not installed (pip install 'cascade-llm[cuda]')"]
-    if version not in TESTED_VERSIONS:
-        return [f"flashinfer-python {version} is untested here, use {' or '.join(TESTED_VERSIONS)}"]
-    return []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
 from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
-from cascade_llm.attention.flashinfer_ops import reasons_against_flashinfer
+from cascade_llm.attention.flashinfer_kernels import reasons_against_flashinfer
+from cascade_llm.attention.native_backend import NativeAttentionBackend
+from cascade_llm.attention.native_kernels import reasons_against_native
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.errors import BackendError
 
@@ -14,6 +17,7 @@ __all__ = ["BackendChoice", "select_backend"]
 
 BACKENDS: dict[str, type[AttentionBackend]] = {
     "flashinfer": FlashInferAttentionBackend,
+    "native": NativeAttentionBackend,
     "torch": TorchAttentionBackend,
 }
 """By preference."""
@@ -35,16 +39,16 @@ class BackendChoice:
 
 
 def select_backend(name: str, spec: AttentionSpec) -> BackendChoice:
-    """The backend of that name, or with `auto` the first of flashinfer and torch that nothing speaks against.
+    """The backend of that name, or with `auto` the first of flashinfer, native and torch that nothing speaks against.
 
     Raises:
         BackendError: the named backend cannot serve this model on this device; lists the reasons
     """
     if name not in ("auto", *BACKENDS):
-        raise BackendError(f"unknown attention backend {name!r}: it must be auto, {' or '.join(BACKENDS)}")
+        raise BackendError(f"unknown attention backend {name!r}: it must be auto, {', '.join(BACKENDS)}")
     refused: list[tuple[str, str]] = []
     for candidate in BACKENDS if name == "auto" else (name,):
-        reasons = reasons_against_flashinfer(spec) if candidate == "flashinfer" else _reasons_against_torch(spec)
+        reasons = REASONS_AGAINST[candidate](spec)
         if not reasons:
             return BackendChoice(name=candidate, backend=BACKENDS[candidate], refused=tuple(refused))
         refused.extend((candidate, reason) for reason in reasons)
@@ -60,3 +64,10 @@ def _reasons_against_torch(spec: AttentionSpec) -> list[str]:
     if spec.num_qo_heads % spec.num_kv_heads:
         reasons.append(f"{spec.num_qo_heads} query heads cannot be shared out over {spec.num_kv_heads} KV heads")
     return reasons
+
+
+REASONS_AGAINST: dict[str, Callable[[AttentionSpec], list[str]]] = {
+    "flashinfer": reasons_against_flashinfer,
+    "native": reasons_against_native,
+    "torch": _reasons_against_torch,
+}

@@ -26,8 +26,10 @@ COMMANDS = {
     "chat": "cascade_llm.cli.chat:chat",
     "plan": "cascade_llm.cli.plan:plan",
     "bench": "cascade_llm.cli.bench:bench",
+    "validate": "cascade_llm.cli.validate:validate",
     "demo": "cascade_llm.cli.demo:demo",
     "env": "cascade_llm.cli.env:env",
+    "kernels": "cascade_llm.cli.kernels:kernels",
 }
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ import torch
 from cascade_llm.attention import flashinfer_ops
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer_ops import shape_reasons
+from cascade_llm.attention.native_backend import NativeAttentionBackend
+from cascade_llm.attention.native_kernels import kernels_for
 from cascade_llm.attention.select import select_backend
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.errors import BackendError
@@ -25,13 +30,39 @@ def spec(num_qo_heads: int = 4, dtype: torch.dtype = torch.float32, head_dim: in
     )
 
 
-def test_auto_takes_torch_and_says_why_not_flashinfer() -> None:
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler here")
+def test_auto_takes_the_native_kernels_and_says_why_not_flashinfer() -> None:
+    choice = select_backend("auto", spec())
+    assert choice.name == "native"
+    assert choice.backend is NativeAttentionBackend
+    assert {name for name, _ in choice.refused} == {"flashinfer"}
+    assert "native" in choice.describe()
+    assert "needs a CUDA GPU" in choice.describe()
+
+
+def test_without_a_compiler_auto_takes_torch_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    kernels_for.cache_clear()
     choice = select_backend("auto", spec())
     assert choice.name == "torch"
     assert choice.backend is TorchAttentionBackend
-    assert {name for name, _ in choice.refused} == {"flashinfer"}
-    assert "torch" in choice.describe()
-    assert "needs a CUDA GPU" in choice.describe()
+    assert {name for name, _ in choice.refused} == {"flashinfer", "native"}
+    assert "gcc was not found" in choice.describe()
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        ({"dtype": torch.float16}, "not float16"),
+        ({"head_dim": 9}, "head_dim is 9"),
+        ({"sm_scale": 0.0}, "sm_scale"),
+        ({"num_qo_heads": 2 * 200}, "200 query heads per KV head"),
+        ({"device": torch.device("cuda")}, "is for the CPU"),
+    ],
+)
+def test_what_the_native_kernels_do_not_serve(refused: dict[str, Any], words: str) -> None:
+    with pytest.raises(BackendError, match=words):
+        select_backend("native", dataclasses.replace(spec(), **refused))
 
 
 def test_torch_by_name_refuses_nothing() -> None:
@@ -69,5 +100,5 @@ def test_shapes_that_no_kernel_serves() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(BackendError, match="flashinfer or torch"):
+    with pytest.raises(BackendError, match="auto, flashinfer, native, torch"):
         select_backend("triton", spec())

@@ -1,0 +1,215 @@
+"""FlashInfer's kernels as files: which ones a model needs, compiling them ahead of time, finding them again.
+
+FlashInfer compiles a module when it is first used, which takes minutes and needs nvcc on the machine that serves.
+Compiled ahead, on any machine with nvcc and no GPU, the modules are plain shared libraries: they depend on the CUDA
+major version, and on neither torch's nor Python's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.flashinfer_levels import KernelTable
+from cascade_llm.attention.flashinfer_ops import (
+    TESTED_VERSIONS,
+    JitModule,
+    jit_modules,
+    package_reasons,
+    shape_reasons,
+)
+from cascade_llm.errors import BackendError
+
+__all__ = [
+    "BuiltKernel",
+    "build_kernels",
+    "device_arch",
+    "find_nvcc",
+    "kernel_folder",
+    "list_kernels",
+    "reasons_against_flashinfer",
+]
+
+MIN_CAPABILITY = (8, 0)
+MANIFEST = "kernels.json"
+HEADERS = ("cublasLt.h", "curand.h")
+"""Parts of the CUDA toolkit that a small installation lacks and that PyPI's nvidia-cublas and nvidia-curand bring."""
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """One module and what became of it."""
+
+    name: str
+    purpose: str
+    seconds: float = 0.0
+    num_bytes: int = 0
+    error: str | None = None
+    """The end of the compiler's output where it failed."""
+
+
+OnKernel = Callable[[str, int, int], None]
+"""Told the module that is compiled now, how many are done, and of how many."""
+
+
+def reasons_against_flashinfer(spec: AttentionSpec) -> list[str]:
+    """Everything that speaks against FlashInfer for this model on this device; nothing where it can serve."""
+    reasons = [*_device_reasons(spec.device), *package_reasons(), *shape_reasons(spec)]
+    if not reasons and not kernel_folder(device_arch(spec.device)).exists():
+        prebuilt = importlib.util.find_spec("flashinfer_jit_cache") is not None
+        if not prebuilt and find_nvcc() is None:
+            reasons.append("its kernels are not built and there is no nvcc to build them (cascade-llm kernels build)")
+    return reasons
+
+
+def kernel_folder(arch: str) -> Path:
+    """Where kernels for an architecture ("9.0a") are kept: below CASCADE_LLM_CACHE or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cascade-llm"
+    root = Path(os.environ.get("CASCADE_LLM_CACHE", default))
+    return root / "flashinfer" / TESTED_VERSIONS[0] / arch
+
+
+def device_arch(device: torch.device) -> str:
+    """A CUDA device's architecture in FlashInfer's spelling; from 9.0 on with the architecture's own features."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}a" if major >= 9 else f"{major}.{minor}"
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler, as FlashInfer looks for it."""
+    homes = [Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    on_path = shutil.which("nvcc")
+    places = [*homes, *([Path(on_path)] if on_path else []), Path("/usr/local/cuda/bin/nvcc")]
+    return next((place for place in places if place.exists()), None)
+
+
+def list_kernels(folder: Path) -> list[BuiltKernel]:
+    """What was built into a folder."""
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        return []
+    return [BuiltKernel(**entry) for entry in json.loads(manifest.read_text())]
+
+
+def build_kernels(
+    spec: AttentionSpec,
+    arch: str,
+    folder: Path,
+    kernels: KernelTable | None = None,
+    on_kernel: OnKernel | None = None,
+) -> list[BuiltKernel]:
+    """Compile what a model needs and is not in the folder yet. No GPU is needed; run it in a process of its own.
+
+    Args:
+        spec: the model; its device does not matter
+        arch: "9.0a" for Hopper
+        folder: takes `<module>/<module>.so` and a list of them
+        kernels: default the choice for this model
+        on_kernel: told of the progress
+
+    Raises:
+        BackendError: no compiler, no FlashInfer, or a model that it has no kernels for
+    """
+    reasons = [*package_reasons(), *shape_reasons(spec)]
+    if find_nvcc() is None:
+        reasons.append("no nvcc was found: install the CUDA toolkit 13.0, or set CUDA_HOME")
+    if reasons:
+        raise BackendError(f"kernels cannot be built: {'; '.join(reasons)}")
+    table = kernels or KernelTable.for_model(spec)
+    built = {kernel.name: kernel for kernel in list_kernels(folder) if kernel.error is None}
+    with _compiler_environment(arch):
+        modules = jit_modules(spec.dtype, spec.head_dim, (table.shared, table.decode_leaf, table.row_leaf))
+        for done, module in enumerate(modules):
+            if on_kernel is not None:
+                on_kernel(module.purpose, done, len(modules))
+            if module.name not in built or not (folder / module.name / f"{module.name}.so").exists():
+                built[module.name] = _build(module, folder)
+                (folder / MANIFEST).write_text(json.dumps([asdict(kernel) for kernel in built.values()], indent=1))
+    return [built[module.name] for module in modules]
+
+
+def _build(module: JitModule, folder: Path) -> BuiltKernel:
+    started = time.perf_counter()
+    target = folder / module.name / f"{module.name}.so"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        module.build()
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        target.parent.rmdir()
+        return BuiltKernel(module.name, module.purpose, time.perf_counter() - started, error=str(error)[-2000:])
+    shutil.copyfile(module.library, target)
+    return BuiltKernel(module.name, module.purpose, time.perf_counter() - started, target.stat().st_size)
+
+
+@contextmanager
+def _compiler_environment(arch: str) -> Iterator[None]:
+    """What FlashInfer's build needs in the environment: the architecture, and what the toolkit may lack."""
+    before = dict(os.environ)
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    with tempfile.TemporaryDirectory(prefix="cascade_llm_") as stubs:
+        os.environ["FLASHINFER_CUDA_ARCH_LIST"] = arch
+        os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))  # ninja's
+        if "CUDA_HOME" not in os.environ and (home := _toolkit_of(nvcc)) is not None:
+            os.environ["CUDA_HOME"] = str(home)
+        if _make_driver_stub(Path(stubs)):
+            _append("FLASHINFER_EXTRA_LDFLAGS", f"-L{stubs}")
+        for folder in _header_folders():
+            _append("FLASHINFER_EXTRA_CUDAFLAGS", f"-I{folder}")
+            _append("FLASHINFER_EXTRA_CFLAGS", f"-I{folder}")
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _append(name: str, flag: str) -> None:
+    os.environ[name] = f"{os.environ.get(name, '')} {flag}".strip()
+
+
+def _toolkit_of(nvcc: Path) -> Path | None:
+    """The toolkit's folder; None where nvcc is only a script that calls another."""
+    home = nvcc.resolve().parent.parent
+    if (home / "include" / "cuda.h").exists():
+        return home
+    usual = Path("/usr/local/cuda")
+    return usual if (usual / "include" / "cuda.h").exists() else None
+
+
+def _make_driver_stub(folder: Path) -> bool:
+    """An empty libcuda.so to link against: the real one comes with the driver, which a machine without GPU lacks."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        return False
+    command = [compiler, "-shared", "-x", "c", os.devnull, "-o", str(folder / "libcuda.so")]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _header_folders() -> list[Path]:
+    """Folders of NVIDIA's PyPI packages that hold headers which FlashInfer includes."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    return sorted({found.parent for root in roots for header in HEADERS for found in root.glob(f"**/include/{header}")})
+
+
+def _device_reasons(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return [f"needs a CUDA GPU, the device is {device.type}"]
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return [f"needs compute capability 8.0 or newer, the GPU has {capability[0]}.{capability[1]}"]
+    return []

@@ -1,0 +1,1 @@
+"""One run for the day a GPU is there: is everything right, and how fast is it. See `__main__`."""

@@ -1,0 +1,222 @@
+"""Attention alone: right by every kernel choice, and how fast next to FlashInfer's own ways and the memory's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+
+from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend, GpuPlatform
+from cascade_llm.attention.flashinfer_graph import GraphAttention, SharedColumns
+from cascade_llm.attention.flashinfer_levels import KernelTable, LevelBuffers, LevelColumns
+from cascade_llm.attention.reference import reference_attention
+from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
+from cascade_llm.plan import CascadeLevel, CascadePlan
+from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape, graph_shapes
+from scripts.gpu_suite.machine import Machine
+from scripts.gpu_suite.shapes import PAGE_SIZE, Sizes, Tree
+
+__all__ = ["measure_attention", "measure_plans", "validate_kernels"]
+
+VALIDATED_ROWS = 64
+"""The float64 reference gathers every row's K/V."""
+MAX_SHARED = 3
+
+
+def kernel_tables() -> Iterator[tuple[str, KernelTable]]:
+    """Every choice of kernels that can serve decode."""
+    for shared, leaf in product(
+        ("prefill_fa2", "prefill_fa3"), ("decode_tensor_cores", "decode_cuda_cores", "prefill_fa2")
+    ):
+        table = KernelTable(shared=shared, decode_leaf=leaf, row_leaf="prefill_fa2")  # type: ignore[arg-type]
+        yield f"{shared} + {leaf}", table
+
+
+class Setting:
+    """One tree on one head layout: a pool with random K/V, and random queries."""
+
+    def __init__(self, machine: Machine, tree: Tree, heads: tuple[int, int], head_dim: int) -> None:
+        num_qo_heads, num_kv_heads = heads
+        self.tree = tree
+        self.spec = AttentionSpec(
+            num_layers=1,
+            num_qo_heads=num_qo_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            sm_scale=head_dim**-0.5,
+            dtype=machine.dtype,
+            device=machine.device,
+        )
+        self.pool = PagedKVCache(
+            num_layers=1,
+            num_pages=tree.num_pages + 1,
+            page_size=PAGE_SIZE,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=machine.dtype,
+            device=machine.device,
+        )
+        self.pool.layer(0).normal_()
+        self.q = torch.randn(tree.rows, num_qo_heads, head_dim, device=machine.device).to(machine.dtype)
+
+    def eager(
+        self, platform: GpuPlatform, plan: CascadePlan, table: KernelTable
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """Attention planned as eager steps do."""
+        prepared = FlashInferAttentionBackend(self.spec, self.pool, platform, table).prepare(plan)
+        return lambda: prepared.attend(0, self.q)
+
+    def captured(self, platform: GpuPlatform, plan: CascadePlan, table: KernelTable) -> Callable[[], object] | None:
+        """Attention as graphs do it: fixed capacities, tiles chosen by them. None where no graph has that shape."""
+        shapes = graph_shapes(self.tree.rows, self.spec.group_size, len(plan.shared_levels))
+        shape = fitting_shape(plan, [s for s in shapes if s.rows == self.tree.rows], self.spec.group_size)
+        if shape is None:
+            return None
+        backend = FlashInferAttentionBackend(self.spec, self.pool, platform, table)
+        attention = _graph_attention(backend, plan, shape)
+        return lambda: attention.attend(0, self.q)
+
+
+def _graph_attention(backend: FlashInferAttentionBackend, plan: CascadePlan, shape: GraphShape) -> GraphAttention:
+    stream, device = backend.device.stream, backend.spec.device
+    leaf = _padded(plan.leaf, shape.rows)
+    buffers = LevelBuffers(*(column.to(device) for column in leaf))
+    shared = [SharedColumns(capacity, backend.kv_cache.num_pages, device) for capacity in shape.capacities]
+    attention = GraphAttention(backend, shape.rows, shape.capacities, buffers, shared, backend.platform.num_processors)
+    pinned = [_pinned(stream, column) for column in leaf]
+    attention.plan_leaf(LevelColumns(*pinned), None)
+    for position, (level, capacity) in enumerate(zip(plan.shared_levels, shape.capacities, strict=True)):
+        columns = LevelColumns(*(_pinned(stream, column) for column in _padded(level, capacity)))
+        attention.plan_shared(position, level, columns)
+    stream.mark().wait()
+    return attention
+
+
+def _padded(level: CascadeLevel, capacity: int) -> tuple[torch.Tensor, ...]:
+    spare = capacity - level.num_segments
+    qo_indptr, page_indptr = column_tensor(level.qo_indptr), column_tensor(level.kv_page_indptr)
+    last = column_tensor(level.kv_last_page_len)
+    return (
+        torch.cat((qo_indptr, qo_indptr[-1:].expand(spare))),
+        torch.cat((page_indptr, page_indptr[-1:].expand(spare))),
+        column_tensor(level.kv_page_indices),
+        torch.cat((last, last.new_zeros(spare))),
+    )
+
+
+def _pinned(stream: Any, column: torch.Tensor) -> torch.Tensor:
+    buffer: torch.Tensor = stream.pinned(max(1, len(column)), torch.int32)[: len(column)]
+    return buffer.copy_(column)
+
+
+def validate_kernels(machine: Machine, sizes: Sizes) -> list[dict[str, Any]]:
+    """The largest error of each kernel choice against float64, on the trees that the reference can hold."""
+    results = []
+    trees = [tree for tree in sizes.trees if tree.rows <= VALIDATED_ROWS] or [sizes.trees[0]]
+    for tree, heads in product(trees, sizes.heads):
+        setting = Setting(machine, tree, heads, sizes.head_dim)
+        plan = tree.plan(MAX_SHARED)
+        expected, expected_lse = reference_attention(plan, setting.pool, 0, setting.q, setting.spec.sm_scale)
+        for name, table in kernel_tables():
+            entry: dict[str, Any] = {"tree": str(tree), "heads": list(heads), "kernels": name}
+            try:
+                out, lse = setting.eager(machine.platform(), plan, table)()
+                machine.synchronize()
+                entry["max_error"] = float((out.double() - expected).abs().max())
+                entry["max_lse_error"] = float((lse.double() - expected_lse).abs().max())
+            except Exception as error:  # a kernel that cannot serve is a result too
+                entry["refused"] = f"{type(error).__name__}: {error}"[:300]
+            results.append(entry)
+    return results
+
+
+def measure_attention(
+    machine: Machine, sizes: Sizes, bytes_per_s: float, flops_per_s: float, has_time: Callable[[], bool]
+) -> list[dict[str, Any]]:
+    """Microseconds of one layer: plain decode, FlashInfer's cascade wrapper, ours by kernel choice, the roofline."""
+    results = []
+    for heads, tree in product(sizes.heads, sizes.trees):
+        if not has_time():
+            results.append({"skipped": f"{tree} {heads}: out of time"})
+            continue
+        setting = Setting(machine, tree, heads, sizes.head_dim)
+        floor = _floor_s(tree, setting.spec, bytes_per_s, flops_per_s)
+        entry: dict[str, Any] = {"tree": str(tree), "heads": list(heads), "floor_us": 1e6 * floor}
+        for name, work in _ways(machine, setting):
+            try:
+                entry[f"{name}_us"] = 1e6 * machine.seconds(work())
+            except Exception as error:
+                entry[f"{name}_error"] = f"{type(error).__name__}: {error}"[:200]
+        results.append(entry)
+    return results
+
+
+def _ways(machine: Machine, setting: Setting) -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
+    tree, own = setting.tree, KernelTable.for_model(setting.spec)
+
+    def way(plan: CascadePlan, table: KernelTable) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            work = setting.captured(machine.platform(), plan, table)
+            if work is None:
+                raise ValueError("no graph of that shape")
+            return work
+
+        return make
+
+    yield "plain", way(tree.plan(0), own)
+    if len(tree.nodes) > 1:
+        yield "flashinfer_cascade", lambda: _flashinfer_cascade(machine, setting)
+        yield "ours_one_level", way(tree.plan(1), own)
+        yield "ours", way(tree.plan(MAX_SHARED), own)
+        for name, table in kernel_tables():
+            if table != own:
+                yield f"ours, {name}", way(tree.plan(MAX_SHARED), table)
+
+
+def _flashinfer_cascade(machine: Machine, setting: Setting) -> Callable[[], object]:
+    """FlashInfer's own composition, the yardstick; only where the real package is."""
+    import flashinfer  # the suite measures it against the engine: the package's one door does not need it
+
+    plan, spec = setting.tree.plan(MAX_SHARED), setting.spec
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=machine.device)
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(plan.levels), workspace, "NHD")
+    names = ("qo_indptr", "kv_page_indptr", "kv_page_indices", "kv_last_page_len")
+    columns = [[column_tensor(getattr(level, name)).to(machine.device) for level in plan.levels] for name in names]
+    wrapper.plan(
+        *columns, spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, PAGE_SIZE, causal=False, q_data_type=spec.dtype
+    )
+    k_pool, v_pool = setting.pool.layer(0)
+    return lambda: wrapper.run(setting.q, (k_pool, v_pool))
+
+
+def _floor_s(tree: Tree, spec: AttentionSpec, bytes_per_s: float, flops_per_s: float) -> float:
+    """Every node's K/V read once, at the device's rates, level after level."""
+    seconds = 0.0
+    for nodes, tokens in zip(tree.nodes, tree.tokens, strict=True):
+        num_bytes = nodes * tokens * 2 * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+        flops = tree.rows * tokens * 4 * spec.num_qo_heads * spec.head_dim
+        seconds += max(num_bytes / bytes_per_s, flops / flops_per_s)
+    return seconds
+
+
+def measure_plans(machine: Machine, sizes: Sizes) -> list[dict[str, Any]]:
+    """Microseconds that the host spends in planning a leaf and the shared levels of each tree."""
+    results = []
+    for tree in sizes.trees:
+        setting = Setting(machine, tree, sizes.heads[-1], sizes.head_dim)
+        backend = FlashInferAttentionBackend(setting.spec, setting.pool, machine.platform())
+        entry: dict[str, Any] = {"tree": str(tree)}
+        first, again = tree.plan(MAX_SHARED), tree.plan(MAX_SHARED)
+        for name, plan in (("first", first), ("all_levels", again), ("leaf_alone", again)):
+            machine.synchronize()
+            started = time.perf_counter()
+            backend.prepare(plan)
+            machine.synchronize()
+            entry[f"{name}_us"] = 1e6 * (time.perf_counter() - started)
+        results.append(entry)
+    return results

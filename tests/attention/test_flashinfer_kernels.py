@@ -1,0 +1,125 @@
+"""Building kernels ahead of time, with modules that compile at once in place of FlashInfer's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade_llm.attention import flashinfer_kernels
+from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.flashinfer_kernels import build_kernels, find_nvcc, kernel_folder, list_kernels
+from cascade_llm.attention.flashinfer_ops import JitModule
+from cascade_llm.errors import BackendError
+
+SPEC = AttentionSpec(
+    num_layers=1,
+    num_qo_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    sm_scale=1.0,
+    dtype=torch.bfloat16,
+    device=torch.device("cpu"),
+)
+
+
+class Compiler:
+    """Two modules; the second fails until it is mended."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache, self.broken = cache, True
+        self.built: list[str] = []
+        self.asked: list[tuple[torch.dtype, int, tuple[str, ...]]] = []
+        self.arch: str | None = None
+
+    def modules(self, dtype: torch.dtype, head_dim: int, kernels: tuple[str, ...]) -> list[JitModule]:
+        self.asked.append((dtype, head_dim, kernels))
+        self.arch = os.environ["FLASHINFER_CUDA_ARCH_LIST"]
+        return [JitModule(name, f"for {name}", self._build(name), self.cache / f"{name}.so") for name in ("a", "b")]
+
+    def _build(self, name: str) -> Callable[[], None]:
+        def build() -> None:
+            if name == "b" and self.broken:
+                raise RuntimeError("nvcc: error: a header is missing")
+            (self.cache / f"{name}.so").write_bytes(b"code of " + name.encode())
+            self.built.append(name)
+
+        return build
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    found = Compiler(tmp_path)
+    monkeypatch.setattr(flashinfer_kernels, "jit_modules", found.modules)
+    monkeypatch.setattr(flashinfer_kernels, "package_reasons", list)
+    monkeypatch.setattr(flashinfer_kernels, "find_nvcc", lambda: tmp_path / "bin" / "nvcc")
+    return found
+
+
+def test_builds_what_the_kernel_table_names_and_keeps_the_environment(compiler: Compiler, tmp_path: Path) -> None:
+    before, seen = dict(os.environ), []
+    folder = tmp_path / "out"
+    kernels = build_kernels(SPEC, "9.0a", folder, on_kernel=lambda *progress: seen.append(progress))
+    assert compiler.asked == [(torch.bfloat16, 128, ("prefill_fa2", "decode_tensor_cores", "prefill_fa2"))]
+    assert compiler.arch == "9.0a"
+    assert dict(os.environ) == before
+    assert seen == [("for a", 0, 2), ("for b", 1, 2)]
+    assert (folder / "a" / "a.so").read_bytes() == b"code of a"
+    assert [kernel.error is None for kernel in kernels] == [True, False]
+    assert "header is missing" in str(kernels[1].error)
+    assert not (folder / "b").exists()
+
+
+def test_a_second_run_builds_only_what_is_missing(compiler: Compiler, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    build_kernels(SPEC, "9.0a", folder)
+    compiler.broken = False
+    kernels = build_kernels(SPEC, "9.0a", folder)
+    assert compiler.built == ["a", "b"]
+    assert [kernel.error for kernel in kernels] == [None, None]
+    assert list_kernels(folder) == kernels
+    assert {kernel.num_bytes for kernel in kernels} == {len(b"code of a")}
+    assert list_kernels(tmp_path / "nowhere") == []
+
+
+def test_every_reason_is_named_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(flashinfer_kernels, "find_nvcc", lambda: None)
+    monkeypatch.setattr(flashinfer_kernels, "package_reasons", lambda: ["no package"])
+    with pytest.raises(BackendError, match=r"no package.*no nvcc.*CUDA_HOME"):
+        build_kernels(SPEC, "9.0a", tmp_path)
+
+
+def test_folder_is_below_the_cache_that_the_user_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path))
+    assert kernel_folder("9.0a").is_relative_to(tmp_path)
+    monkeypatch.delenv("CASCADE_LLM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert kernel_folder("9.0a").is_relative_to(tmp_path / "xdg" / "cascade-llm")
+
+
+def test_nvcc_is_found_where_flashinfer_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert find_nvcc() == nvcc
+
+
+def test_a_gpu_without_kernels_and_without_compiler_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(flashinfer_kernels, "package_reasons", list)
+    monkeypatch.setattr(flashinfer_kernels, "find_nvcc", lambda: None)
+    on_gpu = AttentionSpec(
+        **{**{f: getattr(SPEC, f) for f in SPEC.__dataclass_fields__}, "device": torch.device("cuda")}
+    )
+    assert any(
+        "cascade-llm kernels build" in reason for reason in flashinfer_kernels.reasons_against_flashinfer(on_gpu)
+    )
+    kernel_folder("9.0a").mkdir(parents=True)
+    assert flashinfer_kernels.reasons_against_flashinfer(on_gpu) == []

@@ -1,0 +1,142 @@
+"""The suite for the day of measuring, run from end to end on the doubles at a tiny size."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cascade_llm import LLM
+from cascade_llm.attention.flashinfer_backend import GpuPlatform
+from scripts.gpu_suite.machine import Machine
+from scripts.gpu_suite.rates import decode_floor_s
+from scripts.gpu_suite.shapes import FULL, MODELS, TREES, ModelShape, Sizes, Tree
+from scripts.gpu_suite.suite import STAGES, Suite
+from tests.gpu_path.gpu_engine import double_gpu, on_double
+
+TINY = Sizes(
+    trees=(Tree.parse("1,2,4/16,32,8"), Tree.parse("4/24")),
+    heads=((4, 2),),
+    head_dim=64,
+    models=(ModelShape("tiny", 1, 2, 1, 64, 64, 64, 128),),
+    batches=(1, 3),
+    prefixes=(0, 32),
+    own_len=8,
+    decode_steps=4,
+    copy_bytes=1 << 16,
+    matrix_size=32,
+    load_requests=4,
+    load_range=(4, 10),
+)
+
+
+class DoubleMachine(Machine):
+    """The doubles, in bfloat16 as on a GPU."""
+
+    device, dtype = torch.device("cpu"), torch.bfloat16
+
+    def platform(self) -> GpuPlatform:
+        return double_gpu(exact=False).platform()
+
+    def seconds(self, work: Callable[[], object], *, captured: bool = True) -> float:
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    def llm(self, config: Path, **options: Any) -> LLM:
+        with on_double(double_gpu(exact=False)):
+            return LLM(config, load_format="dummy", device="cpu", dtype="bfloat16", **options)
+
+    def synchronize(self) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    Suite(DoubleMachine(), folder, TINY, budget_s=600).run()
+    return folder
+
+
+def test_every_stage_ends_with_a_result(out: Path) -> None:
+    results = json.loads((out / "results.json").read_text())
+    assert [name for name in results if name.endswith("_failed")] == []
+    assert set(STAGES) <= set(results)
+    assert set(results["seconds"]) == set(STAGES)
+
+
+def test_kernels_are_validated_and_refusals_are_results(out: Path) -> None:
+    entries = json.loads((out / "results.json").read_text())["validation"]
+    assert {entry["kernels"].split(" + ")[1] for entry in entries} == {
+        "decode_tensor_cores",
+        "decode_cuda_cores",
+        "prefill_fa2",
+    }
+    for entry in entries:
+        if "refused" not in entry:
+            assert entry["max_error"] < 0.05
+            assert entry["max_lse_error"] < 0.05
+        else:
+            assert "fa3" in entry["kernels"]
+
+
+def test_attention_is_measured_every_way(out: Path) -> None:
+    shared, alone = json.loads((out / "results.json").read_text())["attention"]
+    assert {"floor_us", "plain_us", "ours_us", "ours_one_level_us"} <= shared.keys()
+    assert "plain_us" in alone
+    assert "ours_us" not in alone
+
+
+def test_engine_steps_have_floors_and_run_in_graphs(out: Path) -> None:
+    results = json.loads((out / "results.json").read_text())
+    steps = [entry for entry in results["engine_steps"] if "batch" in entry]
+    assert [entry for entry in steps if "error" in entry] == []
+    assert {(entry["batch"], entry["prefix"]) for entry in steps} == {(1, 0), (3, 0), (1, 32), (3, 32)}
+    assert all(entry["step_ms"] > 0 and entry["floor_ms"] > 0 for entry in steps)
+    assert results["load"]["graph_steps"] > 0
+    assert results["load"]["out_tokens"] > 0
+
+
+def test_plots_come_in_one_archive(out: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with tarfile.open(out / "plots.tar") as archive:
+        names = archive.getnames()
+    assert "steps_tiny.png" in names
+    assert "attention_4_2.png" in names
+
+
+def test_out_of_time_is_said_and_not_silent(tmp_path: Path) -> None:
+    results = Suite(DoubleMachine(), tmp_path, TINY, budget_s=0).run(["rates", "attention", "engine_steps"])
+    assert all("skipped" in entry for entry in results["attention"])
+    assert all("skipped" in entry for entry in results["engine_steps"])
+
+
+@pytest.mark.parametrize("tree", TREES, ids=str)
+def test_every_tree_of_the_list_becomes_valid_plans(tree: Tree) -> None:
+    for num_shared in (0, 1, None):
+        plan = tree.plan(num_shared)
+        plan.check()
+        assert plan.num_rows == tree.rows
+    assert len(plan.levels) == len(tree.nodes)
+    assert max(page for level in plan.levels for page in level.kv_page_indices) < tree.num_pages
+
+
+@pytest.mark.parametrize(
+    ("model", "prefix", "batch", "floor_ms"),
+    [(1, 1024, 64, 4.1), (1, 8192, 256, 8.7), (1, 32768, 128, 7.8), (0, 1024, 256, 2.21), (0, 32768, 64, 1.59)],
+)
+def test_floor_is_that_of_the_roofline_table(model: int, prefix: int, batch: int, floor_ms: float) -> None:
+    """4.3 TB/s and 790 TFLOP/s, 256 own tokens."""
+    floor = 1e3 * decode_floor_s(MODELS[model], batch, prefix, 256, 4.3e12, 790e12)
+    assert floor == pytest.approx(floor_ms, rel=0.04)
+
+
+def test_full_sizes_are_the_whole_list() -> None:
+    assert len(FULL.trees) == 16
+    assert {len(tree.nodes) == len(tree.tokens) for tree in FULL.trees} == {True}
