@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 __all__ = ["PageAllocator"]
 
@@ -15,44 +14,60 @@ class PageAllocator:
     An owner is a sequence (one reference for each table that holds the page as its own) or the prefix cache (one
     reference for each page of the tree). A page is free when it has no owner. Pages are handed out in the order in
     which they were freed, so that a long prompt tends to get consecutive ids.
+
+    Eight bytes a page, however many are free: owners, and a ring of free ids.
     """
 
     def __init__(self, total_pages: int) -> None:
         self.total_pages = total_pages
-        self._free: deque[int] = deque(range(total_pages))
+        self.num_free = total_pages
+        """Pages without an owner."""
+        self._ring = array("i", range(total_pages))
+        self._first_free = 0
         self._num_owners = array("i", bytes(4 * total_pages))
 
-    @property
-    def num_free(self) -> int:
-        """Pages without an owner."""
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
+    def allocate(self, count: int) -> array[int]:
         """Take `count` free pages, one owner each. The caller has made sure that there are so many."""
-        assert count <= len(self._free), f"{count} pages wanted, {len(self._free)} free"
-        pages = [self._free.popleft() for _ in range(count)]
+        assert count <= self.num_free, f"{count} pages wanted, {self.num_free} free"
+        stop = self._first_free + count
+        pages = self._ring[self._first_free : stop]
+        if stop > self.total_pages:
+            pages.extend(self._ring[: stop - self.total_pages])
+        self._first_free = stop % self.total_pages
+        self.num_free -= count
         for page in pages:
             self._num_owners[page] = 1
         return pages
 
-    def add_owner(self, pages: Iterable[int]) -> None:
+    def add_owner(self, pages: Sequence[int]) -> None:
         """One more owner for each of these pages."""
         for page in pages:
             assert self._num_owners[page] > 0, f"page {page} is free"
             self._num_owners[page] += 1
 
-    def remove_owner(self, pages: Iterable[int]) -> None:
+    def remove_owner(self, pages: Sequence[int]) -> None:
         """One owner less for each of these pages; without any a page is free at once.
 
         A step in flight may still touch it: later steps run after it on the same stream, so reuse is safe.
         """
+        num_owners, freed = self._num_owners, array("i")
         for page in pages:
-            owners = self._num_owners[page] - 1
+            owners = num_owners[page] - 1
             assert owners >= 0, f"page {page} is free already"
-            self._num_owners[page] = owners
+            num_owners[page] = owners
             if owners == 0:
-                self._free.append(page)
+                freed.append(page)
+        self._append_free(freed)
 
     def num_owners(self, page: int) -> int:
         """Owners of a page; 0 for a free one."""
         return self._num_owners[page]
+
+    def _append_free(self, pages: array[int]) -> None:
+        """Put pages at the end of the ring, which has room: it holds every page."""
+        start = (self._first_free + self.num_free) % self.total_pages
+        until_wrap = self.total_pages - start
+        self._ring[start : start + len(pages)] = pages[:until_wrap]
+        if len(pages) > until_wrap:
+            self._ring[: len(pages) - until_wrap] = pages[until_wrap:]
+        self.num_free += len(pages)

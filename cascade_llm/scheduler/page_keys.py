@@ -40,8 +40,12 @@ class PageKeys:
     def key(self, page: int) -> bytes:
         """The key of full page `page` of the sequence."""
         keys, size = self._keys, self._page_size
-        assert (page + 1) * size <= len(self._token_ids), f"page {page} is not full yet"
-        while len(keys) <= page:
-            start = len(keys) * size
-            keys.append(next_page_key(keys[-1] if keys else self._root_key, self._token_ids[start : start + size]))
+        if page >= len(keys):
+            assert (page + 1) * size <= len(self._token_ids), f"page {page} is not full yet"
+            width = size * self._token_ids.itemsize
+            missing = self._token_ids[len(keys) * size : (page + 1) * size].tobytes()
+            key = keys[-1] if keys else self._root_key
+            for start in range(0, len(missing), width):
+                key = xxhash.xxh3_128_digest(key + missing[start : start + width])
+                keys.append(key)
         return keys[page]

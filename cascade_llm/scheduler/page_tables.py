@@ -82,7 +82,7 @@ class PageTables:
         sequence.pages.extend(self.allocator.allocate(num_more))
         return copies
 
-    def extend(self, sequences: Rows[Sequence]) -> list[int] | None:
+    def extend(self, sequences: Rows[Sequence]) -> Rows[int] | None:
         """One more page for each of these, all or none of them; returns the pages, or None when there is no room."""
         if not self._make_room(len(sequences)):
             return None

@@ -11,10 +11,10 @@ from cascade_llm.scheduler.page_allocator import PageAllocator
 
 def test_pages_are_handed_out_in_the_order_in_which_they_were_freed() -> None:
     pages = PageAllocator(4)
-    assert pages.allocate(3) == [0, 1, 2]
+    assert list(pages.allocate(3)) == [0, 1, 2]
     pages.remove_owner([2, 0])
     assert pages.num_free == 3
-    assert pages.allocate(3) == [3, 2, 0]
+    assert list(pages.allocate(3)) == [3, 2, 0]
 
 
 def test_a_page_is_free_when_its_last_owner_goes() -> None:
