@@ -202,7 +202,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         self._choice("dtype", ("auto", "float32", "bfloat16", "float16"))
-        self._choice("attention_backend", ("auto", "flashinfer", "torch"))
+        self._choice("attention_backend", ("auto", "flashinfer", "native", "torch"))
         self._choice("kv_cache_dtype", ("auto", "float32", "bfloat16", "float16"))
         self._choice("quantization", (None,))
         self._choice("load_format", ("auto", "dummy"))

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models", "loader"),
     ("layers",),
     ("attention", "quantization"),
-    ("kv_cache", "distributed"),
+    ("kv_cache", "distributed", "native"),
     ("plan", "plan_file", "config", "sampling_params", "outputs", "metrics", "errors"),
 )
 """Top to bottom. A part imports lower rows only, never its neighbours; the bottom row's modules may, without cycles."""
@@ -78,10 +78,16 @@ class Import(NamedTuple):
         return self.target.split(".")[0]
 
 
+SCRIPTS = ("bench", "peers")
+"""A folder of scripts, not modules: interpreters of other engines run them, where this package is not installed."""
+
+
 def read_sources(root: Path) -> dict[str, str]:
     """All modules of the package below `root`."""
     sources = {}
     for path in sorted((root / PACKAGE).rglob("*.py")):
+        if path.parent == (root / PACKAGE).joinpath(*SCRIPTS):
+            continue
         parts = path.relative_to(root).with_suffix("").parts
         sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
     return sources

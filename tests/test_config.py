@@ -20,7 +20,7 @@ from cascade_llm.errors import ConfigError
 REFUSED: list[tuple[str, Any, str]] = [
     ("dtype", "int8", "auto, float32, bfloat16, float16"),
     ("dtype", 16, "auto, float32"),
-    ("attention_backend", "flash", "auto, flashinfer, torch"),
+    ("attention_backend", "flash", "auto, flashinfer, native, torch"),
     ("kv_cache_dtype", "fp8", "auto, float32"),
     ("quantization", "awq", "must be one of None"),
     ("device", "gpu", "'auto', 'cpu', 'cuda' or 'cuda:N'"),

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,14 +18,12 @@ import torch
 from cascade_llm.errors import BackendError
 from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm
 from cascade_llm.layers.rope import Rotation
+from cascade_llm.native.compiler import compile_library
 
 __all__ = ["NativeOps"]
 
 SOURCE = Path(__file__).with_suffix(".c")
-COMPILER = "gcc"
-"""GCC's OpenMP runtime is the one that torch has already loaded; another compiler's would bring a second pool."""
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-DTYPE_FLAGS = {torch.float32: "-DFLOAT32", torch.bfloat16: "-DBFLOAT16"}
+DTYPE_DEFINES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
 
 _pointer, _long, _float, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
@@ -106,26 +101,10 @@ class NativeOps(FusedOps):
 
 @functools.cache
 def _compiled(dtype: torch.dtype) -> ctypes.CDLL:
-    """The library for one dtype, compiled once per process; its file is gone when this returns."""
-    if dtype not in DTYPE_FLAGS:
+    """The library for one dtype, compiled once per process."""
+    if dtype not in DTYPE_DEFINES:
         raise BackendError(f"native operations are for float32 and bfloat16, not {str(dtype).removeprefix('torch.')}")
-    compiler = shutil.which(COMPILER)
-    if compiler is None:
-        raise BackendError(f"native operations need a C compiler, and {COMPILER} was not found")
-    with tempfile.TemporaryDirectory(prefix="cascade_llm_") as folder:
-        target = str(Path(folder) / "native_ops.so")
-        command = [compiler, *FLAGS, DTYPE_FLAGS[dtype], str(SOURCE), "-o", target, "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise BackendError(f"native operations did not compile: {done.stderr.strip()[:500]}")
-        before = _openmp_runtimes()
-        try:
-            library = ctypes.CDLL(target)
-        except OSError as error:
-            raise BackendError(f"native operations did not load: {error}") from None
-    if _openmp_runtimes() - before:
-        raise BackendError("native operations brought a second OpenMP runtime beside torch's")
-    return _with_signatures(library)
+    return _with_signatures(compile_library(SOURCE, (DTYPE_DEFINES[dtype],)))
 
 
 def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -136,13 +115,3 @@ def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
     for function in (library.add_rms_norm, library.silu_and_mul, library.rotate):
         function.restype = None
     return library
-
-
-def _openmp_runtimes() -> set[str]:
-    """OpenMP runtimes that this process has loaded, by path; empty where the system does not tell."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return set()
-    paths = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line}
-    return {path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}

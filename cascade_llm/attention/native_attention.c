@@ -1,0 +1,654 @@
+/* Cascade attention on the CPU; see native_kernels.py, which compiles this at start.
+ *
+ * One online softmax (Milakov and Gimelshein 2018) runs over all levels. A task is a block of neighbouring rows and one
+ * KV head. It holds the block's queries, and per query the largest score so far, the sum of weights and the weighted sum
+ * of values, all in float. It then walks the segments that its rows sit in, root to leaf: a shared segment is read once
+ * for all rows in it, a leaf for its own rows. So levels need no merging, and K and V are read where they lie in their
+ * pages. Keys go by in tiles that are packed into the order which the product wants, once per task and tile.
+ *
+ * Where the blocks are fewer than the threads can share evenly, a block's keys are cut into parts; each part is a task
+ * with a state of its own, and `combine` joins these at the end.
+ *
+ * Built for one element type and head size: -DBFLOAT16 or, without it, float; -DHEAD_DIM=64. Both products are sums over
+ * words of 32 bits: a float, or a pair of bfloat16 where the processor multiplies those (AVX512-BF16). Without that
+ * instruction bfloat16 is widened to float when a tile is packed. NaN and infinity must come through.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define AVX512 1
+#endif
+#if defined(AVX512) && defined(__AVX512BF16__) && defined(BFLOAT16)
+#define PAIRS 1
+#endif
+
+#ifdef PAIRS
+enum { ELEMENTS_PER_WORD = 2 };
+#else
+enum { ELEMENTS_PER_WORD = 1 };
+#endif
+
+#ifdef AVX512
+enum { LANES = 16, COLUMNS = 4 };
+#else
+enum { LANES = 8, COLUMNS = 2 };
+#endif
+
+enum {
+    QUERIES_AT_ONCE = 6, /* times COLUMNS vectors of sums: what 32 registers hold */
+    TILE = 128,          /* keys that are packed at a time */
+    KEY_WORDS = HEAD_DIM / ELEMENTS_PER_WORD,
+    VALUE_WIDTH = (HEAD_DIM + LANES - 1) / LANES * LANES,
+    MAX_QUERIES = 192,
+    /* What packing a key costs, in queries that meet it. */
+    PACKING = 4,
+    /* Where keys may be cut into parts, and how many tasks a thread should get to choose from. */
+    CUT = 16,
+    TASKS_PER_THREAD = 4
+};
+
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 8")
+
+#ifdef BFLOAT16
+typedef uint16_t element;
+
+INLINE float load(element x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* To the nearest, ties to even; a NaN stays one. */
+INLINE element store(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    uint32_t quiet = (bits >> 16) | 0x40;
+    return (element)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+}
+#else
+typedef float element;
+INLINE float load(element x) { return x; }
+INLINE element store(float value) { return value; }
+#endif
+
+/* ---- what the caller hands over: the columns of a plan, see plan.py ---- */
+
+typedef struct {
+    const int32_t *qo_indptr, *kv_page_indptr, *kv_page_indices, *kv_last_page_len;
+    int64_t num_segments;
+} level;
+
+typedef struct {
+    const level *levels; /* root to leaf */
+    int64_t num_levels, page_size;
+    int64_t window_len; /* 0: none */
+    int64_t num_qo_heads, num_kv_heads;
+    double score_scale; /* times log2(e): scores are exponents of 2 from here on */
+} plan;
+
+typedef struct {
+    int64_t first_row, num_rows;
+    int64_t part, num_parts;
+    int64_t cost;    /* of the whole block, for one KV head */
+    int64_t partial; /* where the block's states lie; used where there are parts */
+} task;
+
+static inline int64_t group_size(const plan *p) { return p->num_qo_heads / p->num_kv_heads; }
+
+static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* ---- walking the segments of a block of rows ---- */
+
+/* Rows of a block in one segment, and the keys that any of them reads. */
+typedef struct {
+    int64_t first_row, end_row;
+    int64_t first_key, end_key;
+    const int32_t *pages;
+    int64_t causal_shift; /* leaf: row r reads keys below r + causal_shift */
+    int causal;
+} piece;
+
+typedef struct {
+    int64_t depth, segment;
+} place;
+
+static int64_t segment_of_row(const level *l, int64_t row) {
+    int64_t low = 0, high = l->num_segments;
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (l->qo_indptr[middle] <= row) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+/* The next piece of rows [first, end) at or after `at`; 0 when there is none. Start with {0, -1}. */
+static int next_piece(const plan *p, int64_t first, int64_t end, place *at, piece *out) {
+    for (; at->depth < p->num_levels; at->depth++, at->segment = -1) {
+        const level *l = p->levels + at->depth;
+        at->segment = at->segment < 0 ? segment_of_row(l, first) : at->segment + 1;
+        for (; at->segment < l->num_segments && l->qo_indptr[at->segment] < end; at->segment++) {
+            int64_t s = at->segment, start = l->qo_indptr[s], stop = l->qo_indptr[s + 1];
+            int64_t num_pages = l->kv_page_indptr[s + 1] - l->kv_page_indptr[s];
+            out->first_row = max(first, start);
+            out->end_row = min(end, stop);
+            if (!num_pages || out->first_row >= out->end_row) continue;
+            out->pages = l->kv_page_indices + l->kv_page_indptr[s];
+            out->first_key = 0;
+            out->end_key = (num_pages - 1) * p->page_size + l->kv_last_page_len[s];
+            out->causal = at->depth == p->num_levels - 1;
+            if (out->causal) {
+                out->causal_shift = out->end_key - stop + 1;
+                out->end_key = out->end_row - 1 + out->causal_shift;
+                if (p->window_len) out->first_key = max(0, out->first_row + out->causal_shift - p->window_len);
+            }
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static int64_t cost_per_key(const plan *p, const piece *x) {
+    return (x->end_row - x->first_row) * group_size(p) + PACKING;
+}
+
+static int64_t block_cost(const plan *p, int64_t first_row, int64_t num_rows) {
+    place at = {0, -1};
+    piece x;
+    int64_t cost = 0;
+    while (next_piece(p, first_row, first_row + num_rows, &at, &x))
+        cost += (x.end_key - x.first_key) * cost_per_key(p, &x);
+    return cost;
+}
+
+/* ---- planning: blocks of rows, and their parts ---- */
+
+/* The coarsest level where this row shares keys with the next: they belong in one block. */
+static int rows_share_keys(const plan *p, int64_t row) {
+    for (int64_t depth = 0; depth < p->num_levels; depth++) {
+        const level *l = p->levels + depth;
+        int64_t s = segment_of_row(l, row);
+        if (l->kv_page_indptr[s] < l->kv_page_indptr[s + 1] && row + 1 < l->qo_indptr[s + 1]) return 1;
+    }
+    return 0;
+}
+
+static int by_cost_down(const void *a, const void *b) {
+    const task *x = a, *y = b;
+    int64_t x_cost = x->cost / x->num_parts, y_cost = y->cost / y->num_parts;
+    if (x_cost != y_cost) return x_cost < y_cost ? 1 : -1;
+    if (x->first_row != y->first_row) return x->first_row < y->first_row ? -1 : 1;
+    return x->part < y->part ? -1 : x->part > y->part;
+}
+
+/* States of one part of a block, in floats: weighted sums, largest scores, sums of weights. */
+static int64_t state_size(const plan *p, int64_t num_rows) { return num_rows * p->num_qo_heads * (VALUE_WIDTH + 2); }
+
+/* Cut the rows into tasks, dearest first; none shall cost less than `smallest` without need. At most `capacity` tasks,
+ * which is at least the number of rows. Returns their number; partial_size: floats that partial states take. */
+int64_t plan_tasks(const plan *p, int64_t threads, int64_t smallest, task *tasks, int64_t capacity,
+                   int64_t *partial_size) {
+    int64_t num_rows = p->levels[p->num_levels - 1].qo_indptr[p->levels[p->num_levels - 1].num_segments];
+    int64_t most_rows = max(1, MAX_QUERIES / group_size(p)), total = 0, count = 0;
+    const level *leaf = p->levels + p->num_levels - 1;
+    for (int64_t row = 0; row < num_rows; row += most_rows)
+        total += block_cost(p, row, min(most_rows, num_rows - row));
+    int64_t target = max(smallest, total * p->num_kv_heads / (threads * TASKS_PER_THREAD) + 1);
+
+    int64_t partial = 0, first = 0, leaf_segment = 0, cost = 0;
+    for (int64_t row = 0; row < num_rows; row++) {
+        int64_t length = row + 1 - first;
+        while (leaf->qo_indptr[leaf_segment + 1] <= row) leaf_segment++;
+        int last_of_sequence = leaf->qo_indptr[leaf_segment + 1] == row + 1;
+        if (row + 1 < num_rows && length < most_rows) {
+            if (!last_of_sequence || rows_share_keys(p, row)) continue;
+            cost = block_cost(p, first, length);
+            if (cost < target) continue;
+        }
+        cost = block_cost(p, first, length);
+        int64_t parts = max(1, min((cost + target / 2) / target, threads * TASKS_PER_THREAD));
+        if (parts > 1) /* an even share for every thread where all tasks are alike */
+            while (parts * p->num_kv_heads % threads && parts < threads * TASKS_PER_THREAD) parts++;
+        parts = min(parts, capacity - count - (num_rows - row - 1));
+        for (int64_t part = 0; part < parts; part++) tasks[count++] = (task){first, length, part, parts, cost, partial};
+        if (parts > 1) partial += parts * state_size(p, length);
+        first = row + 1;
+    }
+    qsort(tasks, (size_t)count, sizeof *tasks, by_cost_down);
+    *partial_size = partial;
+    return count;
+}
+
+/* ---- the softmax's exponential ---- */
+
+#ifdef AVX512
+/* 2^x to float precision; 0 far below, NaN stays. */
+INLINE vector power_of_2(vector x) {
+    __m512 limited = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x); /* a NaN in the second operand stays */
+    __m512 n = _mm512_roundscale_ps(limited, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(limited, n);
+    __m512 y = _mm512_set1_ps(1.32647241e-3f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.67151287e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55073375e-2f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40222421e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93146978e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+    return (vector)_mm512_scalef_ps(y, n);
+}
+#else
+INLINE vector power_of_2(vector x) {
+    vector y;
+    for (int i = 0; i < LANES; i++) {
+        float limited = x[i] < -126.0f ? -126.0f : x[i];
+        float n = rintf(limited), f = limited - n;
+        float z = 1.32647241e-3f;
+        z = z * f + 9.67151287e-3f;
+        z = z * f + 5.55073375e-2f;
+        z = z * f + 2.40222421e-1f;
+        z = z * f + 6.93146978e-1f;
+        z = z * f + 1.0f;
+        uint32_t bits = (uint32_t)((int32_t)(n == n ? n : 0.0f) + 127) << 23;
+        float power;
+        memcpy(&power, &bits, sizeof power);
+        y[i] = x[i] < -126.0f ? 0.0f : z * power;
+    }
+    return y;
+}
+#endif
+
+INLINE float largest(vector x) {
+#ifdef AVX512
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float y = x[0];
+    for (int i = 1; i < LANES; i++) y = x[i] > y ? x[i] : y;
+    return y;
+#endif
+}
+
+INLINE float total(vector x) {
+#ifdef AVX512
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float y = 0;
+    for (int i = 0; i < LANES; i++) y += x[i];
+    return y;
+#endif
+}
+
+INLINE vector larger(vector a, vector b) {
+#ifdef AVX512
+    return (vector)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    vector y;
+    for (int i = 0; i < LANES; i++) y[i] = a[i] > b[i] ? a[i] : b[i];
+    return y;
+#endif
+}
+
+/* ---- the product of words ---- */
+
+/* sum + a * b, where a is one word for all lanes. */
+INLINE vector multiply_add(vector sum, float a, vector b) {
+#ifdef PAIRS
+    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+#else
+    return sum + a * b;
+#endif
+}
+
+INLINE vector vector_at(const float *x) { return *(const vector *)x; }
+INLINE void put_vector(float *x, vector value) { *(vector *)x = value; }
+
+/* c[i, :] = c[i, :] * keep[i] + sum over k of a[i, k] b[k, :], for m rows and n vectors; keep NULL forgets c. */
+INLINE void product(const int m, const int n, float *c, long c_stride, const float *a, long a_stride, const float *b,
+                    long b_stride, long depth, const float *keep) {
+    vector sum[QUERIES_AT_ONCE][COLUMNS];
+    UNROLLED for (int i = 0; i < m; i++) {
+        UNROLLED for (int j = 0; j < n; j++) {
+            if (keep) sum[i][j] = vector_at(c + i * c_stride + j * LANES) * keep[i];
+            else sum[i][j] = (vector){0};
+        }
+    }
+    for (long k = 0; k < depth; k++) {
+        vector columns[COLUMNS];
+        UNROLLED for (int j = 0; j < n; j++) columns[j] = vector_at(b + k * b_stride + j * LANES);
+        UNROLLED for (int i = 0; i < m; i++) {
+            float x = a[i * a_stride + k];
+            UNROLLED for (int j = 0; j < n; j++) sum[i][j] = multiply_add(sum[i][j], x, columns[j]);
+        }
+    }
+    UNROLLED for (int i = 0; i < m; i++) {
+        UNROLLED for (int j = 0; j < n; j++) put_vector(c + i * c_stride + j * LANES, sum[i][j]);
+    }
+}
+
+/* ---- packing a tile ---- */
+
+/* Keys as [word][key], values as [pair of keys, or key][dimension]. */
+typedef struct {
+    float keys[KEY_WORDS * TILE] __attribute__((aligned(64)));
+    float values[TILE / ELEMENTS_PER_WORD * VALUE_WIDTH] __attribute__((aligned(64)));
+} packed_tile;
+
+#if defined(AVX512) && (defined(PAIRS) || !defined(BFLOAT16))
+/* 16 keys, 16 words: out[word * TILE + key]. */
+INLINE void transpose_words(const element *const *keys, long first_word, float *out) {
+    __m512i r[16], t[16];
+    const long left = KEY_WORDS - first_word;
+    const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+    UNROLLED for (int i = 0; i < 8; i++) {
+        r[i] = _mm512_maskz_loadu_epi32(mask, (const uint32_t *)keys[i] + first_word);
+        r[i + 8] = _mm512_maskz_loadu_epi32(mask, (const uint32_t *)keys[i + 8] + first_word);
+    }
+    UNROLLED for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    UNROLLED for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    UNROLLED for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    UNROLLED for (int i = 0; i < 8; i++) {
+        /* t[i] holds words i and 8 + i of keys 0-7, t[i + 8] of keys 8-15 */
+        if (i < left) _mm512_store_ps(out + i * TILE, (__m512)_mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+        if (i + 8 < left) _mm512_store_ps(out + (i + 8) * TILE, (__m512)_mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    }
+}
+
+static void pack_keys(const element *const *keys, long num_keys, float *out) {
+    for (long key = 0; key < num_keys; key += 16) /* past the end stand repeats of the last key */
+        UNROLLED for (long word = 0; word < KEY_WORDS; word += 16)
+            transpose_words(keys + key, word, out + word * TILE + key);
+}
+#else
+static void pack_keys(const element *const *keys, long num_keys, float *out) {
+    for (long key = 0; key < num_keys; key++)
+        for (long word = 0; word < KEY_WORDS; word++) out[word * TILE + key] = load(keys[key][word]);
+}
+#endif
+
+#ifdef PAIRS
+static void pack_values(const element *const *values, long num_keys, float *out) {
+    uint16_t order[2][32];
+    for (int i = 0; i < 32; i++)
+        for (int half = 0; half < 2; half++) order[half][i] = (uint16_t)(16 * half + i / 2 + (i & 1 ? 32 : 0));
+    const __m512i low = _mm512_loadu_si512(order[0]), high = _mm512_loadu_si512(order[1]);
+    for (long key = 0; key < num_keys; key += 2, out += VALUE_WIDTH) {
+        UNROLLED for (long d = 0; d < HEAD_DIM; d += 32) {
+            const __mmask32 mask = HEAD_DIM - d >= 32 ? 0xffffffff : (__mmask32)((1ull << (HEAD_DIM - d)) - 1);
+            __m512i a = _mm512_maskz_loadu_epi16(mask, values[key] + d);
+            __m512i b = _mm512_maskz_loadu_epi16(key + 1 < num_keys ? mask : 0, values[key + 1] + d);
+            _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
+            if (d + 16 < VALUE_WIDTH) _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
+        }
+    }
+}
+#else
+static void pack_values(const element *const *values, long num_keys, float *out) {
+    for (long key = 0; key < num_keys; key++, out += VALUE_WIDTH) {
+        for (long d = 0; d < HEAD_DIM; d++) out[d] = load(values[key][d]);
+        for (long d = HEAD_DIM; d < VALUE_WIDTH; d++) out[d] = 0;
+    }
+}
+#endif
+
+/* ---- a block of queries ---- */
+
+typedef struct {
+    float queries[MAX_QUERIES * KEY_WORDS] __attribute__((aligned(64)));
+    float sums[MAX_QUERIES * VALUE_WIDTH] __attribute__((aligned(64)));
+    float top[MAX_QUERIES + LANES], weight[MAX_QUERIES + LANES];
+    packed_tile tile;
+} block;
+
+/* m queries against the first `num_keys` keys of the tile; query i sees keys low[i] to high[i] (NULL: all). */
+INLINE void attend_queries(const int m, block *b, long first, long num_keys, float scale, const int *low,
+                           const int *high) {
+    float scores[QUERIES_AT_ONCE][TILE] __attribute__((aligned(64)));
+    float weights[QUERIES_AT_ONCE][TILE / ELEMENTS_PER_WORD] __attribute__((aligned(64)));
+    float top[LANES] = {0}, change[LANES] = {0};
+    const long width = COLUMNS * LANES, padded = (num_keys + width - 1) / width * width;
+    for (long column = 0; column < padded; column += width)
+        product(m, COLUMNS, scores[0] + column, TILE, b->queries + first * KEY_WORDS, KEY_WORDS,
+                b->tile.keys + column, TILE, KEY_WORDS, NULL);
+    if (high || num_keys < padded) {
+        for (int i = 0; i < m; i++) {
+            for (long k = 0; low && k < low[i]; k++) scores[i][k] = -INFINITY;
+            for (long k = high ? high[i] : num_keys; k < padded; k++) scores[i][k] = -INFINITY;
+        }
+    }
+    UNROLLED for (int i = 0; i < m; i++) {
+        vector most = vector_at(scores[i]);
+        for (long k = LANES; k < padded; k += LANES) most = larger(most, vector_at(scores[i] + k));
+        float before = b->top[first + i], found = largest(most) * scale, now = found > before ? found : before;
+        b->top[first + i] = now;
+        top[i] = now == -INFINITY ? 0.0f : now; /* no key yet: all weights become 2^-inf */
+        change[i] = before - top[i];
+    }
+    put_vector(change, power_of_2(vector_at(change)));
+    UNROLLED for (int i = 0; i < m; i++) {
+        vector sum = {0};
+        for (long k = 0; k < padded; k += 2 * LANES) {
+            vector even = power_of_2(vector_at(scores[i] + k) * scale - top[i]);
+            vector odd = power_of_2(vector_at(scores[i] + k + LANES) * scale - top[i]);
+            sum += even + odd;
+#ifdef PAIRS
+            *(__m512bh *)(weights[i] + k / 2) = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+#else
+            put_vector(weights[i] + k, even);
+            put_vector(weights[i] + k + LANES, odd);
+#endif
+        }
+        b->weight[first + i] = b->weight[first + i] * change[i] + total(sum);
+    }
+    const long depth = (num_keys + ELEMENTS_PER_WORD - 1) / ELEMENTS_PER_WORD;
+    float *sums = b->sums + first * VALUE_WIDTH;
+    for (long column = 0; column + width <= VALUE_WIDTH; column += width)
+        product(m, COLUMNS, sums + column, VALUE_WIDTH, weights[0], TILE / ELEMENTS_PER_WORD, b->tile.values + column,
+                VALUE_WIDTH, depth, change);
+    if (VALUE_WIDTH % width) {
+        const long column = VALUE_WIDTH / width * width;
+        product(m, VALUE_WIDTH % width / LANES, sums + column, VALUE_WIDTH, weights[0], TILE / ELEMENTS_PER_WORD,
+                b->tile.values + column, VALUE_WIDTH, depth, change);
+    }
+}
+
+#define ATTEND(m)                                                                                               \
+    static void attend_##m(block *b, long first, long num_keys, float scale, const int *low, const int *high) { \
+        attend_queries(m, b, first, num_keys, scale, low, high);                                                \
+    }
+ATTEND(1)
+ATTEND(2)
+ATTEND(3)
+ATTEND(4)
+ATTEND(5)
+ATTEND(6)
+
+typedef void (*attend_function)(block *, long, long, float, const int *, const int *);
+static const attend_function ATTEND_BY_COUNT[] = {NULL, attend_1, attend_2, attend_3, attend_4, attend_5, attend_6};
+
+/* All queries of a piece against the tile of `num_keys` keys from `first_key` on. */
+static void attend_tile(const plan *p, block *b, const piece *x, int64_t block_row, int64_t first_key, long num_keys) {
+    const long group = group_size(p), first = (x->first_row - block_row) * group, end = (x->end_row - block_row) * group;
+    const long rounds = (end - first + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
+    const int masked =
+        x->causal && (first_key + num_keys > x->first_row + x->causal_shift ||
+                      (p->window_len && first_key < x->end_row - 1 + x->causal_shift - p->window_len));
+    for (long round = 0, query = first; round < rounds; round++) {
+        const int count = (int)((end - query + rounds - round - 1) / (rounds - round));
+        int low[QUERIES_AT_ONCE], high[QUERIES_AT_ONCE];
+        long seen = num_keys;
+        if (masked) {
+            seen = 0;
+            for (int i = 0; i < count; i++) {
+                int64_t limit = block_row + (query + i) / group + x->causal_shift;
+                high[i] = (int)max(0, min(num_keys, limit - first_key));
+                low[i] = p->window_len ? (int)max(0, min(num_keys, limit - p->window_len - first_key)) : 0;
+                if (low[i] < high[i]) seen = max(seen, high[i]);
+            }
+        }
+        if (seen)
+            ATTEND_BY_COUNT[count](b, query, seen, (float)p->score_scale, masked ? low : NULL, masked ? high : NULL);
+        query += count;
+    }
+}
+
+static void attend_piece(const plan *p, block *b, const piece *x, int64_t block_row, int64_t first_key,
+                         int64_t end_key, const element *k_pool, const element *v_pool, int64_t head) {
+    const int64_t token = p->num_kv_heads * HEAD_DIM, page_size = p->page_size;
+    const element *keys[TILE + 16], *values[TILE + 16];
+    for (int64_t start = first_key; start < end_key; start += TILE) {
+        const long num_keys = min(TILE, end_key - start);
+        int64_t page = start / page_size, slot = start % page_size;
+        for (long i = 0; i < num_keys; i++) {
+            int64_t offset = (x->pages[page] * page_size + slot) * token + head * HEAD_DIM;
+            keys[i] = k_pool + offset;
+            values[i] = v_pool + offset;
+            if (++slot == page_size) slot = 0, page++;
+        }
+        for (long i = num_keys; i < num_keys + 16; i++) keys[i] = keys[num_keys - 1], values[i] = values[num_keys - 1];
+        pack_keys(keys, num_keys, b->tile.keys);
+        pack_values(values, num_keys, b->tile.values);
+        attend_tile(p, b, x, block_row, start, num_keys);
+    }
+}
+
+/* Where in a piece's keys the running cost reaches `goal`: a multiple of CUT, or an end. */
+static int64_t cut_at(int64_t goal, int64_t cost, const piece *x, int64_t per_key) {
+    int64_t num_keys = x->end_key - x->first_key;
+    if (goal <= cost) return x->first_key;
+    int64_t keys = (goal - cost) / per_key;
+    return keys >= num_keys ? x->end_key : x->first_key + keys / CUT * CUT;
+}
+
+static void load_queries(const plan *p, block *b, const task *t, const element *q, int64_t q_stride, int64_t head) {
+    const int64_t group = group_size(p);
+    for (int64_t row = 0; row < t->num_rows; row++)
+        for (int64_t i = 0; i < group; i++) {
+            const element *from = q + (t->first_row + row) * q_stride + (head * group + i) * HEAD_DIM;
+            float *to = b->queries + (row * group + i) * KEY_WORDS;
+#ifdef PAIRS
+            memcpy(to, from, HEAD_DIM * sizeof *from);
+#else
+            for (long d = 0; d < HEAD_DIM; d++) to[d] = load(from[d]);
+#endif
+        }
+}
+
+static void write_result(const float *sums, float top, float weight, element *out, float *lse) {
+    const float inverse = weight > 0 || weight != weight ? 1.0f / weight : 0.0f;
+    for (long d = 0; d < HEAD_DIM; d++) out[d] = store(sums[d] * inverse);
+    *lse = top + log2f(weight);
+}
+
+/* States of a part: [rows, num_qo_heads, VALUE_WIDTH], then top and weight, each [rows, num_qo_heads]. */
+typedef struct {
+    float *sums, *top, *weight;
+} state;
+
+static state state_of(const plan *p, const task *t, int64_t part, float *partials) {
+    float *base = partials + t->partial + part * state_size(p, t->num_rows);
+    int64_t states = t->num_rows * p->num_qo_heads;
+    return (state){base, base + states * VALUE_WIDTH, base + states * (VALUE_WIDTH + 1)};
+}
+
+static void run_task(const plan *p, const task *t, int64_t head, const element *k_pool, const element *v_pool,
+                     const element *q, int64_t q_stride, element *out, float *lse, float *partials) {
+    block b;
+    const int64_t group = group_size(p), num_queries = t->num_rows * group;
+    load_queries(p, &b, t, q, q_stride, head);
+    memset(b.sums, 0, (size_t)(num_queries * VALUE_WIDTH) * sizeof *b.sums);
+    for (int64_t i = 0; i < num_queries; i++) b.top[i] = -INFINITY, b.weight[i] = 0;
+
+    place at = {0, -1};
+    piece x;
+    const int64_t begin = t->cost * t->part / t->num_parts, end = t->cost * (t->part + 1) / t->num_parts;
+    int64_t cost = 0;
+    while (next_piece(p, t->first_row, t->first_row + t->num_rows, &at, &x)) {
+        const int64_t per_key = cost_per_key(p, &x);
+        attend_piece(p, &b, &x, t->first_row, cut_at(begin, cost, &x, per_key), cut_at(end, cost, &x, per_key), k_pool,
+                     v_pool, head);
+        cost += (x.end_key - x.first_key) * per_key;
+    }
+    for (int64_t i = 0; i < num_queries; i++) {
+        const int64_t row = i / group, qo_head = head * group + i % group;
+        const float *sums = b.sums + i * VALUE_WIDTH;
+        if (t->num_parts == 1) {
+            const int64_t at = (t->first_row + row) * p->num_qo_heads + qo_head;
+            write_result(sums, b.top[i], b.weight[i], out + at * HEAD_DIM, lse + at);
+        } else {
+            const state s = state_of(p, t, t->part, partials);
+            const int64_t at = row * p->num_qo_heads + qo_head;
+            memcpy(s.sums + at * VALUE_WIDTH, sums, VALUE_WIDTH * sizeof *sums);
+            s.top[at] = b.top[i];
+            s.weight[at] = b.weight[i];
+        }
+    }
+}
+
+/* Join the parts of one row. */
+static void combine(const plan *p, const task *t, int64_t row, element *out, float *lse, float *partials) {
+    for (int64_t head = 0; head < p->num_qo_heads; head++) {
+        const int64_t at = row * p->num_qo_heads + head;
+        float sums[VALUE_WIDTH] = {0}, top = -INFINITY, weight = 0;
+        for (int64_t part = 0; part < t->num_parts; part++) {
+            const state s = state_of(p, t, part, partials);
+            top = s.top[at] > top ? s.top[at] : top;
+        }
+        for (int64_t part = 0; part < t->num_parts; part++) {
+            const state s = state_of(p, t, part, partials);
+            if (s.top[at] == -INFINITY && s.weight[at] == 0) continue;
+            const float scale = exp2f(s.top[at] - (top == -INFINITY ? 0.0f : top));
+            weight += s.weight[at] * scale;
+            for (long d = 0; d < VALUE_WIDTH; d++) sums[d] += s.sums[at * VALUE_WIDTH + d] * scale;
+        }
+        const int64_t to = (t->first_row + row) * p->num_qo_heads + head;
+        write_result(sums, top, weight, out + to * HEAD_DIM, lse + to);
+    }
+}
+
+/* Attention of all rows in one layer: q [rows, num_qo_heads, HEAD_DIM] with q_stride elements from row to row; out the
+ * same, contiguous; lse [rows, num_qo_heads]; partials as many floats as plan_tasks asked for. */
+void attend(const plan *p, const task *tasks, int64_t num_tasks, int64_t threads, const element *k_pool,
+            const element *v_pool, const element *q, int64_t q_stride, element *out, float *lse, float *partials) {
+    const int64_t heads = p->num_kv_heads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < num_tasks * heads; i++)
+            run_task(p, tasks + i / heads, i % heads, k_pool, v_pool, q, q_stride, out, lse, partials);
+        for (int64_t i = 0; i < num_tasks; i++) {
+            if (tasks[i].part || tasks[i].num_parts == 1) continue;
+#pragma omp for schedule(static) nowait
+            for (int64_t row = 0; row < tasks[i].num_rows; row++) combine(p, tasks + i, row, out, lse, partials);
+        }
+    }
+}
+
+/* Store k and v, [rows, row_size] with their strides, at their slots in the pools [slots, row_size]. */
+void write_slots(element *k_pool, element *v_pool, const element *k, const element *v, int64_t k_stride,
+                 int64_t v_stride, const int64_t *slots, int64_t num_rows, int64_t row_size) {
+    const size_t bytes = (size_t)row_size * sizeof(element);
+    for (int64_t row = 0; row < num_rows; row++) {
+        memcpy(k_pool + slots[row] * row_size, k + row * k_stride, bytes);
+        memcpy(v_pool + slots[row] * row_size, v + row * v_stride, bytes);
+    }
+}

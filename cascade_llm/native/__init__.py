@@ -1,0 +1,1 @@
+"""C that the machine's own compiler builds when an engine starts."""
