@@ -10,10 +10,10 @@ import click
 from rich.console import Console
 
 from cascade_llm.cli.console import open_llm, result_console
+from cascade_llm.cli.demo_runs import Runs, ratio_lines, run_bar, run_once, runs_table, take_turns
 from cascade_llm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from cascade_llm.bench.throughput import Reading
     from cascade_llm.llm import LLM
     from cascade_llm.outputs import RequestOutput
 
@@ -75,22 +75,20 @@ def demo(repeat: int) -> None:
         open_llm(MODEL, {**options, "enable_cascade_attention": False}) as off,
     ):
         from cascade_llm.bench.plan_tree import plan_tree
-        from cascade_llm.bench.throughput import measure, take_turns
         from cascade_llm.cli.plan_drawing import draw_tree
-        from cascade_llm.cli.throughput_table import run_bar
 
         assert on.tokenizer is not None
         prompts = [on.tokenizer.encode_chat(messages) for messages in demo_conversations()]
         _heading(console, f"{on.model_name}: {len(prompts)} questions on one system prompt")
         console.print(draw_tree(plan_tree(prompts, on.facts.model, on.options, tokenizer=on.tokenizer)))
-        answers, _ = measure(on, prompts, params, progress=True)
+        answers, _ = run_once(on, prompts, params, progress=True)
         _heading(console, "Answers")
         _print_answers(console, answers)
         with run_bar(1 + 4 * repeat) as on_run:
             on_run("cascade off, not counted")
-            answers_off, _ = measure(off, prompts, params)
-            readings = take_turns({"on": on, "off": off}, prompts, params, repeat=repeat, on_run=on_run)
-        _print_table(console, readings, answers, answers_off)
+            answers_off, _ = run_once(off, prompts, params)
+            runs = take_turns({"on": on, "off": off}, prompts, params, repeat, on_run)
+        _print_runs(console, runs, answers, answers_off)
         _print_machine(console, on)
     console.print(f"The whole demo took {time.perf_counter() - start_s:.0f} s.", style="dim")
 
@@ -110,17 +108,10 @@ def _print_answers(console: Console, answers: list[RequestOutput]) -> None:
     )
 
 
-def _print_table(
-    console: Console,
-    readings: dict[str, dict[str, list[Reading]]],
-    answers: list[RequestOutput],
-    answers_off: list[RequestOutput],
-) -> None:
-    from cascade_llm.cli.throughput_table import ratio_lines, throughput_table
-
+def _print_runs(console: Console, runs: Runs, answers: list[RequestOutput], answers_off: list[RequestOutput]) -> None:
     _heading(console, "Cascade attention on and off")
-    console.print(throughput_table(readings))
-    for line in ratio_lines(readings):
+    console.print(runs_table(runs))
+    for line in ratio_lines(runs):
         console.print(line)
     num_equal = sum(a["token_ids"] == b["token_ids"] for a, b in zip(answers, answers_off, strict=True))
     console.print(

@@ -66,7 +66,13 @@ def run_process(repo_root: Path, environment: dict[str, str]) -> RunProcess:
 
     def run(*args: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            process_args(*args), input=stdin, cwd=repo_root, env=environment, capture_output=True, text=True, check=False
+            process_args(*args),
+            input=stdin,
+            cwd=repo_root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     return run

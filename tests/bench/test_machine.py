@@ -1,0 +1,31 @@
+"""What a measurement is recorded with."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from cascade_llm import __version__
+from cascade_llm.attention.select import BACKENDS
+from cascade_llm.bench.machine import describe_machine
+
+
+def test_everything_is_there_and_is_json() -> None:
+    machine = json.loads(json.dumps(describe_machine()))
+    assert machine["versions"]["cascade-llm"] == __version__
+    assert machine["versions"]["torch"] == torch.__version__
+    assert 0 < machine["cpu"]["usable_cores"] <= machine["cpu"]["logical_cores"]
+    assert machine["cpu"]["torch_threads"] == torch.get_num_threads()
+    assert 0 < machine["memory_bytes"]["available"] <= machine["memory_bytes"]["total"]
+    assert len(machine["devices"]) == torch.cuda.device_count()
+    assert machine["elementwise"]["name"]
+
+
+def test_a_backend_serves_or_says_why_not() -> None:
+    backends = describe_machine()["backends"]
+    assert backends.keys() == BACKENDS.keys()
+    assert backends["torch"] is None
+    assert all(reason is None or reason.startswith("no attention backend can serve") for reason in backends.values())
+    if not torch.cuda.is_available():
+        assert "CUDA" in str(backends["flashinfer"])
