@@ -93,9 +93,12 @@ class CudaStream(DeviceStream):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """See `DeviceStream`."""
+        """See `DeviceStream`; what was queued on the caller's stream comes before, and what it queues then after."""
+        callers = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(callers)
         with torch.cuda.stream(self._stream):
             yield
+        callers.wait_stream(self._stream)
 
     def pool_bytes(self) -> int:
         """See `DeviceStream`."""

@@ -47,6 +47,8 @@ class FlashInferOps:
     fused_add_rmsnorm: Callable[..., Any]
     silu_and_mul: Callable[..., Any]
     apply_rope_with_cos_sin_cache_inplace: Callable[..., Any]
+    top_k_renorm_probs: Callable[..., Any]
+    top_p_renorm_probs: Callable[..., Any]
 
 
 def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
@@ -63,6 +65,7 @@ def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
         from flashinfer.jit import env
         from flashinfer.norm import fused_add_rmsnorm, rmsnorm
         from flashinfer.rope import apply_rope_with_cos_sin_cache_inplace
+        from flashinfer.sampling import top_k_renorm_probs, top_p_renorm_probs
     except ImportError as error:
         raise BackendError(f"FlashInfer cannot be imported ({error}): pip install 'cascade-llm[cuda]'") from error
     if prebuilt is not None:
@@ -76,6 +79,8 @@ def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
         fused_add_rmsnorm=fused_add_rmsnorm,
         silu_and_mul=silu_and_mul,
         apply_rope_with_cos_sin_cache_inplace=apply_rope_with_cos_sin_cache_inplace,
+        top_k_renorm_probs=top_k_renorm_probs,
+        top_p_renorm_probs=top_p_renorm_probs,
     )
 
 
@@ -110,6 +115,7 @@ def jit_modules(dtype: torch.dtype, head_dim: int, kernels: Iterable[str]) -> li
     from flashinfer.jit.norm import gen_norm_module
     from flashinfer.jit.page import gen_page_module
     from flashinfer.jit.rope import gen_rope_module
+    from flashinfer.jit.sampling import gen_sampling_module
 
     # no position encoding, no sliding window, no soft cap
     shape = (dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False)
@@ -126,6 +132,7 @@ def jit_modules(dtype: torch.dtype, head_dim: int, kernels: Iterable[str]) -> li
         "rotary embedding": gen_rope_module(),
         "norms": gen_norm_module(),
         "gated activation": gen_act_and_mul_module("silu"),
+        "filters of sampling": gen_sampling_module(),
     }
     by_name: dict[str, JitModule] = {}
     for purpose, spec in specs.items():

@@ -33,6 +33,8 @@ __all__ = ["CaptureReport", "CudaGraphs", "GraphCounters", "OnCapture"]
 
 log = logging.getLogger("cascade_llm")
 
+CAPTURED_FEATURES = (FeatureSet.FILTERED_DRAW, FeatureSet.DRAW, FeatureSet.GREEDY)
+
 OnCapture = Callable[[int, int], None]
 """Told how many graphs are captured, and of how many."""
 
@@ -107,7 +109,7 @@ class CudaGraphs:
         )
         self._logits = torch.zeros(max_rows, lanes.vocab_size, dtype=decoder.dtype, device=lanes.device)
         self._results = torch.zeros(2, max_rows, dtype=torch.int64, device=lanes.device)
-        self._sampler, self._eager_sampler = GraphSampler(lanes, max_rows), Sampler(lanes)
+        self._sampler, self._eager_sampler = GraphSampler(lanes, max_rows, backend.device.ops), Sampler(lanes)
         self._features = LaneFeatures(lanes.num_lanes)
         self._shapes: dict[GraphShape, _CapturedShape] = {}
         self._sampling: dict[tuple[int, FeatureSet], Graph] = {}
@@ -121,7 +123,7 @@ class CudaGraphs:
         started, bytes_before = time.perf_counter(), self._stream.pool_bytes()
         dropped = []
         row_counts = sorted({shape.rows for shape in self._all_shapes}, reverse=True)
-        total = len(self._all_shapes) + 2 * len(row_counts)
+        total = len(self._all_shapes) + len(CAPTURED_FEATURES) * len(row_counts)
         for shape in self._all_shapes:
             try:
                 self._capture_forward(shape)
@@ -131,7 +133,7 @@ class CudaGraphs:
             if on_capture is not None:
                 on_capture(len(self._shapes), total)
         for rows in row_counts:
-            for features in (FeatureSet.DRAW, FeatureSet.GREEDY):
+            for features in CAPTURED_FEATURES:
                 self._capture_sampling(rows, features)
             if on_capture is not None:
                 on_capture(len(self._shapes) + len(self._sampling), total)

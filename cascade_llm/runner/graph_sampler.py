@@ -1,7 +1,8 @@
 """Sampling that CUDA graphs can hold: the same draws as `sampler`, without anything that the host would wait for.
 
-A feature set is what the samples of a step need together. Greedy steps and plain draws have graphs; filters, penalties,
-bias, min_tokens and log-probabilities need sizes that the device alone knows, and are left to the eager sampler.
+A feature set is what the samples of a step need together. Greedy steps, plain draws and filtered draws have graphs;
+penalties, bias, min_tokens and log-probabilities need sizes that the device alone knows, and are left to the eager
+sampler. Filters are FlashInfer's: where several tokens tie at the edge of what is kept, it keeps them all.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from enum import IntEnum
 
 import torch
 
+from cascade_llm.attention.flashinfer_ops import FlashInferOps
 from cascade_llm.plan import LaneStart
 from cascade_llm.runner.candidates import BLOCK_LEN, first_argmax
-from cascade_llm.runner.draw import draw, softmax_weights, uniforms
+from cascade_llm.runner.draw import Filters, draw, softmax_weights, uniforms
 from cascade_llm.runner.lanes import LaneState
 from cascade_llm.runner.workspace import Workspace
 
@@ -25,7 +27,8 @@ class FeatureSet(IntEnum):
 
     GREEDY = 0
     DRAW = 1
-    EAGER = 2
+    FILTERED_DRAW = 2
+    EAGER = 3
     """what no graph does"""
 
 
@@ -48,8 +51,8 @@ class LaneFeatures:
 class GraphSampler:
     """Chooses a token for every row of a step from logits in fixed memory."""
 
-    def __init__(self, lanes: LaneState, max_rows: int) -> None:
-        self._lanes = lanes
+    def __init__(self, lanes: LaneState, max_rows: int, ops: FlashInferOps) -> None:
+        self._lanes, self._ops = lanes, ops
         padded_len = lanes.vocab_size + -lanes.vocab_size % BLOCK_LEN
         self._values = torch.full((max_rows, padded_len), -torch.inf, device=lanes.device)
         self._workspace = Workspace()
@@ -68,7 +71,7 @@ class GraphSampler:
         """Choose, note each token in its lane, and write the results.
 
         Args:
-            features: GREEDY or DRAW
+            features: anything but EAGER
             logits: [rows, vocab]
             lanes: [rows], int32, where the tokens go; rows that are not sampled name a lane that nobody reads
             positions: [rows], int32, of the rows; a token drawn has the next
@@ -81,15 +84,28 @@ class GraphSampler:
         index = lanes.long()
         token_ids, maxima = first_argmax(values)
         finite = maxima.isfinite()
-        if features is FeatureSet.DRAW:
+        if features is not FeatureSet.GREEDY:
             temperatures = self._lanes.temperatures(index)
             bounded = torch.where(finite[:, None], values, 0.0)
             weights = softmax_weights(bounded, torch.where(finite, maxima, 0.0), temperatures, self._workspace)
+            if features is FeatureSet.FILTERED_DRAW:
+                weights = self._filtered(weights, self._lanes.filters(index))
             drawn = draw(weights, uniforms(self._lanes.draw_keys[index], positions.long() + 1))
             token_ids = torch.where(temperatures > 0, drawn, token_ids)
         self._lanes.last_tokens.index_copy_(0, index, token_ids)
         results[0] = token_ids
         results[1] = finite
+
+    def _filtered(self, weights: torch.Tensor, filters: Filters) -> torch.Tensor:
+        """What top_k, then top_p, then min_p keep of weights [rows, padded vocab]; not all ones in a row's sum."""
+        ops, top_p = self._ops, filters.top_p.float()
+        kept = ops.top_k_renorm_probs(weights, filters.top_k.clamp(min=1).int(), is_deterministic=True)
+        kept = torch.where((filters.top_k < self._lanes.vocab_size)[:, None], kept, weights)
+        filters_by_p = (top_p > 0.0) & (top_p < 1.0)  # FlashInfer takes such shares only; the padding lane holds zeros
+        nucleus = ops.top_p_renorm_probs(kept, torch.where(filters_by_p, top_p, 0.5), is_deterministic=True)
+        kept = torch.where(filters_by_p[:, None], nucleus, kept)
+        floor = filters.min_p.float() * kept.amax(-1)
+        return torch.where(kept >= floor[:, None], kept, 0.0)
 
 
 def _feature(start: LaneStart) -> FeatureSet:
@@ -101,4 +117,4 @@ def _feature(start: LaneStart) -> FeatureSet:
     if params.greedy:
         return FeatureSet.GREEDY
     filtered = params.top_k or params.top_p < 1.0 or params.min_p > 0.0
-    return FeatureSet.EAGER if filtered else FeatureSet.DRAW
+    return FeatureSet.FILTERED_DRAW if filtered else FeatureSet.DRAW

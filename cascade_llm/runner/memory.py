@@ -38,8 +38,8 @@ def step_bytes(decoder: Decoder, options: EngineOptions) -> int:
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     graphs = 0 if options.enforce_eager else GRAPH_BYTES
-    # logits in the model's dtype, and the sampler's float32 copies of them
-    logits = options.max_num_seqs * decoder.config.vocab_size * (decoder.dtype.itemsize + 3 * 4)
+    # logits in the model's dtype, and what the sampler makes of them in float32
+    logits = options.max_num_seqs * decoder.config.vocab_size * (decoder.dtype.itemsize + 8 * 4)
     return peak + graphs + logits
 
 
