@@ -187,6 +187,11 @@ class LLM:
 
     # -- the engine's own state --------------------------------------------------------------------------------------
 
+    @property
+    def engine(self) -> Engine:
+        """The loop itself, for measurements and checks; not to be stepped beside `generate`."""
+        return self._engine
+
     def stats(self) -> dict[str, int]:
         """What the engine did since it started, and where its pages are.
 
@@ -231,7 +236,8 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Make one step, for callers that open several streams and `poll` them; does nothing where nothing is due."""
         with self._lock:
             self._check_open()
             self._engine.step()
@@ -289,8 +295,13 @@ class TokenStream:
                 if self.output.error is not None:
                     raise self.output.error
                 raise StopIteration
-            self._llm._step()
+            self._llm.step()
         return self._ready.pop()
+
+    def poll(self) -> list[CompletionDelta]:
+        """What has come since the last delta, without making a step; see `LLM.step`."""
+        ready, self._ready = self._ready[::-1], []
+        return ready + self._state.take_deltas()
 
     def close(self) -> None:
         """Abort the request unless it has ended."""

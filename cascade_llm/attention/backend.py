@@ -8,6 +8,7 @@ Levels that are the same object as in an earlier step keep what was derived from
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,6 +57,9 @@ class Attention(Protocol):
 
 class PreparedAttention(ABC):
     """One step's plan, ready for a backend's kernels."""
+
+    on_part: Callable[[str], None] | None = None
+    """Told "suffix attention" and "shared attention" in each layer as soon as that part is done; for measurements."""
 
     @abstractmethod
     def attend(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -81,6 +81,8 @@ class _PreparedTorchAttention(PreparedAttention):
 
     def attend(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = self._leaf.attend(layer, q)
+        if self.on_part is not None:
+            self.on_part("suffix attention")
         if not self._shared:
             return out, lse
         merged = out.float()

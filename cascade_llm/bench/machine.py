@@ -20,7 +20,7 @@ from cascade_llm.layers.torch_ops import TorchOps
 from cascade_llm.runner.device import resolve_device, resolve_dtype
 from cascade_llm.runner.memory import available_bytes
 
-__all__ = ["backend_reasons", "describe_machine"]
+__all__ = ["backend_reasons", "describe_machine", "device_name"]
 
 PACKAGES = (
     "torch",
@@ -59,6 +59,11 @@ def describe_machine() -> dict[str, Any]:
         "backends": backend_reasons(),
         "elementwise": _elementwise(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or the GPU's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def backend_reasons() -> dict[str, str | None]:

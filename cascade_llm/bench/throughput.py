@@ -1,247 +1,228 @@
-"""Throughput of one load with cascade attention on against off.
+"""Throughput of a load, engines taking turns: cascade attention on, off, and another engine.
 
-The load is generated: requests behind one shared prefix, token ids at random. Two engines differ in
-`enable_cascade_attention` alone and take turns, so that what else the machine does meets both. A repeat is a *cold* run
-(the prefix cache is empty, so prefill is part of it) and a *warm* one (prompts are cached, so it is nearly all decode).
+One repeat of a side is a *cold* run (its prefix cache is empty, so prefill is part of it), a run for the *first* token
+with prompts cached, and a *warm* one (the same, to the end). Decode is what the warm run takes beyond the first tokens.
+Sides take turns within each repeat, so that what else the machine does meets all of them; ratios are taken turn by
+turn.
 """
 
 from __future__ import annotations
 
-import random
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cascade_llm.bench.load import Load
 from cascade_llm.bench.machine import describe_machine
-from cascade_llm.config import EngineOptions, ModelConfig
+from cascade_llm.bench.machine_limits import MachineLimits
+from cascade_llm.bench.reading import Reading, Spread, spread_of_ratios
+from cascade_llm.bench.sides import RUNS, EngineSide, Run, Side
+from cascade_llm.bench.step_work import ModelShape, Work, floor_s, step_work, total_work
 from cascade_llm.errors import ConfigError
-from cascade_llm.llm import LLM
-from cascade_llm.loader.resolve import open_checkpoint
-from cascade_llm.models.architectures import model_config_from_hf
-from cascade_llm.outputs import RequestOutput
-from cascade_llm.sampling_params import SamplingParams
 
-__all__ = [
-    "RUNS",
-    "Reading",
-    "SharedPrefixLoad",
-    "Spread",
-    "ThroughputReport",
-    "measure",
-    "measure_throughput",
-    "num_runs",
-    "speed",
-    "take_turns",
-]
+__all__ = ["Floor", "ThroughputReport", "decode_tokens_per_s", "floors_of", "measure_sides", "num_runs"]
 
-RUNS = ("cold", "warm")
-
-COUNTERS = (
-    "steps",
-    "cascade_steps",
-    "prefilled_tokens",
-    "cached_tokens",
-    "generated_tokens",
-    "preemptions",
-    "kv_bytes_read",
-    "kv_bytes_saved",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedPrefixLoad:
-    """Requests that share one prefix, each with a suffix of its own; lengths in tokens."""
-
-    prefix_len: int = 2048
-    num_requests: int = 32
-    suffix_len: int = 32
-    output_len: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_requests", "suffix_len", "output_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be 1 or larger")
-        if self.prefix_len < 0:
-            raise ConfigError(f"prefix_len is {self.prefix_len}: it must be 0 or larger")
-
-    @property
-    def sequence_len(self) -> int:
-        """Tokens of each sequence in the end."""
-        return self.prefix_len + self.suffix_len + self.output_len
-
-    def prompts(self, vocab_size: int) -> list[list[int]]:
-        """Token ids; the same for the same load."""
-        draw = random.Random(self.seed)
-        prefix = draw.choices(range(vocab_size), k=self.prefix_len)
-        return [prefix + draw.choices(range(vocab_size), k=self.suffix_len) for _ in range(self.num_requests)]
-
-    def check_fits(self, model: ModelConfig, options: EngineOptions) -> None:
-        """Raise `ConfigError` where the sequences exceed the context."""
-        context = min(options.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-        if self.sequence_len > context:
-            raise ConfigError(
-                f"prefix_len {self.prefix_len} + suffix_len {self.suffix_len} + output_len {self.output_len} = "
-                f"{self.sequence_len} tokens exceed the context of {context}: lower one of them"
-            )
+Readings = dict[Run, list[Reading]]
+OnRun = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One run of a load."""
+class Floor:
+    """The least that a run needs on this machine."""
 
-    elapsed_s: float
-    counters: Mapping[str, int]
-    """What `LLM.stats()` gained."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Generated tokens over the whole time, prefill included."""
-        return self.counters["generated_tokens"] / self.elapsed_s
+    work: Work
+    seconds: float
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Several readings of one quantity."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        """Median, smallest and largest."""
-        return Spread(statistics.median(values), min(values), max(values))
-
-
-def speed(readings: Sequence[Reading]) -> Spread:
-    """Output tokens per second over several readings."""
-    return Spread.of([reading.tokens_per_s for reading in readings])
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class ThroughputReport:
-    """All readings, and what they were made with."""
+    """All readings, and what they were made with; filled while the measurement goes on."""
 
     model: str
-    load: SharedPrefixLoad
-    options: Mapping[str, Any]
-    """Engine options that differ from their defaults, beside the one that is compared."""
-    unshared_steps: Mapping[str, int]
-    """Why how many steps of the cascade engine shared nothing."""
-    readings: Mapping[str, Mapping[str, Sequence[Reading]]]
-    """By engine ("on", "off"), then by run ("cold", "warm")."""
-    machine: Mapping[str, Any]
+    load: Load
+    limits: MachineLimits
+    sides: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By side, first the one that others are compared with: all that was chosen for it."""
+    readings: dict[str, Readings] = field(default_factory=dict)
+    floors: dict[Run, Floor] = field(default_factory=dict)
+    """By run, from the step plans of the first side."""
+    step_parts_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By side: mean seconds of a warm step by part."""
+    unshared_steps: Mapping[str, int] = field(default_factory=dict)
+    """Why how many steps of the first side shared nothing."""
+    interrupted: bool = False
+    machine: Mapping[str, Any] = field(default_factory=describe_machine)
 
-    def tokens_per_s(self, engine: str, run: str) -> Spread:
+    @property
+    def main(self) -> str:
+        """The side that others are compared with."""
+        return next(iter(self.sides))
+
+    def quantities(self) -> list[str]:
+        """What was measured of every side: of "cold", "warm" and "decode" those with readings."""
+        return [name for name in ("cold", "warm", "decode") if all(self.values(side, name) for side in self.readings)]
+
+    def values(self, side: str, quantity: str) -> list[float]:
+        """Output tokens per second, one per repeat."""
+        readings = self.readings[side]
+        if quantity == "decode":
+            return decode_tokens_per_s(readings, self.load)
+        return [reading.tokens_per_s for reading in readings.get(_as_run(quantity), ())]
+
+    def tokens_per_s(self, side: str, quantity: str) -> Spread:
         """Output tokens per second."""
-        return speed(self.readings[engine][run])
+        return Spread.of(self.values(side, quantity))
 
-    def ratio(self, run: str) -> float:
-        """Median with cascade attention over median without: above 1 it is faster."""
-        return self.tokens_per_s("on", run).median / self.tokens_per_s("off", run).median
+    def ratio(self, other: str, quantity: str) -> Spread:
+        """The main side's speed over another's, turn by turn: above 1 the main side is faster."""
+        return spread_of_ratios(self.values(self.main, quantity), self.values(other, quantity))
+
+    def floor_tokens_per_s(self, quantity: str) -> float | None:
+        """Output tokens per second at the machine's limit."""
+        if quantity == "decode":
+            if "warm" not in self.floors or "first" not in self.floors:
+                return None
+            decode_s = self.floors["warm"].seconds - self.floors["first"].seconds
+            tokens = self.load.num_generated - self.load.num_sequences
+        elif (run := _as_run(quantity)) in self.floors:
+            decode_s, tokens = self.floors[run].seconds, self.load.num_generated
+        else:
+            return None
+        return tokens / decode_s if decode_s > 0 else None
+
+    def share_of_limit(self, side: str, quantity: str) -> float | None:
+        """Measured speed over the limit's: 1 cannot be passed."""
+        floor = self.floor_tokens_per_s(quantity)
+        return None if floor is None else self.tokens_per_s(side, quantity).median / floor
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
+        quantities = self.quantities()
         return {
             "model": self.model,
-            "load": asdict(self.load),
-            "options": dict(self.options),
+            "load": self.load.as_dict(),
+            "sides": {side: dict(flags) for side, flags in self.sides.items()},
             "results": {
-                engine: {
-                    run: {
-                        "tokens_per_s": asdict(self.tokens_per_s(engine, run)),
-                        "elapsed_s": [reading.elapsed_s for reading in readings],
-                        "counters": dict(readings[0].counters),
-                    }
-                    for run, readings in runs.items()
+                side: {
+                    "tokens_per_s": {name: asdict(self.tokens_per_s(side, name)) for name in quantities},
+                    "share_of_limit": {name: self.share_of_limit(side, name) for name in quantities},
+                    "elapsed_s": {run: [reading.elapsed_s for reading in of_run] for run, of_run in readings.items()},
+                    "counters": {run: dict(of_run[0].counters) for run, of_run in readings.items() if of_run},
+                    "step_parts_s": self.step_parts_s.get(side),
                 }
-                for engine, runs in self.readings.items()
+                for side, readings in self.readings.items()
+            },
+            "ratio": {
+                other: {name: asdict(self.ratio(other, name)) for name in quantities}
+                for other in list(self.readings)[1:]
+            },
+            "limit": {
+                "machine": asdict(self.limits),
+                "tokens_per_s": {name: self.floor_tokens_per_s(name) for name in quantities},
+                "runs": {run: {"seconds": f.seconds, **f.work._asdict()} for run, f in self.floors.items()},
             },
             "unshared_steps": dict(self.unshared_steps),
-            "ratio": {run: self.ratio(run) for run in RUNS},
+            "interrupted": self.interrupted,
             "machine": dict(self.machine),
         }
 
 
-def measure_throughput(
-    model: str,
-    load: SharedPrefixLoad,
-    options: Mapping[str, Any],
+def decode_tokens_per_s(readings: Mapping[Run, Sequence[Reading]], load: Load) -> list[float]:
+    """Tokens after the first of each sequence, over the time that they took; empty where there is no such time."""
+    tokens = load.num_generated - load.num_sequences
+    gaps = [
+        warm.elapsed_s - first.elapsed_s
+        for warm, first in zip(readings.get("warm", ()), readings.get("first", ()), strict=False)
+    ]
+    return [tokens / gap for gap in gaps] if tokens and gaps and min(gaps) > 0 else []
+
+
+def measure_sides(
+    report: ThroughputReport,
+    sides: Sequence[Side],
+    shape: ModelShape,
     *,
     repeat: int = 3,
-    on_run: Callable[[str], None] = lambda run: None,
+    split_steps: bool = True,
+    on_run: OnRun = lambda run: None,
 ) -> ThroughputReport:
-    """Run the load `repeat` times on each of two engines, in turns, after a short run that is not counted.
+    """Fill a report: an uncounted cold run of each side, then `repeat` turns; the first side must be an `EngineSide`.
+
+    An interruption after the first whole turn ends the measurement and is noted in the report; before, it is raised.
 
     Args:
-        options: of both engines; the context and the number of lanes are the load's where they are not given
-        on_run: called with a name before each of the `num_runs(repeat)` runs
-
-    Raises:
-        ConfigError: the load does not fit the context; nothing has been loaded then
+        report: with no readings yet
+        sides: they are not closed
+        shape: of the model, for the limits
+        split_steps: make one more run of our sides on the CPU, for where a step's time goes
+        on_run: called with a name before each of the `num_runs(...)` runs
     """
     if repeat < 1:
         raise ConfigError(f"repeat is {repeat}: it must be 1 or larger")
-    checkpoint = open_checkpoint(model, load_format=EngineOptions(**options).load_format)
-    config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
-    load.check_fits(config, EngineOptions(**options))
-    prompts = load.prompts(config.vocab_size)
-    options = {"max_model_len": load.sequence_len, "max_num_seqs": min(load.num_requests, 256), **options}
-    with (
-        LLM(model, **options, enable_cascade_attention=True) as on,
-        LLM(model, **options, enable_cascade_attention=False) as off,
-    ):
-        engines = {"on": on, "off": off}
-        params = SamplingParams(temperature=0.0, max_tokens=load.output_len, ignore_eos=True)
-        for name, llm in engines.items():
-            on_run(f"cascade {name}, not counted")
-            measure(llm, prompts, replace(params, max_tokens=min(2, load.output_len)))
-        readings = take_turns(engines, prompts, params, repeat=repeat, on_run=on_run)
-        unshared_steps = on.plan_report()["unshared_steps"]
-    return ThroughputReport(
-        model=model,
-        load=load,
-        options=EngineOptions(**options).given(),
-        unshared_steps=unshared_steps,
-        readings=readings,
-        machine=describe_machine(),
-    )
+    main = sides[0]
+    assert isinstance(main, EngineSide)
+    runs: tuple[Run, ...] = ("cold", "warm") if report.load.has_turns else RUNS
+    report.sides.update({side.name: side.flags for side in sides})
+    try:
+        for side in sides:
+            on_run(f"{side.name}, not counted")
+            side.run("cold")
+        for _ in range(repeat):
+            _one_turn(report, sides, runs, on_run)
+        if split_steps:
+            _split_steps(report, sides, on_run)
+    except KeyboardInterrupt:
+        if not report.readings:
+            raise
+        report.interrupted = True
+    report.floors.update(floors_of(main, report.limits, shape))
+    report.unshared_steps = main.llm.plan_report()["unshared_steps"]
+    return report
 
 
-def num_runs(repeat: int) -> int:
-    """Runs of `measure_throughput`, the uncounted ones included."""
-    return 2 * (1 + len(RUNS) * repeat)
+def num_runs(num_sides: int, repeat: int, load: Load) -> int:
+    """Runs of `measure_sides`, the uncounted first ones included, those for a step's parts not."""
+    return num_sides * (1 + repeat * (2 if load.has_turns else len(RUNS)))
 
 
-def measure(
-    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, *, progress: bool = False
-) -> tuple[list[RequestOutput], Reading]:
-    """One run, timed from the first prompt's arrival to the last token."""
-    before = llm.stats()
-    start_s = time.perf_counter()
-    outputs = llm.generate(prompts, params, progress=progress)
-    elapsed_s = time.perf_counter() - start_s
-    after = llm.stats()
-    return outputs, Reading(elapsed_s, {name: after[name] - before[name] for name in COUNTERS})
+def floors_of(side: EngineSide, limits: MachineLimits, shape: ModelShape) -> dict[Run, Floor]:
+    """The least time of the steps that a side made in its last runs."""
+    floors = {}
+    for run, plans in side.plans.items():
+        works = [step_work(plan, shape) for plan in plans]
+        seconds = floor_s(works, bytes_per_s=limits.bytes_per_s, flops_per_s=limits.flops_per_s)
+        floors[run] = Floor(total_work(works), seconds)
+    return floors
 
 
-def take_turns(
-    engines: Mapping[str, LLM],
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
-    *,
-    repeat: int,
-    on_run: Callable[[str], None] = lambda run: None,
-) -> dict[str, dict[str, list[Reading]]]:
-    """A cold and a warm run on each engine, `repeat` times; by the engine's name, then by run."""
-    readings: dict[str, dict[str, list[Reading]]] = {name: {run: [] for run in RUNS} for name in engines}
-    for _ in range(repeat):
-        for name, llm in engines.items():
-            llm.reset_prefix_cache()
-            for run in RUNS:
-                on_run(f"cascade {name}, {run}")
-                readings[name][run].append(measure(llm, prompts, params)[1])
-    return readings
+def _one_turn(report: ThroughputReport, sides: Sequence[Side], runs: Sequence[Run], on_run: OnRun) -> None:
+    """All runs of each side; kept only as a whole, so that every side has as many readings."""
+    turn: dict[str, dict[Run, Reading]] = {}
+    for side in sides:
+        turn[side.name] = {}
+        for run in runs:
+            on_run(f"{side.name}, {run}")
+            turn[side.name][run] = side.run(run)
+    for name, readings in turn.items():
+        for run, reading in readings.items():
+            report.readings.setdefault(name, {}).setdefault(run, []).append(reading)
+
+
+def _split_steps(report: ThroughputReport, sides: Sequence[Side], on_run: OnRun) -> None:
+    for side in sides:
+        if isinstance(side, EngineSide) and side.llm.facts.device.type == "cpu":
+            on_run(f"{side.name}, parts of a step")
+            report.step_parts_s[side.name] = side.split_step_time()
+
+
+def _as_run(quantity: str) -> Run:
+    assert quantity in ("cold", "warm")
+    return "cold" if quantity == "cold" else "warm"
+
+
+def close_all(sides: Sequence[Side]) -> None:
+    """Close every side, also where closing one fails."""
+    with ExitStack() as stack:
+        for side in sides:
+            stack.callback(side.close)

@@ -25,14 +25,17 @@ __all__ = [
     "engine_options",
     "field_docs",
     "model_option",
+    "record_options",
     "sampling_options",
     "take_engine",
+    "take_record",
     "take_sampling",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Record = TypeVar("Record")
 
-SAMPLING, ENGINE = "sampling_", "engine_"
+SAMPLING, ENGINE, RECORD = "sampling_", "engine_", "record_"
 """What the names of a command's arguments start with, per record."""
 
 ENGINE_FLAGS = {"seed": "--engine-seed"}
@@ -41,7 +44,7 @@ ENGINE_FLAGS = {"seed": "--engine-seed"}
 METAVARS = {"logit_bias": "ID=BIAS", "stop": "TEXT", "stop_token_ids": "ID"}
 
 
-SECTIONS = {"": "Options", SAMPLING: "Sampling options", ENGINE: "Engine options"}
+SECTIONS = {RECORD: "Workload options", "": "Options", SAMPLING: "Sampling options", ENGINE: "Engine options"}
 
 
 class SectionedCommand(click.Command):
@@ -52,7 +55,7 @@ class SectionedCommand(click.Command):
         records: dict[str, list[tuple[str, str]]] = {section: [] for section in SECTIONS}
         for parameter in self.get_params(ctx):
             name = str(parameter.name)
-            section = next((prefix for prefix in (SAMPLING, ENGINE) if name.startswith(prefix)), "")
+            section = next((prefix for prefix in (SAMPLING, ENGINE, RECORD) if name.startswith(prefix)), "")
             if isinstance(parameter, click.Option) and (line := parameter.get_help_record(ctx)) is not None:
                 records[section].append(line)
         for section, lines in records.items():
@@ -84,6 +87,16 @@ def engine_options(only: Collection[str] | None = None, without: Collection[str]
     """All of `EngineOptions`, or some; collect them with `take_engine`."""
     names = {field.name for field in fields(EngineOptions)} if only is None else set(only)
     return lambda command: _add(command, EngineOptions, ENGINE, ENGINE_FLAGS, names - set(without))
+
+
+def record_options(record: type) -> Callable[[Command], Command]:
+    """All fields of a workload's record; collect them with `take_record`."""
+    return lambda command: _add(command, record, RECORD, {}, {field.name for field in fields(record)})
+
+
+def take_record(arguments: dict[str, Any], record: type[Record]) -> Record:
+    """Remove a workload's options from a command's arguments and make the record of them."""
+    return record(**_take(arguments, RECORD))
 
 
 def take_sampling(arguments: dict[str, Any], **defaults: Any) -> SamplingParams:

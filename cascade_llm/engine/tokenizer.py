@@ -50,6 +50,10 @@ class Tokenizer:
         self.eos_token_ids: frozenset[int] = frozenset() if eos is None else frozenset((eos,))
         """The tokenizer's own; a checkpoint's generation_config may add more."""
 
+    def save(self, folder: Path) -> None:
+        """Write it as files of a Hugging Face folder."""
+        self._hf.save_pretrained(folder)
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` works without one being passed."""

@@ -63,6 +63,11 @@ class HuggingFaceCheckpoint(Checkpoint):
         return self._folder.resolve().name
 
     @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self._folder
+
+    @property
     def tokenizer_source(self) -> Path | None:
         """The folder, where it holds a tokenizer."""
         return find_tokenizer(self._folder)

@@ -1,0 +1,163 @@
+"""What happens inside a step, observed from outside: the engine's own code knows nothing of it and pays nothing.
+
+For the length of a `with` block a few callables of one engine's parts are replaced by ones that note and call them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from cascade_llm.attention.backend import PreparedAttention
+from cascade_llm.layers.linear import Linear
+from cascade_llm.llm import LLM
+from cascade_llm.plan import CascadePlan, StepPlan
+
+__all__ = ["STEP_PARTS", "StepClock", "recorded_plans", "timed_parts"]
+
+STEP_PARTS = (
+    "planning",
+    "linear",
+    "shared attention",
+    "suffix attention",
+    "all attention",
+    "KV write",
+    "sampling",
+    "text",
+    "other",
+)
+"""Where a step's time goes, in the order in which it is shown; "all attention" where a backend does not tell apart."""
+
+
+class StepClock:
+    """Time by part of a step: each moment belongs to the part whose `lap` ends it."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.num_steps = 0
+        self._last = 0.0
+
+    def start(self) -> None:
+        """A step begins; what was before belongs to nothing."""
+        self.num_steps += 1
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """What has passed since the last lap belongs to this part."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self._last
+        self._last = now
+
+    def per_step_s(self) -> dict[str, float]:
+        """Mean seconds of a step by part, in the order of `STEP_PARTS`."""
+        parts = [part for part in STEP_PARTS if part != "all attention" or self.seconds[part]]
+        return {part: self.seconds[part] / max(1, self.num_steps) for part in parts}
+
+    def around(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        """The same call; its time belongs to the part, what was before it to "other"."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.lap("other")
+            result = call(*args, **kwargs)
+            self.lap(part)
+            return result
+
+        return timed
+
+
+@contextmanager
+def recorded_plans(llm: LLM) -> Iterator[list[StepPlan]]:
+    """Yields a list that gets the plan of each step."""
+    scheduler = llm.engine.scheduler
+    schedule, plans = scheduler.schedule, list[StepPlan]()
+
+    def recorded() -> StepPlan | None:
+        plan = schedule()
+        if plan is not None:
+            plans.append(plan)
+        return plan
+
+    with ExitStack() as stack:
+        _replace(stack, scheduler, "schedule", recorded)
+        yield plans
+
+
+@contextmanager
+def timed_parts(llm: LLM) -> Iterator[StepClock]:
+    """Yields a clock that runs with each step of an engine on the CPU, where one thing happens after the other.
+
+    The clock itself costs about a microsecond a lap, some twenty laps a layer.
+    """
+    clock, engine = StepClock(), llm.engine
+    runner, scheduler = engine.runner, engine.scheduler
+    step, submit = engine.step, runner.submit
+
+    def timed_step() -> Any:
+        clock.start()
+        changed = step()
+        clock.lap("text")  # after the commit: text, and handing out
+        return changed
+
+    def timed_submit(plan: StepPlan) -> Any:
+        clock.lap("other")
+        pending = submit(plan)
+        clock.lap("sampling" if len(plan.sample_rows) else "other")  # the head's product has had its own lap
+        return pending
+
+    with ExitStack() as stack:
+        _replace(stack, engine, "step", timed_step)
+        _replace(stack, runner, "submit", timed_submit)
+        _replace(stack, scheduler, "schedule", clock.around(scheduler.schedule, "planning"))
+        _replace(stack, scheduler, "commit", clock.around(scheduler.commit, "planning"))
+        _replace(stack, runner.backend, "prepare", _timed_prepare(clock, runner.backend.prepare))
+        _replace(stack, runner.backend, "write", clock.around(runner.backend.write, "KV write"))
+        for owner in (*runner.decoder.layers, runner.decoder):
+            for name, part in list(vars(owner).items()):
+                if isinstance(part, Linear):
+                    _replace(stack, owner, name, clock.around(part, "linear"))
+        yield clock
+
+
+def _timed_prepare(
+    clock: StepClock, prepare: Callable[[CascadePlan], PreparedAttention]
+) -> Callable[[CascadePlan], PreparedAttention]:
+    def timed(plan: CascadePlan) -> PreparedAttention:
+        clock.lap("other")
+        prepared = prepare(plan)
+        clock.lap("planning")
+        attend = prepared.attend
+        told: list[str] = []
+
+        def on_part(part: str) -> None:
+            clock.lap(part)
+            told.append(part)
+
+        def timed_attend(layer: int, q: Any) -> Any:
+            told.clear()
+            clock.lap("other")
+            result = attend(layer, q)
+            if not plan.shared_levels:
+                clock.lap("suffix attention")
+            else:
+                clock.lap("shared attention" if told else "all attention")
+            return result
+
+        if "attend" not in vars(prepared):  # else a backend hands out the same object again
+            prepared.on_part = on_part
+            prepared.attend = timed_attend  # type: ignore[method-assign]
+        return prepared
+
+    return timed
+
+
+def _replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Give an object's attribute another value until the stack is left."""
+    own = vars(owner)
+    if name in own:
+        stack.callback(setattr, owner, name, own[name])
+    else:
+        stack.callback(delattr, owner, name)
+    setattr(owner, name, value)

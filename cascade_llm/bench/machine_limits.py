@@ -1,0 +1,130 @@
+"""What the machine can do at most: bytes per second from memory, flops per second of large products.
+
+Both are measured, in a few seconds, and kept in the user's cache folder for this processor, dtype and number of
+threads. They are the speeds that a roofline is drawn with: real, not the data sheet's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade_llm.bench.machine import device_name
+from cascade_llm.bench.user_cache import cache_folder
+from cascade_llm.layers.linear import Linear
+from cascade_llm.runner.device import thread_limit
+from cascade_llm.runner.memory import available_bytes
+
+__all__ = ["MachineLimits", "machine_limits", "measure_limits"]
+
+READ_BYTES = 512 << 20
+"""Beyond any cache; less where memory is short."""
+PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}
+MEASURE_S = 0.5
+"""For each of the two, at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineLimits:
+    """The best of several readings of each."""
+
+    device: str
+    dtype: str
+    num_threads: int
+    bytes_per_s: float
+    """Read from memory, or read and written by a copy, whichever is faster."""
+    flops_per_s: float
+    """Of a large matrix product in `dtype`."""
+    torch_version: str
+
+
+def machine_limits(
+    device: torch.device, dtype: torch.dtype, *, num_threads: int | None = None, again: bool = False
+) -> MachineLimits:
+    """The limits from the cache folder; measured and kept there where they are not, or with `again`."""
+    path = cache_folder() / "machine_limits.json"
+    threads = num_threads or torch.get_num_threads()
+    key = f"{device_name(device)}, {threads} threads, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
+    kept = _read(path)
+    if not again and key in kept:
+        try:
+            return MachineLimits(**kept[key])
+        except TypeError:  # written by another version
+            pass
+    limits = measure_limits(device, dtype, num_threads=num_threads)
+    _write(path, {**_read(path), key: asdict(limits)})
+    return limits
+
+
+def measure_limits(
+    device: torch.device, dtype: torch.dtype, *, num_threads: int | None = None, measure_s: float = MEASURE_S
+) -> MachineLimits:
+    """Measure both; `measure_s` seconds each, at least."""
+    with torch.inference_mode(), thread_limit(num_threads):
+        return MachineLimits(
+            device=device_name(device),
+            dtype=str(dtype).removeprefix("torch."),
+            num_threads=torch.get_num_threads(),
+            bytes_per_s=_bytes_per_s(device, measure_s),
+            flops_per_s=_flops_per_s(device, dtype, measure_s),
+            torch_version=torch.__version__,
+        )
+
+
+def _bytes_per_s(device: torch.device, measure_s: float) -> float:
+    num_bytes = min(READ_BYTES, available_bytes(device) // 8) // 8 * 8
+    source = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    read = num_bytes / _best_s(lambda: source.sum(), device, measure_s / 2)
+    copied = 2 * num_bytes / _best_s(lambda: target.copy_(source), device, measure_s / 2)
+    return max(read, copied)
+
+
+def _flops_per_s(device: torch.device, dtype: torch.dtype, measure_s: float) -> float:
+    size = PRODUCT_SIZES[device.type]
+    x = torch.randn(size, size, device=device).to(dtype)
+    linear = Linear(size, size, dtype=dtype, device=device)
+    linear.weight.copy_(x)
+    linear.pack()
+    return float(2 * size**3 / _best_s(lambda: linear(x), device, measure_s))
+
+
+def _best_s(work: Callable[[], object], device: torch.device, measure_s: float) -> float:
+    """The shortest time of several runs, after one that is not counted."""
+    work()
+    best, end = float("inf"), time.perf_counter() + measure_s
+    while best == float("inf") or time.perf_counter() < end:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _write(path: Path, kept: dict[str, Any]) -> None:
+    """Whole or not at all; a folder that cannot be written costs a measurement next time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        pass

@@ -1,0 +1,95 @@
+"""The loop of every driver: commands as JSON lines on standard input, answers on standard output.
+
+Drivers run in the interpreter of the engine that they drive, where cascade-llm is not installed: the standard library,
+the engine, and this file beside them are all there is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+
+
+class Driver:
+    """What a driver says and does; an instance is made once and told what to run."""
+
+    def start(self, command):
+        """Start the engine; returns its flags, everything that was chosen for it."""
+        raise NotImplementedError
+
+    def load(self, requests, temperature, top_p):
+        """Keep what is to be run: requests are {"token_ids", "output_len", "n"}."""
+        raise NotImplementedError
+
+    def run(self, output_len):
+        """Run it once, with that many tokens each where `output_len` is given.
+
+        Returns the number of generated tokens. The time of this call is what is measured.
+        """
+        raise NotImplementedError
+
+    def reset(self):
+        """Forget cached prefixes; not timed."""
+
+
+def serve(driver):
+    """Answer commands until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever an engine prints must not mix with the answers
+    for line in sys.stdin:
+        try:
+            answer = _answer(driver, json.loads(line))
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _answer(driver, command):
+    operation = command["op"]
+    if operation == "start":
+        return {"flags": driver.start(command)}
+    if operation == "load":
+        driver.load(command["requests"], command["temperature"], command["top_p"])
+        return {}
+    if operation == "run":
+        if command["reset"]:
+            driver.reset()
+        start_s = time.perf_counter()
+        num_generated = driver.run(command["output_len"])
+        return {"elapsed_s": time.perf_counter() - start_s, "num_generated": num_generated}
+    if operation == "memory":
+        return {"peak_bytes": peak_memory_bytes()}
+    raise ValueError(f"unknown command {operation}")
+
+
+def peak_memory_bytes():
+    """The most that this process and each of its children held, added up; Linux tells of living processes too."""
+    total = 0
+    for pid in [os.getpid(), *_descendants(os.getpid())]:
+        try:
+            with open(f"/proc/{pid}/status") as status:
+                total += sum(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+        except OSError:
+            continue
+    return total or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _descendants(pid):
+    found = []
+    for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
+        if not entry.isdigit():
+            continue
+        try:
+            with open(f"/proc/{entry}/stat") as stat:
+                parent = int(stat.read().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == pid:
+            found += [int(entry), *_descendants(int(entry))]
+    return found

@@ -1,0 +1,112 @@
+"""From a model, a workload and options to what is measured; everything that can be wrong is wrong here, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cascade_llm.bench.load import Load
+from cascade_llm.bench.machine_limits import MachineLimits, machine_limits
+from cascade_llm.bench.step_work import ModelShape
+from cascade_llm.bench.workloads import Vocabulary, Workload
+from cascade_llm.config import EngineOptions, ModelConfig
+from cascade_llm.engine.tokenizer import load_tokenizer
+from cascade_llm.errors import CapacityError
+from cascade_llm.llm import LLM
+from cascade_llm.loader.checkpoint import Checkpoint
+from cascade_llm.loader.resolve import open_checkpoint
+from cascade_llm.models.architectures import model_config_from_hf
+from cascade_llm.runner.device import resolve_device, resolve_dtype
+from cascade_llm.runner.memory import available_bytes
+
+__all__ = ["BenchModel", "open_model", "options_for"]
+
+DEFAULT_LANES = 256
+POOL_SHARE = 0.2
+"""Of the free memory that each engine's pool may take where its size is not given: two of them fit beside weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchModel:
+    """A model whose weights have not been read."""
+
+    name: str
+    checkpoint: Checkpoint
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    options: Mapping[str, Any]
+    """Of every engine, as the user gave them."""
+
+    @property
+    def context_len(self) -> int:
+        """Tokens that a sequence may have."""
+        limit = self.config.max_position_embeddings
+        return min(int(self.options.get("max_model_len") or limit), limit)
+
+    def load(self, workload: Workload, *, temperature: float | None = None, top_p: float = 1.0) -> Load:
+        """The requests of a workload, which fit the context; else `ConfigError`."""
+        vocabulary = Vocabulary(self.config.vocab_size, lambda: load_tokenizer(self.checkpoint.tokenizer_source))
+        load = workload.load(vocabulary, temperature=temperature, top_p=top_p)
+        load.check(self.context_len)
+        return load
+
+    def open(self, load: Load, **changes: Any) -> LLM:
+        """An engine with room for a load."""
+        return LLM(self.name, **{**options_for(self, load), **changes})
+
+    def limits(self) -> MachineLimits:
+        """What this machine can do at most with the model's dtype."""
+        return machine_limits(self.device, self.dtype, num_threads=self.options.get("num_threads"))
+
+    def shape(self) -> ModelShape:
+        """What a step's work depends on."""
+        return ModelShape.of(self.config, weight_dtype_bytes=self.dtype.itemsize, kv_dtype_bytes=self.dtype.itemsize)
+
+
+def open_model(model: str, options: Mapping[str, Any]) -> BenchModel:
+    """Read a model's headers; raises what `LLM` would, for options, device and files."""
+    checked = EngineOptions(**options)
+    device = resolve_device(checked.device)
+    checkpoint = open_checkpoint(model, load_format=checked.load_format)
+    config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
+    return BenchModel(
+        name=model,
+        checkpoint=checkpoint,
+        config=config,
+        device=device,
+        dtype=resolve_dtype(checked.dtype, config.dtype, device),
+        options=options,
+    )
+
+
+def options_for(model: BenchModel, load: Load) -> dict[str, Any]:
+    """The user's options; context, lanes and pool are the load's where they are not given.
+
+    Every engine gets a pool of the same size, whatever memory the one before has left.
+
+    Raises `CapacityError` where the given pool does not hold the longest sequence.
+    """
+    checked = EngineOptions(**model.options)
+    page_bytes = model.config.kv_bytes_per_token(model.dtype.itemsize) * checked.page_size
+    lanes = min(load.num_sequences, DEFAULT_LANES)
+    options: dict[str, Any] = {
+        "max_model_len": load.longest,
+        "max_num_seqs": lanes,
+        "max_num_batched_tokens": max(checked.max_num_batched_tokens, lanes),
+        **model.options,
+    }
+    longest_bytes = -(-options["max_model_len"] // checked.page_size) * page_bytes
+    if checked.kv_cache_bytes is None and model.device.type == "cpu":
+        wanted = max(load.pool_pages(checked.page_size) * page_bytes, longest_bytes)
+        given = int(available_bytes(model.device) * POOL_SHARE)
+        options["kv_cache_bytes"] = min(wanted, given)
+    if (pool := options.get("kv_cache_bytes")) is not None and pool < longest_bytes:
+        raise CapacityError(
+            f"a KV pool of {pool:,} bytes does not hold the workload's longest sequence, {longest_bytes:,} bytes: "
+            "raise kv_cache_bytes, or make its prompts or outputs shorter"
+        )
+    return options

@@ -1,0 +1,126 @@
+"""`cascade-llm bench latency`: how long requests wait and how even their tokens come, under arrivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cascade_llm.cli.bench_throughput import load_options
+from cascade_llm.cli.bench_workloads import WorkloadGroup
+from cascade_llm.cli.console import print_json, result_console
+from cascade_llm.cli.field_options import engine_options, model_option, take_engine
+from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
+
+if TYPE_CHECKING:
+    from cascade_llm.bench.latency import LatencyReport
+    from cascade_llm.bench.online import Arrivals
+    from cascade_llm.bench.workloads import Workload
+
+__all__ = ["arrival_options", "latency", "make_arrivals"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def arrival_options(command: Command) -> Command:
+    """When requests arrive; see `make_arrivals`."""
+    for option in reversed(
+        (
+            click.option("--request-rate", type=float, help="Requests a second, by a Poisson process."),
+            click.option("--concurrency", type=int, help="Users, each sending a request when the last has ended."),
+            click.option("--arrival-seed", type=int, default=0, show_default=True, help="Of the Poisson process."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def make_arrivals(request_rate: float | None, concurrency: int | None, seed: int) -> Arrivals:
+    """By rate or by concurrency; all at once where neither is given."""
+    from cascade_llm.bench.online import AllAtOnce, AtConcurrency, AtRate
+
+    if request_rate is not None and concurrency is not None:
+        raise click.UsageError("--request-rate and --concurrency exclude each other: give one.")
+    if request_rate is not None:
+        return AtRate(request_rate, seed)
+    return AllAtOnce() if concurrency is None else AtConcurrency(concurrency)
+
+
+def _options(command: Command) -> Command:
+    off = click.option("--off/--no-off", "with_off", default=True, help="Compare with cascade attention off.")
+    records = engine_options(without=("enable_cascade_attention",))
+    return model_option(arrival_options(load_options(off(output_options(records(command))))))
+
+
+def _run(workload: Workload, **arguments: Any) -> None:
+    options = take_engine(arguments)
+    _measure(workload, options=options, **arguments)
+
+
+def _measure(
+    workload: Workload,
+    *,
+    model: str,
+    options: dict[str, Any],
+    request_rate: float | None,
+    concurrency: int | None,
+    arrival_seed: int,
+    temperature: float | None,
+    top_p: float,
+    repeat: int,
+    with_off: bool,
+    as_json: bool,
+    output: Path | None,
+    plot: Path | None,
+    force: bool,
+) -> None:
+    check_output_files(output, plot, force=force)
+    arrivals = make_arrivals(request_rate, concurrency, arrival_seed)
+    from cascade_llm.bench.latency import LatencyReport, measure_latency
+    from cascade_llm.bench.setup import open_model
+    from cascade_llm.cli.demo_runs import run_bar
+
+    bench = open_model(model, options)
+    load = bench.load(workload, temperature=temperature, top_p=top_p)
+    report = LatencyReport(model, load, arrivals)
+    names = ("cascade on", "cascade off") if with_off else ("cascade on",)
+    with ExitStack() as stack, run_bar(len(names) * (repeat + 1)) as on_run:
+        engines = {
+            name: stack.enter_context(bench.open(load, enable_cascade_attention=name == "cascade on")) for name in names
+        }
+        measure_latency(report, engines, repeat=repeat, on_run=on_run)
+    if output is not None:
+        write_json_file(output, report.as_dict())
+    if plot is not None:
+        _draw(report, plot)
+    if as_json:
+        print_json(report.as_dict(), indent=2)
+    else:
+        _print(report)
+    if report.interrupted:
+        raise click.Abort
+
+
+def _print(report: LatencyReport) -> None:
+    from cascade_llm.cli import latency_report as text
+
+    console = result_console()
+    console.print(text.title(report), style="bold")
+    console.print(text.latency_table(report.runs))
+    for line in text.setting_lines(report):
+        console.print(line, style="dim")
+
+
+def _draw(report: LatencyReport, path: Path) -> None:
+    from cascade_llm.cli.charts import draw_charts
+    from cascade_llm.cli.latency_report import charts, title
+
+    draw_charts(path, charts(report.runs), caption=title(report))
+
+
+@click.group(cls=WorkloadGroup, run=_run, options=_options)
+def latency() -> None:
+    """Time to first token, between tokens and to the end: cascade on and off, requests arriving by the clock."""

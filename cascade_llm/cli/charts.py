@@ -1,0 +1,128 @@
+"""Charts as files; the one door to matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Bars", "Lines", "Stacks", "draw_charts"]
+
+COLORS = ("#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#6d597a", "#b56576", "#355070", "#adb5bd")
+PANEL_INCHES = (5.2, 3.8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """Groups of bars side by side."""
+
+    title: str
+    y_label: str
+    groups: Sequence[str]
+    values: Mapping[str, Sequence[float | None]]
+    """By series, one per group; None leaves a gap."""
+    ranges: Mapping[str, Sequence[tuple[float, float] | None]] = field(default_factory=dict)
+    """By series: lowest and highest, drawn as whiskers."""
+    marks: Sequence[float | None] = ()
+    """A line across each group: a goal, or a limit."""
+    mark_label: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """Curves."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    """By label: x and y."""
+    log_x: bool = False
+    log_y: bool = False
+    mark: float | None = None
+    """A horizontal line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacks:
+    """Bars cut into parts."""
+
+    title: str
+    y_label: str
+    bars: Mapping[str, Mapping[str, float]]
+    """By bar: its parts, bottom first."""
+
+
+Chart = Bars | Lines | Stacks
+
+
+def draw_charts(path: Path, charts: Sequence[Chart], *, caption: str = "") -> None:
+    """Draw charts side by side, at most three in a row, into one file; no display is needed."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(charts))
+    rows = -(-len(charts) // columns)
+    figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows), layout="constrained")
+    for index, chart in enumerate(charts):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.set_title(chart.title, fontsize=11)
+        axes.set_ylabel(chart.y_label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+        axes.set_axisbelow(True)
+        if isinstance(chart, Bars):
+            _draw_bars(axes, chart)
+        elif isinstance(chart, Lines):
+            _draw_lines(axes, chart)
+        else:
+            _draw_stacks(axes, chart)
+    if caption:
+        figure.supxlabel(caption, fontsize=8, color="#666666")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_bars(axes: Any, chart: Bars) -> None:
+    width = 0.8 / max(1, len(chart.values))
+    for index, (label, values) in enumerate(chart.values.items()):
+        drawn = [(group, value) for group, value in enumerate(values) if value is not None]
+        left = [group - 0.4 + width * (index + 0.5) for group, _ in drawn]
+        color = COLORS[index % len(COLORS)]
+        axes.bar(left, [value for _, value in drawn], width * 0.92, label=label, color=color)
+        ranges = chart.ranges.get(label, ())
+        for x, (group, value) in zip(left, drawn, strict=True):
+            if group < len(ranges) and (limits := ranges[group]) is not None:
+                low, high = limits
+                axes.errorbar([x], [value], [[value - low], [high - value]], color="#333333", capsize=2, linewidth=1)
+    for group, mark in enumerate(chart.marks):
+        if mark is not None:
+            named = {"label": chart.mark_label} if group == 0 and chart.mark_label else {}
+            axes.hlines(mark, group - 0.45, group + 0.45, color="#333333", linestyle="--", linewidth=1, **named)
+    axes.set_xticks(range(len(chart.groups)), chart.groups, fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_lines(axes: Any, chart: Lines) -> None:
+    for index, (label, (xs, ys)) in enumerate(chart.curves.items()):
+        axes.plot(xs, ys, marker="o", markersize=3, label=label, color=COLORS[index % len(COLORS)])
+    if chart.mark is not None:
+        axes.axhline(chart.mark, color="#333333", linestyle="--", linewidth=1)
+    axes.set_xlabel(chart.x_label)
+    if chart.log_x:
+        axes.set_xscale("log", base=2)
+    if chart.log_y:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_stacks(axes: Any, chart: Stacks) -> None:
+    parts = list(dict.fromkeys(part for bar in chart.bars.values() for part in bar))
+    bottoms = [0.0] * len(chart.bars)
+    for index, part in enumerate(parts):
+        heights = [bar.get(part, 0.0) for bar in chart.bars.values()]
+        axes.bar(range(len(heights)), heights, 0.6, bottoms, label=part, color=COLORS[index % len(COLORS)])
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axes.set_xticks(range(len(chart.bars)), list(chart.bars), fontsize=8)
+    axes.legend(fontsize=8, frameon=False)

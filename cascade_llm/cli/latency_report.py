@@ -1,0 +1,91 @@
+"""A latency measurement in tables and charts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.table import Table
+
+from cascade_llm.bench.latency import PERCENTILES, QUANTITIES, LatencyReport, LatencyRun, summary_spread
+from cascade_llm.bench.online import Arrivals, AtConcurrency, AtRate
+from cascade_llm.bench.reading import Spread
+from cascade_llm.cli.charts import Bars
+from cascade_llm.cli.throughput_report import load_line, machine_line
+
+__all__ = ["arrivals_line", "charts", "latency_table", "setting_lines", "title"]
+
+Runs = Mapping[str, Sequence[LatencyRun]]
+"""By engine."""
+
+
+def title(report: LatencyReport) -> str:
+    """What was run."""
+    return f"{load_line(report.model, report.load)}; {arrivals_line(report.arrivals)}"
+
+
+def arrivals_line(arrivals: Arrivals) -> str:
+    """When requests came."""
+    if isinstance(arrivals, AtRate):
+        return f"{arrivals.per_s:g} requests a second (Poisson)"
+    if isinstance(arrivals, AtConcurrency):
+        return f"{arrivals.users} users"
+    return "all requests at once"
+
+
+def latency_table(runs: Runs) -> Table:
+    """Milliseconds: medians over the runs, and the spread of the medians."""
+    table = Table()
+    table.add_column("engine")
+    table.add_column("milliseconds")
+    for heading in ("mean", *(f"p{percentile}" for percentile in PERCENTILES), "highest", "p50 over the runs"):
+        table.add_column(heading, justify="right")
+    for side, of_side in runs.items():
+        for quantity, meaning in QUANTITIES.items():
+            statistics: list[str | int] = ["mean", *PERCENTILES, "highest"]
+            spreads = [summary_spread(of_side, quantity, statistic) for statistic in statistics]
+            middle = summary_spread(of_side, quantity, 50)
+            if middle is not None:
+                table.add_row(side, meaning, *map(_milliseconds, spreads), _range(middle))
+        speed = Spread.of([run.num_generated / run.elapsed_s for run in of_side])
+        table.add_row(side, "output tok/s", f"{speed.median:,.1f}", *[""] * (len(PERCENTILES) + 2))
+    return table
+
+
+def setting_lines(report: LatencyReport) -> Iterator[str]:
+    """Flags of every side, and the machine."""
+    if report.interrupted:
+        yield "interrupted: what was measured until then"
+    for side, flags in report.sides.items():
+        yield f"{side}: {', '.join(f'{name}={value}' for name, value in flags.items())}"
+    yield machine_line(report.machine)
+
+
+def charts(runs: Runs) -> list[Bars]:
+    """One chart for each of the three times."""
+    drawn = []
+    for quantity, meaning in QUANTITIES.items():
+        spreads = {
+            side: [summary_spread(of_side, quantity, percentile) for percentile in PERCENTILES]
+            for side, of_side in runs.items()
+        }
+        drawn.append(
+            Bars(
+                title=meaning,
+                y_label="ms",
+                groups=[f"p{percentile}" for percentile in PERCENTILES],
+                values={side: [None if s is None else s.median * 1e3 for s in row] for side, row in spreads.items()},
+                ranges={
+                    side: [None if s is None else (s.low * 1e3, s.high * 1e3) for s in row]
+                    for side, row in spreads.items()
+                },
+            )
+        )
+    return drawn
+
+
+def _milliseconds(spread: Spread | None) -> str:
+    return "" if spread is None else f"{spread.median * 1e3:,.1f}"
+
+
+def _range(spread: Spread) -> str:
+    return f"{spread.low * 1e3:,.1f} to {spread.high * 1e3:,.1f}"

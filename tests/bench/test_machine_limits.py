@@ -1,0 +1,62 @@
+"""The machine's limits: measured once, kept, measured again when asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade_llm.bench import machine_limits as limits_module
+from cascade_llm.bench.machine_limits import machine_limits, measure_limits
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(limits_module, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(limits_module, "PRODUCT_SIZES", {"cpu": 64})
+    monkeypatch.setattr(limits_module, "MEASURE_S", 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_are_measured(dtype: torch.dtype) -> None:
+    limits = measure_limits(CPU, dtype, num_threads=1, measure_s=0.0)
+    assert limits.bytes_per_s > 1e6
+    assert limits.flops_per_s > 1e6
+    assert limits.num_threads == 1
+    assert limits.dtype == str(dtype).removeprefix("torch.")
+
+
+def test_they_are_kept_by_dtype_and_threads(tmp_path: Path) -> None:
+    first = machine_limits(CPU, torch.float32, num_threads=1)
+    assert machine_limits(CPU, torch.float32, num_threads=1) == first
+    machine_limits(CPU, torch.bfloat16, num_threads=1)
+    kept = json.loads((tmp_path / "cache" / "machine_limits.json").read_text())
+    assert len(kept) == 2
+    assert machine_limits(CPU, torch.float32, num_threads=1, again=True) != first
+
+
+@pytest.mark.parametrize("content", ["no json", "[]", "null"])
+def test_a_broken_file_is_measured_anew(tmp_path: Path, content: str) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "machine_limits.json").write_text(content)
+    assert machine_limits(CPU, torch.float32, num_threads=1).flops_per_s > 0
+
+
+def test_an_entry_of_another_version_is_measured_anew(tmp_path: Path) -> None:
+    limits = machine_limits(CPU, torch.float32, num_threads=1)
+    path = tmp_path / "cache" / "machine_limits.json"
+    (key,) = json.loads(path.read_text())
+    path.write_text(json.dumps({key: {"speed": 1}}))
+    again = machine_limits(CPU, torch.float32, num_threads=1)
+    assert again.device == limits.device
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path / "file"))
+    assert machine_limits(CPU, torch.float32, num_threads=1).bytes_per_s > 0
