@@ -78,7 +78,7 @@ class PrefixCache:
         Token ids are compared as well as keys: a collision of keys costs a miss, never a wrong answer.
         """
         node, matched = self.root, 0
-        while matched < max_pages:
+        while matched < max_pages and node.children:
             child = node.children.get(keys.key(matched))
             common = self._num_common_pages(child, token_ids, matched, max_pages) if child else 0
             if child is None or common == 0:
@@ -114,7 +114,7 @@ class PrefixCache:
         Returns the new tail and the tree's pages between the old one and it.
         """
         node = tail
-        while node.end < max_pages:
+        while node.end < max_pages and node.children:
             child = node.children.get(keys.key(node.end))
             common = self._num_common_pages(child, token_ids, node.end, max_pages) if child else 0
             if child is None or common == 0:
@@ -129,18 +129,22 @@ class PrefixCache:
         """Put a sequence's full pages into the tree behind its tail, held by it; returns the new tail.
 
         The pages are the tree's from now on. Where the tree has the first of them already (or a colliding key),
-        nothing happens: the sequence keeps its own.
+        nothing happens: the sequence keeps its own. A path that only grows needs no keys.
         """
-        if not pages or (key := keys.key(tail.end)) in tail.children:
+        if not pages:
             return tail
         size = self.page_size
         run = token_ids[tail.end * size : (tail.end + len(pages)) * size]
-        self.num_pages += len(pages)
         if tail.num_holds == 1 and not tail.children and tail is not self.root:  # only this sequence's path ends here
+            self.num_pages += len(pages)
             tail.token_ids.extend(run)
             tail.pages.extend(pages)
             tail.end += len(pages)
             return tail
+        key = keys.key(tail.end)
+        if key in tail.children:
+            return tail
+        self.num_pages += len(pages)
         child = RadixNode(tail, key, run, pages[:], tail.end + len(pages))
         tail.children[key] = child
         self._unheld[child] = None
