@@ -47,7 +47,7 @@ class Door(NamedTuple):
 
 
 DOORS: Mapping[str, Door] = {
-    "transformers": Door(("engine.tokenizer",), one_module=True),
+    "transformers": Door(("engine.tokenizer", "validation.transformers_model")),
     "tokenizers": Door(("engine.tokenizer", "loader")),
     "gguf": Door(("loader",)),
     "safetensors": Door(("loader",)),

@@ -1,0 +1,215 @@
+"""The engine against itself: cascade attention on and off, cold cache and warm, on the model's own weights and dtype.
+
+Rounding makes any two ways of computing a model differ. How much of that a user accepts already is measured in the same
+run: a sequence computed alone against the same sequence in a batch of 64, nothing shared in either. Cascade attention
+must stay in that range.
+
+Two figures are compared: the largest difference of a log-probability at each place, averaged over places, and the
+largest of all. In bfloat16 any difference, however small, has grown to one and the same level after some ten tokens
+and stays there, so both comparisons are draws from nearly one distribution. The average of hundreds of places then
+hardly varies: over eight texts its ratio went from 1.03 to 1.12, so 1.25 is allowed. The largest of millions of
+differences is a single draw from a long tail: over nineteen texts its ratio went from 0.82 to 1.48, so 2 is allowed.
+A wrong page or a wrong merge shows as differences of whole units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cascade_llm.config import CascadeConfig
+from cascade_llm.runner.build import RunnerFacts
+from cascade_llm.runner.model_runner import ModelRunner
+from cascade_llm.validation.report import Check, Progress
+from cascade_llm.validation.teacher_forcing import ForcedReader, ForcedText, Reading
+
+__all__ = ["BATCH", "EngineLoad", "check_engine"]
+
+BATCH = 64
+TYPICAL_ALLOWANCE, LARGEST_ALLOWANCE = 1.25, 2.0
+MAX_LISTED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """How much is read."""
+
+    prefix_len: int
+    """Tokens that all sequences share."""
+    num_places: int
+    """Tokens that each reads beyond them."""
+    num_settling: int
+    """How many of these are read before differences are looked at: rounding needs some steps to spread."""
+    num_observed: int
+    """Sequences whose whole distributions are compared."""
+
+    @property
+    def max_model_len(self) -> int:
+        """The context that it needs."""
+        return self.prefix_len + self.num_places + 1
+
+    def texts(self, token_ids: Sequence[int]) -> list[ForcedText]:
+        """`BATCH` sequences: one prefix, and continuations from as many places of the same text."""
+        long_enough = list(token_ids) * (1 + 2 * self.max_model_len // len(token_ids))
+        prefix = long_enough[: self.prefix_len]
+        room = len(long_enough) - self.prefix_len - self.num_places
+        starts = [self.prefix_len + index * 7 % room for index in range(BATCH)]
+        return [ForcedText(prefix, long_enough[start : start + self.num_places]) for start in starts]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Two readings of the same texts."""
+
+    typical: float
+    """The largest difference of a log-probability at each place, averaged over places."""
+    largest: float
+    """The largest of all."""
+
+    @classmethod
+    def between(cls, one: Reading, other: Reading, first_place: int) -> Difference:
+        """Over the whole vocabulary, at all observed places from `first_place` on."""
+        per_place = torch.cat(
+            [(one.logprobs[i][first_place:] - other.logprobs[i][first_place:]).abs().amax(-1) for i in one.logprobs]
+        )
+        return cls(per_place.double().mean().item(), per_place.max().item())
+
+    def __str__(self) -> str:
+        return f"average {self.typical:.2g}, largest {self.largest:.2g}"
+
+
+ALWAYS_ALLOWED = {
+    torch.float32: Difference(2e-5, 5e-5),
+    torch.float16: Difference(0.03, 0.06),
+    torch.bfloat16: Difference(0.25, 0.5),
+}
+"""A few roundings of a logit of 20: in a small model the batch may change next to nothing, and is no yardstick then."""
+
+
+def check_engine(
+    runner: ModelRunner,
+    facts: RunnerFacts,
+    token_ids: Sequence[int],
+    load: EngineLoad,
+    *,
+    page_size: int,
+    max_levels: int,
+    progress: Progress,
+) -> list[Check]:
+    """All comparisons; `token_ids` is the text, read in many places."""
+    texts = load.texts(token_ids)
+    observed = list(range(0, BATCH, BATCH // load.num_observed))
+
+    def reader(share: CascadeConfig | None, max_num_seqs: int = BATCH) -> ForcedReader:
+        return ForcedReader(runner, facts, page_size=page_size, max_num_seqs=max_num_seqs, share=share)
+
+    progress("one sequence at a time", 0, 5)
+    alone = _read_alone(reader(None, 1), texts, observed)
+    progress(f"{BATCH} sequences, nothing shared", 1, 5)
+    batch = reader(None).read(texts, observed)
+    noise = Difference.between(alone, batch, load.num_settling)
+    del alone, batch
+    progress("prefixes stored once, cascade off", 2, 5)
+    off = reader(CascadeConfig(enabled=False)).read(texts, observed)
+    progress("cascade on, cold cache", 3, 5)
+    sharing = reader(CascadeConfig(shared_prefix_len=page_size, max_levels=max_levels))
+    cold = sharing.read(texts, observed)
+    progress("cascade on, warm cache", 4, 5)
+    num_cached = sharing.counters.cached_tokens
+    warm = sharing.read(texts, observed)
+    progress("done", 5, 5)
+
+    limit = _limit(noise, facts.dtype)
+    return [
+        Check(
+            name=f"yardstick: batch 1 against {BATCH}, nothing shared",
+            passed=True,
+            found=str(noise),
+            note=f"what rounding does without cascade attention; allowed below is {TYPICAL_ALLOWANCE:g} times the "
+            f"average and {LARGEST_ALLOWANCE:g} times the largest; {ALWAYS_ALLOWED[facts.dtype]} always is",
+            figures={"typical": noise.typical, "largest": noise.largest},
+        ),
+        _evidence(sharing, num_cached),
+        _compare("cascade on against off", off, cold, load, limit),
+        _compare("cold cache against warm", cold, warm, load, limit),
+        _compare_greedy("greedy tokens, cascade on against off", off, cold, limit),
+        _compare_greedy("greedy tokens, cold cache against warm", cold, warm, limit),
+    ]
+
+
+def _read_alone(reader: ForcedReader, texts: Sequence[ForcedText], observed: Sequence[int]) -> Reading:
+    """The observed texts one by one, joined to one reading; places of the others stay empty."""
+    readings = {index: reader.read([texts[index]], [0]) for index in observed}
+    greedy = torch.zeros(len(texts), len(texts[0].continuation), dtype=torch.int64)
+    return Reading(
+        greedy=greedy,
+        margins=torch.zeros(greedy.shape),
+        logprobs={index: reading.logprobs[0] for index, reading in readings.items()},
+    )
+
+
+def _limit(noise: Difference, dtype: torch.dtype) -> Difference:
+    always = ALWAYS_ALLOWED[dtype]
+    return Difference(
+        max(TYPICAL_ALLOWANCE * noise.typical, always.typical), max(LARGEST_ALLOWANCE * noise.largest, always.largest)
+    )
+
+
+def _evidence(sharing: ForcedReader, num_cached_cold: int) -> Check:
+    """That there was something to compare: levels were used, and the second reading found its prefixes."""
+    counters = sharing.counters
+    num_warm = counters.cached_tokens - num_cached_cold
+    return Check(
+        name="cascade attention ran, and the cache was used",
+        passed=counters.cascade_steps > 0 and counters.kv_tokens_saved > 0 and num_warm > 0,
+        found=f"{counters.cascade_steps} of {counters.steps} steps; K/V tokens: {counters.kv_tokens_read:,} read, "
+        f"{counters.kv_tokens_saved:,} saved; {num_warm:,} found in the warm cache",
+        allowed="more than 0",
+        figures={
+            "steps": counters.steps,
+            "cascade_steps": counters.cascade_steps,
+            "kv_tokens_read": counters.kv_tokens_read,
+            "kv_tokens_saved": counters.kv_tokens_saved,
+            "cached_tokens_warm": num_warm,
+        },
+    )
+
+
+def _compare(name: str, one: Reading, other: Reading, load: EngineLoad, limit: Difference) -> Check:
+    found = Difference.between(one, other, load.num_settling)
+    return Check(
+        name=f"log-probabilities, {name}",
+        passed=found.typical <= limit.typical and found.largest <= limit.largest,
+        found=str(found),
+        allowed=str(limit),
+        figures={
+            "typical": found.typical,
+            "largest": found.largest,
+            "allowed_typical": limit.typical,
+            "allowed_largest": limit.largest,
+        },
+    )
+
+
+def _compare_greedy(name: str, one: Reading, other: Reading, limit: Difference) -> Check:
+    """Where the most probable token differs, the two best must have been close in the first reading.
+
+    Two logs of probability that both move by the yardstick's largest difference change places within twice of it.
+    """
+    differ = one.greedy != other.greedy
+    margins = sorted(one.margins[differ].tolist(), reverse=True)
+    total = differ.numel()
+    listed = ", ".join(f"{margin:.2g}" for margin in margins[:MAX_LISTED]) + (
+        " ..." if len(margins) > MAX_LISTED else ""
+    )
+    return Check(
+        name=name,
+        passed=not margins or margins[0] <= limit.largest,
+        found=f"{len(margins)} of {total} differ ({len(margins) / total:.2%})"
+        + (f", largest top-2 margin {margins[0]:.2g}" if margins else ""),
+        allowed=f"margin {limit.largest:.2g}",
+        note=f"margins: {listed}" if margins else "",
+        figures={"differing": len(margins), "tokens": total, "margins": margins, "allowed_margin": limit.largest},
+    )
