@@ -22,8 +22,9 @@ from typing import NamedTuple
 from cascade_llm.config import CascadeConfig
 from cascade_llm.plan import CascadeLevel, CascadePlan, CascadeReport, IntColumn, int_column
 from cascade_llm.scheduler.cascade_layout import Placement, level_columns, place_segments
+from cascade_llm.scheduler.cost_model import PlanWork
 from cascade_llm.scheduler.prefix_cache import RadixNode
-from cascade_llm.scheduler.prefix_forest import PlannedRows, attach_nodes, shared_forest
+from cascade_llm.scheduler.prefix_forest import PlannedRows, Run, attach_nodes, preorder, shared_forest
 from cascade_llm.scheduler.segment_choice import SegmentCosts, TokensRead, choose_segments
 from cascade_llm.scheduler.sequence import Sequence
 
@@ -108,11 +109,13 @@ class CascadePlanner:
         kept = self._layout
         if kept and kept.sequences == sequences and kept.nodes == nodes and kept.num_new == num_new:
             return kept
-        self._layout = self._new_layout(sequences, nodes, num_new)
+        kv_lens = [row.start_len + row.num_new for row in rows]
+        self._layout = self._new_layout(sequences, nodes, num_new, self._place(nodes, num_new, kv_lens))
         return self._layout
 
-    def _new_layout(self, sequences: list[Sequence], nodes: list[RadixNode], num_new: list[int]) -> _Layout:
-        placement = self._place(nodes, num_new)
+    def _new_layout(
+        self, sequences: list[Sequence], nodes: list[RadixNode], num_new: list[int], placement: Placement | str
+    ) -> _Layout:
         if isinstance(placement, str):
             order, no_pages = list(range(len(sequences))), [0] * len(sequences)
             return _Layout(sequences, nodes, num_new, order, (), no_pages, CascadeReport(reason=placement))
@@ -133,7 +136,7 @@ class CascadePlanner:
         )
         return _Layout(sequences, nodes, num_new, order, tuple(levels), prefix_pages, report)
 
-    def _place(self, nodes: list[RadixNode], num_new: list[int]) -> Placement | str:
+    def _place(self, nodes: list[RadixNode], num_new: list[int], kv_lens: Rows[int]) -> Placement | str:
         """The segments of the shared levels, or the reason why there are none."""
         if not self._max_shared_levels:
             return "cascade attention is off"
@@ -142,19 +145,24 @@ class CascadePlanner:
         forest = shared_forest(nodes, num_new, self._root)
         if not forest.children:
             return "no two sequences share a full page"
-        choice = choose_segments(
-            forest,
-            num_new,
-            self._page_size,
-            self._costs,
-            max_levels=self._max_shared_levels,
-            min_tokens=self._min_tokens or 1,
-        )
+        common, reread = _tokens_in_common(forest, self._page_size)
+        costs = self._costs.with_common_tokens(common)
+        least, most = self._min_tokens or 1, self._max_shared_levels
+        choice = choose_segments(forest, num_new, self._page_size, costs, max_levels=most, min_tokens=least)
         if choice.num_levels:
-            return place_segments(forest, choice, num_new)
+            placement = place_segments(forest, choice, num_new)
+            one_level = PlanWork((), list(zip(kv_lens, num_new, strict=True)), reread, common)
+            if self._costs.plan_s(self._work(placement, num_new, kv_lens)) < self._costs.plan_s(one_level):
+                return placement
         if self._min_tokens is None:
             return "the cost model expects no gain"
         return f"no shared run of {self._min_tokens} tokens (cascade_shared_prefix_len)"
+
+    def _work(self, placement: Placement, num_new: Rows[int], kv_lens: Rows[int]) -> PlanWork:
+        size = self._page_size
+        shared = [[(s.num_pages * size, s.last_row - s.first_row) for s in level] for level in placement.levels]
+        own_lens = [kv_len - size * pages for kv_len, pages in zip(kv_lens, placement.prefix_pages, strict=True)]
+        return PlanWork(shared, list(zip(own_lens, num_new, strict=True)))
 
     def _leaf_level(self, layout: _Layout, rows: Rows[PlannedRows]) -> CascadeLevel:
         """One segment per sequence, with the pages that no shared level has."""
@@ -173,6 +181,13 @@ class CascadePlanner:
         return CascadeLevel(
             int_column(qo_indptr), int_column(page_indptr), int_column(indices), int_column(last_page_len)
         )
+
+
+def _tokens_in_common(forest: Run, page_size: int) -> tuple[int, int]:
+    """Different tokens that at least two sequences read, and how often these are read again in a one-level plan."""
+    runs = [(run.end - run.start, run.num_sequences) for run in preorder(forest)]
+    common, read = sum([pages for pages, _ in runs]), sum([pages * readers for pages, readers in runs])
+    return page_size * common, page_size * (read - common)
 
 
 def _with_pages(leaf: CascadeLevel, new_pages: Rows[tuple[int, int]]) -> tuple[IntColumn, IntColumn]:

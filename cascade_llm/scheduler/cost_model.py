@@ -1,15 +1,36 @@
-"""What a segment of a cascade plan costs, in seconds per layer, so that a planner can choose.
+"""What a cascade plan costs, in seconds per layer, so that a planner can choose.
 
 A segment joins `rows` query rows with `tokens` of K/V. It reads the K/V once, whatever the number of rows, and does
-4 * tokens * rows * num_qo_heads * head_dim flops (two products). Its time is the larger of bytes over bandwidth and
-flops over rate: a roofline (Williams et al. 2009). A level costs its launches and its merge besides.
+4 * tokens * rows * num_qo_heads * head_dim flops (two products). A level takes the longest of three: all its bytes over
+the bandwidth, all its flops over the rate (a roofline, Williams et al. 2009), and its longest segment on the processors
+that it can occupy. Launches, segments and the merge cost besides. What leaves read again after another leaf comes from
+the last-level cache where it fits.
+
+Choosing segments needs costs that add up segment by segment: `shared_segment_s` and `leaf_tokens_s` take each segment's
+own roofline. `plan_s` prices a whole plan.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
-__all__ = ["DEVICE_COSTS", "AttentionShape", "CostModel", "DeviceCosts"]
+from cascade_llm.plan import CascadeLevel, CascadePlan
+
+__all__ = [
+    "DEVICE_COSTS",
+    "AttentionShape",
+    "CostModel",
+    "DeviceCosts",
+    "PlanWork",
+    "known_device",
+    "plan_work",
+    "unit_s",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +52,15 @@ class AttentionShape:
         """Both products, of one query row and one token."""
         return 4 * self.num_qo_heads * self.head_dim
 
+    @property
+    def merged_bytes_per_row(self) -> int:
+        """Two outputs read and one written, with their log-sum-exps."""
+        return self.num_qo_heads * (3 * self.head_dim * self.kv_dtype_bytes + 8)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceCosts:
-    """Constants of a device and its kernels, one layer at a time."""
+    """Constants of a device and its kernels, one layer at a time. A rate of infinity costs nothing."""
 
     shared_bytes_per_s: float
     """K/V read by a shared segment."""
@@ -48,7 +74,19 @@ class DeviceCosts:
     """Each shared level: launches and merge, without the bytes merged."""
     merge_bytes_per_s: float
     tile_rows: int = 1
-    """Rows * group size are rounded up to this."""
+    """Rows * group size of a shared segment are rounded up to this."""
+    cached_bytes_per_s: float = float("inf")
+    """K/V that a leaf reads after another leaf did, where they fit the last-level cache."""
+    llc_bytes: int = 0
+    """What of the last-level cache stays with one layer's shared K/V; 0: no reading comes from it."""
+    num_processors: int = 1
+    """Streaming multiprocessors; 1 where any segment occupies the whole device."""
+    split_tokens: int = 512
+    """A segment is cut into parts of so many tokens, which different processors take."""
+    leaf_segment_s: float = 0.0
+    """Each sequence; the same for every plan of a step, as is the next."""
+    step_s: float = 0.0
+    """Each layer, whatever is in it."""
 
 
 DEVICE_COSTS = {
@@ -61,6 +99,32 @@ DEVICE_COSTS = {
         level_s=40e-6,
         merge_bytes_per_s=10e9,
     ),
+    "a100": DeviceCosts(
+        shared_bytes_per_s=1.75e12,
+        shared_flops_per_s=200e12,
+        leaf_bytes_per_s=1.6e12,
+        leaf_flops_per_s=60e12,
+        segment_s=0.15e-6,
+        level_s=7e-6,
+        merge_bytes_per_s=1.6e12,
+        tile_rows=64,
+        cached_bytes_per_s=3.5e12,
+        llc_bytes=20_000_000,
+        num_processors=108,
+    ),
+    "h100": DeviceCosts(
+        shared_bytes_per_s=2.9e12,
+        shared_flops_per_s=350e12,
+        leaf_bytes_per_s=2.7e12,
+        leaf_flops_per_s=100e12,
+        segment_s=0.1e-6,
+        level_s=6e-6,
+        merge_bytes_per_s=2.7e12,
+        tile_rows=64,
+        cached_bytes_per_s=5.5e12,
+        llc_bytes=25_000_000,
+        num_processors=132,
+    ),
     "h200": DeviceCosts(
         shared_bytes_per_s=4.3e12,
         shared_flops_per_s=350e12,
@@ -70,14 +134,67 @@ DEVICE_COSTS = {
         level_s=6e-6,
         merge_bytes_per_s=4.0e12,
         tile_rows=64,
+        cached_bytes_per_s=5.5e12,
+        llc_bytes=25_000_000,
+        num_processors=132,
     ),
 }
-"""The CPU's are of a 2-core machine with AVX512-BF16 (see claude_docs/LOG.md); the H200's are arithmetic."""
+"""The CPU's are of a 2-core machine with AVX512-BF16 (see claude_docs/LOG.md); the GPUs' are arithmetic, not measured.
+
+Of a GPU's last-level cache half counts: that which is near the processor that asks.
+"""
+
+
+def known_device(name: str) -> str:
+    """The entry of `DEVICE_COSTS` for a GPU of that name ("NVIDIA H200"); the H100's where it is not known."""
+    return next((device for device in DEVICE_COSTS if device != "cpu" and device in name.lower()), "h100")
+
+
+Amounts = dict[str, float]
+"""By the name of a constant of `DeviceCosts`."""
+
+Segments = Sequence[tuple[int, int]]
+"""(tokens, rows) of each segment that holds tokens."""
+
+
+class PlanWork(NamedTuple):
+    """What a plan does, as far as its cost depends on it."""
+
+    shared: Sequence[Segments]
+    """By level."""
+    leaf: Segments
+    reread_tokens: int = 0
+    """Of the leaf's tokens those that another leaf segment has read before."""
+    common_tokens: int = 0
+    """How many different tokens these are."""
+
+
+def plan_work(plan: CascadePlan) -> PlanWork:
+    """The work of a plan."""
+    leaf = plan.leaf
+    pages = Counter(leaf.kv_page_indices)
+    common = [count for count in pages.values() if count > 1]
+    return PlanWork(
+        [_segments(level, plan.page_size) for level in plan.shared_levels],
+        _segments(leaf, plan.page_size),
+        plan.page_size * (sum(common) - len(common)),
+        plan.page_size * len(common),
+    )
+
+
+def _segments(level: CascadeLevel, page_size: int) -> Segments:
+    rows = [end - start for start, end in pairwise(level.qo_indptr)]
+    pages = [end - start for start, end in pairwise(level.kv_page_indptr)]
+    return [
+        ((num_pages - 1) * page_size + last, num_rows)
+        for num_rows, num_pages, last in zip(rows, pages, level.kv_last_page_len, strict=True)
+        if num_pages
+    ]
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Predicted seconds per layer of the parts of a plan."""
+    """Predicted seconds per layer."""
 
     shape: AttentionShape
     costs: DeviceCosts
@@ -85,20 +202,98 @@ class CostModel:
     def shared_segment_s(self, tokens: int, rows: int) -> float:
         """A shared segment of `tokens` full-page tokens under `rows` rows."""
         costs, shape = self.costs, self.shape
-        group_size = shape.num_qo_heads // shape.num_kv_heads
-        padded_rows = -(-rows * group_size // costs.tile_rows) * costs.tile_rows / group_size
-        bytes_s = tokens * shape.kv_bytes_per_token / costs.shared_bytes_per_s
-        flops_s = tokens * padded_rows * shape.flops_per_row_token / costs.shared_flops_per_s
-        return max(bytes_s, flops_s) + costs.segment_s
+        bytes_s = shape.kv_bytes_per_token / costs.shared_bytes_per_s
+        flops_s = self._padded(rows) * shape.flops_per_row_token / costs.shared_flops_per_s
+        return tokens * max(bytes_s, flops_s) + costs.segment_s
 
     def leaf_tokens_s(self, tokens: int, rows: int) -> float:
         """`tokens` more in the leaf segment of a sequence that has `rows` rows."""
         costs, shape = self.costs, self.shape
-        bytes_s = tokens * shape.kv_bytes_per_token / costs.leaf_bytes_per_s
-        flops_s = tokens * rows * shape.flops_per_row_token / costs.leaf_flops_per_s
-        return max(bytes_s, flops_s)
+        bytes_s = shape.kv_bytes_per_token / costs.leaf_bytes_per_s
+        flops_s = rows * shape.flops_per_row_token / costs.leaf_flops_per_s
+        return tokens * max(bytes_s, flops_s)
 
     def level_s(self, rows: int) -> float:
         """One more shared level over a step of `rows` rows: launches, and outputs and LSE read and merged."""
-        merged_bytes = rows * self.shape.num_qo_heads * (3 * self.shape.head_dim * self.shape.kv_dtype_bytes + 8)
-        return self.costs.level_s + merged_bytes / self.costs.merge_bytes_per_s
+        return self.costs.level_s + rows * self.shape.merged_bytes_per_row / self.costs.merge_bytes_per_s
+
+    def with_common_tokens(self, tokens: int) -> CostModel:
+        """The model for a step whose sequences have `tokens` different tokens in common.
+
+        Where these fit the last-level cache, leaves read them from memory once and then from there.
+        """
+        if not self._fits(tokens):
+            return self
+        return self._from_cache
+
+    @cached_property
+    def _from_cache(self) -> CostModel:
+        """All reading is priced as from the cache: that each token comes from memory once is the same in every plan."""
+        costs = self.costs
+        first_s = max(0.0, 1 / costs.leaf_bytes_per_s - 1 / costs.cached_bytes_per_s)
+        shared_s = max(1e-3 / costs.shared_bytes_per_s, 1 / costs.shared_bytes_per_s - first_s)
+        leaf_bytes_per_s = max(costs.leaf_bytes_per_s, costs.cached_bytes_per_s)
+        return replace(
+            self, costs=replace(costs, leaf_bytes_per_s=leaf_bytes_per_s, shared_bytes_per_s=1 / shared_s, llc_bytes=0)
+        )
+
+    def plan_s(self, work: PlanWork) -> float:
+        """A whole plan."""
+        return _price(self.costs, self.amounts(work))
+
+    def amounts(self, work: PlanWork) -> Amounts:
+        """How much a plan uses of what each constant stands for, as far as it decides the time."""
+        reread = work.reread_tokens if self._fits(work.common_tokens) else 0
+        num_rows = sum([rows for _, rows in work.leaf])
+        parts = [self._longest("leaf", work.leaf, reread)]
+        parts += [self._longest("shared", segments) for segments in work.shared]
+        total: Amounts = {
+            "step_s": 1,
+            "leaf_segment_s": len(work.leaf),
+            "level_s": len(work.shared),
+            "segment_s": sum(map(len, work.shared)),
+            "merge_bytes_per_s": len(work.shared) * num_rows * self.shape.merged_bytes_per_row,
+        }
+        for part in parts:
+            for name, amount in part.items():
+                total[name] = total.get(name, 0) + amount
+        return total
+
+    def _longest(self, kind: str, segments: Segments, reread: int = 0) -> Amounts:
+        """What decides the time of a level: its bytes, its flops, or the bytes of its longest segment."""
+        shape, costs = self.shape, self.costs
+        padded = self._padded if kind == "shared" else float
+        token_bytes, tokens = shape.kv_bytes_per_token, sum([tokens for tokens, _ in segments])
+        row_tokens = sum([tokens * padded(rows) for tokens, rows in segments])
+        options: list[Amounts] = [
+            {f"{kind}_bytes_per_s": token_bytes * (tokens - reread), "cached_bytes_per_s": token_bytes * reread},
+            {f"{kind}_flops_per_s": shape.flops_per_row_token * row_tokens},
+        ]
+        if costs.num_processors > 1:
+            longest = max([tokens * costs.num_processors / self._occupied(tokens, rows) for tokens, rows in segments])
+            options.append({f"{kind}_bytes_per_s": token_bytes * longest})
+        return max(options, key=lambda option: _price(costs, option))
+
+    def _occupied(self, tokens: int, rows: int) -> float:
+        """Processors that a segment keeps busy: one for each KV head, tile of rows and part of the tokens."""
+        shape, costs = self.shape, self.costs
+        tiles = -(-rows * shape.num_qo_heads // (shape.num_kv_heads * costs.tile_rows))
+        return min(costs.num_processors, shape.num_kv_heads * tiles * -(-tokens // costs.split_tokens))
+
+    def _padded(self, rows: int) -> float:
+        """Rows, as many as fill the tiles that they take."""
+        group_size, tile_rows = self.shape.num_qo_heads // self.shape.num_kv_heads, self.costs.tile_rows
+        return -(-rows * group_size // tile_rows) * tile_rows / group_size
+
+    def _fits(self, tokens: int) -> bool:
+        return 0 < tokens * self.shape.kv_bytes_per_token <= self.costs.llc_bytes
+
+
+def unit_s(costs: DeviceCosts, name: str) -> float:
+    """Seconds for one of what a constant counts: a byte, a flop, a segment, a level."""
+    value = float(getattr(costs, name))
+    return 1 / value if name.endswith("_per_s") else value
+
+
+def _price(costs: DeviceCosts, amounts: Amounts) -> float:
+    return sum([amount * unit_s(costs, name) for name, amount in amounts.items()])

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from cascade_llm.scheduler.carried_cost import CarriedCost
+from cascade_llm.scheduler.cost_model import PlanWork
 from cascade_llm.scheduler.prefix_forest import Run, preorder
 
 __all__ = ["Choice", "SegmentCosts", "TokensRead", "choose_segments"]
@@ -46,6 +47,14 @@ class SegmentCosts(Protocol):
         """One more shared level."""
         ...
 
+    def with_common_tokens(self, tokens: int) -> SegmentCosts:
+        """The costs of a step whose sequences have so many different tokens in common."""
+        ...
+
+    def plan_s(self, work: PlanWork) -> float:
+        """A whole plan."""
+        ...
+
 
 @dataclass(frozen=True)
 class TokensRead:
@@ -62,6 +71,14 @@ class TokensRead:
     def level_s(self, rows: int) -> float:
         """Free."""
         return 0.0
+
+    def with_common_tokens(self, tokens: int) -> TokensRead:
+        """The same."""
+        return self
+
+    def plan_s(self, work: PlanWork) -> float:
+        """Tokens of all segments."""
+        return sum(tokens for segments in (*work.shared, work.leaf) for tokens, _ in segments)
 
 
 class Choice(NamedTuple):

@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel, DeviceCosts
+from cascade_llm.plan import CascadeLevel, CascadePlan, int_column
+from cascade_llm.scheduler.cost_model import (
+    DEVICE_COSTS,
+    AttentionShape,
+    CostModel,
+    DeviceCosts,
+    PlanWork,
+    known_device,
+    plan_work,
+    unit_s,
+)
 
 SHAPE = AttentionShape(num_qo_heads=8, num_kv_heads=2, head_dim=64, kv_dtype_bytes=2)
 COSTS = DeviceCosts(
@@ -61,3 +71,71 @@ def test_known_devices_share_long_prefixes_of_many_and_not_short_ones_of_two(dev
 
     assert gain(8192, 256) > 0
     assert gain(16, 2) < 0
+
+
+WITH_CACHE = replace(COSTS, cached_bytes_per_s=1024e3, llc_bytes=512_000)
+
+
+def test_common_tokens_that_fit_the_cache_are_read_cheaply_again() -> None:
+    model = CostModel(SHAPE, replace(WITH_CACHE, leaf_flops_per_s=1e12, shared_flops_per_s=1e12))
+    assert model.with_common_tokens(0) is model
+    assert model.with_common_tokens(1001) is model, "512,512 bytes"
+    cached = model.with_common_tokens(1000)
+    assert cached.leaf_tokens_s(1000, 1) == pytest.approx(0.5)
+    # what a plan gains by sharing is the same as when the first reader is priced as from memory
+    first_s = 2.0 - 0.5
+    assert cached.shared_segment_s(1000, 4) + first_s >= model.shared_segment_s(1000, 4)
+    fast = CostModel(SHAPE, replace(model.costs, shared_bytes_per_s=300e3)).with_common_tokens(1000)
+    assert fast.shared_segment_s(1000, 4) == pytest.approx(512 / 300 - first_s + 1.0)
+
+
+def test_a_plan_of_one_level() -> None:
+    model = CostModel(SHAPE, replace(COSTS, step_s=100.0, leaf_segment_s=0.5))
+    work = PlanWork((), [(1000, 1), (500, 1)])
+    assert model.plan_s(work) == pytest.approx(100 + 2 * 0.5 + 1500 * 512 / 256e3)
+    assert model.plan_s(PlanWork((), [(1000, 8)])) == pytest.approx(100 + 0.5 + 8 * 2.0)
+
+
+def test_a_plan_of_three_levels_adds_levels_segments_and_merges() -> None:
+    model = CostModel(SHAPE, COSTS)
+    work = PlanWork([[(1000, 3)], [(100, 1), (200, 1)]], [(10, 1)] * 3)
+    merge_s = 3 * 8 * (3 * 64 * 2 + 8) / 1e3
+    assert model.plan_s(work) == pytest.approx(2 * (10 + merge_s) + 3 * 1.0 + 3.0 + 0.3 + 30 * 512 / 256e3)
+
+
+def test_leaves_reread_what_fits_the_cache() -> None:
+    model = CostModel(SHAPE, replace(WITH_CACHE, leaf_flops_per_s=1e12))
+    leaf = [(600, 1)] * 4
+    assert model.plan_s(PlanWork((), leaf)) == pytest.approx(2400 * 2e-3)
+    fits = PlanWork((), leaf, reread_tokens=1500, common_tokens=500)
+    assert model.plan_s(fits) == pytest.approx(900 * 2e-3 + 1500 * 0.5e-3)
+    assert model.plan_s(fits._replace(common_tokens=5000)) == pytest.approx(2400 * 2e-3)
+
+
+def test_a_level_takes_as_long_as_its_longest_segment_on_the_processors_that_it_keeps_busy() -> None:
+    model = CostModel(SHAPE, replace(COSTS, num_processors=64, split_tokens=100, tile_rows=16, leaf_flops_per_s=1e12))
+    # 2 KV heads and 4 parts of 100 tokens: 8 of 64 processors
+    assert model.plan_s(PlanWork((), [(400, 1)])) == pytest.approx(8 * 400 * 2e-3)
+    assert model.plan_s(PlanWork((), [(6400, 1)])) == pytest.approx(6400 * 2e-3)
+    assert model.plan_s(PlanWork((), [(400, 1)] * 16)) == pytest.approx(16 * 400 * 2e-3)
+
+
+def test_what_a_plan_uses_is_priced_by_the_constants() -> None:
+    model = CostModel(SHAPE, WITH_CACHE)
+    work = PlanWork([[(1000, 3)]], [(10, 1)] * 3, reread_tokens=4, common_tokens=2)
+    amounts = model.amounts(work)
+    assert sum(amount * unit_s(model.costs, name) for name, amount in amounts.items()) == model.plan_s(work)
+    assert amounts["segment_s"] == amounts["level_s"] == 1
+    assert amounts["shared_flops_per_s"] == 1000 * 3 * 2048
+
+
+def test_work_of_a_plan() -> None:
+    shared = CascadeLevel(*map(int_column, ([0, 2, 3], [0, 2, 2], [0, 1], [4, 0])))
+    leaf = CascadeLevel(*map(int_column, ([0, 1, 2, 3], [0, 2, 4, 5], [5, 6, 5, 7, 8], [1, 2, 3])))
+    assert plan_work(CascadePlan((shared, leaf), 4)) == PlanWork([[(8, 2)]], [(5, 1), (6, 1), (3, 1)], 4, 4)
+
+
+def test_names_of_devices() -> None:
+    assert known_device("NVIDIA H200") == "h200"
+    assert known_device("NVIDIA A100-SXM4-40GB") == "a100"
+    assert known_device("NVIDIA GeForce RTX 4090") == "h100"
