@@ -125,19 +125,23 @@ def jit_modules(dtype: torch.dtype, head_dim: int, kernels: Iterable[str]) -> li
         "prefill_fa3": lambda: gen_batch_prefill_module("fa3", *shape, False),
         "decode_cuda_cores": lambda: gen_batch_decode_module(*shape),
     }
-    specs = {f"attention, {kernel}": attention[kernel]() for kernel in sorted(set(kernels))}
-    specs |= {
-        "merging levels": gen_cascade_module(),
-        "appending to pages": gen_page_module(),
-        "rotary embedding": gen_rope_module(),
-        "norms": gen_norm_module(),
-        "gated activation": gen_act_and_mul_module("silu"),
-        "filters of sampling": gen_sampling_module(),
-    }
-    by_name: dict[str, JitModule] = {}
-    for purpose, spec in specs.items():
-        by_name.setdefault(spec.name, JitModule(spec.name, purpose, spec.build, Path(spec.jit_library_path)))
-    return list(by_name.values())
+    specs = [(kernel, attention[kernel]()) for kernel in sorted(set(kernels))]
+    specs += [
+        ("merging levels", gen_cascade_module()),
+        ("appending to pages", gen_page_module()),
+        ("rotary embedding", gen_rope_module()),
+        ("norms", gen_norm_module()),
+        ("gated activation", gen_act_and_mul_module("silu")),
+        ("filters of sampling", gen_sampling_module()),
+    ]
+    purposes: dict[str, list[str]] = {}
+    for purpose, spec in specs:
+        purposes.setdefault(spec.name, []).append(purpose)
+    by_name = {spec.name: spec for _, spec in specs}
+    return [
+        JitModule(name, ", ".join(purposes[name]), spec.build, Path(spec.jit_library_path))
+        for name, spec in by_name.items()
+    ]
 
 
 def package_reasons() -> list[str]:

@@ -21,7 +21,7 @@ from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
 from cascade_llm.attention.flashinfer_graph import GraphAttention, SharedColumns
 from cascade_llm.attention.flashinfer_levels import LevelColumns
 from cascade_llm.models.decoder import Decoder
-from cascade_llm.plan import CascadeLevel, StepPlan, StepResult
+from cascade_llm.plan import CascadeLevel, CascadePlan, StepPlan, StepResult
 from cascade_llm.runner.graph_sampler import FeatureSet, GraphSampler, LaneFeatures
 from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape, graph_shapes, needs_padding_segment
 from cascade_llm.runner.lanes import LaneState
@@ -113,7 +113,7 @@ class CudaGraphs:
         self._features = LaneFeatures(lanes.num_lanes)
         self._shapes: dict[GraphShape, _CapturedShape] = {}
         self._sampling: dict[tuple[int, FeatureSet], Graph] = {}
-        self._last_leaf: object = None
+        self._last_fit: tuple[tuple[tuple[CascadeLevel, ...], int], GraphShape | None] | None = None
         self.counters = GraphCounters()
 
     # -- capture ----------------------------------------------------------------------------------------------------
@@ -270,8 +270,14 @@ class CudaGraphs:
             return "prompt log-probabilities"
         if len(set(plan.sample_rows)) != len(plan.sample_rows):
             return "several samples of one row"
-        shape = fitting_shape(plan.cascade, list(self._shapes), self._group_size)
-        return shape or "no graph of that shape"
+        return self._fitting_shape(plan.cascade) or "no graph of that shape"
+
+    def _fitting_shape(self, plan: CascadePlan) -> GraphShape | None:
+        """The smallest graph that holds a plan; looked up anew when the shared levels are other objects."""
+        key = plan.shared_levels, plan.num_rows
+        if self._last_fit is None or self._last_fit[0] != key:
+            self._last_fit = key, fitting_shape(plan, list(self._shapes), self._group_size)
+        return self._last_fit[1]
 
     # -- columns ----------------------------------------------------------------------------------------------------
 

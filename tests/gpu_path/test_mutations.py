@@ -19,7 +19,7 @@ from cascade_llm.attention import flashinfer_backend, flashinfer_levels
 from cascade_llm.attention.flashinfer_graph import GraphAttention
 from cascade_llm.attention.flashinfer_levels import LevelBuffers, LevelColumns, LevelKernel, LevelOutput, LevelRun
 from cascade_llm.plan import CascadePlan, StepResult
-from cascade_llm.runner import cuda_graphs, graph_sampler
+from cascade_llm.runner import graph_sampler
 from cascade_llm.runner.cuda_graphs import CudaGraphs
 from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape
 from cascade_llm.runner.step_arena import StepArena
@@ -77,13 +77,15 @@ def alternating_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other step takes a larger graph than it needs, so that one level is met by several graphs."""
     steps = count()
 
-    def alternating(plan: CascadePlan, shapes: list[GraphShape], group_size: int) -> GraphShape | None:
-        smallest = fitting_shape(plan, shapes, group_size)
+    def alternating(self: CudaGraphs, plan: CascadePlan) -> GraphShape | None:
+        shapes = list(self._shapes)
+        smallest = fitting_shape(plan, shapes, self._group_size)
         if smallest is None or next(steps) % 2 == 0:
             return smallest
-        return fitting_shape(plan, [shape for shape in shapes if shape.rows > smallest.rows], group_size) or smallest
+        larger = [shape for shape in shapes if shape.rows > smallest.rows]
+        return fitting_shape(plan, larger, self._group_size) or smallest
 
-    monkeypatch.setattr(cuda_graphs, "fitting_shape", alternating)
+    monkeypatch.setattr(CudaGraphs, "_fitting_shape", alternating)
 
 
 def test_unchanged(grouped: Path, ungrouped: Path, expected: dict[Path, list[list[int]]]) -> None:
