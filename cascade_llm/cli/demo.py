@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from cascade_llm.cli.console import open_llm, result_console
 from cascade_llm.cli.demo_runs import Runs, ratio_lines, run_bar, run_once, runs_table, take_turns
+from cascade_llm.cli.field_options import SectionedCommand, engine_options, take_engine
 from cascade_llm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -62,14 +63,15 @@ def demo_conversations() -> list[list[dict[str, str]]]:
     return [[system, {"role": "user", "content": question}] for question in QUESTIONS]
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.option("--repeat", type=click.IntRange(min=1), default=2, show_default=True, help="Runs per engine.")
-def demo(repeat: int) -> None:
+@engine_options(only=("dtype", "num_threads"))
+def demo(repeat: int, **arguments: Any) -> None:
     """Ask 24 questions on one long system prompt, with cascade attention on and off; about a minute."""
     start_s = time.perf_counter()
     console = result_console()
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-    options = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": len(QUESTIONS)}
+    options = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": len(QUESTIONS), **take_engine(arguments)}
     with (
         open_llm(MODEL, {**options, "enable_cascade_attention": True}) as on,
         open_llm(MODEL, {**options, "enable_cascade_attention": False}) as off,

@@ -111,7 +111,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["hi", "--max-model-len", "513"], "max_model_len is 513"),
     (["hi", "--kv-cache-bytes", "1000"], "raise kv_cache_bytes"),
     (["hi", "--dtype", "float64"], "must be one of auto, float32"),
-    (["hi", "--attention-backend", "flashinfr"], "must be one of auto, flashinfer, torch"),
+    (["hi", "--attention-backend", "flashinfr"], "attention_backend is 'flashinfr': it must be one of auto"),
     (["fine", ""], "the prompt is empty"),
     (["word " * 600], "shorten it, or raise max_model_len"),
     (["hi", "--stop-token-ids", "999999"], "the model's vocabulary is 0 to"),
