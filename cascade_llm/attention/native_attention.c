@@ -228,6 +228,74 @@ int64_t plan_tasks(const plan *p, int64_t threads, int64_t smallest, task *tasks
     return count;
 }
 
+/* ---- the tiles of a task ---- */
+
+/* Where in a piece's keys the running cost reaches `goal`: a multiple of CUT, or an end. */
+static int64_t cut_at(int64_t goal, int64_t cost, const piece *x, int64_t per_key) {
+    int64_t num_keys = x->end_key - x->first_key;
+    if (goal <= cost) return x->first_key;
+    int64_t keys = (goal - cost) / per_key;
+    return keys >= num_keys ? x->end_key : x->first_key + keys / CUT * CUT;
+}
+
+/* Keys of a piece that are computed together, and where they lie for the task's head. */
+typedef struct {
+    piece x;
+    int64_t first_key, num_keys;
+    const element *keys[TILE + 16];
+} tile;
+
+/* Goes through the tiles of a task. */
+typedef struct {
+    const plan *p;
+    const task *t;
+    const element *pool; /* keys of the task's head */
+    int64_t begin, end;  /* of the task, in cost */
+    int64_t cost;        /* of the pieces so far */
+    place at;
+    piece x;
+    int64_t next_key, end_key;
+} walk;
+
+static walk start_walk(const plan *p, const task *t, const element *pool) {
+    const int64_t begin = t->cost * t->part / t->num_parts, end = t->cost * (t->part + 1) / t->num_parts;
+    return (walk){.p = p, .t = t, .pool = pool, .begin = begin, .end = end, .at = {0, -1}};
+}
+
+/* After the last tile one of no keys. */
+static void next_tile(walk *w, tile *out) {
+    const int64_t page_size = w->p->page_size, token = w->p->num_kv_heads * HEAD_DIM;
+    out->num_keys = 0;
+    while (w->next_key >= w->end_key) {
+        if (!next_piece(w->p, w->t->first_row, w->t->first_row + w->t->num_rows, &w->at, &w->x)) return;
+        const int64_t per_key = cost_per_key(w->p, &w->x);
+        w->next_key = cut_at(w->begin, w->cost, &w->x, per_key);
+        w->end_key = cut_at(w->end, w->cost, &w->x, per_key);
+        w->cost += (w->x.end_key - w->x.first_key) * per_key;
+    }
+    out->x = w->x;
+    out->first_key = w->next_key;
+    out->num_keys = min(TILE, w->end_key - w->next_key);
+    w->next_key += out->num_keys;
+    int64_t page = out->first_key / page_size, slot = out->first_key % page_size;
+    const element *start = w->pool + w->x.pages[page] * page_size * token;
+    for (long i = 0; i < out->num_keys; i++) {
+        if (slot == page_size) slot = 0, start = w->pool + w->x.pages[++page] * page_size * token;
+        out->keys[i] = start + slot++ * token;
+    }
+    for (long i = out->num_keys; i < out->num_keys + 16; i++) out->keys[i] = out->keys[i - 1];
+}
+
+/* Ask for keys [from, to) of a tile, and their values. */
+static inline void prefetch(const tile *x, int64_t values, int64_t from, int64_t to) {
+    enum { LINE = 64 / sizeof(element) };
+    for (int64_t i = from; i < to; i++)
+        for (int64_t d = 0; d < HEAD_DIM; d += LINE) {
+            __builtin_prefetch(x->keys[i] + d);
+            __builtin_prefetch(x->keys[i] + values + d);
+        }
+}
+
 /* ---- the softmax's exponential ---- */
 
 #ifdef AVX512
@@ -386,7 +454,7 @@ static void pack_keys(const element *const *keys, long num_keys, float *out) {
 #endif
 
 #ifdef PAIRS
-static void pack_values(const element *const *values, long num_keys, float *out) {
+static void pack_values(const element *const *keys, int64_t values, long num_keys, float *out) {
     uint16_t order[2][32];
     for (int i = 0; i < 32; i++)
         for (int half = 0; half < 2; half++) order[half][i] = (uint16_t)(16 * half + i / 2 + (i & 1 ? 32 : 0));
@@ -394,17 +462,17 @@ static void pack_values(const element *const *values, long num_keys, float *out)
     for (long key = 0; key < num_keys; key += 2, out += VALUE_WIDTH) {
         UNROLLED for (long d = 0; d < HEAD_DIM; d += 32) {
             const __mmask32 mask = HEAD_DIM - d >= 32 ? 0xffffffff : (__mmask32)((1ull << (HEAD_DIM - d)) - 1);
-            __m512i a = _mm512_maskz_loadu_epi16(mask, values[key] + d);
-            __m512i b = _mm512_maskz_loadu_epi16(key + 1 < num_keys ? mask : 0, values[key + 1] + d);
+            __m512i a = _mm512_maskz_loadu_epi16(mask, keys[key] + values + d);
+            __m512i b = _mm512_maskz_loadu_epi16(key + 1 < num_keys ? mask : 0, keys[key + 1] + values + d);
             _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
             if (d + 16 < VALUE_WIDTH) _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
         }
     }
 }
 #else
-static void pack_values(const element *const *values, long num_keys, float *out) {
+static void pack_values(const element *const *keys, int64_t values, long num_keys, float *out) {
     for (long key = 0; key < num_keys; key++, out += VALUE_WIDTH) {
-        for (long d = 0; d < HEAD_DIM; d++) out[d] = load(values[key][d]);
+        for (long d = 0; d < HEAD_DIM; d++) out[d] = load(keys[key][values + d]);
         for (long d = HEAD_DIM; d < VALUE_WIDTH; d++) out[d] = 0;
     }
 }
@@ -485,14 +553,17 @@ ATTEND(6)
 typedef void (*attend_function)(block *, long, long, float, const int *, const int *);
 static const attend_function ATTEND_BY_COUNT[] = {NULL, attend_1, attend_2, attend_3, attend_4, attend_5, attend_6};
 
-/* All queries of a piece against the tile of `num_keys` keys from `first_key` on. */
-static void attend_tile(const plan *p, block *b, const piece *x, int64_t block_row, int64_t first_key, long num_keys) {
+/* All queries of a piece against its packed tile, while the next tile comes into the cache. */
+static void attend_tile(const plan *p, block *b, int64_t block_row, const tile *now, const tile *next, int64_t values) {
+    const piece *x = &now->x;
+    const int64_t first_key = now->first_key, num_keys = now->num_keys;
     const long group = group_size(p), first = (x->first_row - block_row) * group, end = (x->end_row - block_row) * group;
     const long rounds = (end - first + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
     const int masked =
         x->causal && (first_key + num_keys > x->first_row + x->causal_shift ||
                       (p->window_len && first_key < x->end_row - 1 + x->causal_shift - p->window_len));
     for (long round = 0, query = first; round < rounds; round++) {
+        prefetch(next, values, next->num_keys * round / rounds, next->num_keys * (round + 1) / rounds);
         const int count = (int)((end - query + rounds - round - 1) / (rounds - round));
         int low[QUERIES_AT_ONCE], high[QUERIES_AT_ONCE];
         long seen = num_keys;
@@ -509,34 +580,6 @@ static void attend_tile(const plan *p, block *b, const piece *x, int64_t block_r
             ATTEND_BY_COUNT[count](b, query, seen, (float)p->score_scale, masked ? low : NULL, masked ? high : NULL);
         query += count;
     }
-}
-
-static void attend_piece(const plan *p, block *b, const piece *x, int64_t block_row, int64_t first_key,
-                         int64_t end_key, const element *k_pool, const element *v_pool, int64_t head) {
-    const int64_t token = p->num_kv_heads * HEAD_DIM, page_size = p->page_size;
-    const element *keys[TILE + 16], *values[TILE + 16];
-    for (int64_t start = first_key; start < end_key; start += TILE) {
-        const long num_keys = min(TILE, end_key - start);
-        int64_t page = start / page_size, slot = start % page_size;
-        for (long i = 0; i < num_keys; i++) {
-            int64_t offset = (x->pages[page] * page_size + slot) * token + head * HEAD_DIM;
-            keys[i] = k_pool + offset;
-            values[i] = v_pool + offset;
-            if (++slot == page_size) slot = 0, page++;
-        }
-        for (long i = num_keys; i < num_keys + 16; i++) keys[i] = keys[num_keys - 1], values[i] = values[num_keys - 1];
-        pack_keys(keys, num_keys, b->tile.keys);
-        pack_values(values, num_keys, b->tile.values);
-        attend_tile(p, b, x, block_row, start, num_keys);
-    }
-}
-
-/* Where in a piece's keys the running cost reaches `goal`: a multiple of CUT, or an end. */
-static int64_t cut_at(int64_t goal, int64_t cost, const piece *x, int64_t per_key) {
-    int64_t num_keys = x->end_key - x->first_key;
-    if (goal <= cost) return x->first_key;
-    int64_t keys = (goal - cost) / per_key;
-    return keys >= num_keys ? x->end_key : x->first_key + keys / CUT * CUT;
 }
 
 static void load_queries(const plan *p, block *b, const task *t, const element *q, int64_t q_stride, int64_t head) {
@@ -578,15 +621,15 @@ static void run_task(const plan *p, const task *t, int64_t head, const element *
     memset(b.sums, 0, (size_t)(num_queries * VALUE_WIDTH) * sizeof *b.sums);
     for (int64_t i = 0; i < num_queries; i++) b.top[i] = -INFINITY, b.weight[i] = 0;
 
-    place at = {0, -1};
-    piece x;
-    const int64_t begin = t->cost * t->part / t->num_parts, end = t->cost * (t->part + 1) / t->num_parts;
-    int64_t cost = 0;
-    while (next_piece(p, t->first_row, t->first_row + t->num_rows, &at, &x)) {
-        const int64_t per_key = cost_per_key(p, &x);
-        attend_piece(p, &b, &x, t->first_row, cut_at(begin, cost, &x, per_key), cut_at(end, cost, &x, per_key), k_pool,
-                     v_pool, head);
-        cost += (x.end_key - x.first_key) * per_key;
+    const int64_t values = v_pool - k_pool;
+    walk w = start_walk(p, t, k_pool + head * HEAD_DIM);
+    tile tiles[2];
+    next_tile(&w, tiles);
+    for (int i = 0; tiles[i].num_keys; i = 1 - i) {
+        next_tile(&w, tiles + 1 - i);
+        pack_keys(tiles[i].keys, tiles[i].num_keys, b.tile.keys);
+        pack_values(tiles[i].keys, values, tiles[i].num_keys, b.tile.values);
+        attend_tile(p, &b, t->first_row, tiles + i, tiles + 1 - i, values);
     }
     for (int64_t i = 0; i < num_queries; i++) {
         const int64_t row = i / group, qo_head = head * group + i % group;
