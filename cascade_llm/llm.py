@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, TypeVar, cast
 from cascade_llm.config import EngineOptions, SchedulerConfig
 from cascade_llm.engine.engine import Engine
 from cascade_llm.engine.intake import Intake, Prompt, ReadPrompt
-from cascade_llm.engine.plan_recording import open_recorder
+from cascade_llm.engine.plan_recording import begin_recording, open_recorder
 from cascade_llm.engine.request_state import RequestState
 from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
 from cascade_llm.errors import (
@@ -56,6 +56,7 @@ class LLM:
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         self.options = EngineOptions(**options)
         checkpoint = open_checkpoint(model, load_format=self.options.load_format)
+        recorder = open_recorder(self.options)  # before the weights: a wrong path is known at once
         self.tokenizer: Tokenizer | None = load_tokenizer(checkpoint.tokenizer_source)
         runner, self.facts = build_runner(self.options, checkpoint)
         self.model_name = checkpoint.name
@@ -71,7 +72,8 @@ class LLM:
         )
         scheduler = FlashInferScheduler(config, _cost_model(self.facts))
         lag = _default_lag(self.facts) if self.options.schedule_lag is None else self.options.schedule_lag
-        recorder = open_recorder(self.options, checkpoint.name, self.facts)
+        if recorder is not None:
+            begin_recording(recorder, self.options, checkpoint.name, self.facts)
         self._engine = Engine(scheduler, runner, self.tokenizer, lag=lag, recorder=recorder)
         self._intake = Intake(
             self.tokenizer,

@@ -8,13 +8,18 @@ from cascade_llm.plan_file.header import PlanFileHeader
 from cascade_llm.plan_file.writer import PlanFileWriter
 from cascade_llm.runner.build import RunnerFacts
 
-__all__ = ["open_recorder"]
+__all__ = ["begin_recording", "open_recorder"]
 
 
-def open_recorder(options: EngineOptions, model_name: str, facts: RunnerFacts) -> PlanFileWriter | None:
-    """Start the file that `record_plans` names, if it names one. Raises `ConfigError` where it cannot be written."""
+def open_recorder(options: EngineOptions) -> PlanFileWriter | None:
+    """Open the file that `record_plans` names, if it names one. Raises `ConfigError` where it cannot be written."""
     if options.record_plans is None:
         return None
+    return PlanFileWriter(options.record_plans, token_ids=options.record_token_ids)
+
+
+def begin_recording(recorder: PlanFileWriter, options: EngineOptions, model_name: str, facts: RunnerFacts) -> None:
+    """Write down what was found out at start."""
     model = facts.model
     header = PlanFileHeader(
         cascade_llm=__version__,
@@ -32,4 +37,4 @@ def open_recorder(options: EngineOptions, model_name: str, facts: RunnerFacts) -
         max_num_seqs=options.max_num_seqs,
         token_ids=options.record_token_ids,
     )
-    return PlanFileWriter(options.record_plans, header)
+    recorder.begin(header)

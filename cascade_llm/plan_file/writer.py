@@ -27,11 +27,14 @@ class PlanFileWriter:
     process is in the file; with token ids a line with the step's sampled tokens follows once they are known.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: PlanFileHeader) -> None:
-        """Open `path`, replacing a file that is there. Raises `ConfigError` where it cannot be written."""
+    def __init__(self, path: str | os.PathLike[str], *, token_ids: bool) -> None:
+        """Open `path`, replacing a file that is there; `begin` comes next.
+
+        Raises `ConfigError` where it cannot be written.
+        """
         self._path = Path(path).expanduser()
-        self._header = header
-        self._encoder = StepEncoder(token_ids=header.token_ids)
+        self._token_ids = token_ids
+        self._encoder = StepEncoder(token_ids=token_ids)
         try:
             self._file: gzip.GzipFile | None = gzip.GzipFile(self._path, "wb", compresslevel=COMPRESSION_LEVEL, mtime=0)
         except OSError as error:
@@ -39,6 +42,10 @@ class PlanFileWriter:
                 f"record_plans is {str(path)!r}, which cannot be written ({error.strerror}): give a file in a folder "
                 "that exists"
             ) from error
+
+    def begin(self, header: PlanFileHeader) -> None:
+        """Write the header, once."""
+        assert header.token_ids == self._token_ids
         self._write(header.to_json())
 
     def write_step(self, plan: StepPlan) -> None:
@@ -48,7 +55,7 @@ class PlanFileWriter:
 
     def write_result(self, result: StepResult) -> None:
         """Record what a step sampled, where token ids are wanted; null where logits were not finite."""
-        if self._file is not None and self._header.token_ids:
+        if self._file is not None and self._token_ids:
             failed = result.failed_samples
             tokens = [None if i in failed else token_id for i, token_id in enumerate(result.token_ids)]
             self._write({"result": result.step_id, "token_ids": tokens})

@@ -37,7 +37,9 @@ def header(**changes: Any) -> PlanFileHeader:
 
 def write(path: Path, plans: Iterable[StepPlan], **changes: Any) -> Path:
     """A file of these plans; what a step sampled is the number of the sample."""
-    writer = PlanFileWriter(path, header(**changes))
+    first_line = header(**changes)
+    writer = PlanFileWriter(path, token_ids=first_line.token_ids)
+    writer.begin(first_line)
     for plan in plans:
         writer.write_step(plan)
         writer.write_result(StepResult(step_id=plan.step_id, token_ids=list(range(len(plan.sample_rows)))))

@@ -127,8 +127,9 @@ def test_wrong_options(folder: Path, options: dict[str, Any], words: str) -> Non
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device of a full disk")
 def test_a_full_disk_ends_the_recording_and_not_the_engine() -> None:
     plan, _ = next(generated_steps(0, 1))
+    writer = PlanFileWriter("/dev/full", token_ids=True)
     with pytest.warns(RuntimeWarning, match="recording of step plans ended .*generation goes on"):
-        writer = PlanFileWriter("/dev/full", header())
+        writer.begin(header())
     writer.write_step(plan)
     writer.write_result(StepResult(step_id=plan.step_id, token_ids=[0] * len(plan.sample_rows)))
     writer.close()
