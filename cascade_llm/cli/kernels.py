@@ -86,7 +86,11 @@ def _print(built: list[BuiltKernel], folder: Path, as_json: bool) -> None:
     if as_json:
         print_json({"folder": str(folder), "kernels": [asdict(kernel) for kernel in built]}, indent=2)
         return
-    table = Table("kernel", "for", "size", "seconds", box=None, pad_edge=False, title=str(folder), title_justify="left")
+    table = Table(box=None, pad_edge=False, title=str(folder), title_justify="left")
+    table.add_column("kernel", overflow="fold")
+    table.add_column("for", overflow="fold")
+    table.add_column("size", no_wrap=True)
+    table.add_column("seconds", no_wrap=True)
     for kernel in built:
         size = "failed" if kernel.error else format_bytes(kernel.num_bytes)
         table.add_row(kernel.name, kernel.purpose, size, f"{kernel.seconds:.0f}")

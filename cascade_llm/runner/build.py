@@ -11,13 +11,14 @@ from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
 from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend, GpuPlatform
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
-from cascade_llm.errors import ConfigError
-from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
+from cascade_llm.errors import CapacityError, ConfigError
+from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
 from cascade_llm.layers.flashinfer_layer_ops import FlashInferLayerOps
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.models.weights import init_dummy, load_weights
+from cascade_llm.quantization.int4 import reasons_against_int4
 from cascade_llm.runner.cuda_graphs import CaptureReport, CudaGraphs, OnCapture
 from cascade_llm.runner.device import DTYPES, resolve_device, resolve_dtype, thread_limit
 from cascade_llm.runner.lanes import LaneState
@@ -93,16 +94,8 @@ def build_runner(
         bytes_per_page = model.kv_bytes_per_token(kv_dtype.itemsize) * options.page_size
         total_pages = pool_pages(options, max_model_len, bytes_per_page, device, reserved)
         padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
-        kv_cache = PagedKVCache(
-            num_layers=model.num_layers,
-            num_pages=total_pages + padding,
-            page_size=options.page_size,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            dtype=kv_dtype,
-            device=device,
-            layout=choice.backend.preferred_layout(device),
-        )
+        layout = choice.backend.preferred_layout(device)
+        kv_cache = _kv_cache(options, model, kv_dtype, device, total_pages + padding, layout)
         lanes = LaneState(options.max_num_seqs + padding, model.vocab_size, device)
         backend: AttentionBackend
         graphs = report = None
@@ -146,14 +139,55 @@ def _decoder(
 ) -> Decoder:
     """The model with its weights."""
     ops = FlashInferLayerOps(platform.ops, device, options.max_num_batched_tokens) if platform else None
-    decoder = Decoder(model, dtype, device, max_positions=max_model_len, ops=ops)
+    loading_dtype = DTYPES[model.dtype] if options.quantization else None
+    decoder = Decoder(model, dtype, device, max_positions=max_model_len, ops=ops, loading_dtype=loading_dtype)
+    if options.quantization:
+        _check_int4(decoder)
     if checkpoint.is_dummy:
         init_dummy(decoder, options.seed)
     else:
         load_weights(decoder, checkpoint.tensors())
+    if options.quantization:
+        decoder.quantize()
     if platform is None:
         decoder.pack()
     return decoder
+
+
+def _kv_cache(
+    options: EngineOptions,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_pages: int,
+    layout: KVLayout,
+) -> PagedKVCache:
+    """The pool; memory that was free a moment ago may have gone to another process."""
+    try:
+        return PagedKVCache(
+            num_layers=model.num_layers,
+            num_pages=num_pages,
+            page_size=options.page_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=dtype,
+            device=device,
+            layout=layout,
+        )
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"the KV pool of {num_pages:,} pages could not be allocated: another process has taken memory since it was "
+            "measured; lower gpu_memory_utilization, or give kv_cache_bytes"
+        ) from error
+
+
+def _check_int4(decoder: Decoder) -> None:
+    """Refuse what int4 cannot serve, before weights are loaded; layers are alike, so the first stands for all."""
+    names = ("qkv", "attention_out", "gate_up", "down")
+    shapes = ((name, x.in_features, x.out_features) for name, x in zip(names, decoder.layers[0].linears, strict=True))
+    reasons = reasons_against_int4(decoder.dtype, decoder.device, shapes)
+    if reasons:
+        raise ConfigError(f"quantization='int4' cannot serve this model: {'; '.join(reasons)}; or leave it out")
 
 
 def _capture(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -99,6 +99,7 @@ class CudaGraphs:
         self._padding_lane = lanes.num_lanes - 1
         self._group_size = backend.spec.group_size
         self._all_shapes = graph_shapes(max_rows, self._group_size, max_shared_levels)
+        self._row_counts = sorted({shape.rows for shape in self._all_shapes})
         max_segments = max((capacity for shape in self._all_shapes for capacity in shape.capacities), default=0)
         self._shared = [SharedColumns(max_segments, pool.num_pages, lanes.device) for _ in range(max_shared_levels)]
         self._arena = StepArena(
@@ -122,8 +123,7 @@ class CudaGraphs:
         """Capture all graphs, the largest first; one that does not fit into memory is left out, said aloud."""
         started, bytes_before = time.perf_counter(), self._stream.pool_bytes()
         dropped = []
-        row_counts = sorted({shape.rows for shape in self._all_shapes}, reverse=True)
-        total = len(self._all_shapes) + len(CAPTURED_FEATURES) * len(row_counts)
+        total = len(self._all_shapes) + len(CAPTURED_FEATURES) * len(self._row_counts)
         for shape in self._all_shapes:
             try:
                 self._capture_forward(shape)
@@ -132,7 +132,7 @@ class CudaGraphs:
                 log.warning("no memory to capture the graph of %s: such steps will run eagerly", shape)
             if on_capture is not None:
                 on_capture(len(self._shapes), total)
-        for rows in row_counts:
+        for rows in reversed(self._row_counts):
             for features in CAPTURED_FEATURES:
                 self._capture_sampling(rows, features)
             if on_capture is not None:
@@ -228,16 +228,41 @@ class CudaGraphs:
         captured.forward.replay()
         return self._sampled(plan, shape.rows, image)
 
+    def sample(self, plan: StepPlan, hidden: torch.Tensor) -> Callable[[], StepResult] | None:
+        """Sample a step whose forward pass was eager, without waiting for it; None where no graph does what it needs.
+
+        hidden: [rows, hidden], on the device
+        """
+        count, features = len(plan.sample_rows), self._features.of(plan.sample_lanes.tolist())
+        if not 0 < count <= self._row_counts[-1] or features is FeatureSet.EAGER or len(plan.prompt_logprob_rows):
+            return None
+        rows = next(rows for rows in self._row_counts if rows >= count)
+        image = self._arena.take_image()
+        self._write_padding(image, 0, rows, first_leaf_page=0)
+        image.columns.positions[:count] = column_tensor(plan.sample_positions) - 1
+        image.columns.sample_lanes[:count] = column_tensor(plan.sample_lanes)
+        self._arena.send(image, rows)
+        sampled_rows = column_tensor(plan.sample_rows).to(hidden.device, torch.int64)
+        self._logits[:count].copy_(self._decoder.logits(hidden[sampled_rows]))
+        return self._replay_sampling(plan, rows, features, image, range(count))
+
     def _sampled(self, plan: StepPlan, rows: int, image: HostImage) -> Callable[[], StepResult]:
+        """Queue the sampling of a step whose logits are under way."""
         features = self._features.of(plan.sample_lanes.tolist())
+        if not len(plan.sample_rows):
+            image.in_use = self._stream.mark()
+            return lambda: StepResult(step_id=plan.step_id)
         if features is FeatureSet.EAGER:
             image.in_use = self._stream.mark()
             self.counters.eagerly_sampled_steps += 1
             result = self._sample_eagerly(plan)
             return lambda: result
-        if not len(plan.sample_rows):
-            image.in_use = self._stream.mark()
-            return lambda: StepResult(step_id=plan.step_id)
+        return self._replay_sampling(plan, rows, features, image, plan.sample_rows.tolist())
+
+    def _replay_sampling(
+        self, plan: StepPlan, rows: int, features: FeatureSet, image: HostImage, places: Sequence[int]
+    ) -> Callable[[], StepResult]:
+        """Replay a sampling graph and queue the copy of its results; `places`: the row of each sample in them."""
         self._sampling[rows, features].replay()
         self._stream.copy(image.results, self._results)
         mark = image.in_use = self._stream.mark()
@@ -245,7 +270,11 @@ class CudaGraphs:
         def result_after_wait() -> StepResult:
             mark.wait()
             tokens, finite = image.results.tolist()
-            return _result(plan, tokens, finite)
+            return StepResult(
+                step_id=plan.step_id,
+                token_ids=[tokens[place] for place in places],
+                failed_samples=frozenset(i for i, place in enumerate(places) if not finite[place]),
+            )
 
         return result_after_wait
 
@@ -347,12 +376,3 @@ class _Room:
         piece.copy_(torch.tensor(values, dtype=torch.int32))
         self._used += len(values)
         return piece
-
-
-def _result(plan: StepPlan, tokens: list[int], finite: list[int]) -> StepResult:
-    rows = plan.sample_rows.tolist()
-    return StepResult(
-        step_id=plan.step_id,
-        token_ids=[tokens[row] for row in rows],
-        failed_samples=frozenset(i for i, row in enumerate(rows) if not finite[row]),
-    )

@@ -73,8 +73,7 @@ class ModelRunner:
                 result = self.graphs.submit(plan)
                 if result is not None:
                     return PendingStep(plan, result)
-            outcome = self._run(plan)
-        return PendingStep(plan, lambda: outcome)
+            return PendingStep(plan, self._run(plan))
 
     def logits(self, plan: StepPlan, rows: IntColumn) -> torch.Tensor:
         """Run a step without sampling and return the logits of `rows`, [len(rows), vocab]; for validation."""
@@ -93,8 +92,16 @@ class ModelRunner:
                 stack.enter_context(self._stream.active())
             yield
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _run(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Run a step eagerly; where graphs can sample it, the host does not wait for the device."""
         hidden, broken_stage = self._forward(plan)
+        sampled_later = self.graphs.sample(plan, hidden) if self.graphs is not None else None
+        if sampled_later is not None:
+            return sampled_later
+        result = self._sampled(plan, hidden, broken_stage)
+        return lambda: result
+
+    def _sampled(self, plan: StepPlan, hidden: torch.Tensor, broken_stage: str | None) -> StepResult:
         prompt_logprobs = self._prompt_logprobs(plan, hidden)
         if not len(plan.sample_rows):
             return StepResult(step_id=plan.step_id, prompt_logprobs=prompt_logprobs)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from cascade_llm import SamplingParams
+from cascade_llm.errors import CapacityError
+from cascade_llm.runner import build
 from tests.engine.tiny_llm import assert_equal_outputs, random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 
@@ -41,7 +43,8 @@ def test_equals_the_torch_backend(tiny: Path, lag: int, enforce_eager: bool) -> 
             assert counters.graph_steps >= 8
             assert set(counters.eager_steps) <= {"a sequence has several rows"}
             assert counters.eagerly_sampled_steps == 0
-            assert double.stream.num_replays == 2 * counters.graph_steps
+            sampled_behind_eager = double.stream.num_replays - 2 * counters.graph_steps
+            assert 0 < sampled_behind_eager <= sum(counters.eager_steps.values())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -223,3 +226,12 @@ def test_an_aborted_stream_leaves_others_alone(tiny: Path) -> None:
             next(stream)
         stream.close()
         assert tokens(llm.generate(others, GREEDY)) == expected
+
+
+def test_memory_that_another_process_took_is_a_clear_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(**arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(build, "PagedKVCache", taken)
+    with pytest.raises(CapacityError, match="gpu_memory_utilization"):
+        gpu_llm(tiny, double_gpu())

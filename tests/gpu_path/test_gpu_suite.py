@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import torch
 
 from cascade_llm import LLM
 from cascade_llm.attention.flashinfer_backend import GpuPlatform
+from scripts.gpu_suite import suite
+from scripts.gpu_suite.__main__ import main as gpu_suite_main
 from scripts.gpu_suite.machine import Machine
 from scripts.gpu_suite.rates import decode_floor_s
 from scripts.gpu_suite.shapes import FULL, MODELS, TREES, ModelShape, Sizes, Tree
@@ -140,3 +143,16 @@ def test_floor_is_that_of_the_roofline_table(model: int, prefix: int, batch: int
 def test_full_sizes_are_the_whole_list() -> None:
     assert len(FULL.trees) == 16
     assert {len(tree.nodes) == len(tree.tokens) for tree in FULL.trees} == {True}
+
+
+def test_without_a_gpu_it_says_so_after_listing_what_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--out", str(tmp_path)])
+    monkeypatch.setattr(suite, "IMPORTS", ("torch", "no_such_package"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_suite_main() == 1
+    printed = capsys.readouterr()
+    assert "cannot import no_such_package" in printed.out
+    assert "no CUDA device" in printed.err
