@@ -16,7 +16,8 @@ __all__ = ["TASK_FIELDS", "LevelColumns", "PlanColumns", "kernels_for", "reasons
 
 SOURCE = Path(__file__).with_name("native_attention.c")
 DTYPE_DEFINES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 256
+"""A block of queries lies on its thread's stack: 0.7 MB in float32 at this size."""
 MAX_GROUP_SIZE = 192
 """Query heads per KV head that a task can hold: MAX_QUERIES in the C file."""
 TASK_FIELDS = 6

@@ -1,7 +1,7 @@
 """Cascade attention in plain torch: every level by the same dense code, on any device, joined by log-sum-exp.
 
-A plan without shared levels is plain attention by the same code. `LevelAttention` is the part to replace where a
-compiled kernel can do better, above all for the leaf, whose pages are gathered anew in every step.
+A plan without shared levels is plain attention by the same code. On the CPU the compiled kernels of `native_backend`
+serve in its place where there is a compiler; this is their twin, and serves every dtype and device.
 """
 
 from __future__ import annotations

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 
 import pytest
 import torch
 
 from cascade_llm.attention.native_backend import NativeAttentionBackend, Sharing
+from cascade_llm.attention.native_kernels import kernels_for
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
+from cascade_llm.native import compiler
 from cascade_llm.plan import CascadePlan
 from tests.attention.test_torch_backend import NUM_CASES, TOLERANCE, random_q, spec_for, worst
 from tests.cascade_cases import CascadeCase, cascade_case, make_level, pool_with_only, single_level
@@ -118,13 +121,34 @@ def test_long_loads(
 
 
 @pytest.mark.parametrize("group_size", [1, 5, 16, 100])
-@pytest.mark.parametrize("head_dim", [2, 40, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [2, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes(dtype: torch.dtype, head_dim: int, group_size: int) -> None:
     plan, num_pages = long_plan([[(5, 144)]], [(1, 20), (3, 140), (1, 1)], None, page_size=16)
     kv_cache = pool(num_pages, 16, 2, head_dim, dtype)
     backend = NativeAttentionBackend(spec_for(kv_cache, group_size, dtype), kv_cache, CUT_SMALL)
     assert_right(backend, plan, random_q(backend, 5))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of that architecture")
+@pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_processors_without_the_instructions_of_this_one(
+    dtype: torch.dtype, processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if processor == "x86-64-v4" and not torch.cpu._is_avx512_supported():
+        pytest.skip("this processor has no AVX-512")
+    flags = tuple(flag.replace("native", processor) for flag in compiler.FLAGS)
+    monkeypatch.setattr(compiler, "FLAGS", flags)
+    kernels_for.cache_clear()
+    try:
+        for seed in range(40):
+            case = cascade_case(seed)
+            if case.head_dim == 24:
+                backend = backend_for(case, dtype, seed, CUT_SMALL if seed % 2 else None)
+                assert_right(backend, case.plan, random_q(backend, case.plan.num_rows, seed), case)
+    finally:
+        kernels_for.cache_clear()
 
 
 def test_large_scores() -> None:

@@ -1,10 +1,13 @@
-"""What the scheduler plans, computed by the torch backend, equals dense float64 attention over each page table."""
+"""What the scheduler plans, computed by the CPU backends, equals dense float64 attention over each page table."""
 
 from __future__ import annotations
 
+import shutil
+
 import torch
 
-from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
+from cascade_llm.attention.native_backend import NativeAttentionBackend, Sharing
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
@@ -30,7 +33,8 @@ def one_level(plan: CascadePlan, page_tables: list[list[int]]) -> CascadePlan:
     return CascadePlan((leaf,), plan.page_size)
 
 
-def random_backend(page_size: int, generator: torch.Generator) -> TorchAttentionBackend:
+def random_backends(page_size: int, generator: torch.Generator) -> list[AttentionBackend]:
+    """Torch, and native where there is a compiler, over one pool."""
     spec = AttentionSpec(
         num_layers=1,
         num_qo_heads=NUM_KV_HEADS * GROUP_SIZE,
@@ -49,22 +53,27 @@ def random_backend(page_size: int, generator: torch.Generator) -> TorchAttention
         dtype=torch.float32,
     )
     pool.layer(0).normal_(generator=generator)
-    return TorchAttentionBackend(spec, pool)
+    backends: list[AttentionBackend] = [TorchAttentionBackend(spec, pool)]
+    if shutil.which("gcc") is not None:
+        backends.append(NativeAttentionBackend(spec, pool, Sharing(num_threads=2, smallest_task=50)))
+    return backends
 
 
 def num_cascades_that_equal_dense(seed: int) -> int:
     """Compare every plan of one random load; returns how many had shared levels."""
     generator = torch.Generator().manual_seed(seed)
-    backend: TorchAttentionBackend | None = None
+    backends: list[AttentionBackend] = []
     num_cascades = 0
     for step, page_tables in generated_steps(seed, STEPS_PER_SEED):
         plan = step.cascade
-        backend = backend or random_backend(plan.page_size, generator)
+        backends = backends or random_backends(plan.page_size, generator)
         q = torch.randn(step.num_rows, NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, generator=generator)
-        out, lse = backend.prepare(plan).attend(0, q)
-        expected, expected_lse = reference_attention(one_level(plan, page_tables), backend.kv_cache, 0, q, 8**-0.5)
-        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+        kv_cache = backends[0].kv_cache
+        expected, expected_lse = reference_attention(one_level(plan, page_tables), kv_cache, 0, q, HEAD_DIM**-0.5)
+        for backend in backends:
+            out, lse = backend.prepare(plan).attend(0, q)
+            torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
         num_cascades += len(plan.levels) > 1
     return num_cascades
 
