@@ -174,7 +174,7 @@ class EngineOptions:
     cascade_max_levels: int = 3
     """The suffix level counted: 1 is plain attention."""
     quantization: str | None = None
-    """Not implemented yet."""
+    """None | int4: 4-bit weights for steps of few rows, beside dense ones for the others; on a CPU in bfloat16."""
     tensor_parallel_size: int = 1
     """Only 1 is implemented so far."""
     enforce_eager: bool = False
@@ -204,7 +204,7 @@ class EngineOptions:
         self._choice("dtype", ("auto", "float32", "bfloat16", "float16"))
         self._choice("attention_backend", ("auto", "flashinfer", "native", "torch"))
         self._choice("kv_cache_dtype", ("auto", "float32", "bfloat16", "float16"))
-        self._choice("quantization", (None,))
+        self._choice("quantization", (None, "int4"))
         self._choice("load_format", ("auto", "dummy"))
         for name in ("page_size", "max_num_seqs", "max_num_batched_tokens"):
             self._positive(name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from cascade_llm.quantization.int4 import MAX_ROWS, Int4Weight
+
 __all__ = ["Linear", "can_pack"]
 
 
@@ -25,21 +27,38 @@ class Linear:
     """A linear layer without gradients.
 
     `weight` is [out_features, in_features]; loaders write into it. `pack()`, called once after loading, moves it into
-    oneDNN's layout where that is possible and drops the dense one.
+    oneDNN's layout where that is possible and drops the dense one. `quantize()`, called before it, adds an int4 copy
+    for few rows; many rows still read the dense weight, which then holds the values of the copy, so that both give the
+    same product up to rounding.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = False, dtype: torch.dtype, device: torch.device
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: torch.device,
+        loading_dtype: torch.dtype | None = None,
     ) -> None:
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        """`loading_dtype`: of the weight until `quantize()`, where the checkpoint says more than `dtype` holds."""
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.weight = torch.empty(out_features, in_features, dtype=loading_dtype or dtype, device=device)
         self.bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self._packed: torch.Tensor | None = None
+        self._int4: Int4Weight | None = None
 
     @property
     def is_packed(self) -> bool:
         """Whether the dense weight is gone."""
         return self._packed is not None
+
+    def quantize(self) -> None:
+        """Round the weight to int4, and serve few rows from four bits a weight; may be called once, before `pack()`."""
+        assert not self.is_packed
+        self._int4, values = Int4Weight.quantize(self.weight)
+        self.weight = values.to(self.dtype)
 
     def pack(self) -> None:
         """Move the weight into the processor's layout; `weight` is empty afterwards, and cannot be loaded again."""
@@ -50,6 +69,9 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in_features] -> [rows, out_features], x's dtype."""
+        if self._int4 is not None and x.shape[0] <= MAX_ROWS:
+            few = self._int4.matmul(x)
+            return few if self.bias is None else few.add_(self.bias)
         if self._packed is None:
             return F.linear(x, self.weight, self.bias)
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")

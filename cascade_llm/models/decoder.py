@@ -28,7 +28,14 @@ class DecoderLayer:
     """Pre-norm attention and gated feed-forward, each added to the residual stream."""
 
     def __init__(
-        self, config: ModelConfig, index: int, *, dtype: torch.dtype, device: torch.device, ops: FusedOps
+        self,
+        config: ModelConfig,
+        index: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        ops: FusedOps,
+        loading_dtype: torch.dtype | None = None,
     ) -> None:
         self.index = index
         self._ops = ops
@@ -37,7 +44,7 @@ class DecoderLayer:
         qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
 
         def linear(inputs: int, outputs: int, bias: bool) -> Linear:
-            return Linear(inputs, outputs, bias=bias, dtype=dtype, device=device)
+            return Linear(inputs, outputs, bias=bias, dtype=dtype, device=device, loading_dtype=loading_dtype)
 
         def norm(size: int) -> RMSNorm:
             return RMSNorm.ones(size, eps, dtype=dtype, device=device)
@@ -92,6 +99,7 @@ class Decoder:
         *,
         max_positions: int | None = None,
         ops: FusedOps | None = None,
+        loading_dtype: torch.dtype | None = None,
     ) -> None:
         """Allocate the parameters.
 
@@ -101,13 +109,15 @@ class Decoder:
             device: where they lie
             max_positions: the longest sequence, for the RoPE table; default `config.max_position_embeddings`
             ops: the elementwise operations; default the fastest that works on this device
+            loading_dtype: of the layers' matrices until `quantize()`, which must then be called; default `dtype`
         """
         device = torch.device(device)
         self.config, self.dtype, self.device = config, dtype, device
         self.ops = ops or select_fused_ops(dtype, device)
         self.embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.layers = [
-            DecoderLayer(config, i, dtype=dtype, device=device, ops=self.ops) for i in range(config.num_layers)
+            DecoderLayer(config, i, dtype=dtype, device=device, ops=self.ops, loading_dtype=loading_dtype)
+            for i in range(config.num_layers)
         ]
         self.final_norm = RMSNorm.ones(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
@@ -148,6 +158,16 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, vocab_size], the model's dtype; for the sampled rows only."""
         return self.lm_head(hidden)
+
+    def quantize(self) -> None:
+        """Round the layers' weights to int4; call before `pack()`.
+
+        The head stays dense: in int4 it cost SmolLM2 0.045 nats a token, all layers together 0.001 (their checkpoint
+        is Q4_1), and it is a sixth of a step.
+        """
+        for layer in self.layers:
+            for linear in layer.linears:
+                linear.quantize()
 
     def pack(self) -> None:
         """Bring all weights into the processor's layout, one at a time, dropping the dense ones.

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cascade_llm.layers.linear import Linear, can_pack
+from cascade_llm.quantization.int4 import MAX_ROWS
 
 CPU = torch.device("cpu")
 SHAPES = [(576, 960), (1536, 576), (48, 100), (7, 3), (64, 1)]
@@ -62,3 +63,22 @@ def test_an_input_that_is_a_view_gives_the_same_product() -> None:
     expected = F.linear(wide[:, 32:96].contiguous(), linear.weight)
     linear.pack()
     torch.testing.assert_close(linear(wide[:, 32:96]), expected, rtol=2e-2, atol=2e-2)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_quantized_layer_gives_few_rows_and_many_the_same_product(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = Linear(64, 48, bias=bias, dtype=torch.bfloat16, device=CPU, loading_dtype=torch.float32)
+    linear.weight.normal_(std=0.1)
+    if linear.bias is not None:
+        linear.bias.normal_()
+    original = linear.weight
+    linear.quantize()
+    assert linear.weight.dtype == torch.bfloat16
+    assert not torch.equal(linear.weight.float(), original)
+    torch.testing.assert_close(linear.weight.float(), original, rtol=0, atol=0.04)
+    linear.pack()
+    x = torch.randn(MAX_ROWS + 1, 64).bfloat16()
+    torch.testing.assert_close(linear(x[:-1]), linear(x)[:-1], rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(linear(x[:1]), linear(x)[:1], rtol=3e-2, atol=3e-2)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cascade_llm import SamplingParams
+from cascade_llm.errors import ConfigError
+from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
+
+FITTING = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6}
+TEXT = (
+    "A radix tree is a space-optimized trie in which every node that is the only child is merged with its parent. "
+    "It stores strings by their shared prefixes, so that looking one up takes as long as the string, not as long as "
+    "the number of strings. Routers use such trees for addresses, and inference engines for prompts that begin alike."
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("int4"), "qwen2", **FITTING)
+
+
+def prompt_logprobs(folder: Path | str, prompts: Sequence[str | list[int]], **options: Any) -> torch.Tensor:
+    """Log-probabilities of all prompt tokens but the first of each."""
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    with tiny_llm(folder, dtype="bfloat16", max_num_seqs=4, enable_prefix_caching=False, **options) as llm:
+        outputs = llm.generate(list(prompts), params)
+    return torch.tensor([token.logprob for output in outputs for token in output.prompt_logprobs or () if token])
+
+
+def mean_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert len(a) == len(b) > 50
+    return float((a - b).abs().mean())
+
+
+def test_steps_of_few_rows_and_of_many_compute_with_the_same_quantized_weights(folder: Path) -> None:
+    prompts = random_forest(seed=0, num_prompts=6, vocab_size=97, longest=64)
+    few = prompt_logprobs(folder, prompts, quantization="int4", max_num_batched_tokens=8)
+    many = prompt_logprobs(folder, prompts, quantization="int4")
+    dense = prompt_logprobs(folder, prompts)
+    assert mean_difference(few, many) < 0.5 * mean_difference(many, dense)
+
+
+def test_a_checkpoint_of_q4_1_blocks_loses_next_to_nothing() -> None:
+    options = {"max_model_len": 256, "kv_cache_bytes": 50_000_000, "debug": False}
+    few = prompt_logprobs("smollm2", [TEXT], quantization="int4", max_num_batched_tokens=8, **options)
+    dense = prompt_logprobs("smollm2", [TEXT], **options)
+    assert mean_difference(few, dense) < 0.12
+    assert abs(float((few - dense).mean())) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "part"),
+    [
+        ({"dtype": "float32"}, FITTING, "dtype is float32"),
+        ({"dtype": "bfloat16"}, {}, "qkv has 48 inputs"),
+        ({"dtype": "bfloat16"}, {**FITTING, "intermediate_size": 72}, "down has 72 inputs"),
+    ],
+)
+def test_a_model_that_int4_cannot_serve_is_refused(
+    tmp_path: Path, options: dict[str, str], changes: dict[str, int], part: str
+) -> None:
+    with pytest.raises(ConfigError, match=part):
+        tiny_llm(save_tiny(tmp_path, **changes), quantization="int4", **options)
+
+
+def test_an_unknown_quantization_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="quantization is 'int3': it must be one of None, int4"):
+        tiny_llm(folder, quantization="int3")
