@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from types import TracebackType
@@ -28,6 +28,7 @@ from cascade_llm.errors import (
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from cascade_llm.runner.build import RunnerFacts, build_runner
+from cascade_llm.runner.cuda_graphs import OnCapture
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
@@ -58,7 +59,9 @@ class LLM:
         checkpoint = open_checkpoint(model, load_format=self.options.load_format)
         recorder = open_recorder(self.options)  # before the weights: a wrong path is known at once
         self.tokenizer: Tokenizer | None = load_tokenizer(checkpoint.tokenizer_source)
-        runner, self.facts = build_runner(self.options, checkpoint)
+        with _capture_bar() as on_capture:
+            runner, self.facts = build_runner(self.options, checkpoint, on_capture=on_capture)
+        self._graph_counters = runner.graphs.counters if runner.graphs else None
         self.model_name = checkpoint.name
         config = SchedulerConfig(
             page_size=self.options.page_size,
@@ -198,7 +201,7 @@ class LLM:
         """What the engine did since it started, and where its pages are.
 
         Bytes are of K and V over all layers; `kv_bytes_saved` is what one-level plans of the same steps would have
-        read beside. free_pages + held_pages + cached_pages = total_pages.
+        read beside. free_pages + held_pages + cached_pages = total_pages. With CUDA graphs, also how steps were run.
         """
         with self._lock:
             scheduler = self._engine.scheduler
@@ -206,7 +209,7 @@ class LLM:
             counts.update(asdict(scheduler.page_counts))
             counts["running_sequences"] = scheduler.num_running
             counts["waiting_sequences"] = scheduler.num_waiting
-            return counts
+            return counts if self._graph_counters is None else {**counts, **self._graph_counters.as_dict()}
 
     def plan_report(self) -> dict[str, Any]:
         """What the last step shared, and how many steps shared nothing for which reason.
@@ -385,6 +388,25 @@ def _raise_first_failure(outputs: list[RequestOutput]) -> None:
             f'on_error="return" returns it): {listed}',
             outputs,
         ) from failed[0][1]
+
+
+@contextmanager
+def _capture_bar() -> Iterator[OnCapture]:
+    """A progress bar on standard error, on terminals only; there is none before the first graph is captured."""
+    with ExitStack() as stack:
+        tasks: list[Callable[..., None]] = []
+
+        def on_capture(done: int, total: int) -> None:
+            if not tasks:
+                from rich.console import Console
+                from rich.progress import Progress
+
+                console = Console(stderr=True)
+                bar = stack.enter_context(Progress(console=console, transient=True, disable=not console.is_terminal))
+                tasks.append(partial(bar.update, bar.add_task("capturing CUDA graphs", total=total)))
+            tasks[0](completed=done)
+
+        yield on_capture
 
 
 @contextmanager

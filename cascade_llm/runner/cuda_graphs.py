@@ -61,6 +61,15 @@ class GraphCounters:
     """Steps whose forward pass was a graph and whose sampling was not."""
     padding_rows: int = 0
 
+    def as_dict(self) -> dict[str, int]:
+        """All counts, the eager steps of all reasons together."""
+        return {
+            "graph_steps": self.graph_steps,
+            "eager_steps": sum(self.eager_steps.values()),
+            "eagerly_sampled_steps": self.eagerly_sampled_steps,
+            "padding_rows": self.padding_rows,
+        }
+
 
 @dataclass(frozen=True)
 class _CapturedShape:

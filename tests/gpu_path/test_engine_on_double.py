@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from cascade_llm import SamplingParams
+from cascade_llm.config import EngineOptions
 from cascade_llm.errors import CapacityError
+from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.runner import build
 from tests.engine.tiny_llm import assert_equal_outputs, random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
@@ -43,6 +45,8 @@ def test_equals_the_torch_backend(tiny: Path, lag: int, enforce_eager: bool) -> 
             assert counters.graph_steps >= 8
             assert set(counters.eager_steps) <= {"a sequence has several rows"}
             assert counters.eagerly_sampled_steps == 0
+            assert llm.stats()["graph_steps"] == counters.graph_steps
+            assert llm.stats()["eager_steps"] == sum(counters.eager_steps.values())
             sampled_behind_eager = double.stream.num_replays - 2 * counters.graph_steps
             assert 0 < sampled_behind_eager <= sum(counters.eager_steps.values())
 
@@ -146,9 +150,15 @@ def test_plans_are_made_rarely(tiny: Path) -> None:
 
 
 def test_the_capture_report_and_progress(tiny: Path) -> None:
-    with gpu_llm(tiny, double_gpu()) as llm:
-        report = llm.facts.capture
+    seen: list[tuple[int, int]] = []
+    options = EngineOptions(dtype="float32", page_size=4, max_num_seqs=16, max_num_batched_tokens=64)
+    _, facts = build.build_runner(
+        options, open_checkpoint(tiny), platform=double_gpu().platform(), on_capture=lambda *counts: seen.append(counts)
+    )
+    report = facts.capture
     assert report is not None
+    assert seen[-1] == (report.num_graphs, report.num_graphs)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert report.num_graphs == 3 + 2 * 6 + 3 * 5  # forward by shape; sampling by rows and feature set
     assert report.num_bytes > 0
     assert report.seconds > 0
