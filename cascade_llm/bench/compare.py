@@ -1,8 +1,9 @@
-"""One load on several engines: makes the sides, measures them in turns, closes them."""
+"""Loads on several engines: opens the sides once, measures load by load in turns, closes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 
 from cascade_llm.bench.load import Load
@@ -12,7 +13,9 @@ from cascade_llm.bench.setup import BenchModel
 from cascade_llm.bench.sides import EngineSide, Side
 from cascade_llm.bench.throughput import ThroughputReport, measure_sides
 
-__all__ = ["compare"]
+__all__ = ["compare", "compare_each"]
+
+OnRun = Callable[[str], None]
 
 
 def compare(
@@ -23,13 +26,34 @@ def compare(
     peer: PeerInterpreter | None = None,
     repeat: int = 3,
     split_steps: bool = True,
-    on_run: Callable[[str], None] = lambda run: None,
+    on_run: OnRun = lambda run: None,
 ) -> ThroughputReport:
     """Cascade attention on, and in turns with it off, and another engine, where wanted.
 
     Raises what opening the engines raises; see `measure_sides` for interruptions.
     """
-    report = ThroughputReport(model.name, load, model.limits())
+    loads = {load.name: load}
+    reports = compare_each(
+        model, loads, with_off=with_off, peer=peer, repeat=repeat, split_steps=split_steps, on_run=on_run
+    )
+    return next(iter(list(reports)))[1]
+
+
+def compare_each(
+    model: BenchModel,
+    loads: Mapping[str, Load],
+    *,
+    with_off: bool = True,
+    peer: PeerInterpreter | None = None,
+    repeat: int = 3,
+    split_steps: bool = True,
+    on_run: OnRun = lambda run: None,
+) -> Iterator[tuple[str, ThroughputReport]]:
+    """As `compare` for each of several loads, on engines that are opened once; yields as results come.
+
+    An interrupted report is the last.
+    """
+    limits, shape = model.limits(), model.shape()
     with ExitStack() as stack:
         sides: list[Side] = []
 
@@ -37,10 +61,38 @@ def compare(
             stack.callback(side.close)
             sides.append(side)
 
-        add(EngineSide("cascade on", model.open(load, enable_cascade_attention=True), load))
+        every = tuple(loads.values())
+        add(EngineSide("cascade on", model.open(*every, enable_cascade_attention=True), every[0]))
         if with_off:
-            add(EngineSide("cascade off", model.open(load, enable_cascade_attention=False), load))
+            add(EngineSide("cascade off", model.open(*every, enable_cascade_attention=False), every[0]))
         if peer is not None:
             on_run(f"starting {peer.name}")
-            add(PeerSide(peer, model, load))
-        return measure_sides(report, sides, model.shape(), repeat=repeat, split_steps=split_steps, on_run=on_run)
+            add(PeerSide(peer, model, *every))
+        for name, load in loads.items():
+            for side in sides:
+                side.use_load(load)
+            report = ThroughputReport(model.name, load, limits)
+            measure_sides(
+                report,
+                sides,
+                shape,
+                repeat=repeat,
+                split_steps=split_steps,
+                on_run=lambda run, name=name: on_run(f"{name}: {run}"),  # type: ignore[misc]
+            )
+            report.peak_memory_bytes.update(_peak_memory(sides))
+            yield name, report
+            if report.interrupted:
+                return
+
+
+def _peak_memory(sides: list[Side]) -> dict[str, int]:
+    """By side; ours where one engine alone is in this process."""
+    engines = [side for side in sides if isinstance(side, EngineSide)]
+    memory = {engines[0].name: _own_peak_memory_bytes()} if len(engines) == 1 else {}
+    return memory | {side.name: side.peak_memory_bytes() for side in sides if isinstance(side, PeerSide)}
+
+
+def _own_peak_memory_bytes() -> int:
+    """The most that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -134,13 +134,13 @@ def measure_latency(
         for name, llm in engines.items():
             on_run(f"{name}, not counted")
             _run(llm, report)
-        for _ in range(repeat):
+        for number in range(repeat):
             turn = {}
-            for name, llm in engines.items():
+            for name in list(engines)[:: 1 if number % 2 == 0 else -1]:
                 on_run(name)
-                turn[name] = _run(llm, report)
-            for name, run in turn.items():
-                report.runs.setdefault(name, []).append(run)
+                turn[name] = _run(engines[name], report)
+            for name in engines:
+                report.runs.setdefault(name, []).append(turn[name])
     except KeyboardInterrupt:
         if not report.runs:
             raise

@@ -26,7 +26,8 @@ class PeerProcess:
     """Runs a driver script of `bench/peers`.
 
     Its standard output carries answers alone (a driver sends everything else to standard error, which goes to a file).
-    It has a process group of its own: an interruption reaches us alone, and closing ends its children as well.
+    It has a process group of its own: an interruption reaches us alone, and closing ends its children as well. Between
+    commands the group is stopped: engines poll their queues, and that takes a core from the side that is measured.
     """
 
     def __init__(self, peer: PeerInterpreter, environment: Mapping[str, str]) -> None:
@@ -43,6 +44,7 @@ class PeerProcess:
             start_new_session=True,
         )
         self._partial = b""
+        self._has_failed = False
 
     def ask(self, command: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
         """Send a command and wait for its answer.
@@ -50,12 +52,14 @@ class PeerProcess:
         Raises `BackendError` with the engine's last words where it fails, ends, or does not answer in time.
         """
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(command).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._failure("has ended") from None
         answer = json.loads(self._read_line(timeout_s))
+        self._signal(signal.SIGSTOP)
         assert isinstance(answer, dict)
         if "error" in answer:
             raise self._failure(f"failed: {answer['error']}")
@@ -64,14 +68,19 @@ class PeerProcess:
     def close(self) -> None:
         """End it and its children."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()  # a driver ends with its input
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(CLOSE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # also children that outlived it
+            self._process.wait(0 if self._has_failed else CLOSE_S)
+        self._signal(signal.SIGKILL)  # also children that outlived it
         self._process.wait()
         self._log.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the whole process group, as far as it lives."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def _read_line(self, timeout_s: float) -> bytes:
         assert self._process.stdout is not None
@@ -89,6 +98,7 @@ class PeerProcess:
         return line
 
     def _failure(self, what: str) -> BackendError:
+        self._has_failed = True
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         said = " | ".join(line.strip() for line in lines[-LOG_LINES:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,21 +44,21 @@ def peer_for(
 class PeerSide(Side):
     """Starts another engine with the same model, threads and dtype, at its own defaults otherwise."""
 
-    def __init__(self, peer: PeerInterpreter, model: BenchModel, load: Load) -> None:
-        """Takes as long as the engine's start; raises `BackendError` where it does not."""
-        super().__init__(peer.name, load, {})
+    def __init__(self, peer: PeerInterpreter, model: BenchModel, *loads: Load) -> None:
+        """Start it with room for each of the loads, and take the first; raises `BackendError` where it does not."""
+        super().__init__(peer.name, loads[0], {})
         self._stack = ExitStack()
         self._process: PeerProcess | None = None
         try:
-            self._start(peer, model)
-            self.use_load(load, model)
+            self._start(peer, model, loads)
+            self.use_load(loads[0])
         except BaseException:
             self.close()
             raise
 
-    def use_load(self, load: Load, model: BenchModel) -> None:
-        """Take another load, which fits the context that the engine was started with."""
-        self.load = load
+    def use_load(self, load: Load) -> None:
+        """See `Side`."""
+        super().use_load(load)
         requests = [
             {"token_ids": list(request.token_ids), "output_len": request.output_len, "n": request.n}
             for request in load.requests
@@ -81,8 +82,8 @@ class PeerSide(Side):
         assert self._process is not None
         return self._process.ask(command, timeout_s=timeout_s)
 
-    def _start(self, peer: PeerInterpreter, model: BenchModel) -> None:
-        options = options_for(model, self.load)
+    def _start(self, peer: PeerInterpreter, model: BenchModel, loads: Sequence[Load]) -> None:
+        options = options_for(model, *loads)
         num_threads = int(options.get("num_threads") or torch.get_num_threads())
         start = {
             "op": "start",

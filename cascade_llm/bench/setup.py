@@ -54,9 +54,9 @@ class BenchModel:
         load.check(self.context_len)
         return load
 
-    def open(self, load: Load, **changes: Any) -> LLM:
-        """An engine with room for a load."""
-        return LLM(self.name, **{**options_for(self, load), **changes})
+    def open(self, *loads: Load, **changes: Any) -> LLM:
+        """An engine with room for each of these loads."""
+        return LLM(self.name, **{**options_for(self, *loads), **changes})
 
     def limits(self) -> MachineLimits:
         """What this machine can do at most with the model's dtype."""
@@ -83,8 +83,8 @@ def open_model(model: str, options: Mapping[str, Any]) -> BenchModel:
     )
 
 
-def options_for(model: BenchModel, load: Load) -> dict[str, Any]:
-    """The user's options; context, lanes and pool are the load's where they are not given.
+def options_for(model: BenchModel, *loads: Load) -> dict[str, Any]:
+    """The user's options; context, lanes and pool are the largest that a load needs, where they are not given.
 
     Every engine gets a pool of the same size, whatever memory the one before has left.
 
@@ -92,18 +92,18 @@ def options_for(model: BenchModel, load: Load) -> dict[str, Any]:
     """
     checked = EngineOptions(**model.options)
     page_bytes = model.config.kv_bytes_per_token(model.dtype.itemsize) * checked.page_size
-    lanes = min(load.num_sequences, DEFAULT_LANES)
+    lanes = min(max(load.num_sequences for load in loads), DEFAULT_LANES)
     options: dict[str, Any] = {
-        "max_model_len": load.longest,
+        "max_model_len": max(load.longest for load in loads),
         "max_num_seqs": lanes,
         "max_num_batched_tokens": max(checked.max_num_batched_tokens, lanes),
         **model.options,
     }
     longest_bytes = -(-options["max_model_len"] // checked.page_size) * page_bytes
     if checked.kv_cache_bytes is None and model.device.type == "cpu":
-        wanted = max(load.pool_pages(checked.page_size) * page_bytes, longest_bytes)
+        wanted = max(load.pool_pages(checked.page_size) for load in loads) * page_bytes
         given = int(available_bytes(model.device) * POOL_SHARE)
-        options["kv_cache_bytes"] = min(wanted, given)
+        options["kv_cache_bytes"] = min(max(wanted, longest_bytes), given)
     if (pool := options.get("kv_cache_bytes")) is not None and pool < longest_bytes:
         raise CapacityError(
             f"a KV pool of {pool:,} bytes does not hold the workload's longest sequence, {longest_bytes:,} bytes: "

@@ -28,6 +28,10 @@ class Side(ABC):
         self.name, self.load, self.flags = name, load, dict(flags)
         """`flags`: all that was chosen for it, for reports."""
 
+    def use_load(self, load: Load) -> None:
+        """Take another load, which fits what this side was opened for."""
+        self.load = load
+
     @abstractmethod
     def run(self, run: Run) -> Reading:
         """Run the load once and time it."""
@@ -44,6 +48,11 @@ class EngineSide(Side):
         super().__init__(name, load, llm.options.given())
         self.llm = llm
         self.plans: dict[Run, list[StepPlan]] = {}
+
+    def use_load(self, load: Load) -> None:
+        """See `Side`; forgets the plans of the load before."""
+        super().use_load(load)
+        self.plans = {}
 
     def run(self, run: Run) -> Reading:
         """See `Side`."""

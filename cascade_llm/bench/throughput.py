@@ -2,14 +2,14 @@
 
 One repeat of a side is a *cold* run (its prefix cache is empty, so prefill is part of it), a run for the *first* token
 with prompts cached, and a *warm* one (the same, to the end). Decode is what the warm run takes beyond the first tokens.
-Sides take turns within each repeat, so that what else the machine does meets all of them; ratios are taken turn by
-turn.
+Sides take turns within each repeat, every other time in reverse, so that what else the machine does meets all of them;
+ratios are taken turn by turn.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,6 +51,8 @@ class ThroughputReport:
     """By side: mean seconds of a warm step by part."""
     unshared_steps: Mapping[str, int] = field(default_factory=dict)
     """Why how many steps of the first side shared nothing."""
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    """By side, since it was opened; only of sides that have processes of their own."""
     interrupted: bool = False
     machine: Mapping[str, Any] = field(default_factory=describe_machine)
 
@@ -122,6 +124,7 @@ class ThroughputReport:
                 "tokens_per_s": {name: self.floor_tokens_per_s(name) for name in quantities},
                 "runs": {run: {"seconds": f.seconds, **f.work._asdict()} for run, f in self.floors.items()},
             },
+            "peak_memory_bytes": dict(self.peak_memory_bytes),
             "unshared_steps": dict(self.unshared_steps),
             "interrupted": self.interrupted,
             "machine": dict(self.machine),
@@ -164,12 +167,13 @@ def measure_sides(
     assert isinstance(main, EngineSide)
     runs: tuple[Run, ...] = ("cold", "warm") if report.load.has_turns else RUNS
     report.sides.update({side.name: side.flags for side in sides})
+    unshared_before = Counter(main.llm.plan_report()["unshared_steps"])
     try:
         for side in sides:
             on_run(f"{side.name}, not counted")
             side.run("cold")
-        for _ in range(repeat):
-            _one_turn(report, sides, runs, on_run)
+        for turn in range(repeat):
+            _one_turn(report, sides if turn % 2 == 0 else sides[::-1], runs, on_run)
         if split_steps:
             _split_steps(report, sides, on_run)
     except KeyboardInterrupt:
@@ -177,7 +181,7 @@ def measure_sides(
             raise
         report.interrupted = True
     report.floors.update(floors_of(main, report.limits, shape))
-    report.unshared_steps = main.llm.plan_report()["unshared_steps"]
+    report.unshared_steps = Counter(main.llm.plan_report()["unshared_steps"]) - unshared_before
     return report
 
 
@@ -204,8 +208,8 @@ def _one_turn(report: ThroughputReport, sides: Sequence[Side], runs: Sequence[Ru
         for run in runs:
             on_run(f"{side.name}, {run}")
             turn[side.name][run] = side.run(run)
-    for name, readings in turn.items():
-        for run, reading in readings.items():
+    for name in report.sides:
+        for run, reading in turn[name].items():
             report.readings.setdefault(name, {}).setdefault(run, []).append(reading)
 
 
@@ -219,10 +223,3 @@ def _split_steps(report: ThroughputReport, sides: Sequence[Side], on_run: OnRun)
 def _as_run(quantity: str) -> Run:
     assert quantity in ("cold", "warm")
     return "cold" if quantity == "cold" else "warm"
-
-
-def close_all(sides: Sequence[Side]) -> None:
-    """Close every side, also where closing one fails."""
-    with ExitStack() as stack:
-        for side in sides:
-            stack.callback(side.close)

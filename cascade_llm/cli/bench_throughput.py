@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cascade_llm.bench.throughput import ThroughputReport
     from cascade_llm.bench.workloads import Workload
 
-__all__ = ["load_options", "throughput"]
+__all__ = ["load_options", "peer_options", "throughput"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

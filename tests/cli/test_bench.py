@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cascade_llm.bench.workloads import WORKLOADS
+from cascade_llm.cli.bench import PLACES
+from tests.bench.fake_openai_server import fake_openai_server
 from tests.cli.conftest import Run
 from tests.engine.tiny_llm import save_tiny
 
@@ -111,3 +114,92 @@ def test_a_wrong_workload_is_answered_with_the_nearest(run: Run) -> None:
     assert "did you mean 'forest'?" in run("bench", "throughput", "forrest").stderr
     result = run("bench", "latency", "random", "--request-rate", "1", "--concurrency", "1")
     assert "exclude each other" in result.stderr
+
+
+def test_attention_times_trees(run: Run, tmp_path: Path) -> None:
+    args = ("bench", "attention", "--tree", "1,4/64,16", "--heads", "4/2", "--heads", "2/2", "--head-dim", "16")
+    fast = ("--measure-s", "0", "--num-threads", "1", "--dtype", "float32")
+    result = run(*args, *fast, "--plot", tmp_path / "trees.png")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("1,4/64,16") == 2
+    printed = json.loads(run(*args, *fast, "--json").stdout)
+    assert [row["heads"] for row in printed["results"]] == ["4/2", "2/2"]
+    assert "no tree" in run("bench", "attention", "--tree", "4,x").stderr
+
+
+def test_growth_measures_every_point_once(run: Run, tiny: Path, tmp_path: Path) -> None:
+    points = ("--batches", "1,3", "--at-prefix", "16", "--prefix-lens", "0,16", "--at-batch", "3")
+    small = ("--suffix-len", "4", "--output-len", "4", "--repeat", "1", "--plot", tmp_path / "growth.png")
+    result = run("bench", "growth", "-m", tiny, *points, *small, *ENGINE, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert list(json.loads(result.stdout)) == ["1 x 16", "3 x 16", "3 x 0"]
+    assert (tmp_path / "growth.png").exists()
+    assert "write integers" in run("bench", "growth", "-m", tiny, "--batches", "1,two").stderr
+
+
+def test_serve_measures_a_server(run: Run, tmp_path: Path) -> None:
+    args = ("bench", "serve", "shared-prefix", *SMALL, "--repeat", "2", "--plot", tmp_path / "serve.png")
+    with fake_openai_server(behaviour="fails every third") as fake:
+        result = run(*args, "--url", fake.url, "--concurrency", "2", "--json")
+        assert result.exit_code == 0, result.stderr
+        printed = json.loads(result.stdout)
+        assert len(printed["runs"][fake.url]) == 2
+        assert len(printed["errors"]) == 2
+    with fake_openai_server(behaviour="refuses") as fake:
+        result = run(*args, "--force", "--url", fake.url)
+        assert result.exit_code == 1
+        assert "no request succeeded" in result.stderr
+
+
+def test_goals_save_each_load_and_go_on_from_a_file(
+    run: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cascade_llm.bench import goals
+    from cascade_llm.bench.workloads import SharedPrefixWorkload
+
+    model = save_tiny(tmp_path_factory.mktemp("goals"))
+    small = {
+        name: goals.Goal(
+            title=name,
+            workload=SharedPrefixWorkload(prefix_len=length, num_requests=2, suffix_len=4, output_len=4),
+            decode=1.5,
+            cold=None,
+        )
+        for name, length in (("short", 8), ("long", 40))
+    }
+    monkeypatch.setattr(goals, "GOALS", small)
+    output, markdown, plot = tmp_path / "goals.json", tmp_path / "goals.md", tmp_path / "goals.png"
+    args = ("bench", "goals", "-m", model, *ENGINE, "--repeat", "1", "--output", output)
+    first = run(*args, "--loads", "short", "--against", "transformers")
+    assert first.exit_code == 0, first.stderr
+    written = json.loads(output.read_text())
+    assert list(written["results"]) == ["short"]
+    assert written["results"]["short"]["ratio"]["transformers"].keys() >= {"cold"}
+    assert "exists" in run(*args).stderr
+    both = run(*args, "--resume", "--markdown", markdown, "--plot", plot)
+    assert both.exit_code == 0, both.stderr
+    assert list(json.loads(output.read_text())["results"]) == ["short", "long"]
+    assert json.loads(output.read_text())["results"]["short"] == written["results"]["short"]
+    lines = markdown.read_text().splitlines()
+    assert any(line.startswith("| short |") for line in lines)
+    assert any(line.startswith("| long |") for line in lines)
+    assert plot.exists()
+    output.write_text("{}")
+    assert "does not hold results" in run(*args, "--resume").stderr
+    assert "--resume needs --output" in run("bench", "goals", "--resume").stderr
+    assert "did you mean 'short'" in run("bench", "goals", "-m", model, "--loads", "shor").stderr
+
+
+def test_help_of_every_command_imports_nothing_heavy(run_python: Callable[[str], str]) -> None:
+    paths = [("bench", name) for name in PLACES]
+    paths += [("bench", "throughput", name) for name in WORKLOADS]
+    printed = run_python(
+        "import json, sys\n"
+        "from click.testing import CliRunner\n"
+        "from cascade_llm.cli.main import cli\n"
+        f"codes = [CliRunner().invoke(cli, [*path, '--help']).exit_code for path in {paths!r}]\n"
+        "print(json.dumps([codes, sorted(sys.modules)]))"
+    )
+    codes, modules = json.loads(printed)
+    assert codes == [0] * len(paths)
+    assert not {"torch", "numpy", "matplotlib", "transformers", "psutil"} & set(modules)

@@ -12,31 +12,32 @@ import resource
 import sys
 import time
 import traceback
+from typing import Any
 
 
 class Driver:
     """What a driver says and does; an instance is made once and told what to run."""
 
-    def start(self, command):
+    def start(self, command: dict[str, Any]) -> dict[str, Any]:
         """Start the engine; returns its flags, everything that was chosen for it."""
         raise NotImplementedError
 
-    def load(self, requests, temperature, top_p):
+    def load(self, requests: list[dict[str, Any]], temperature: float, top_p: float) -> None:
         """Keep what is to be run: requests are {"token_ids", "output_len", "n"}."""
         raise NotImplementedError
 
-    def run(self, output_len):
+    def run(self, output_len: int | None) -> int:
         """Run it once, with that many tokens each where `output_len` is given.
 
         Returns the number of generated tokens. The time of this call is what is measured.
         """
         raise NotImplementedError
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget cached prefixes; not timed."""
 
 
-def serve(driver):
+def serve(driver: Driver) -> None:
     """Answer commands until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an engine prints must not mix with the answers
@@ -50,7 +51,7 @@ def serve(driver):
         answers.flush()
 
 
-def _answer(driver, command):
+def _answer(driver: Driver, command: dict[str, Any]) -> dict[str, Any]:
     operation = command["op"]
     if operation == "start":
         return {"flags": driver.start(command)}
@@ -68,7 +69,7 @@ def _answer(driver, command):
     raise ValueError(f"unknown command {operation}")
 
 
-def peak_memory_bytes():
+def peak_memory_bytes() -> int:
     """The most that this process and each of its children held, added up; Linux tells of living processes too."""
     total = 0
     for pid in [os.getpid(), *_descendants(os.getpid())]:
@@ -80,8 +81,8 @@ def peak_memory_bytes():
     return total or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _descendants(pid):
-    found = []
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
         if not entry.isdigit():
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from driver_loop import Driver, serve
 
 BATCH_TOKENS = 160_000
@@ -11,7 +13,7 @@ BATCH_TOKENS = 160_000
 class TransformersDriver(Driver):
     """One `AutoModelForCausalLM`."""
 
-    def start(self, command):
+    def start(self, command: dict[str, Any]) -> dict[str, Any]:
         """Dtype and threads are the load's; attention and compilation are transformers' choice."""
         import torch
         import transformers
@@ -31,21 +33,21 @@ class TransformersDriver(Driver):
             "batch": "static, padded on the left",
         }
 
-    def load(self, requests, temperature, top_p):
+    def load(self, requests: list[dict[str, Any]], temperature: float, top_p: float) -> None:
         """Samples of one prompt become rows of their own; rows of like length share a batch."""
         rows = [(r["token_ids"], r["output_len"]) for r in requests for _ in range(r["n"])]
         rows.sort(key=lambda row: (row[1], len(row[0])))
-        self._batches = [[]]
+        self._batches: list[list[tuple[list[int], int]]] = [[]]
         for row in rows:
             longest = max(len(ids) + output_len for ids, output_len in [*self._batches[-1], row])
             if self._batches[-1] and (len(self._batches[-1]) + 1) * longest > BATCH_TOKENS:
                 self._batches.append([])
             self._batches[-1].append(row)
-        self._sampling = {"do_sample": False}
+        self._sampling: dict[str, Any] = {"do_sample": False}
         if temperature:
             self._sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
-    def run(self, output_len):
+    def run(self, output_len: int | None) -> int:
         """See `Driver`; a batch runs as long as its longest output, whose own length counts."""
         total = 0
         for batch in self._batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from driver_loop import Driver, serve
 
@@ -10,7 +11,7 @@ from driver_loop import Driver, serve
 class VllmDriver(Driver):
     """One `vllm.LLM`."""
 
-    def start(self, command):
+    def start(self, command: dict[str, Any]) -> dict[str, Any]:
         """Context, lanes, dtype and threads are the load's; everything else is vLLM's choice."""
         import vllm
 
@@ -33,24 +34,22 @@ class VllmDriver(Driver):
             **variables,
         }
 
-    def load(self, requests, temperature, top_p):
+    def load(self, requests: list[dict[str, Any]], temperature: float, top_p: float) -> None:
         """See `Driver`."""
         self._requests = requests
         self._sampling = {"temperature": temperature, "top_p": top_p, "ignore_eos": True}
 
-    def run(self, output_len):
+    def run(self, output_len: int | None) -> int:
         """See `Driver`."""
         prompts = [{"prompt_token_ids": request["token_ids"]} for request in self._requests]
         params = [
-            self._params(**self._sampling, n=request["n"], seed=index, max_tokens=output_len or request["output_len"])
-            if self._sampling["temperature"]
-            else self._params(**self._sampling, n=request["n"], max_tokens=output_len or request["output_len"])
-            for index, request in enumerate(self._requests)
+            self._params(**self._sampling, n=request["n"], max_tokens=output_len or request["output_len"])
+            for request in self._requests
         ]
         outputs = self._engine.generate(prompts, params, use_tqdm=False)
         return sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
 
-    def reset(self):
+    def reset(self) -> None:
         """See `Driver`."""
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")

@@ -1,0 +1,153 @@
+"""`cascade-llm bench attention`: one layer of attention over trees of prefixes, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cascade_llm.cli.console import error_console, print_json, result_console
+from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
+from cascade_llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cascade_llm.bench.attention_trees import TreeResult
+
+__all__ = ["attention"]
+
+
+@click.command()
+@click.option("--tree", "trees", multiple=True, help="Nodes per level / tokens per node; default: a public list.")
+@click.option("--heads", multiple=True, default=("32/8",), show_default=True, help="Query heads / KV heads.")
+@click.option("--head-dim", type=int, default=128, show_default=True, help="Of every head.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--backend", default="auto", show_default=True, help="The attention backend.")
+@click.option("--num-threads", type=int, help="CPU threads; default: torch's own number.")
+@click.option("--measure-s", type=float, default=0.5, show_default=True, help="Seconds for each of the two plans.")
+@output_options
+def attention(
+    trees: Sequence[str],
+    heads: Sequence[str],
+    head_dim: int,
+    device: str,
+    dtype: str,
+    backend: str,
+    num_threads: int | None,
+    measure_s: float,
+    as_json: bool,
+    output: Path | None,
+    plot: Path | None,
+    force: bool,
+) -> None:
+    """Time one layer of decode attention over trees of shared prefixes: the planner's plan against one level."""
+    check_output_files(output, plot, force=force)
+    from cascade_llm.bench.attention_trees import HeadLayout, measure_tree, parse_trees
+    from cascade_llm.bench.machine import describe_machine
+    from cascade_llm.bench.machine_limits import machine_limits
+    from cascade_llm.cli.demo_runs import run_bar
+    from cascade_llm.config import EngineOptions
+    from cascade_llm.runner.device import resolve_device, resolve_dtype
+
+    EngineOptions(device=device, dtype=dtype, num_threads=num_threads)
+    shapes, layouts = parse_trees(trees), [HeadLayout.parse(text, head_dim) for text in heads]
+    where = resolve_device(device)
+    what = resolve_dtype(dtype, "bfloat16", where)
+    limits = machine_limits(where, what, num_threads=num_threads)
+    results: list[TreeResult] = []
+    interrupted = False
+    with run_bar(len(shapes) * len(layouts)) as on_run:
+        try:
+            for layout in layouts:
+                for shape in shapes:
+                    on_run(f"{shape}, {layout} heads")
+                    try:
+                        results.append(
+                            measure_tree(
+                                shape,
+                                layout,
+                                limits,
+                                device=where,
+                                dtype=what,
+                                backend=backend,
+                                num_threads=num_threads,
+                                measure_s=measure_s,
+                            )
+                        )
+                    except ConfigError as error:
+                        if trees:
+                            raise
+                        error_console().print(str(error), style="dim")  # of the public list, what fits
+        except KeyboardInterrupt:
+            if not results:
+                raise
+            interrupted = True
+    record: dict[str, Any] = {
+        "results": [result.as_dict() for result in results],
+        "limits": vars(limits),
+        "interrupted": interrupted,
+        "machine": describe_machine(),
+    }
+    if output is not None:
+        write_json_file(output, record)
+    if plot is not None:
+        _draw(results, plot)
+    if as_json:
+        print_json(record, indent=2)
+    else:
+        result_console().print(_table(results))
+        result_console().print(
+            f"limit: {limits.bytes_per_s / 1e9:,.1f} GB/s, {limits.flops_per_s / 1e9:,.0f} GFLOP/s in {limits.dtype}, "
+            f"{limits.num_threads} threads of {limits.device}",
+            style="dim",
+        )
+    if interrupted:
+        raise click.Abort
+
+
+def _table(results: Sequence[TreeResult]) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("tree: nodes / tokens", "heads", "levels"):
+        table.add_column(heading)
+    for heading in ("plan, ms", "one level, ms", "speed-up", "share of limit", "prepare, ms", "planning, ms"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        table.add_row(
+            result.tree,
+            result.heads,
+            str(result.num_levels),
+            f"{result.cascade_s * 1e3:.3f}",
+            f"{result.one_level_s * 1e3:.3f}",
+            f"{result.speedup:.2f}",
+            f"{result.floor_s / result.cascade_s:.0%}",
+            f"{result.prepare_s * 1e3:.3f}",
+            f"{result.planning_s * 1e3:.3f}",
+        )
+    return table
+
+
+def _draw(results: Sequence[TreeResult], path: Path) -> None:
+    from cascade_llm.cli.charts import Bars, draw_charts
+
+    trees, layouts = [list(dict.fromkeys(names)) for names in zip(*((r.tree, r.heads) for r in results), strict=True)]
+    by_key = {(result.tree, result.heads): result for result in results}
+
+    def bars(title: str, y_label: str, value: str) -> Bars:
+        rows = {
+            layout: [by_key[tree, layout].as_dict()[value] if (tree, layout) in by_key else None for tree in trees]
+            for layout in layouts
+        }
+        return Bars(title=title, y_label=y_label, groups=[str(i) for i in range(len(trees))], values=rows)
+
+    caption = "; ".join(f"{index}: {tree}" for index, tree in enumerate(trees))
+    draw_charts(
+        path,
+        [bars("speed-up over one level", "times", "speedup"), bars("share of the limit", "", "share_of_limit")],
+        caption=caption,
+    )

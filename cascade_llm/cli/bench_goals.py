@@ -1,0 +1,128 @@
+"""`cascade-llm bench goals`: the loads by which the engine is judged, in turns with another, saved as they come."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cascade_llm.cli.bench_throughput import peer_options
+from cascade_llm.cli.console import error_console, print_json, result_console
+from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
+from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
+from cascade_llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cascade_llm.bench.goals import GoalResult
+
+__all__ = ["goals"]
+
+
+@click.command(cls=SectionedCommand)
+@model_option
+@peer_options
+@click.option("--loads", default="", help="Names of loads, with commas between; default: all.")
+@click.option("--repeat", type=click.IntRange(min=1), default=2, show_default=True, help="Turns for each load.")
+@click.option("--off/--no-off", "with_off", default=False, help="Compare with cascade attention off as well.")
+@click.option("--resume", is_flag=True, help="Keep the loads that --output has already, and measure the others.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Write the table to this file.")
+@output_options
+@engine_options(without=("enable_cascade_attention",))
+def goals(
+    model: str,
+    against: str | None,
+    peer_python: Path | None,
+    install_peer: bool,
+    loads: str,
+    repeat: int,
+    with_off: bool,
+    resume: bool,
+    markdown: Path | None,
+    as_json: bool,
+    output: Path | None,
+    plot: Path | None,
+    force: bool,
+    **arguments: Any,
+) -> None:
+    """Measure the goal table: several loads, ours and another engine in turns, ratios against their goals.
+
+    Each load's result goes to --output as soon as it is there.
+    """
+    options = take_engine(arguments)
+    if resume and output is None:
+        raise click.UsageError("--resume needs --output, the file to go on with.")
+    check_output_files(output, plot, force=force or resume)
+    check_output_files(markdown, None, force=force or resume)
+    from cascade_llm.bench.compare import compare_each
+    from cascade_llm.bench.goals import choose_goals, goal_loads, goal_result
+    from cascade_llm.bench.machine import describe_machine
+    from cascade_llm.bench.peer_side import peer_for
+    from cascade_llm.bench.setup import open_model
+    from cascade_llm.bench.throughput import num_runs
+    from cascade_llm.cli import goals_report as text
+    from cascade_llm.cli.demo_runs import run_bar
+
+    bench = open_model(model, options)
+    chosen = choose_goals([name.strip() for name in loads.split(",") if name.strip()])
+    done = _read_results(output) if resume and output is not None and output.exists() else {}
+    wanted = goal_loads(bench, {name: goal for name, goal in chosen.items() if name not in done})
+    interrupted = False
+    record: dict[str, Any] = {"model": model, "machine": describe_machine(), "sides": {}, "reports": {}}
+    if wanted:
+        peer = None
+        if against is not None:
+            (peer, *_) = [
+                peer_for(against, bench, load, python=peer_python, install=install_peer) for load in wanted.values()
+            ]
+        num_sides = 1 + with_off + (peer is not None)
+        total = sum(num_runs(num_sides, repeat, load) for load in wanted.values()) + (peer is not None)
+        with run_bar(total) as on_run:
+            reports = compare_each(
+                bench, wanted, with_off=with_off, peer=peer, repeat=repeat, split_steps=False, on_run=on_run
+            )
+            try:
+                for name, report in reports:
+                    done[name] = goal_result(name, report)
+                    record["sides"] = {side: dict(flags) for side, flags in report.sides.items()}
+                    record["reports"][name] = report.as_dict()
+                    interrupted = interrupted or report.interrupted
+                    _save(output, record, done)
+                    error_console().print(text.result_line(done[name]), style="dim")
+            except KeyboardInterrupt:
+                if not done:
+                    raise
+                interrupted = True
+    ordered = [done[name] for name in chosen if name in done]
+    if markdown is not None:
+        markdown.write_text(text.markdown(ordered), encoding="utf-8")
+    if plot is not None:
+        from cascade_llm.cli.charts import draw_charts
+
+        draw_charts(plot, text.charts(ordered), caption=text.caption(record["machine"], repeat))
+    if as_json:
+        print_json({**record, "results": {result.name: result.as_dict() for result in ordered}}, indent=2)
+    else:
+        result_console().print(text.goals_table(ordered))
+        for line in text.comparison_lines(ordered):
+            result_console().print(line)
+        for line in text.setting_lines(record):
+            result_console().print(line, style="dim")
+    if interrupted:
+        raise click.Abort
+
+
+def _save(output: Path | None, record: dict[str, Any], done: dict[str, GoalResult]) -> None:
+    if output is not None:
+        write_json_file(output, {**record, "results": {name: result.as_dict() for name, result in done.items()}})
+
+
+def _read_results(path: Path) -> dict[str, GoalResult]:
+    from cascade_llm.bench.goals import GoalResult
+
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))["results"]
+        return {name: GoalResult.from_dict(result) for name, result in written.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} does not hold results of `bench goals` ({error}): leave out --resume") from None

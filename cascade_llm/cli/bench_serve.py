@@ -1,0 +1,140 @@
+"""`cascade-llm bench serve`: latency and throughput of a server that speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cascade_llm.cli.bench_latency import arrival_options, make_arrivals
+from cascade_llm.cli.bench_throughput import load_options
+from cascade_llm.cli.bench_workloads import WorkloadGroup
+from cascade_llm.cli.console import print_json, result_console
+from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
+from cascade_llm.errors import BackendError
+
+if TYPE_CHECKING:
+    from cascade_llm.bench.load import Load
+    from cascade_llm.bench.workloads import Workload
+
+__all__ = ["serve"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _options(command: Command) -> Command:
+    for option in reversed(
+        (
+            click.option("--url", default="http://localhost:8000", show_default=True, help="Of the server."),
+            click.option("--served-model", help="The model's name at the server; default: its first."),
+            click.option("--api-key", envvar="OPENAI_API_KEY", help="Sent as a bearer token."),
+            click.option("--tokenizer", help="A model whose tokenizer reads texts: a folder, .gguf file or hub id."),
+            click.option("--vocab-size", type=int, default=10_000, show_default=True, help="Token ids are below it."),
+            click.option("--ignore-eos/--no-ignore-eos", default=True, help="Ask for outputs of full length."),
+        )
+    ):
+        command = option(command)
+    return arrival_options(load_options(output_options(command)))
+
+
+def _run(
+    workload: Workload,
+    *,
+    url: str,
+    served_model: str | None,
+    api_key: str | None,
+    tokenizer: str | None,
+    vocab_size: int,
+    ignore_eos: bool,
+    request_rate: float | None,
+    concurrency: int | None,
+    arrival_seed: int,
+    temperature: float | None,
+    top_p: float,
+    repeat: int,
+    as_json: bool,
+    output: Path | None,
+    plot: Path | None,
+    force: bool,
+) -> None:
+    check_output_files(output, plot, force=force)
+    arrivals = make_arrivals(request_rate, concurrency, arrival_seed)
+    from cascade_llm.bench.latency import LatencyReport, LatencyRun
+    from cascade_llm.bench.serve_client import CompletionsServer, run_against_server
+    from cascade_llm.cli.demo_runs import run_bar
+
+    load = _load(workload, tokenizer, vocab_size, temperature, top_p)
+    load.check(1 << 62)
+    server = CompletionsServer(url, model=served_model, api_key=api_key)
+    report = LatencyReport(server.model, load, arrivals)
+    report.sides[url] = {"model": server.model, "ignore_eos": ignore_eos}
+    errors: list[str] = []
+    with run_bar(repeat * len(load.requests)) as on_run:
+        for turn in range(repeat):
+            try:
+                run = run_against_server(
+                    server,
+                    load,
+                    arrivals,
+                    ignore_eos=ignore_eos,
+                    on_end=lambda turn=turn: on_run(f"run {turn + 1}"),  # type: ignore[misc]
+                )
+            except KeyboardInterrupt:
+                report.interrupted = True
+                break
+            errors += run.errors
+            if run.succeeded:
+                timings = [answer.timing for answer in run.succeeded]
+                counters = {"failed": len(run.errors), "generated": sum(a.num_generated for a in run.succeeded)}
+                report.runs.setdefault(url, []).append(LatencyRun.of(timings, run.elapsed_s, counters))
+            if "interrupted" in run.errors:
+                report.interrupted = True
+                break
+    if not report.runs:
+        raise BackendError(f"no request succeeded; the first error: {errors[0] if errors else 'interrupted'}")
+    _show(report, errors, as_json=as_json, output=output, plot=plot)
+    if report.interrupted:
+        raise click.Abort
+
+
+def _load(workload: Workload, tokenizer: str | None, vocab_size: int, temperature: float | None, top_p: float) -> Load:
+    from cascade_llm.bench.workloads import Vocabulary
+
+    if tokenizer is None:
+        return workload.load(Vocabulary(vocab_size), temperature=temperature, top_p=top_p)
+    from cascade_llm.engine.tokenizer import load_tokenizer
+    from cascade_llm.loader.resolve import open_checkpoint
+
+    checkpoint = open_checkpoint(tokenizer, load_format="dummy")
+    size = int(checkpoint.hf_config().get("vocab_size") or vocab_size)
+    vocabulary = Vocabulary(size, lambda: load_tokenizer(checkpoint.tokenizer_source))
+    return workload.load(vocabulary, temperature=temperature, top_p=top_p)
+
+
+def _show(report: Any, errors: list[str], *, as_json: bool, output: Path | None, plot: Path | None) -> None:
+    from cascade_llm.cli import latency_report as text
+
+    record = {**report.as_dict(), "errors": errors}
+    if output is not None:
+        write_json_file(output, record)
+    if plot is not None:
+        from cascade_llm.cli.charts import draw_charts
+
+        draw_charts(plot, text.charts(report.runs), caption=text.title(report))
+    if as_json:
+        print_json(record, indent=2)
+        return
+    console = result_console()
+    console.print(text.title(report), style="bold")
+    console.print(text.latency_table(report.runs))
+    if errors:
+        console.print(f"{len(errors)} requests failed; the first: {errors[0]}", style="red")
+    for line in text.setting_lines(report):
+        console.print(line, style="dim")
+
+
+@click.group(cls=WorkloadGroup, run=_run, options=_options)
+def serve() -> None:
+    """Measure a server that speaks OpenAI's protocol: time to first token, between tokens, to the end."""

@@ -1,0 +1,198 @@
+"""Other engines: processes of their own that answer, fail, hang and end; transformers for real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cascade_llm.bench.compare import compare
+from cascade_llm.bench.peer_environment import DRIVERS, PEERS, PeerInterpreter, PeerKind, find_peer, install_peer
+from cascade_llm.bench.peer_process import PeerProcess
+from cascade_llm.bench.peer_side import PeerSide, peer_for
+from cascade_llm.bench.setup import open_model
+from cascade_llm.bench.workloads import ChatWorkload, RandomWorkload, RolloutWorkload, SharedPrefixWorkload
+from cascade_llm.errors import BackendError, ConfigError
+
+OPTIONS = {"dtype": "float32", "page_size": 4, "num_threads": 1}
+SHARED = SharedPrefixWorkload(prefix_len=20, num_requests=3, suffix_len=4, output_len=5)
+
+DRIVER = """
+import os, subprocess, sys, time
+sys.path.insert(0, {drivers!r})
+from driver_loop import Driver, serve
+
+class Counting(Driver):
+    def start(self, command):
+        print("noise on standard output")
+        self.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        return {{"child": self.child.pid, "threads": os.environ["OMP_NUM_THREADS"]}}
+    def load(self, requests, temperature, top_p):
+        self.requests = requests
+    def run(self, output_len):
+        if output_len == 99:
+            time.sleep(60)
+        if output_len == 98:
+            os._exit(3)
+        if output_len == 97:
+            raise ValueError("no such thing")
+        return sum(r["n"] * (output_len or r["output_len"]) for r in self.requests)
+
+serve(Counting())
+"""
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> PeerInterpreter:
+    driver = tmp_path / "counting_driver.py"
+    driver.write_text(DRIVER.format(drivers=str(DRIVERS)))
+    return PeerInterpreter("counting", Path(sys.executable), driver)
+
+
+@pytest.fixture
+def process(counting: PeerInterpreter) -> PeerProcess:
+    return PeerProcess(counting, {"OMP_NUM_THREADS": "1"})
+
+
+def start(process: PeerProcess) -> int:
+    child = process.ask({"op": "start"}, timeout_s=30)["flags"]["child"]
+    assert isinstance(child, int)
+    requests = [{"token_ids": [1], "output_len": 4, "n": 2}]
+    process.ask({"op": "load", "requests": requests, "temperature": 0.0, "top_p": 1.0}, timeout_s=30)
+    return child
+
+
+def state_of(pid: int) -> str:
+    """The kernel's letter for a process: T is stopped, Z ended, "" gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def wait_for(pid: int, states: tuple[str, ...]) -> None:
+    for _ in range(500):
+        if state_of(pid) in states:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"process {pid} is in state {state_of(pid)!r}, not in {states}")
+
+
+def test_answers_come_without_the_noise_and_children_rest_between(process: PeerProcess) -> None:
+    child = start(process)
+    answer = process.ask({"op": "run", "output_len": None, "reset": True}, timeout_s=30)
+    assert answer["num_generated"] == 8
+    assert answer["elapsed_s"] >= 0
+    wait_for(child, ("T",))
+    assert process.ask({"op": "run", "output_len": 1, "reset": False}, timeout_s=30)["num_generated"] == 2
+    assert process.ask({"op": "memory"}, timeout_s=30)["peak_bytes"] > 1 << 20
+    process.close()
+    wait_for(child, ("", "Z"))
+
+
+@pytest.mark.parametrize(
+    ("output_len", "timeout_s", "words"),
+    [(97, 30, "ValueError: no such thing"), (98, 30, "has ended"), (99, 0.5, "has not answered for")],
+)
+def test_failures_are_told_with_the_engines_words(
+    process: PeerProcess, output_len: int, timeout_s: float, words: str
+) -> None:
+    child = start(process)
+    with pytest.raises(BackendError, match=words):
+        process.ask({"op": "run", "output_len": output_len, "reset": False}, timeout_s=timeout_s)
+    process.close()
+    wait_for(child, ("", "Z"))
+
+
+def test_an_engine_that_dies_between_commands_is_told(process: PeerProcess) -> None:
+    start(process)
+    os.killpg(process._process.pid, signal.SIGKILL)
+    process._process.wait()
+    with pytest.raises(BackendError, match=r"has ended.*noise on standard output"):
+        process.ask({"op": "memory"}, timeout_s=30)
+    process.close()
+
+
+def test_a_side_takes_one_load_after_the_other(counting: PeerInterpreter, tiny: Path) -> None:
+    model = open_model(str(tiny), OPTIONS)
+    loads = model.load(SHARED), model.load(RolloutWorkload(prompts=2, samples=3, prompt_len=8, output_len=6))
+    side = PeerSide(counting, model, *loads)
+    assert side.flags["threads"] == "1"
+    assert [side.run(run).num_generated for run in ("cold", "first", "warm")] == [15, 3, 15]
+    side.use_load(loads[1])
+    assert side.run("cold").num_generated == 36
+    side.close()
+
+
+def test_transformers_runs_and_every_quantity_is_compared(tiny: Path) -> None:
+    model = open_model(str(tiny), OPTIONS)
+    load = model.load(SHARED)
+    peer = peer_for("transformers", model, load)
+    assert peer.python == Path(sys.executable)
+    report = compare(model, load, with_off=False, peer=peer, repeat=1, split_steps=False)
+    assert list(report.readings) == ["cascade on", "transformers"]
+    assert report.readings["transformers"]["cold"][0].num_generated == 15
+    assert report.ratio("transformers", "cold").median > 0
+    assert report.sides["transformers"]["num_threads"] == 1
+    assert report.peak_memory_bytes.keys() == {"cascade on", "transformers"}
+
+
+def test_transformers_counts_each_rows_own_length(tiny: Path) -> None:
+    model = open_model(str(tiny), OPTIONS)
+    load = model.load(RandomWorkload(num_requests=4, min_len=3, max_len=9), temperature=0.8, top_p=0.95)
+    side = PeerSide(peer_for("transformers", model, load), model, load)
+    assert side.run("cold").num_generated == load.num_generated
+    assert side.run("first").num_generated == 4
+    side.close()
+
+
+def test_what_a_peer_cannot_do_is_refused_before_it_is_started(tiny: Path) -> None:
+    model = open_model(str(tiny), OPTIONS)
+    chat = model.load(ChatWorkload(conversations=1, turns=2, system_len=4, user_len=4, output_len=4))
+    load = model.load(SHARED)
+    with pytest.raises(ConfigError, match="turns"):
+        peer_for("transformers", model, chat)
+    with pytest.raises(ConfigError, match=r"llama.cpp reads .gguf files only"):
+        peer_for("llama.cpp", model, load)
+    dummy = open_model(str(tiny), {**OPTIONS, "load_format": "dummy"})
+    with pytest.raises(ConfigError, match="real weights"):
+        peer_for("transformers", dummy, load)
+
+
+def test_a_missing_peer_says_how_to_get_it(own_cache: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'vllm'"):
+        find_peer("vlm")
+    with pytest.raises(BackendError, match=r"--install-peer.*--peer-python"):
+        find_peer("vllm")
+    with pytest.raises(BackendError, match="cannot import vllm"):
+        find_peer("vllm", Path(sys.executable))
+    with pytest.raises(BackendError, match="cannot be run"):
+        find_peer("vllm", own_cache / "no-python")
+
+
+def test_every_peer_has_its_driver() -> None:
+    for kind in PEERS.values():
+        assert (DRIVERS / kind.driver).is_file()
+
+
+@pytest.mark.slow
+def test_an_environment_is_made_and_found(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = PeerKind(module="json", driver="vllm_driver.py", requirements=("pip",))
+    monkeypatch.setitem(PEERS, "small", kind)
+    with pytest.raises(BackendError, match="--install-peer"):
+        find_peer("small")
+    made = find_peer("small", install=True)
+    assert made.python == own_cache / "peers" / "small" / "bin" / "python"
+    assert find_peer("small") == made
+
+
+@pytest.mark.slow
+def test_a_failed_installation_says_why_and_counts_as_none(tmp_path: Path) -> None:
+    kind = PeerKind(module="x", driver="vllm_driver.py", requirements=("/no/such/wheel.whl",))
+    with pytest.raises(BackendError, match=r"wheel.*--peer-python"):
+        install_peer(tmp_path / "environment", kind)
+    assert not (tmp_path / "environment" / "complete").exists()
