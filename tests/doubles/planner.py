@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = ["DoubleError", "KernelPlan", "decode_plan", "prefill_plan"]
+__all__ = ["HEADER", "MAGIC", "DoubleError", "KernelPlan", "decode_plan", "prefill_plan"]
 
+MAGIC, HEADER = 0x0CA5CADE, 8
+"""How a plan in an int workspace begins: this number, and so many in all before its tiles."""
 WHOLE = 1 << 30
 """Chunk length, in pages, where K/V are not split."""
 

@@ -15,8 +15,9 @@ import torch
 from cascade_llm.attention.flashinfer_ops import FlashInferOps
 from scripts.flashinfer_signatures import describe
 from tests.doubles.device import DoubleStream
-from tests.doubles.flashinfer import SIGNATURES, DecodeWrapper, FlashInferDouble, PrefillWrapper
+from tests.doubles.flashinfer import FlashInferDouble
 from tests.doubles.planner import DoubleError, decode_plan, prefill_plan
+from tests.doubles.wrappers import SIGNATURES, DecodeWrapper, PrefillWrapper
 
 RECORDED: dict[str, list[dict[str, str]]] = json.loads(SIGNATURES.read_text())["calls"]
 DOUBLE = FlashInferDouble(DoubleStream())

@@ -1,0 +1,131 @@
+"""What FlashInfer's kernels compute, tile by tile, in float64 where they accumulate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tests.doubles.device import poison
+from tests.doubles.planner import HEADER, MAGIC, DoubleError
+
+__all__ = ["assign", "merge_states_in_place", "normalized", "renormalized", "run_tiles"]
+
+
+def run_tiles(
+    workspace: torch.Tensor,
+    buffers: tuple[torch.Tensor | None, ...],
+    q: torch.Tensor,
+    pools: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+    window: int,
+    no_surplus: bool = False,
+) -> None:
+    """The kernel: every tile of the plan in the workspace, over what the device's columns say now."""
+    poison(out)
+    poison(lse)
+    numbers = workspace.view(torch.int32)
+    magic, num_tiles, _, tile_q, chunk_pages, split, _, num_rows = numbers[:HEADER].tolist()
+    if magic != MAGIC:
+        raise DoubleError("no plan in the int workspace")
+    if num_rows != len(q):
+        raise DoubleError(f"the plan in the int workspace is for {num_rows} rows, not {len(q)}")
+    tiles = numbers[HEADER : HEADER + 3 * num_tiles].view(-1, 3).tolist()
+    qo_indptr, kv_indptr, _, last_page_len = (b.tolist() if b is not None else [] for b in buffers)
+    group, page_size = q.shape[1] // pools[0].shape[2], pools[0].shape[1]
+    states: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    for segment, q_tile, kv_tile in tiles:
+        first, end = qo_indptr[segment], qo_indptr[segment + 1]
+        pages = kv_indptr[segment + 1] - kv_indptr[segment]
+        kv_len = (pages - 1) * page_size + last_page_len[segment] if pages else 0
+        begin = kv_tile * chunk_pages * page_size if split else 0
+        if no_surplus and begin > kv_len:
+            raise DoubleError("CUDA-core decode underflows where a chunk starts behind the end")
+        stop = max(begin, min(kv_len, begin + chunk_pages * page_size)) if split else kv_len
+        packed = range(q_tile * tile_q, min((q_tile + 1) * tile_q, (end - first) * group))
+        if not packed:
+            continue
+        rows = range(first + packed.start // group, first + -(-packed.stop // group))
+        limits = _limits(rows, end, kv_len, causal=causal, window=window)
+        v, s = _attend(q[rows.start : rows.stop], pools, buffers[2], kv_indptr[segment], begin, stop, scale, limits)
+        if split:  # partial results pass through memory in the output's dtype
+            v = v.to(q.dtype).double()
+        if (segment, q_tile) in states:
+            v, s = _joined(*states[segment, q_tile], v, s)
+        states[segment, q_tile] = v, s
+        for packed_row in packed:
+            row, heads = first + packed_row // group, slice(packed_row % group, None, group)
+            out[row, heads] = v[row - rows.start, heads].to(out.dtype)
+            lse[row, heads] = s[row - rows.start, heads].float()
+
+
+def _limits(rows: range, end: int, kv_len: int, *, causal: bool, window: int) -> list[tuple[int, int]]:
+    """The keys that each row may read; the mask is aligned to the right."""
+    limits = []
+    for row in rows:
+        stop = kv_len - (end - 1 - row) if causal else kv_len
+        limits.append((max(0, stop - 1 - window) if window >= 0 else 0, stop))
+    return limits
+
+
+def _attend(
+    q: torch.Tensor,
+    pools: tuple[torch.Tensor, torch.Tensor],
+    indices: torch.Tensor | None,
+    first_entry: int,
+    begin: int,
+    stop: int,
+    scale: float | None,
+    limits: list[tuple[int, int]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(v, s) of rows over tokens begin:stop of one segment, float64, s base 2; (0, -inf) where there are none."""
+    assert indices is not None
+    rows, heads, head_dim = q.shape
+    k_pool, v_pool = pools
+    page_size, group = k_pool.shape[1], heads // k_pool.shape[2]
+    token = torch.arange(begin, stop)
+    pages = indices[first_entry + token // page_size].long()
+    k = k_pool[pages, token % page_size].double().repeat_interleave(group, dim=1)
+    v = v_pool[pages, token % page_size].double().repeat_interleave(group, dim=1)
+    scores = torch.einsum("rhd,khd->rhk", q.double(), k) * (scale or head_dim**-0.5)
+    lower, upper = torch.tensor(limits).view(-1, 2, 1).unbind(1)
+    hidden = (token < lower) | (token >= upper)
+    scores.masked_fill_(hidden[:, None, :], -torch.inf)
+    s = scores.logsumexp(-1) if len(token) else torch.full((rows, heads), -torch.inf, dtype=torch.float64)
+    weights = torch.exp(scores - s.masked_fill(s == -torch.inf, 0.0).unsqueeze(-1))
+    return torch.einsum("rhk,khd->rhd", weights, v), s / math.log(2.0)
+
+
+def _joined(
+    v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    largest = torch.maximum(s, s_other)
+    anchor = largest.masked_fill(largest == -torch.inf, 0.0)
+    a, b = torch.exp2(s - anchor), torch.exp2(s_other - anchor)
+    total = a + b
+    share = torch.where(total > 0, total, 1.0).unsqueeze(-1)
+    return (v * a.unsqueeze(-1) + v_other * b.unsqueeze(-1)) / share, torch.log2(total) + anchor
+
+
+def merge_states_in_place(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor) -> None:
+    merged, total = _joined(v.double(), s.double(), v_other.double(), s_other.double())
+    v.copy_(merged)
+    s.copy_(total)
+
+
+def renormalized(probs: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
+    kept = torch.where(probs >= lowest, probs, 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    exact = x.float()
+    return exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def assign(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source)
