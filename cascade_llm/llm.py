@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast
 
 from cascade_llm.config import EngineOptions, SchedulerConfig
+from cascade_llm.engine.cost_setup import choose_cost_model
 from cascade_llm.engine.engine import Engine
 from cascade_llm.engine.intake import Intake, Prompt, ReadPrompt
 from cascade_llm.engine.plan_recording import begin_recording, open_recorder
@@ -30,7 +31,6 @@ from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from cascade_llm.runner.build import RunnerFacts, build_runner
 from cascade_llm.runner.cuda_graphs import OnCapture
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 
 __all__ = ["LLM", "TokenStream"]
@@ -73,7 +73,13 @@ class LLM:
             cascade=self.options.cascade,
             cache_salt=checkpoint.name.encode(),
         )
-        scheduler = FlashInferScheduler(config, _cost_model(self.facts))
+        costs, self.cost_source = choose_cost_model(
+            runner.backend.spec,
+            self.facts.backend.name,
+            kv_dtype=self.facts.kv_dtype,
+            num_threads=self.options.num_threads,
+        )
+        scheduler = FlashInferScheduler(config, costs)
         lag = _default_lag(self.facts) if self.options.schedule_lag is None else self.options.schedule_lag
         if recorder is not None:
             begin_recording(recorder, self.options, checkpoint.name, self.facts)
@@ -322,16 +328,6 @@ class TokenStream:
 
     def __del__(self) -> None:
         self.close()
-
-
-def _cost_model(facts: RunnerFacts) -> CostModel:
-    shape = AttentionShape(
-        num_qo_heads=facts.model.num_qo_heads,
-        num_kv_heads=facts.model.num_kv_heads,
-        head_dim=facts.model.head_dim,
-        kv_dtype_bytes=facts.kv_dtype.itemsize,
-    )
-    return CostModel(shape, DEVICE_COSTS["cpu" if facts.device.type == "cpu" else "h200"])
 
 
 def _default_lag(facts: RunnerFacts) -> int:

@@ -18,8 +18,9 @@ __all__ = ["env"]
 def env(as_json: bool) -> None:
     """Show versions, devices and attention backends, and why a backend cannot be used."""
     from cascade_llm.bench.machine import describe_machine
+    from cascade_llm.engine.cost_setup import describe_calibrations
 
-    machine = describe_machine()
+    machine = {**describe_machine(), "cost_model": describe_calibrations()}
     if as_json:
         print_json(machine, indent=2)
     else:
@@ -44,6 +45,8 @@ def _table(machine: Mapping[str, Any]) -> Table:
     table.add_section()
     for backend, reason in machine["backends"].items():
         table.add_row(f"backend {backend}", "usable" if reason is None else f"not usable: {reason}")
+    for line in machine["cost_model"]:
+        table.add_row("cost model", line)
     elementwise = machine["elementwise"]
     table.add_row("elementwise", f"{elementwise['name']}{_because(elementwise['reason'])}")
     return table

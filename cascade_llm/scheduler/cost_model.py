@@ -231,11 +231,14 @@ class CostModel:
         """All reading is priced as from the cache: that each token comes from memory once is the same in every plan."""
         costs = self.costs
         first_s = max(0.0, 1 / costs.leaf_bytes_per_s - 1 / costs.cached_bytes_per_s)
-        shared_s = max(1e-3 / costs.shared_bytes_per_s, 1 / costs.shared_bytes_per_s - first_s)
-        leaf_bytes_per_s = max(costs.leaf_bytes_per_s, costs.cached_bytes_per_s)
-        return replace(
-            self, costs=replace(costs, leaf_bytes_per_s=leaf_bytes_per_s, shared_bytes_per_s=1 / shared_s, llc_bytes=0)
+        shared_s = max(0.0, 1 / costs.shared_bytes_per_s - first_s)
+        cached = replace(
+            costs,
+            leaf_bytes_per_s=max(costs.leaf_bytes_per_s, costs.cached_bytes_per_s),
+            shared_bytes_per_s=1 / shared_s if shared_s else float("inf"),
+            llc_bytes=0,
         )
+        return replace(self, costs=cached)
 
     def plan_s(self, work: PlanWork) -> float:
         """A whole plan."""

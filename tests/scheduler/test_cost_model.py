@@ -139,3 +139,12 @@ def test_names_of_devices() -> None:
     assert known_device("NVIDIA H200") == "h200"
     assert known_device("NVIDIA A100-SXM4-40GB") == "a100"
     assert known_device("NVIDIA GeForce RTX 4090") == "h100"
+
+
+def test_what_was_found_to_cost_nothing() -> None:
+    free = float("inf")
+    costs = replace(WITH_CACHE, shared_bytes_per_s=free, cached_bytes_per_s=free, merge_bytes_per_s=free, level_s=0.0)
+    model = CostModel(SHAPE, costs).with_common_tokens(10)
+    assert model.level_s(100) == 0
+    assert model.shared_segment_s(2048, 1) == pytest.approx(2048 * 2048 / 2048e3 + 1.0)
+    assert model.leaf_tokens_s(1000, 1) == pytest.approx(2.0), "flops are left"
