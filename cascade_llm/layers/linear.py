@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from cascade_llm.quantization.int4 import MAX_ROWS, Int4Weight
+from cascade_llm.layers.few_rows import MAX_ROWS as MAX_FEW_ROWS
+from cascade_llm.layers.few_rows import FewRows
+from cascade_llm.quantization.int4 import MAX_ROWS as MAX_INT4_ROWS
+from cascade_llm.quantization.int4 import Int4Weight
 
 __all__ = ["Linear", "can_pack"]
 
@@ -47,6 +50,7 @@ class Linear:
         self.weight = torch.empty(out_features, in_features, dtype=loading_dtype or dtype, device=device)
         self.bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self._packed: torch.Tensor | None = None
+        self._few_rows: FewRows | None = None
         self._int4: Int4Weight | None = None
 
     @property
@@ -65,13 +69,17 @@ class Linear:
         if self.is_packed or not can_pack(self.weight):
             return
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        self._few_rows = FewRows.for_weight(self._packed, self.weight)
         self.weight = self.weight.new_empty(0)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in_features] -> [rows, out_features], x's dtype."""
-        if self._int4 is not None and x.shape[0] <= MAX_ROWS:
-            few = self._int4.matmul(x)
+        num_rows = x.shape[0]
+        if self._int4 is not None and num_rows <= MAX_INT4_ROWS:
+            few = self._int4.matmul(x.contiguous())
             return few if self.bias is None else few.add_(self.bias)
+        if self._few_rows is not None and num_rows <= MAX_FEW_ROWS:
+            return self._few_rows(x.contiguous(), self.bias)
         if self._packed is None:
             return F.linear(x, self.weight, self.bias)
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")

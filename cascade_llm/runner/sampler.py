@@ -89,8 +89,12 @@ class Sampler:
                 values = float_rows(logits, [rows[i] for i in part], self._workspace)
                 part_lanes, part_positions = [lanes[i] for i in part], [positions[i] for i in part]
                 self._lanes.adjust(values, part_lanes, part_positions)
-                where = torch.tensor(part, device=logits.device)
-                token_ids[where], finite[where] = self._choose(values, choice, part_lanes, part_positions)
+                chosen = self._choose(values, choice, part_lanes, part_positions)
+                if len(part) == len(lanes):  # nothing to put together
+                    token_ids, finite = chosen
+                else:
+                    where = torch.tensor(part, device=logits.device)
+                    token_ids[where], finite[where] = chosen
         return SampledTokens(token_ids, finite, self._logprobs(logits, rows, lanes, token_ids))
 
     def prompt_logprobs(
