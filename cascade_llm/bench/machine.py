@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,9 +17,10 @@ from cascade_llm.errors import BackendError
 from cascade_llm.layers.select_ops import select_fused_ops
 from cascade_llm.layers.torch_ops import TorchOps
 from cascade_llm.runner.device import resolve_device, resolve_dtype
+from cascade_llm.runner.device_name import device_name
 from cascade_llm.runner.memory import available_bytes
 
-__all__ = ["backend_reasons", "describe_machine", "device_name"]
+__all__ = ["backend_reasons", "describe_machine"]
 
 PACKAGES = (
     "torch",
@@ -59,11 +59,6 @@ def describe_machine() -> dict[str, Any]:
         "backends": backend_reasons(),
         "elementwise": _elementwise(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The processor's or the GPU's own name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def backend_reasons() -> dict[str, str | None]:
@@ -107,7 +102,7 @@ def _versions() -> dict[str, str | None]:
 def _cpu() -> dict[str, Any]:
     affinity = getattr(os, "sched_getaffinity", None)
     return {
-        "name": _cpu_name(),
+        "name": device_name(torch.device("cpu")),
         "cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "usable_cores": len(affinity(0)) if affinity else psutil.cpu_count(),
@@ -116,16 +111,6 @@ def _cpu() -> dict[str, Any]:
         "features": [name for name, check in CPU_FEATURES.items() if getattr(torch.cpu, check, lambda: False)()],
         "auto_dtype": str(resolve_dtype("auto", "bfloat16", torch.device("cpu"))).removeprefix("torch."),
     }
-
-
-def _cpu_name() -> str:
-    """As the kernel tells it; the architecture where it does not."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cascade_llm.bench.user_cache import cache_folder
+from cascade_llm.engine.user_cache import cache_folder
 from cascade_llm.errors import BackendError, ConfigError, nearest_name_hint
 
 __all__ = ["PEERS", "PeerInterpreter", "PeerKind", "find_peer", "install_peer"]
