@@ -14,7 +14,6 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import repeat
 
 from cascade_llm.config import SchedulerConfig
@@ -30,26 +29,11 @@ from cascade_llm.scheduler.prefix_cache import PrefixMatch
 from cascade_llm.scheduler.prefix_forest import PlannedRows
 from cascade_llm.scheduler.segment_choice import SegmentCosts
 from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus
+from cascade_llm.scheduler.sequence_update import SequenceUpdate
 from cascade_llm.scheduler.step_draft import StepDraft, build_step_plan
 from cascade_llm.scheduler.waiting_queue import WaitingQueue
 
 __all__ = ["FlashInferScheduler", "SequenceUpdate"]
-
-
-@dataclass(slots=True)
-class SequenceUpdate:
-    """What a commit did to one sequence: a new token, prompt log-probabilities, an end."""
-
-    request_id: str
-    sample_index: int
-    token_id: int | None = None
-    logprob: TokenLogprob | None = None
-    finish_reason: str | None = None
-    """"stop", "length" or "error"."""
-    stop_token_id: int | None = None
-    """The `stop_token_ids` entry that ended it; None for the model's own ending ids."""
-    prompt_logprobs: list[TokenLogprob] | None = None
-    num_cached_tokens: int = 0
 
 
 class FlashInferScheduler:
@@ -341,27 +325,21 @@ class FlashInferScheduler:
         return self._commit_token(sequence, result.token_ids[sample], logprob)
 
     def _commit_token(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> SequenceUpdate:
-        sequence.num_unresolved -= 1
-        sequence.token_ids.append(token_id)
         self.counters.generated_tokens += 1
-        reason = stop_token_id = None
-        request, num_tokens = sequence.request, len(sequence.token_ids)
-        if token_id in request.ending_token_ids and num_tokens - sequence.prompt_len > request.params.min_tokens:
-            reason = "stop"
-            stop_token_id = token_id if token_id in (request.params.stop_token_ids or ()) else None
-        elif num_tokens >= sequence.max_len:
-            reason = "length"
+        reason = sequence.resolve_token(token_id)
+        stop_token_id = None
         if reason is not None:
+            stop_token_ids = sequence.request.params.stop_token_ids or ()
+            stop_token_id = token_id if reason == "stop" and token_id in stop_token_ids else None
             self._finish(sequence, reason)
         return SequenceUpdate(
-            request.request_id,
+            sequence.request.request_id,
             sequence.sample_index,
             token_id,
             logprob,
             reason,
             stop_token_id,
-            None,
-            sequence.num_cached_tokens,
+            num_cached_tokens=sequence.num_cached_tokens,
         )
 
     def _take_prompt_logprobs(self, row: PlannedRows, prompt_logprobs: Iterator[TokenLogprob]) -> list[TokenLogprob]:

@@ -127,5 +127,14 @@ class Sequence:
         """Whether the log-probabilities of the prompt come with this sequence's rows."""
         return self.sample_index == 0 and self.request.params.prompt_logprobs is not None
 
+    def resolve_token(self, token_id: int) -> str | None:
+        """The id of its oldest unresolved token is known; returns why that ends it ("stop", "length"), or None."""
+        self.num_unresolved -= 1
+        self.token_ids.append(token_id)
+        num_tokens, request = len(self.token_ids), self.request
+        if token_id in request.ending_token_ids and num_tokens - self.prompt_len > request.params.min_tokens:
+            return "stop"
+        return "length" if num_tokens >= self.max_len else None
+
     def __repr__(self) -> str:
         return f"Sequence({self.request.request_id!r}, {self.sample_index}, {self.status.value})"

@@ -46,6 +46,13 @@ def test_table_without_keeping(run: Run, few_cases: Path) -> None:
     assert not few_cases.exists()
 
 
+def test_the_flag_of_the_group_is_the_command(run: Run) -> None:
+    done = run("bench", "--calibrate", "throughput")
+    assert done.exit_code == 2
+    assert "takes no other command" in done.stderr
+    assert "calibrate" in run("bench").stdout
+
+
 def test_plot(run: Run, few_cases: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     done = run("bench", "calibrate", *QUICK, "--no-fit", "--plot", tmp_path / "check.png")

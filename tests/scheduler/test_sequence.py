@@ -48,3 +48,12 @@ def test_only_the_first_sample_forks_and_reports_the_prompt() -> None:
     assert [s.forked for s in samples] == [False, True]
     assert [s.reports_prompt for s in samples] == [True, False]
     assert Sequence(request(), 0, 0, 16, root_key()).forked
+
+
+def test_what_a_token_ends() -> None:
+    sequence = Sequence(request(max_tokens=3, min_tokens=1), 0, 0, 16, root_key())
+    sequence.num_unresolved = 3
+    assert sequence.resolve_token(2) is None, "an ending id, but the first token"
+    assert sequence.resolve_token(2) == "stop"
+    assert sequence.resolve_token(9) == "length"
+    assert (sequence.num_unresolved, list(sequence.token_ids)) == (0, [5, 6, 7, 2, 2, 9])
