@@ -1,7 +1,8 @@
 """What the machine can do at most: bytes per second from memory, flops per second of large products.
 
-Both are measured, in a few seconds, and kept in the user's cache folder for this processor, dtype and number of
-threads. They are the speeds that a roofline is drawn with: real, not the data sheet's.
+Both are measured, in a second or two, and the best that was ever seen is kept in the user's cache folder for this
+processor, dtype and number of threads: what else ran at the time can only lower a reading. They are the speeds that a
+roofline is drawn with: real, not the data sheet's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from cascade_llm.runner.memory import available_bytes
 
 __all__ = ["MachineLimits", "machine_limits", "measure_limits"]
 
+SPEEDS = ("bytes_per_s", "flops_per_s")
 READ_BYTES = 512 << 20
 """Beyond any cache; less where memory is short."""
 PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}
-MEASURE_S = 0.5
+MEASURE_S = 0.4
 """For each of the two, at least."""
 
 
@@ -45,35 +47,28 @@ class MachineLimits:
     torch_version: str
 
 
-def machine_limits(
-    device: torch.device, dtype: torch.dtype, *, num_threads: int | None = None, again: bool = False
-) -> MachineLimits:
-    """The limits from the cache folder; measured and kept there where they are not, or with `again`."""
+def machine_limits(device: torch.device, dtype: torch.dtype, *, num_threads: int | None = None) -> MachineLimits:
+    """Measure the limits, and take for each the best of this and earlier measurements."""
     path = cache_folder() / "machine_limits.json"
-    threads = num_threads or torch.get_num_threads()
-    key = f"{device_name(device)}, {threads} threads, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
-    kept = _read(path)
-    if not again and key in kept:
-        try:
-            return MachineLimits(**kept[key])
-        except TypeError:  # written by another version
-            pass
     limits = measure_limits(device, dtype, num_threads=num_threads)
-    _write(path, {**_read(path), key: asdict(limits)})
+    key = f"{limits.device}, {limits.num_threads} threads, {limits.dtype}, torch {limits.torch_version}"
+    kept = _read(path)
+    before = kept.get(key)
+    if isinstance(before, dict):
+        limits = replace(limits, **{name: max(getattr(limits, name), float(before.get(name, 0))) for name in SPEEDS})
+    _write(path, {**kept, key: asdict(limits)})
     return limits
 
 
-def measure_limits(
-    device: torch.device, dtype: torch.dtype, *, num_threads: int | None = None, measure_s: float = MEASURE_S
-) -> MachineLimits:
-    """Measure both; `measure_s` seconds each, at least."""
+def measure_limits(device: torch.device, dtype: torch.dtype, *, num_threads: int | None = None) -> MachineLimits:
+    """Measure both, now."""
     with torch.inference_mode(), thread_limit(num_threads):
         return MachineLimits(
             device=device_name(device),
             dtype=str(dtype).removeprefix("torch."),
             num_threads=torch.get_num_threads(),
-            bytes_per_s=_bytes_per_s(device, measure_s),
-            flops_per_s=_flops_per_s(device, dtype, measure_s),
+            bytes_per_s=_bytes_per_s(device, MEASURE_S),
+            flops_per_s=_flops_per_s(device, dtype, MEASURE_S),
             torch_version=torch.__version__,
         )
 

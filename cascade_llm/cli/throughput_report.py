@@ -92,6 +92,8 @@ def limit_lines(report: ThroughputReport) -> Iterator[str]:
         f"limit: {format_bytes(limits.bytes_per_s)}/s from memory, {limits.flops_per_s / 1e9:,.0f} GFLOP/s in "
         f"{limits.dtype} products, both measured with {limits.num_threads} threads"
     )
+    if _above_limit(report):
+        yield "  a speed is above the limit: the machine was busier when it was measured, and no share of it is right"
     for run, floor in report.floors.items():
         readings = report.readings.get(report.main, {}).get(run)
         if run == "first" or not readings:
@@ -102,6 +104,11 @@ def limit_lines(report: ThroughputReport) -> Iterator[str]:
             f"{format_bytes(work.kv_bytes)} of K/V and {work.flops / 1e9:,.1f} GFLOP at least: {floor.seconds:.3g} s; "
             f"measured {seconds:.3g} s, {seconds / floor.seconds:.2f} times that"
         )
+
+
+def _above_limit(report: ThroughputReport) -> bool:
+    shares = [report.share_of_limit(side, name) for side in report.readings for name in report.quantities()]
+    return any(share is not None and share > 1 for share in shares)
 
 
 def saved_lines(report: ThroughputReport) -> Iterator[str]:

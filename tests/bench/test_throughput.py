@@ -62,14 +62,14 @@ def test_the_floor_is_the_work_of_the_steps_at_the_machines_limits(report: Throu
         assert 0 < share < 1
 
 
-def test_a_report_is_json_and_has_all_that_was_chosen(report: ThroughputReport, bench: BenchModel) -> None:
+def test_a_report_is_json_and_has_all_that_was_chosen(report: ThroughputReport) -> None:
     printed = json.loads(json.dumps(report.as_dict()))
     assert printed["load"]["name"] == "shared-prefix"
     assert printed["sides"]["cascade off"]["enable_cascade_attention"] is False
     assert printed["sides"]["cascade on"]["kv_cache_bytes"] == printed["sides"]["cascade off"]["kv_cache_bytes"]
     assert printed["ratio"]["cascade off"].keys() >= {"cold", "warm"}
     assert printed["machine"]["versions"]["torch"]
-    assert printed["limit"]["machine"]["bytes_per_s"] == bench.limits().bytes_per_s
+    assert printed["limit"]["machine"]["bytes_per_s"] == report.limits.bytes_per_s > 0
 
 
 def test_the_parts_of_a_step_are_those_of_the_list(report: ThroughputReport) -> None:
