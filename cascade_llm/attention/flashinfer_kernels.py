@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer_levels import KernelTable
+from cascade_llm.attention.flashinfer_module_names import DTYPE_NAMES, module_purposes
 from cascade_llm.attention.flashinfer_ops import (
     TESTED_VERSIONS,
     JitModule,
@@ -35,10 +37,12 @@ from cascade_llm.errors import BackendError
 
 __all__ = [
     "BuiltKernel",
+    "KernelState",
     "build_kernels",
     "device_arch",
     "find_nvcc",
     "kernel_folder",
+    "kernel_states",
     "list_kernels",
     "reasons_against_flashinfer",
 ]
@@ -59,6 +63,16 @@ class BuiltKernel:
     num_bytes: int = 0
     error: str | None = None
     """The end of the compiler's output where it failed."""
+
+
+@dataclass(frozen=True)
+class KernelState:
+    """A module that a model needs, and where it is."""
+
+    name: str
+    purpose: str
+    state: Literal["built", "prebuilt", "missing"]
+    """built by `cascade-llm kernels build`, in the package flashinfer-jit-cache, or nowhere"""
 
 
 OnKernel = Callable[[str, int, int], None]
@@ -104,6 +118,34 @@ def list_kernels(folder: Path) -> list[BuiltKernel]:
     return [BuiltKernel(**entry) for entry in json.loads(manifest.read_text())]
 
 
+def kernel_states(spec: AttentionSpec, arch: str, kernels: KernelTable | None = None) -> list[KernelState]:
+    """The modules that a model needs on an architecture, and which are there; nothing where no kernel serves its dtype.
+
+    Where we have a folder it takes the place of the package flashinfer-jit-cache, which counts only without it.
+    """
+    if spec.dtype not in DTYPE_NAMES:
+        return []
+    own = kernel_folder(arch)
+    folder = own if own.exists() else _prebuilt_folder()
+    found: Literal["built", "prebuilt"] = "built" if folder is own else "prebuilt"
+    table = kernels or KernelTable.for_model(spec)
+    purposes = module_purposes(spec.dtype, spec.dtype, spec.head_dim, table.names)
+    return [
+        KernelState(name, purpose, found if _module_file(folder, name).exists() else "missing")
+        for name, purpose in purposes.items()
+    ]
+
+
+def _prebuilt_folder() -> Path:
+    """Where the package flashinfer-jit-cache keeps its modules; a place that is not there without it."""
+    spec = importlib.util.find_spec("flashinfer_jit_cache")
+    return Path(spec.origin or "").parent / "jit_cache" if spec else Path("flashinfer_jit_cache-is-not-installed")
+
+
+def _module_file(folder: Path, name: str) -> Path:
+    return folder / name / f"{name}.so"
+
+
 def build_kernels(
     spec: AttentionSpec,
     arch: str,
@@ -131,11 +173,11 @@ def build_kernels(
     table = kernels or KernelTable.for_model(spec)
     built = {kernel.name: kernel for kernel in list_kernels(folder) if kernel.error is None}
     with _compiler_environment(arch):
-        modules = jit_modules(spec.dtype, spec.head_dim, (table.shared, table.decode_leaf, table.row_leaf))
+        modules = jit_modules(spec.dtype, spec.head_dim, table.names)
         for done, module in enumerate(modules):
             if on_kernel is not None:
                 on_kernel(module.purpose, done, len(modules))
-            if module.name not in built or not (folder / module.name / f"{module.name}.so").exists():
+            if module.name not in built or not _module_file(folder, module.name).exists():
                 built[module.name] = _build(module, folder)
                 (folder / MANIFEST).write_text(json.dumps([asdict(kernel) for kernel in built.values()], indent=1))
     return [built[module.name] for module in modules]
@@ -143,7 +185,7 @@ def build_kernels(
 
 def _build(module: JitModule, folder: Path) -> BuiltKernel:
     started = time.perf_counter()
-    target = folder / module.name / f"{module.name}.so"
+    target = _module_file(folder, module.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         module.build()

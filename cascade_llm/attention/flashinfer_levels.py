@@ -46,6 +46,11 @@ class KernelTable:
     row_leaf: PrefillKernel
     """The leaf of prefill and mixed steps, with the causal mask."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kernels that serve, one per kind of level."""
+        return self.shared, self.decode_leaf, self.row_leaf
+
     @classmethod
     def for_model(cls, spec: AttentionSpec) -> KernelTable:
         """fa2 for shared levels: on Hopper, fa3 neither splits K/V nor packs query heads. One query head per KV head

@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import click
 from rich.table import Table
 
 from cascade_llm.cli.console import format_bytes, print_json, result_console
+from cascade_llm.cli.kernels import DEFAULT_ARCH, attention_spec
 
 __all__ = ["env"]
 
 
 @click.command()
+@click.option("-m", "--model", default="smollm2", show_default=True, help="The model whose GPU kernels are looked for.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def env(as_json: bool) -> None:
-    """Show versions, devices and attention backends, and why a backend cannot be used."""
+def env(model: str, as_json: bool) -> None:
+    """Show versions, devices, attention backends and why one cannot be used, and which GPU kernels are built."""
     from cascade_llm.bench.machine import describe_machine
     from cascade_llm.engine.cost_setup import describe_calibrations
 
-    machine = {**describe_machine(), "cost_model": describe_calibrations()}
+    kernels = _describe_kernels(model)
+    machine = {**describe_machine(), "cost_model": describe_calibrations(), "kernels": kernels}
     if as_json:
         print_json(machine, indent=2)
     else:
         result_console().print(_table(machine))
+
+
+def _describe_kernels(model: str) -> dict[str, Any]:
+    """Which FlashInfer modules the model would load here, or on Hopper where there is no GPU, and which are there."""
+    import torch
+
+    from cascade_llm.attention.flashinfer_kernels import device_arch, kernel_states
+
+    arch = device_arch(torch.device("cuda")) if torch.cuda.is_available() else DEFAULT_ARCH
+    states = kernel_states(attention_spec(model, "bfloat16"), arch)
+    return {"model": model, "dtype": "bfloat16", "arch": arch, "modules": [asdict(state) for state in states]}
+
+
+def _kernel_line(kernels: Mapping[str, Any]) -> str:
+    missing = [module["purpose"] for module in kernels["modules"] if module["state"] == "missing"]
+    there = len(kernels["modules"]) - len(missing)
+    line = f"{there} of {len(kernels['modules'])} that {kernels['model']} needs on {kernels['arch']} are there"
+    if not missing:
+        return line
+    return f"{line}; missing: {'; '.join(missing)} (cascade-llm kernels build {kernels['model']})"
 
 
 def _table(machine: Mapping[str, Any]) -> Table:
@@ -45,6 +69,7 @@ def _table(machine: Mapping[str, Any]) -> Table:
     table.add_section()
     for backend, reason in machine["backends"].items():
         table.add_row(f"backend {backend}", "usable" if reason is None else f"not usable: {reason}")
+    table.add_row("GPU kernels", _kernel_line(machine["kernels"]))
     for line in machine["cost_model"]:
         table.add_row("cost model", line)
     elementwise = machine["elementwise"]

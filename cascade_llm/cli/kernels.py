@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cascade_llm.attention.backend import AttentionSpec
     from cascade_llm.attention.flashinfer_kernels import BuiltKernel
 
-__all__ = ["kernels"]
+__all__ = ["DEFAULT_ARCH", "attention_spec", "kernels"]
 
 DEFAULT_ARCH = "9.0a"
 
@@ -42,7 +42,7 @@ def build(model: str, arch: str, dtype: str, output: Path | None, as_json: bool)
         def show(purpose: str, done: int, total: int) -> None:
             status.update(f"compiling {done + 1} of {total}: {purpose}")
 
-        built = build_kernels(_attention_spec(model, dtype), arch, folder, on_kernel=show)
+        built = build_kernels(attention_spec(model, dtype), arch, folder, on_kernel=show)
     _print(built, folder, as_json)
     failed = [kernel for kernel in built if kernel.error]
     for kernel in failed:
@@ -63,7 +63,8 @@ def list_command(arch: str, output: Path | None, as_json: bool) -> None:
     _print(list_kernels(folder), folder, as_json)
 
 
-def _attention_spec(model: str, dtype: str) -> AttentionSpec:
+def attention_spec(model: str, dtype: str) -> AttentionSpec:
+    """The shape of a model's attention, read from its configuration alone."""
     import torch
 
     from cascade_llm.attention.backend import AttentionSpec

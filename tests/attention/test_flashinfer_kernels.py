@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import torch
 from cascade_llm.attention import flashinfer_kernels
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer_kernels import build_kernels, find_nvcc, kernel_folder, list_kernels
-from cascade_llm.attention.flashinfer_ops import JitModule
+from cascade_llm.attention.flashinfer_module_names import module_purposes
+from cascade_llm.attention.flashinfer_ops import JitModule, jit_modules
 from cascade_llm.errors import BackendError
 
 SPEC = AttentionSpec(
@@ -123,3 +126,30 @@ def test_a_gpu_without_kernels_and_without_compiler_is_a_reason(
     )
     kernel_folder("9.0a").mkdir(parents=True)
     assert flashinfer_kernels.reasons_against_flashinfer(on_gpu) == []
+
+
+def test_states_of_the_modules_that_a_model_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path / "cache"))
+    package = tmp_path / "package" / "flashinfer_jit_cache"
+    for folder in (package / "jit_cache", kernel_folder("9.0a")):
+        name = "page" if folder.is_relative_to(package) else "rope"
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"{name}.so").write_bytes(b"code")
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(package.parent))
+
+    def there(spec: AttentionSpec, arch: str) -> dict[str, str]:
+        return {s.name: s.state for s in flashinfer_kernels.kernel_states(spec, arch) if s.state != "missing"}
+
+    assert there(SPEC, "9.0a") == {"rope": "built"}
+    assert there(SPEC, "8.0") == {"page": "prebuilt"}
+    assert flashinfer_kernels.kernel_states(replace(SPEC, dtype=torch.float32), "9.0a") == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="flashinfer is not installed here")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_names_are_those_of_the_installed_package(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
+    kernels = ("prefill_fa2", "prefill_fa3", "decode_tensor_cores", "decode_cuda_cores")
+    theirs = {module.name: module.purpose for module in jit_modules(torch.bfloat16, head_dim, kernels)}
+    assert module_purposes(torch.bfloat16, torch.bfloat16, head_dim, kernels) == theirs
