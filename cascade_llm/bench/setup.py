@@ -25,6 +25,8 @@ from cascade_llm.runner.memory import available_bytes
 __all__ = ["BenchModel", "open_model", "options_for"]
 
 DEFAULT_LANES = 256
+QUANTIZED_BYTES: Mapping[str | None, float] = {"int4": 0.625}
+"""Per weight of the layers, scales and zero points included; the head stays dense."""
 POOL_SHARE = 0.2
 """Of the free memory that each engine's pool may take where its size is not given: two of them fit beside weights."""
 
@@ -64,7 +66,13 @@ class BenchModel:
 
     def shape(self) -> ModelShape:
         """What a step's work depends on."""
-        return ModelShape.of(self.config, weight_dtype_bytes=self.dtype.itemsize, kv_dtype_bytes=self.dtype.itemsize)
+        dense = self.dtype.itemsize
+        return ModelShape.of(
+            self.config,
+            layer_weight_bytes=QUANTIZED_BYTES.get(self.options.get("quantization"), dense),
+            head_weight_bytes=dense,
+            kv_dtype_bytes=dense,
+        )
 
 
 def open_model(model: str, options: Mapping[str, Any]) -> BenchModel:

@@ -34,14 +34,16 @@ class ModelShape:
     """Both products of one row with one token, over all layers."""
 
     @classmethod
-    def of(cls, model: ModelConfig, *, weight_dtype_bytes: float, kv_dtype_bytes: int) -> ModelShape:
-        """Of a dense decoder; `weight_dtype_bytes` may be a fraction where weights are quantized."""
+    def of(
+        cls, model: ModelConfig, *, layer_weight_bytes: float, head_weight_bytes: float, kv_dtype_bytes: int
+    ) -> ModelShape:
+        """Of a dense decoder; bytes are per weight, a fraction where weights are quantized."""
         q_size, kv_size = model.num_qo_heads * model.head_dim, model.num_kv_heads * model.head_dim
         per_layer = model.hidden_size * (2 * q_size + 2 * kv_size + 3 * model.intermediate_size)
         head = model.hidden_size * model.vocab_size
         return cls(
-            weight_bytes=int(model.num_layers * per_layer * weight_dtype_bytes),
-            head_bytes=int(head * weight_dtype_bytes),
+            weight_bytes=int(model.num_layers * per_layer * layer_weight_bytes),
+            head_bytes=int(head * head_weight_bytes),
             layer_flops_per_row=2 * model.num_layers * per_layer,
             head_flops_per_row=2 * head,
             kv_bytes_per_token=model.kv_bytes_per_token(kv_dtype_bytes),

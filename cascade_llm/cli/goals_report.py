@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from cascade_llm.bench.goals import GoalResult
+from cascade_llm.bench.goals import RIVAL, GoalResult
 from cascade_llm.cli.charts import Bars
 from cascade_llm.cli.console import format_bytes
 from cascade_llm.cli.throughput_report import machine_line
@@ -83,8 +83,8 @@ def charts(results: Sequence[GoalResult]) -> list[Bars]:
                     ranges={
                         f"over {o}": [None if r is None else (r.low, r.high) for r in row] for o, row in ratios.items()
                     },
-                    marks=[result.goal.get(quantity) for result in results],
-                    mark_label="goal",
+                    marks=[result.goal_over(RIVAL, quantity) for result in results] if RIVAL in others else (),
+                    mark_label=f"goal over {RIVAL}",
                 )
             )
         sides = list(dict.fromkeys(side for result in results for side in result.tokens_per_s))
@@ -123,10 +123,10 @@ def _rows(results: Sequence[GoalResult]) -> Iterator[list[str]]:
             share = result.share_of_limit.get(quantity)
             last = "" if share is None else f"{share:.0%}"
             if not result.ratio:
-                yield [result.title, meaning, f"{own.median:,.0f}", "", "", "", _goal(result, quantity), "", last]
+                yield [result.title, meaning, f"{own.median:,.0f}", "", "", "", "", "", last]
             for other, ratios in result.ratio.items():
                 ratio, reached = ratios[quantity], result.reached(other, quantity)
-                is_off = other == "cascade off"
+                goal = result.goal_over(other, quantity)
                 yield [
                     result.title,
                     f"{meaning}, over {other}",
@@ -134,12 +134,7 @@ def _rows(results: Sequence[GoalResult]) -> Iterator[list[str]]:
                     f"{result.tokens_per_s[other][quantity].median:,.0f}",
                     f"{ratio.median:.2f}",
                     f"{ratio.low:.2f} to {ratio.high:.2f}",
-                    "" if is_off else _goal(result, quantity),
-                    "" if is_off or reached is None else "reached" if reached else "missed",
+                    "" if goal is None else f"{goal:g}",
+                    "" if reached is None else "reached" if reached else "missed",
                     last,
                 ]
-
-
-def _goal(result: GoalResult, quantity: str) -> str:
-    goal = result.goal.get(quantity)
-    return "" if goal is None else f"{goal:g}"

@@ -29,7 +29,8 @@ def test_reached_is_the_median_at_the_goal_or_above() -> None:
     assert result(decode=1.2).reached("vllm", "decode") is True
     assert result(decode=1.19).reached("vllm", "decode") is False
     assert result(decode=1.3, cold=9.0).reached("vllm", "cold") is None, "no goal"
-    assert result(decode=1.3).reached("transformers", "decode") is None, "no reading"
+    assert result(cold=1.3).reached("vllm", "decode") is None, "no reading"
+    assert result(decode=1.3).reached("transformers", "decode") is None, "goals are over one engine"
 
 
 def test_results_are_written_and_read_back() -> None:

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(limits_module, "READ_BYTES", 1 << 20)
-    monkeypatch.setattr(limits_module, "PRODUCT_SIZES", {"cpu": 64})
+    monkeypatch.setattr(limits_module, "PRODUCT_SIZES", {"cpu": (32, 64)})
     monkeypatch.setattr(limits_module, "MEASURE_S", 0.0)
 
 
