@@ -164,7 +164,7 @@ class EngineOptions:
     kv_cache_bytes: int | None = None
     """Size of the KV pool; None takes what the sequences could need, as far as the memory gives it."""
     kv_cache_dtype: str = "auto"
-    """auto (as dtype) | float32 | bfloat16 | float16"""
+    """auto (as dtype) | float32 | bfloat16 | float16 | fp8_e4m3 (FlashInfer's kernels only)"""
     enable_prefix_caching: bool = True
     """Keep the pages of prompts for later requests that begin alike."""
     enable_cascade_attention: bool = True
@@ -203,7 +203,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         self._choice("dtype", ("auto", "float32", "bfloat16", "float16"))
         self._choice("attention_backend", ("auto", "flashinfer", "native", "torch"))
-        self._choice("kv_cache_dtype", ("auto", "float32", "bfloat16", "float16"))
+        self._choice("kv_cache_dtype", ("auto", "float32", "bfloat16", "float16", "fp8_e4m3"))
         self._choice("quantization", (None, "int4"))
         self._choice("load_format", ("auto", "dummy"))
         for name in ("page_size", "max_num_seqs", "max_num_batched_tokens"):

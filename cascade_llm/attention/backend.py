@@ -31,6 +31,13 @@ class AttentionSpec:
     sm_scale: float
     dtype: torch.dtype
     device: torch.device
+    kv_dtype: torch.dtype | None = None
+    """Of the pages, where it is not `dtype`."""
+
+    @property
+    def page_dtype(self) -> torch.dtype:
+        """What K and V are stored in."""
+        return self.dtype if self.kv_dtype is None else self.kv_dtype
 
     @property
     def group_size(self) -> int:

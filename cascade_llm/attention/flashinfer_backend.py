@@ -66,6 +66,7 @@ class FlashInferAttentionBackend(AttentionBackend):
         super().__init__(spec, kv_cache)
         if kv_cache.layout != "NHD":
             raise BackendError(f"the flashinfer backend reads NHD pages, not {kv_cache.layout}: create the pool so")
+        assert kv_cache.dtype == spec.page_dtype
         platform = platform or GpuPlatform.cuda(spec.device)
         self.kernels = kernels or KernelTable.for_model(spec)
         self.platform = platform
@@ -85,6 +86,8 @@ class FlashInferAttentionBackend(AttentionBackend):
         if len(slots) > len(batch_indices):
             batch_indices = torch.zeros_like(slots)
         k_pool, v_pool = self.kv_cache.layer(layer)
+        scale = self.kv_cache.scales[layer]
+        k, v = self.kv_cache.encode(k, scale.k), self.kv_cache.encode(v, scale.v)  # append looks at no dtype
         self.device.ops.append_paged_kv_cache(
             k, v, batch_indices[: len(slots)], slots, (k_pool, v_pool), indices, indptr, last_page_len, "NHD"
         )
@@ -144,7 +147,8 @@ class _PreparedFlashInferAttention(PreparedAttention):
 
     def attend(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k_pool, v_pool = self._kv_cache.layer(layer)
-        attend_levels(self._device, q, (k_pool, v_pool), self._leaf, self._shared, self._result, self._partial)
+        scale = self._kv_cache.scales[layer]
+        attend_levels(self._device, q, (k_pool, v_pool), self._leaf, self._shared, self._result, self._partial, scale)
         return self._result
 
 

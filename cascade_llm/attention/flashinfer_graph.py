@@ -96,7 +96,8 @@ class GraphAttention(PreparedAttention):
         """See `PreparedAttention`; q has as many rows as the graph."""
         k_pool, v_pool = self._kv_cache.layer(layer)
         runs = [LevelRun(shared.kernel, self.rows) for shared in self._shared]
-        attend_levels(self._device, q, (k_pool, v_pool), self._leaf, runs, self._result, self._partial)
+        scale = self._kv_cache.scales[layer]
+        attend_levels(self._device, q, (k_pool, v_pool), self._leaf, runs, self._result, self._partial, scale)
         return self._result
 
     def plan_leaf(self, columns: LevelColumns, pages: IntColumn | None) -> None:

@@ -129,7 +129,7 @@ def kernel_states(spec: AttentionSpec, arch: str, kernels: KernelTable | None = 
     folder = own if own.exists() else _prebuilt_folder()
     found: Literal["built", "prebuilt"] = "built" if folder is own else "prebuilt"
     table = kernels or KernelTable.for_model(spec)
-    purposes = module_purposes(spec.dtype, spec.dtype, spec.head_dim, table.names)
+    purposes = module_purposes(spec.dtype, spec.page_dtype, spec.head_dim, table.names)
     return [
         KernelState(name, purpose, found if _module_file(folder, name).exists() else "missing")
         for name, purpose in purposes.items()
@@ -173,7 +173,7 @@ def build_kernels(
     table = kernels or KernelTable.for_model(spec)
     built = {kernel.name: kernel for kernel in list_kernels(folder) if kernel.error is None}
     with _compiler_environment(arch):
-        modules = jit_modules(spec.dtype, spec.head_dim, table.names)
+        modules = jit_modules(spec.dtype, spec.page_dtype, spec.head_dim, table.names)
         for done, module in enumerate(modules):
             if on_kernel is not None:
                 on_kernel(module.purpose, done, len(modules))

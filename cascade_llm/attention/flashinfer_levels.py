@@ -16,6 +16,7 @@ from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.device_stream import DeviceStream, Mark
 from cascade_llm.attention.flashinfer_ops import FlashInferOps
 from cascade_llm.errors import CapacityError
+from cascade_llm.kv_cache.paged_kv_cache import KVScale
 
 __all__ = [
     "FlashInferDevice",
@@ -141,7 +142,7 @@ class LevelKernel:
             "sm_scale": spec.sm_scale,
             "window_left": NO_WINDOW if window_len is None else window_len - 1,
             "q_data_type": spec.dtype,
-            "kv_data_type": spec.dtype,
+            "kv_data_type": spec.page_dtype,
         }
         if kernel != "decode_cuda_cores":
             self._options["disable_split_kv"] = not split_kv
@@ -166,9 +167,15 @@ class LevelKernel:
         self._wrapper.plan(*self._arguments(columns), **self._options, non_blocking=True)
         self._planned = self._device.stream.mark()
 
-    def run(self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], output: LevelOutput) -> None:
-        """Attention of q [rows, num_qo_heads, head_dim] to the level's pages of one layer's (K, V)."""
-        self._wrapper.run(q, kv, out=output.out, lse=output.lse, return_lse=True)
+    def run(
+        self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], output: LevelOutput, k_scale: float = 1.0
+    ) -> None:
+        """Attention of q [rows, num_qo_heads, head_dim] to the level's pages of one layer's (K, V).
+
+        `k_scale` is folded into the softmax scale, on the host: a capture keeps it. V stays as it is stored.
+        """
+        scales = {} if k_scale == 1.0 else {"k_scale": k_scale}
+        self._wrapper.run(q, kv, out=output.out, lse=output.lse, return_lse=True, **scales)
 
     def _arguments(self, columns: LevelColumns) -> tuple[Any, ...]:
         spec = self._spec
@@ -234,11 +241,17 @@ def attend_levels(
     shared: Sequence[LevelRun],
     result: LevelOutput,
     partial: LevelOutput | None,
+    scale: KVScale,
 ) -> None:
-    """Attend level after level into `result`; `partial` holds one shared level's result at a time."""
-    leaf.run(q, kv, result)
+    """Attend level after level into `result`; `partial` holds one shared level's result at a time.
+
+    V's scale is the same in all levels, so it is multiplied once, behind the last merge.
+    """
+    leaf.run(q, kv, result, scale.k)
     for level in shared:
         assert partial is not None
         mine, other = result.first(level.num_rows), partial.first(level.num_rows)
-        level.kernel.run(q[: level.num_rows], kv, other)
+        level.kernel.run(q[: level.num_rows], kv, other, scale.k)
         device.ops.merge_state_in_place(mine.out, mine.lse, other.out, other.lse)
+    if scale.v != 1.0:
+        result.out.mul_(scale.v)

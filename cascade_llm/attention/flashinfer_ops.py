@@ -30,6 +30,8 @@ __all__ = [
 
 TESTED_VERSIONS = ("0.7.2.post1",)
 HEAD_DIMS = (64, 128, 256)
+NO_FP8_HEAD_DIM = 64
+"""A note in FlashInfer's source (attention/prefill.cuh) says so; not to be offered before a GPU has shown otherwise."""
 DTYPES = (torch.bfloat16, torch.float16)
 MERGE_THREADS = 1024
 """`merge_state` gives a row one thread per 8 elements of its output, all in one block."""
@@ -97,11 +99,12 @@ class JitModule:
     """Where it then is."""
 
 
-def jit_modules(dtype: torch.dtype, head_dim: int, kernels: Iterable[str]) -> list[JitModule]:
+def jit_modules(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernels: Iterable[str]) -> list[JitModule]:
     """The modules that a model needs, as the engine calls them. FLASHINFER_CUDA_ARCH_LIST must be set before.
 
     Args:
-        dtype: of the model and its K/V
+        dtype: of the model
+        kv_dtype: of its pages
         head_dim: of its heads
         kernels: names from a `KernelTable`
     """
@@ -118,7 +121,7 @@ def jit_modules(dtype: torch.dtype, head_dim: int, kernels: Iterable[str]) -> li
     from flashinfer.jit.sampling import gen_sampling_module
 
     # no position encoding, no sliding window, no soft cap
-    shape = (dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False)
+    shape = (dtype, kv_dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False)
     attention = {
         "prefill_fa2": lambda: _gen_batch_prefill_primary_module("fa2", *shape, False),
         "decode_tensor_cores": lambda: _gen_batch_prefill_primary_module("fa2", *shape, False),
@@ -161,6 +164,12 @@ def shape_reasons(spec: AttentionSpec) -> list[str]:
     if spec.dtype not in DTYPES:
         names = " and ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         reasons.append(f"its kernels compute in {names}, not {str(spec.dtype).removeprefix('torch.')}")
+    if spec.page_dtype not in (spec.dtype, torch.float8_e4m3fn):
+        reasons.append(f"its kernels read pages of the model's dtype or float8_e4m3fn, not {spec.page_dtype}")
+    if spec.page_dtype != spec.dtype and spec.head_dim == NO_FP8_HEAD_DIM:
+        reasons.append(
+            f"its kernels for FP8 pages are not known to work at head_dim {spec.head_dim}: leave out kv_cache_dtype"
+        )
     if spec.head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim is {spec.head_dim}, its kernels take {', '.join(map(str, HEAD_DIMS))}")
     if spec.num_qo_heads % spec.num_kv_heads:

@@ -57,6 +57,8 @@ def reasons_against_native(spec: AttentionSpec) -> list[str]:
     reasons = []
     if spec.device.type != "cpu":
         reasons.append(f"is for the CPU, the device is {spec.device.type}")
+    if spec.page_dtype != spec.dtype:
+        reasons.append(f"reads pages of the model's dtype, not {spec.page_dtype}: leave out kv_cache_dtype")
     if spec.dtype not in DTYPE_DEFINES:
         reasons.append(f"computes in float32 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}")
     if spec.head_dim % 2 or not 0 < spec.head_dim <= MAX_HEAD_DIM:

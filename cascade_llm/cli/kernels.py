@@ -29,9 +29,10 @@ def kernels() -> None:
 @click.argument("model")
 @click.option("--arch", default=DEFAULT_ARCH, show_default=True, help="GPU architecture; 9.0a is Hopper.")
 @click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16"]))
+@click.option("--kv-cache-dtype", default="auto", show_default=True, type=click.Choice(["auto", "fp8_e4m3"]))
 @click.option("--output", type=click.Path(path_type=Path), help="Folder; default: where the engine looks.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def build(model: str, arch: str, dtype: str, output: Path | None, as_json: bool) -> None:
+def build(model: str, arch: str, dtype: str, kv_cache_dtype: str, output: Path | None, as_json: bool) -> None:
     """Compile the kernels that MODEL needs (a folder with a config.json is enough)."""
     from cascade_llm.attention.flashinfer_kernels import build_kernels, kernel_folder
 
@@ -42,7 +43,7 @@ def build(model: str, arch: str, dtype: str, output: Path | None, as_json: bool)
         def show(purpose: str, done: int, total: int) -> None:
             status.update(f"compiling {done + 1} of {total}: {purpose}")
 
-        built = build_kernels(attention_spec(model, dtype), arch, folder, on_kernel=show)
+        built = build_kernels(attention_spec(model, dtype, kv_cache_dtype), arch, folder, on_kernel=show)
     _print(built, folder, as_json)
     failed = [kernel for kernel in built if kernel.error]
     for kernel in failed:
@@ -63,13 +64,14 @@ def list_command(arch: str, output: Path | None, as_json: bool) -> None:
     _print(list_kernels(folder), folder, as_json)
 
 
-def attention_spec(model: str, dtype: str) -> AttentionSpec:
+def attention_spec(model: str, dtype: str, kv_cache_dtype: str = "auto") -> AttentionSpec:
     """The shape of a model's attention, read from its configuration alone."""
     import torch
 
     from cascade_llm.attention.backend import AttentionSpec
     from cascade_llm.loader.resolve import open_checkpoint
     from cascade_llm.models.architectures import model_config_from_hf
+    from cascade_llm.runner.device import resolve_kv_dtype
 
     config = model_config_from_hf(open_checkpoint(model, load_format="dummy").hf_config())
     return AttentionSpec(
@@ -80,6 +82,7 @@ def attention_spec(model: str, dtype: str) -> AttentionSpec:
         sm_scale=config.sm_scale,
         dtype=getattr(torch, dtype),
         device=torch.device("cpu"),
+        kv_dtype=resolve_kv_dtype(kv_cache_dtype, getattr(torch, dtype)),
     )
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from cascade_llm.plan import PageCopy
 
-__all__ = ["KVLayout", "PagedKVCache"]
+__all__ = ["KVLayout", "KVScale", "PagedKVCache"]
 
 KVLayout = Literal["NHD", "HND"]
+
+
+class KVScale(NamedTuple):
+    """What the stored numbers of a layer are multiplied by to give its K and V; only 8-bit pages have other than 1."""
+
+    k: float = 1.0
+    v: float = 1.0
 
 
 class PagedKVCache:
@@ -33,10 +40,15 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         layout: KVLayout = "NHD",
+        scales: Sequence[KVScale] | None = None,
     ) -> None:
+        """`scales`: one per layer, for pages of 8 bits; default 1."""
         self.num_pages, self.page_size = num_pages, page_size
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.dtype, self.device, self.layout = dtype, torch.device(device), layout
+        self.scales = [KVScale()] * num_layers if scales is None else list(scales)
+        assert len(self.scales) == num_layers
+        assert dtype.itemsize == 1 or set(self.scales) <= {KVScale()}
         inner = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
         shape = (2, num_pages, *inner, head_dim)
         self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
@@ -65,24 +77,43 @@ class PagedKVCache:
         """
         return self._layers[index]
 
+    def encode(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """x in the pool's dtype. 8-bit numbers are divided by their scale in float32 and clamped to the largest that
+        there is: the conversion alone makes NaN of what lies beyond."""
+        if self.dtype.itemsize > 1:
+            return x.to(self.dtype)
+        limit = torch.finfo(self.dtype).max
+        scaled = x if scale == 1.0 else x.float() / scale
+        return scaled.clamp(-limit, limit).to(self.dtype)
+
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """Store k and v, both [rows, num_kv_heads, head_dim], at int64 `slots` [rows]."""
-        k_pool, v_pool = self._layers[layer]
+        k_pool, v_pool = _bytes_of(self._layers[layer])
+        scale = self.scales[layer]
+        k, v = _bytes_of(self.encode(k, scale.k)), _bytes_of(self.encode(v, scale.v))
         if self.layout == "NHD":
-            self._by_slot(k_pool).index_put_((slots,), k.to(self.dtype))
-            self._by_slot(v_pool).index_put_((slots,), v.to(self.dtype))
+            self._by_slot(k_pool).index_put_((slots,), k)
+            self._by_slot(v_pool).index_put_((slots,), v)
         else:
             pages, offsets = slots // self.page_size, slots % self.page_size
-            k_pool[pages, :, offsets] = k.to(self.dtype)
-            v_pool[pages, :, offsets] = v.to(self.dtype)
+            k_pool[pages, :, offsets] = k
+            v_pool[pages, :, offsets] = v
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A copy of K and V, both [tokens, num_kv_heads, head_dim], at int64 `slots` [tokens]; for checks and twins."""
-        k_pool, v_pool = self._layers[layer]
+        """A copy of K and V, both [tokens, num_kv_heads, head_dim], at int64 `slots` [tokens]; for checks and twins.
+
+        8-bit pages are read as the float32 that they stand for.
+        """
+        k_pool, v_pool = _bytes_of(self._layers[layer])
         if self.layout == "NHD":
-            return self._by_slot(k_pool)[slots], self._by_slot(v_pool)[slots]
-        pages, offsets = slots // self.page_size, slots % self.page_size
-        return k_pool[pages, :, offsets], v_pool[pages, :, offsets]
+            k, v = self._by_slot(k_pool)[slots], self._by_slot(v_pool)[slots]
+        else:
+            pages, offsets = slots // self.page_size, slots % self.page_size
+            k, v = k_pool[pages, :, offsets], v_pool[pages, :, offsets]
+        if self.dtype.itemsize > 1:
+            return k, v
+        scale = self.scales[layer]
+        return k.view(self.dtype).float() * scale.k, v.view(self.dtype).float() * scale.v
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy whole pages in every layer; all sources are read before any target is written."""
@@ -90,8 +121,13 @@ class PagedKVCache:
             return
         source = torch.tensor([copy.source for copy in copies], device=self.device)
         target = torch.tensor([copy.target for copy in copies], device=self.device)
-        for pool in self._layers:
+        for pool in map(_bytes_of, self._layers):
             pool[:, target] = pool[:, source]
 
     def _by_slot(self, pool: torch.Tensor) -> torch.Tensor:
         return pool.view(self.num_slots, self.num_kv_heads, self.head_dim)
+
+
+def _bytes_of(x: torch.Tensor) -> torch.Tensor:
+    """8-bit floats as bytes, which torch can index everywhere; other types as they are."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x

@@ -12,15 +12,16 @@ from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend,
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.errors import CapacityError, ConfigError
-from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
+from cascade_llm.kv_cache.paged_kv_cache import KVLayout, KVScale, PagedKVCache
 from cascade_llm.layers.flashinfer_layer_ops import FlashInferLayerOps
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
+from cascade_llm.models.kv_scales import KVScaleReader
 from cascade_llm.models.weights import init_dummy, load_weights
 from cascade_llm.quantization.int4 import reasons_against_int4
 from cascade_llm.runner.cuda_graphs import CaptureReport, CudaGraphs, OnCapture
-from cascade_llm.runner.device import DTYPES, resolve_device, resolve_dtype, thread_limit
+from cascade_llm.runner.device import DTYPES, KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
 from cascade_llm.runner.lanes import LaneState
 from cascade_llm.runner.memory import pool_pages, step_bytes
 from cascade_llm.runner.model_runner import ModelRunner
@@ -68,9 +69,7 @@ def build_runner(
     model = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, model.dtype, device)
-    kv_dtype = dtype if options.kv_cache_dtype == "auto" else DTYPES[options.kv_cache_dtype]
-    if kv_dtype != dtype:
-        raise ConfigError(f"kv_cache_dtype {options.kv_cache_dtype} differs from dtype {dtype}: set both the same")
+    kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     max_model_len = _max_model_len(options, model)
     spec = AttentionSpec(
         num_layers=model.num_layers,
@@ -80,6 +79,7 @@ def build_runner(
         sm_scale=model.sm_scale,
         dtype=dtype,
         device=device,
+        kv_dtype=kv_dtype,
     )
     if platform is not None:
         choice = BackendChoice(name="flashinfer", backend=FlashInferAttentionBackend, refused=())
@@ -89,13 +89,13 @@ def build_runner(
         if choice.name == "flashinfer":
             platform = GpuPlatform.cuda(device)
     with torch.inference_mode(), thread_limit(options.num_threads):
-        decoder = _decoder(options, checkpoint, model, dtype, device, max_model_len, platform)
+        decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, platform)
         reserved = 0 if device.type == "cpu" else step_bytes(decoder, options)
         bytes_per_page = model.kv_bytes_per_token(kv_dtype.itemsize) * options.page_size
         total_pages = pool_pages(options, max_model_len, bytes_per_page, device, reserved)
         padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
         layout = choice.backend.preferred_layout(device)
-        kv_cache = _kv_cache(options, model, kv_dtype, device, total_pages + padding, layout)
+        kv_cache = _kv_cache(options, model, kv_dtype, device, total_pages + padding, layout, scales)
         lanes = LaneState(options.max_num_seqs + padding, model.vocab_size, device)
         backend: AttentionBackend
         graphs = report = None
@@ -136,8 +136,9 @@ def _decoder(
     device: torch.device,
     max_model_len: int,
     platform: GpuPlatform | None,
-) -> Decoder:
-    """The model with its weights."""
+) -> tuple[Decoder, list[KVScale] | None]:
+    """The model with its weights, and the scales of 8-bit pages."""
+    scales = KVScaleReader(model.num_layers)
     ops = FlashInferLayerOps(platform.ops, device, options.max_num_batched_tokens) if platform else None
     loading_dtype = DTYPES[model.dtype] if options.quantization else None
     decoder = Decoder(model, dtype, device, max_positions=max_model_len, ops=ops, loading_dtype=loading_dtype)
@@ -146,12 +147,12 @@ def _decoder(
     if checkpoint.is_dummy:
         init_dummy(decoder, options.seed)
     else:
-        load_weights(decoder, checkpoint.tensors())
+        load_weights(decoder, scales.without_scales(checkpoint.tensors()))
     if options.quantization:
         decoder.quantize()
     if platform is None:
         decoder.pack()
-    return decoder
+    return decoder, scales.scales() if options.kv_cache_dtype in KV_DTYPES else None
 
 
 def _kv_cache(
@@ -161,6 +162,7 @@ def _kv_cache(
     device: torch.device,
     num_pages: int,
     layout: KVLayout,
+    scales: list[KVScale] | None,
 ) -> PagedKVCache:
     """The pool; memory that was free a moment ago may have gone to another process."""
     try:
@@ -173,6 +175,7 @@ def _kv_cache(
             dtype=dtype,
             device=device,
             layout=layout,
+            scales=scales,
         )
     except torch.OutOfMemoryError as error:
         raise CapacityError(

@@ -9,8 +9,10 @@ import torch
 
 from cascade_llm.errors import ConfigError
 
-__all__ = ["resolve_device", "resolve_dtype", "thread_limit"]
+__all__ = ["resolve_device", "resolve_dtype", "resolve_kv_dtype", "thread_limit"]
 
+KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
+"""Of pages alone."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,6 +36,15 @@ def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> tor
     if device.type == "cuda":
         return torch.bfloat16 if checkpoint_dtype == "float32" else DTYPES[checkpoint_dtype]
     return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+def resolve_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What K and V are stored in: the model's dtype, or 8 bits. Raises `ConfigError` for another 16- or 32-bit type."""
+    if name in KV_DTYPES:
+        return KV_DTYPES[name]
+    if name != "auto" and DTYPES[name] != dtype:
+        raise ConfigError(f"kv_cache_dtype {name} differs from dtype {dtype}: set both the same, or fp8_e4m3")
+    return dtype
 
 
 @contextmanager

@@ -35,11 +35,13 @@ class Compiler:
     def __init__(self, cache: Path) -> None:
         self.cache, self.broken = cache, True
         self.built: list[str] = []
-        self.asked: list[tuple[torch.dtype, int, tuple[str, ...]]] = []
+        self.asked: list[tuple[torch.dtype, torch.dtype, int, tuple[str, ...]]] = []
         self.arch: str | None = None
 
-    def modules(self, dtype: torch.dtype, head_dim: int, kernels: tuple[str, ...]) -> list[JitModule]:
-        self.asked.append((dtype, head_dim, kernels))
+    def modules(
+        self, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernels: tuple[str, ...]
+    ) -> list[JitModule]:
+        self.asked.append((dtype, kv_dtype, head_dim, kernels))
         self.arch = os.environ["FLASHINFER_CUDA_ARCH_LIST"]
         return [JitModule(name, f"for {name}", self._build(name), self.cache / f"{name}.so") for name in ("a", "b")]
 
@@ -66,7 +68,8 @@ def test_builds_what_the_kernel_table_names_and_keeps_the_environment(compiler: 
     before, seen = dict(os.environ), []
     folder = tmp_path / "out"
     kernels = build_kernels(SPEC, "9.0a", folder, on_kernel=lambda *progress: seen.append(progress))
-    assert compiler.asked == [(torch.bfloat16, 128, ("prefill_fa2", "decode_tensor_cores", "prefill_fa2"))]
+    table = ("prefill_fa2", "decode_tensor_cores", "prefill_fa2")
+    assert compiler.asked == [(torch.bfloat16, torch.bfloat16, 128, table)]
     assert compiler.arch == "9.0a"
     assert dict(os.environ) == before
     assert seen == [("for a", 0, 2), ("for b", 1, 2)]
@@ -74,6 +77,13 @@ def test_builds_what_the_kernel_table_names_and_keeps_the_environment(compiler: 
     assert [kernel.error is None for kernel in kernels] == [True, False]
     assert "header is missing" in str(kernels[1].error)
     assert not (folder / "b").exists()
+
+
+def test_eight_bit_pages_have_modules_of_their_own(compiler: Compiler, tmp_path: Path) -> None:
+    build_kernels(replace(SPEC, kv_dtype=torch.float8_e4m3fn), "9.0a", tmp_path / "out")
+    assert [asked[:2] for asked in compiler.asked] == [(torch.bfloat16, torch.float8_e4m3fn)]
+    with pytest.raises(BackendError, match=r"head_dim 64.*kv_cache_dtype"):
+        build_kernels(replace(SPEC, head_dim=64, kv_dtype=torch.float8_e4m3fn), "9.0a", tmp_path / "out")
 
 
 def test_a_second_run_builds_only_what_is_missing(compiler: Compiler, tmp_path: Path) -> None:
@@ -148,8 +158,11 @@ def test_states_of_the_modules_that_a_model_needs(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="flashinfer is not installed here")
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_names_are_those_of_the_installed_package(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_names_are_those_of_the_installed_package(
+    head_dim: int, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     kernels = ("prefill_fa2", "prefill_fa3", "decode_tensor_cores", "decode_cuda_cores")
-    theirs = {module.name: module.purpose for module in jit_modules(torch.bfloat16, head_dim, kernels)}
-    assert module_purposes(torch.bfloat16, torch.bfloat16, head_dim, kernels) == theirs
+    theirs = {module.name: module.purpose for module in jit_modules(torch.bfloat16, kv_dtype, head_dim, kernels)}
+    assert module_purposes(torch.bfloat16, kv_dtype, head_dim, kernels) == theirs

@@ -136,7 +136,11 @@ class FlashInferDouble:
             touched = set((pages * page_size + offsets).tolist())
             if touched & self.read_only_slots:
                 raise DoubleError(f"append to read-only slots {sorted(touched & self.read_only_slots)[:4]}")
-            k_cache[pages, offsets], v_cache[pages, offsets] = append_key, append_value
+            for cache, rows in ((k_cache, append_key), (v_cache, append_value)):
+                if cache.dtype.itemsize == 1:
+                    cache.view(torch.uint8)[pages, offsets] = rows.view(torch.uint8)
+                else:
+                    cache[pages, offsets] = rows
 
         self.stream.launch(run, [append_key, append_value, positions, k_cache, v_cache])
 

@@ -85,12 +85,10 @@ def _attend(
     """(v, s) of rows over tokens begin:stop of one segment, float64, s base 2; (0, -inf) where there are none."""
     assert indices is not None
     rows, heads, head_dim = q.shape
-    k_pool, v_pool = pools
-    page_size, group = k_pool.shape[1], heads // k_pool.shape[2]
+    page_size, group = pools[0].shape[1], heads // pools[0].shape[2]
     token = torch.arange(begin, stop)
     pages = indices[first_entry + token // page_size].long()
-    k = k_pool[pages, token % page_size].double().repeat_interleave(group, dim=1)
-    v = v_pool[pages, token % page_size].double().repeat_interleave(group, dim=1)
+    k, v = (_gathered(pool, pages, token % page_size).repeat_interleave(group, dim=1) for pool in pools)
     scores = torch.einsum("rhd,khd->rhk", q.double(), k) * (scale or head_dim**-0.5)
     lower, upper = torch.tensor(limits).view(-1, 2, 1).unbind(1)
     hidden = (token < lower) | (token >= upper)
@@ -98,6 +96,12 @@ def _attend(
     s = scores.logsumexp(-1) if len(token) else torch.full((rows, heads), -torch.inf, dtype=torch.float64)
     weights = torch.exp(scores - s.masked_fill(s == -torch.inf, 0.0).unsqueeze(-1))
     return torch.einsum("rhk,khd->rhd", weights, v), s / math.log(2.0)
+
+
+def _gathered(pool: torch.Tensor, pages: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    if pool.dtype == torch.float8_e4m3fn:  # torch gathers no 8-bit floats on the CPU
+        return pool.view(torch.uint8)[pages, offsets].view(pool.dtype).double()
+    return pool[pages, offsets].double()
 
 
 def _joined(

@@ -22,6 +22,7 @@ __all__ = ["HEAD_DIMS", "SIGNATURES", "DecodeWrapper", "PrefillWrapper"]
 SIGNATURES = Path(__file__).parents[1] / "attention" / "flashinfer_signatures.json"
 HEAD_DIMS = (64, 128, 256)
 INT_WORKSPACE_BYTES = 8 << 20
+FP8 = torch.float8_e4m3fn
 DECODE_GROUPS = (1, 2, 3, 4, 6, 8, 16)
 
 
@@ -72,8 +73,11 @@ class _Wrapper:
     def _check_shape(self, num_qo_heads: int, num_kv_heads: int, head_dim: int, q_dtype: Any, kv_dtype: Any) -> None:
         if head_dim not in HEAD_DIMS or num_qo_heads % num_kv_heads:
             raise DoubleError(f"{num_qo_heads}/{num_kv_heads} heads of {head_dim}")
-        if q_dtype not in self._double.dtypes or kv_dtype != q_dtype:
+        if q_dtype not in self._double.dtypes or kv_dtype not in (q_dtype, FP8):
             raise DoubleError(f"q_data_type {q_dtype}, kv_data_type {kv_dtype}")
+        if kv_dtype == FP8 and head_dim == 64:
+            raise DoubleError("FP8 pages at head_dim 64: a source note says that this does not work")
+        self._kv_dtype = kv_dtype
 
     def _check_columns(self, *columns: torch.Tensor) -> None:
         for column in columns:
@@ -147,8 +151,9 @@ class _Wrapper:
             raise DoubleError("run before plan")
         if len(q) != self._num_rows:
             raise DoubleError(f"q has {len(q)} rows, the plan {self._num_rows}")
-        if q.dtype != self._dtype or k_pool.dtype != self._dtype:
-            raise DoubleError(f"q {q.dtype} and K {k_pool.dtype}, planned for {self._dtype}")
+        if q.dtype != self._dtype or k_pool.dtype != self._kv_dtype or v_pool.dtype != self._kv_dtype:
+            planned = f"{self._dtype} and {self._kv_dtype}"
+            raise DoubleError(f"q {q.dtype} and K {k_pool.dtype}, planned for {planned}")
         if q.stride(-1) != 1 or q.shape[1:] != self._heads:
             raise DoubleError(f"q is {tuple(q.shape)}")
         if k_pool.stride() != v_pool.stride():
@@ -240,9 +245,9 @@ class PrefillWrapper(_Wrapper):
         bound = _bind("BatchPrefillWithPagedKVCacheWrapper.run", (q, paged_kv_cache, *args), kwargs)
         out, lse = bound["out"], bound["lse"]
         pools = self._check_run(q, paged_kv_cache, out, lse, bound["return_lse"])
-        self._double.use("prefill", q.dtype, q.shape[-1], self._window >= 0)
+        self._double.use("prefill", q.dtype, self._kv_dtype, q.shape[-1], self._window >= 0)
         buffers, workspace = self._buffers, self._int_workspace
-        causal, scale, window = self._causal, self._sm_scale, self._window
+        causal, scale, window = self._causal, _folded(self._sm_scale, bound), self._window
         self._launch(
             lambda: run_tiles(workspace, buffers, q, pools, out, lse, causal=causal, scale=scale, window=window),
             [q, out, lse],
@@ -323,8 +328,15 @@ class DecodeWrapper(_Wrapper):
         bound = _bind("BatchDecodeWithPagedKVCacheWrapper.run", (q, paged_kv_cache, *args), kwargs)
         out, lse = bound["out"], bound["lse"]
         pools = self._check_run(q, paged_kv_cache, out, lse, bound["return_lse"])
-        self._double.use("prefill" if self._tensor_cores else "decode", q.dtype, q.shape[-1], self._window >= 0)
-        buffers, workspace, scale, window = self._buffers, self._int_workspace, self._sm_scale, self._window
+        self._double.use(
+            "prefill" if self._tensor_cores else "decode", q.dtype, self._kv_dtype, q.shape[-1], self._window >= 0
+        )
+        buffers, workspace, scale, window = (
+            self._buffers,
+            self._int_workspace,
+            _folded(self._sm_scale, bound),
+            self._window,
+        )
         strict = not self._tensor_cores
 
         def run() -> None:
@@ -382,6 +394,16 @@ def _bind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
     bound = _parameters(name).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
+
+
+def _folded(sm_scale: Any, bound: dict[str, Any]) -> Any:
+    """The softmax scale of a run, a number of the host's; V's scale would be another kernel in every level."""
+    if bound["q_scale"] is not None or bound["v_scale"] is not None:
+        raise DoubleError("q_scale and v_scale are kernels of their own: multiply once, behind the last merge")
+    k_scale = bound["k_scale"]
+    if k_scale is not None and not isinstance(k_scale, float):
+        raise DoubleError(f"k_scale is {type(k_scale).__name__}: read by the host")
+    return sm_scale if k_scale is None else sm_scale * k_scale
 
 
 def _check_level(qo_indptr: list[int], kv_indptr: list[int], last_page_len: list[int], page_size: int) -> None:

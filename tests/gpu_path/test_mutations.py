@@ -279,8 +279,8 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = flashinfer_levels.LevelKernel.run
 
-    def natural(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput) -> None:
-        original(self, q, kv, output)
+    def natural(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float) -> None:
+        original(self, q, kv, output, k_scale)
         output.lse.mul_(0.6931471805599453)
 
     patch.setattr(LevelKernel, "run", natural)
@@ -290,8 +290,8 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = LevelKernel.run
 
-    def flat(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput) -> None:
-        original(self, q, kv, output)
+    def flat(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float) -> None:
+        original(self, q, kv, output, k_scale)
         output.lse.zero_()
 
     patch.setattr(LevelKernel, "run", flat)
