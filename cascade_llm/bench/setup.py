@@ -19,7 +19,7 @@ from cascade_llm.llm import LLM
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
-from cascade_llm.runner.device import resolve_device, resolve_dtype
+from cascade_llm.runner.device import resolve_device, resolve_dtype, resolve_kv_dtype
 from cascade_llm.runner.memory import available_bytes
 
 __all__ = ["BenchModel", "open_model", "options_for"]
@@ -64,6 +64,11 @@ class BenchModel:
         """What this machine can do at most with the model's dtype."""
         return machine_limits(self.device, self.dtype, num_threads=self.options.get("num_threads"))
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What K and V are stored in."""
+        return resolve_kv_dtype(self.options.get("kv_cache_dtype", "auto"), self.dtype)
+
     def shape(self) -> ModelShape:
         """What a step's work depends on."""
         dense = self.dtype.itemsize
@@ -71,7 +76,7 @@ class BenchModel:
             self.config,
             layer_weight_bytes=QUANTIZED_BYTES.get(self.options.get("quantization"), dense),
             head_weight_bytes=dense,
-            kv_dtype_bytes=dense,
+            kv_dtype_bytes=self.kv_dtype.itemsize,
         )
 
 
@@ -99,7 +104,7 @@ def options_for(model: BenchModel, *loads: Load) -> dict[str, Any]:
     Raises `CapacityError` where the given pool does not hold the longest sequence.
     """
     checked = EngineOptions(**model.options)
-    page_bytes = model.config.kv_bytes_per_token(model.dtype.itemsize) * checked.page_size
+    page_bytes = model.config.kv_bytes_per_token(model.kv_dtype.itemsize) * checked.page_size
     lanes = min(max(load.num_sequences for load in loads), DEFAULT_LANES)
     options: dict[str, Any] = {
         "max_model_len": max(load.longest for load in loads),
