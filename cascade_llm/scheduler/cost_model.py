@@ -91,13 +91,17 @@ class DeviceCosts:
 
 DEVICE_COSTS = {
     "cpu": DeviceCosts(
-        shared_bytes_per_s=40e9,
-        shared_flops_per_s=400e9,
-        leaf_bytes_per_s=12e9,
-        leaf_flops_per_s=100e9,
-        segment_s=25e-6,
-        level_s=40e-6,
-        merge_bytes_per_s=10e9,
+        shared_bytes_per_s=32e9,
+        shared_flops_per_s=640e9,
+        leaf_bytes_per_s=28e9,
+        leaf_flops_per_s=215e9,
+        segment_s=0.0,
+        level_s=3.5e-6,
+        merge_bytes_per_s=18e9,
+        cached_bytes_per_s=78e9,
+        llc_bytes=16 * 2**20,
+        split_tokens=512,
+        leaf_segment_s=0.23e-6,
     ),
     "a100": DeviceCosts(
         shared_bytes_per_s=1.75e12,
