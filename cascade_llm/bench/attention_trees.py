@@ -19,17 +19,18 @@ import torch
 
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec, PreparedAttention
 from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend, GpuPlatform
-from cascade_llm.attention.select import select_backend
+from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.bench.machine_limits import MachineLimits
 from cascade_llm.bench.step_work import ModelShape, floor_s, step_work
 from cascade_llm.config import CascadeConfig, SchedulerConfig
+from cascade_llm.engine.cost_setup import choose_cost_model
 from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadePlan, StepPlan, StepResult
 from cascade_llm.runner.device import thread_limit
 from cascade_llm.runner.memory import available_bytes
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel
+from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request
 
@@ -140,6 +141,8 @@ class TreeResult:
     planning_s: float
     """The scheduler's step in which the plan was made."""
     floor_s: float
+    costs: str
+    """Where the constants of the cost model come from."""
 
     @property
     def speedup(self) -> float:
@@ -174,15 +177,6 @@ def measure_tree(
             f"the tree {tree} has {num_bytes / 1e9:.1f} GB of K/V with {heads} heads, more than a quarter of the free "
             "memory: leave it out, or choose fewer heads"
         )
-    shape = AttentionShape(
-        num_qo_heads=heads.num_qo_heads,
-        num_kv_heads=heads.num_kv_heads,
-        head_dim=heads.head_dim,
-        kv_dtype_bytes=dtype.itemsize,
-    )
-    costs = CostModel(shape, DEVICE_COSTS["cpu" if device.type == "cpu" else "h200"])
-    chosen, planning_s = tree_plan(tree, costs, CascadeConfig())
-    single, _ = tree_plan(tree, costs, CascadeConfig(enabled=False))
     spec = AttentionSpec(
         num_layers=max(1, min(MAX_LAYERS, UNCACHED_BYTES // num_bytes)),
         num_qo_heads=heads.num_qo_heads,
@@ -192,11 +186,15 @@ def measure_tree(
         dtype=dtype,
         device=device,
     )
+    choice = select_backend(backend, spec)
+    costs, source = choose_cost_model(spec, choice.name, kv_dtype=dtype, num_threads=num_threads)
+    chosen, planning_s = tree_plan(tree, costs, CascadeConfig())
+    single, _ = tree_plan(tree, costs, CascadeConfig(enabled=False))
     with torch.inference_mode(), thread_limit(num_threads):
-        engine = _backend(backend, spec, max(_last_page(chosen), _last_page(single)) + 1)
+        engine = _backend(choice, spec, max(_last_page(chosen), _last_page(single)) + 1)
         q = torch.randn(chosen.num_rows, heads.num_qo_heads, heads.head_dim, device=device).to(dtype)
         cascade_s, one_level_s, prepare_s = _times(engine, q, chosen.cascade, single.cascade, measure_s)
-    work = step_work(chosen, _layer_shape(shape))
+    work = step_work(chosen, _layer_shape(costs.shape))
     return TreeResult(
         tree=str(tree),
         heads=str(heads),
@@ -207,6 +205,7 @@ def measure_tree(
         prepare_s=prepare_s,
         planning_s=planning_s,
         floor_s=floor_s([work], bytes_per_s=limits.bytes_per_s, flops_per_s=limits.flops_per_s),
+        costs=source,
     )
 
 
@@ -241,8 +240,7 @@ def tree_plan(tree: PrefixTreeShape, costs: CostModel, cascade: CascadeConfig) -
     return decode, planning_s
 
 
-def _backend(name: str, spec: AttentionSpec, num_pages: int) -> AttentionBackend:
-    choice = select_backend(name, spec)
+def _backend(choice: BackendChoice, spec: AttentionSpec, num_pages: int) -> AttentionBackend:
     kv_cache = PagedKVCache(
         num_layers=spec.num_layers,
         num_pages=num_pages,

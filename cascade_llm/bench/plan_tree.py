@@ -11,16 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from cascade_llm.config import EngineOptions, ModelConfig, SchedulerConfig
+from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.select import select_backend
+from cascade_llm.config import CascadeConfig, EngineOptions, ModelConfig, SchedulerConfig
+from cascade_llm.engine.cost_setup import attention_shape, choose_cost_model
 from cascade_llm.engine.intake import Intake, Prompt
 from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
 from cascade_llm.errors import ConfigError, PromptError, RequestError, nearest_name_hint
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.plan import CascadePlan, CascadeReport, StepPlan, StepResult
-from cascade_llm.runner.device import resolve_device, resolve_dtype
+from cascade_llm.runner.device import resolve_device, resolve_dtype, resolve_kv_dtype
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel
+from cascade_llm.scheduler.cost_model import DEVICE_COSTS, CostModel, plan_work
 from cascade_llm.scheduler.prefix_forest import PlannedRows, Run, attach_nodes, shared_forest
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request
@@ -80,7 +83,10 @@ class PrefixTree:
     page_size: int
     kv_bytes_per_token: int
     costs: str
-    """The device whose cost model decided."""
+    """The cost model that decided: where its constants come from."""
+    attention_s: float
+    """Predicted, of one decode step over all layers."""
+    attention_one_level_s: float
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; K/V in bytes over all layers."""
@@ -89,6 +95,8 @@ class PrefixTree:
             "prompt_lens": list(self.prompt_lens),
             "page_size": self.page_size,
             "costs": self.costs,
+            "predicted_attention_s": self.attention_s,
+            "predicted_attention_one_level_s": self.attention_one_level_s,
             "num_levels": self.report.num_levels,
             "num_groups": self.report.num_groups,
             "kv_bytes_read": self.report.kv_tokens_read * self.kv_bytes_per_token,
@@ -146,36 +154,52 @@ def plan_tree(
 
     Args:
         tokenizer: for how runs begin; without it no text is shown
-        costs: the device whose cost model decides; default the one that `options` would run on
+        costs: the device whose cost model decides; default the model that an engine with `options` plans with here
 
     Raises `ConfigError` for a device that has no cost model.
     """
+    spec = _attention_spec(config, options)
+    cost_model, source = _cost_model(spec, options, costs)
+    scheduler, decode = _decode_step(prompts, _scheduler_config(prompts, config, options, options.cascade), cost_model)
+    one_level = _scheduler_config(prompts, config, options, CascadeConfig(enabled=False))
+    _, plain = _decode_step(prompts, one_level, cost_model)
+    by_lane = {sequence.lane: sequence for sequence in scheduler.sequences()}
+    ordered = [by_lane[lane] for lane in decode.sequence_lanes]
+    return PrefixTree(
+        root=_Reader(decode.cascade, ordered, tokenizer).node(_forest(ordered, options.page_size)),
+        prompt_lens=tuple(map(len, prompts)),
+        report=decode.report,
+        page_size=options.page_size,
+        kv_bytes_per_token=config.kv_bytes_per_token(spec.page_dtype.itemsize),
+        costs=source,
+        attention_s=config.num_layers * cost_model.plan_s(plan_work(decode.cascade)),
+        attention_one_level_s=config.num_layers * cost_model.plan_s(plan_work(plain.cascade)),
+    )
+
+
+def _attention_spec(config: ModelConfig, options: EngineOptions) -> AttentionSpec:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, config.dtype, device)
-    costs = costs or ("cpu" if device.type == "cpu" else "h200")
-    if costs not in DEVICE_COSTS:
-        raise ConfigError(f"no cost model for the device {costs!r}: {nearest_name_hint(costs, DEVICE_COSTS)}")
-    shape = AttentionShape(
+    return AttentionSpec(
+        num_layers=config.num_layers,
         num_qo_heads=config.num_qo_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        kv_dtype_bytes=dtype.itemsize,
+        sm_scale=config.sm_scale,
+        dtype=dtype,
+        device=device,
+        kv_dtype=resolve_kv_dtype(options.kv_cache_dtype, dtype),
     )
-    scheduler = FlashInferScheduler(_scheduler_config(prompts, config, options), CostModel(shape, DEVICE_COSTS[costs]))
-    params = SamplingParams(max_tokens=2, ignore_eos=True)
-    for index, token_ids in enumerate(prompts):
-        scheduler.add(Request(request_id=str(index), prompt_token_ids=token_ids, params=params, seed=0))
-    plan = _decode_step(scheduler)
-    by_lane = {sequence.lane: sequence for sequence in scheduler.sequences()}
-    ordered = [by_lane[lane] for lane in plan.sequence_lanes]
-    return PrefixTree(
-        root=_Reader(plan.cascade, ordered, tokenizer).node(_forest(ordered, options.page_size)),
-        prompt_lens=tuple(map(len, prompts)),
-        report=plan.report,
-        page_size=options.page_size,
-        kv_bytes_per_token=config.kv_bytes_per_token(dtype.itemsize),
-        costs=costs,
-    )
+
+
+def _cost_model(spec: AttentionSpec, options: EngineOptions, device: str | None) -> tuple[CostModel, str]:
+    """The named device's, or the engine's own choice on this machine; and where its constants come from."""
+    if device is None:
+        backend = select_backend(options.attention_backend, spec).name
+        return choose_cost_model(spec, backend, kv_dtype=spec.page_dtype, num_threads=options.num_threads)
+    if device not in DEVICE_COSTS:
+        raise ConfigError(f"no cost model for the device {device!r}: {nearest_name_hint(device, DEVICE_COSTS)}")
+    return CostModel(attention_shape(spec, spec.page_dtype), DEVICE_COSTS[device]), f"table entry {device!r}, as asked"
 
 
 def _max_model_len(config: ModelConfig, options: EngineOptions) -> int:
@@ -202,7 +226,9 @@ def _read_all(intake: Intake, prompts: Sequence[Prompt | Messages]) -> list[list
     return read
 
 
-def _scheduler_config(prompts: Sequence[Sequence[int]], config: ModelConfig, options: EngineOptions) -> SchedulerConfig:
+def _scheduler_config(
+    prompts: Sequence[Sequence[int]], config: ModelConfig, options: EngineOptions, cascade: CascadeConfig
+) -> SchedulerConfig:
     """Room for all prompts at once, in one step: what is asked is what they share, not how many fit."""
     size, max_model_len = options.page_size, _max_model_len(config, options)
     num_pages = sum(len(prompt) // size + 2 for prompt in prompts) + len(prompts)
@@ -212,12 +238,18 @@ def _scheduler_config(prompts: Sequence[Sequence[int]], config: ModelConfig, opt
         max_model_len=max_model_len,
         max_num_seqs=len(prompts),
         max_num_batched_tokens=sum(map(len, prompts)),
-        cascade=options.cascade,
+        cascade=cascade,
     )
 
 
-def _decode_step(scheduler: FlashInferScheduler) -> StepPlan:
-    """Prefill everything that waits, and plan the step after it."""
+def _decode_step(
+    prompts: Sequence[Sequence[int]], config: SchedulerConfig, costs: CostModel
+) -> tuple[FlashInferScheduler, StepPlan]:
+    """A scheduler that has prefilled all prompts, and its plan of the step after that."""
+    scheduler = FlashInferScheduler(config, costs)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    for index, token_ids in enumerate(prompts):
+        scheduler.add(Request(request_id=str(index), prompt_token_ids=token_ids, params=params, seed=0))
     prefill = scheduler.schedule()
     assert prefill is not None
     tokens = [MADE_UP_TOKEN] * len(prefill.sample_rows)
@@ -225,7 +257,7 @@ def _decode_step(scheduler: FlashInferScheduler) -> StepPlan:
     decode = scheduler.schedule()
     assert decode is not None
     assert decode.num_rows == decode.num_sequences == scheduler.num_running
-    return decode
+    return scheduler, decode
 
 
 def _forest(sequences: list[TokenSequence], page_size: int) -> Run:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Bars", "Lines", "Stacks", "draw_charts"]
+__all__ = ["Bars", "Lines", "Span", "Spans", "Stacks", "draw_charts"]
 
 COLORS = ("#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#6d597a", "#b56576", "#355070", "#adb5bd")
+PALE_COLORS = ("#ced4da", "#eef1f4")
 PANEL_INCHES = (5.2, 3.8)
+WIDE_PANEL_INCHES = (10.4, 5.7)
+SPAN_FONT_SIZE = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,33 @@ class Stacks:
     """By bar: its parts, bottom first."""
 
 
-Chart = Bars | Lines | Stacks
+@dataclass(frozen=True)
+class Span:
+    """A rectangle of a `Spans` chart."""
+
+    start: float
+    end: float
+    top: float
+    """From the upper edge of the chart down."""
+    height: float
+    series: str
+    label: str
+    """Left out where it has no room."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spans:
+    """Rectangles beside and below each other, on a wide panel."""
+
+    title: str
+    x_label: str
+    y_label: str
+    spans: Sequence[Span]
+    series: Sequence[str]
+    pale_series: Sequence[str] = ()
+
+
+Chart = Bars | Lines | Stacks | Spans
 
 
 def draw_charts(path: Path, charts: Sequence[Chart], *, caption: str = "") -> None:
@@ -63,18 +92,21 @@ def draw_charts(path: Path, charts: Sequence[Chart], *, caption: str = "") -> No
 
     columns = min(3, len(charts))
     rows = -(-len(charts) // columns)
-    figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows), layout="constrained")
+    width, height = WIDE_PANEL_INCHES if any(isinstance(chart, Spans) for chart in charts) else PANEL_INCHES
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     for index, chart in enumerate(charts):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_title(chart.title, fontsize=11)
         axes.set_ylabel(chart.y_label)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.25)
+        axes.grid(axis="x" if isinstance(chart, Spans) else "y", alpha=0.25)
         axes.set_axisbelow(True)
         if isinstance(chart, Bars):
             _draw_bars(axes, chart)
         elif isinstance(chart, Lines):
             _draw_lines(axes, chart)
+        elif isinstance(chart, Spans):
+            _draw_spans(axes, chart)
         else:
             _draw_stacks(axes, chart)
     if caption:
@@ -126,3 +158,51 @@ def _draw_stacks(axes: Any, chart: Stacks) -> None:
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.set_xticks(range(len(chart.bars)), list(chart.bars), fontsize=8)
     axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_spans(axes: Any, chart: Spans) -> None:
+    last, bottom = max(span.end for span in chart.spans), max(span.top + span.height for span in chart.spans)
+    colors = dict(zip(chart.series, COLORS, strict=False)) | dict(zip(chart.pale_series, PALE_COLORS, strict=False))
+    for series, color in colors.items():
+        if not (of_series := [span for span in chart.spans if span.series == series]):
+            continue
+        axes.barh(
+            [span.top for span in of_series],
+            [span.end - span.start for span in of_series],
+            [span.height for span in of_series],
+            [span.start for span in of_series],
+            align="edge",
+            label=series,
+            color=color,
+            edgecolor="white",
+            linewidth=0.6,
+        )
+        for span in of_series:
+            # the rest of the panel is ticks, legend and titles
+            inches = (span.end - span.start) / last * WIDE_PANEL_INCHES[0] * 0.8
+            room = (inches, span.height / bottom * WIDE_PANEL_INCHES[1] * 0.75)
+            _label_span(axes, span, room, "white" if _is_dark(color) else "#222222")
+    axes.set_xlim(0, last)
+    axes.set_ylim(bottom, 0)
+    axes.set_xlabel(chart.x_label)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _is_dark(color: str) -> bool:
+    """Whether white is easier to read on a "#rrggbb" than black; luma of ITU-R BT.601."""
+    red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 128
+
+
+def _label_span(axes: Any, span: Span, room: tuple[float, float], color: str) -> None:
+    """Write a label where it fits `room`, a width and a height in inches: as it is, on one line, or upwards."""
+    width, height = room
+    line = SPAN_FONT_SIZE * 1.3 / 72
+    for text, rotation in ((span.label, 0), (span.label.replace("\n", ", "), 0), (span.label, 90)):
+        lines = text.split("\n")
+        along, across = max(map(len, lines)) * SPAN_FONT_SIZE * 0.6 / 72, len(lines) * line
+        if (along <= width and across <= height) if rotation == 0 else (across <= width and along <= height):
+            x, y = (span.start + span.end) / 2, span.top + span.height / 2
+            axes.text(x, y, text, ha="center", va="center", rotation=rotation, fontsize=SPAN_FONT_SIZE, color=color)
+            return

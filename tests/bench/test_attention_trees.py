@@ -80,6 +80,7 @@ def test_a_tree_is_timed(tmp_path: Path) -> None:
     assert result.speedup == result.one_level_s / result.cascade_s
     tokens_read = 512 + 4 * 16  # and each row's own token is written
     assert result.floor_s == (tokens_read + 4) * 2 * 2 * 16 * 4 / 1e10
+    assert result.costs.startswith("table entry 'cpu'; ")
     assert result.as_dict()["share_of_limit"] == result.floor_s / result.cascade_s
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.bench.plan_tree import PrefixNode, PrefixTree, plan_prompts, plan_tree
 from cascade_llm.config import EngineOptions, ModelConfig
+from cascade_llm.engine.cost_setup import calibration_key, calibration_path
 from cascade_llm.errors import ConfigError, PromptError
+from cascade_llm.scheduler.calibration import Calibration, write_calibration
+from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel, PlanWork
 
 MODEL = ModelConfig(
     architecture="llama",
@@ -26,10 +33,9 @@ MODEL = ModelConfig(
 PAGE = 4
 
 
-def tree_of(prompts: list[list[int]], **options: object) -> PrefixTree:
-    return plan_tree(
-        prompts, MODEL, EngineOptions(**{"device": "cpu", "dtype": "float32", "page_size": PAGE, **options})
-    )
+def tree_of(prompts: list[list[int]], costs: str | None = None, **options: object) -> PrefixTree:
+    merged = {"device": "cpu", "dtype": "float32", "page_size": PAGE, **options}
+    return plan_tree(prompts, MODEL, EngineOptions(**merged), costs=costs)
 
 
 def shared_runs(prompts: list[list[int]]) -> set[tuple[int, frozenset[int]]]:
@@ -115,9 +121,55 @@ def test_without_sharing_there_is_a_reason() -> None:
 
 def test_another_device_s_costs() -> None:
     prompts = [[*range(1, 90), 99 - i] for i in range(4)]
-    assert tree_of(prompts).costs == "cpu"
+    here, there = tree_of(prompts), tree_of(prompts, costs="h200")
+    assert here.costs.startswith("table entry 'cpu'; ")
+    assert there.costs == "table entry 'h200', as asked"
+    assert there.attention_one_level_s != here.attention_one_level_s
     with pytest.raises(ConfigError, match="did you mean 'h200'"):
         plan_tree(prompts, MODEL, EngineOptions(device="cpu"), costs="h20")
+
+
+def test_predicted_times_are_the_cost_model_s() -> None:
+    prompts = [[*[7] * 40, 50 + i, 60 + i] for i in range(4)]
+    shape = AttentionShape(num_qo_heads=4, num_kv_heads=2, head_dim=16, kv_dtype_bytes=4)
+    model = CostModel(shape, DEVICE_COSTS["h200"])
+    tree = tree_of(prompts, costs="h200", cascade_shared_prefix_len=4)
+    assert tree.report.num_groups == 1
+    assert tree.attention_s == 3 * model.plan_s(PlanWork([[(40, 4)]], [(3, 1)] * 4))
+    one_level = PlanWork([], [(43, 1)] * 4, reread_tokens=3 * 40, common_tokens=40)
+    assert tree.attention_one_level_s == 3 * model.plan_s(one_level)
+    off = tree_of(prompts, costs="h200", enable_cascade_attention=False)
+    assert off.attention_s == off.attention_one_level_s == tree.attention_one_level_s
+    record = tree.as_dict()
+    assert record["predicted_attention_s"] == tree.attention_s
+    assert record["predicted_attention_one_level_s"] == tree.attention_one_level_s
+
+
+def test_a_calibration_of_this_machine_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path))
+    prompts = [[*[7] * 40, 50 + i] for i in range(4)]
+    options = {"attention_backend": "torch", "num_threads": 1}
+    spec = AttentionSpec(
+        num_layers=3,
+        num_qo_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        sm_scale=0.25,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    calibration = Calibration(
+        key=calibration_key(spec, "torch", 1),
+        costs=replace(DEVICE_COSTS["cpu"], step_s=1.0),
+        median_error=0.1,
+        worst_error=0.2,
+        num_measured=9,
+        measured_at="now",
+    )
+    write_calibration(calibration_path(), calibration)
+    assert tree_of(prompts, **options).costs == "measured here at now, median error 10%"
+    assert tree_of(prompts, **options).attention_s > 3
+    assert tree_of(prompts, attention_backend="torch", num_threads=2).attention_s < 3
 
 
 def test_bad_prompts_are_named_together() -> None:
