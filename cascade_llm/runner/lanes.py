@@ -93,6 +93,10 @@ class LaneState:
         numbers = self._numbers[lanes]
         return Filters(self._top_k[lanes], numbers[:, TOP_P], numbers[:, MIN_P])
 
+    def adjusts(self, lane: int) -> bool:
+        """Whether `adjust` may change the logits of this lane."""
+        return self._is_penalized(lane) or lane in self._bias or lane in self._ending
+
     def adjust(self, logits: torch.Tensor, lanes: Sequence[int], positions: Sequence[int]) -> None:
         """Apply repetition, presence and frequency penalty, bias and the min_tokens mask, in this order, in place.
 

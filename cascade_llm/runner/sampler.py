@@ -3,7 +3,7 @@
 Per sample, in this order, each on the renormalized outcome of the one before: repetition, presence and frequency
 penalty, bias, min_tokens mask, temperature, top_k, top_p, min_p; then one draw (see `draw`). Samples that need the
 same work are done together, each sample as if it were alone: its token does not depend on its neighbours. Logits stay
-in the model's dtype until a chunk of rows is chosen from.
+in the model's dtype until a chunk of rows is chosen from; `NativeDraw`, where it works, reads most as they are.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cascade_llm.runner.draw import (
 )
 from cascade_llm.runner.lanes import LaneState
 from cascade_llm.runner.logprobs import token_logprobs
+from cascade_llm.runner.native_draw import NativeDraw
 from cascade_llm.runner.workspace import Workspace
 from cascade_llm.sampling_params import SamplingParams
 
@@ -43,6 +44,8 @@ class Choice(Enum):
     TOP_K = "a draw from what top_k, and perhaps top_p and min_p, keep"
     TOP_P = "a draw from what top_p, and perhaps min_p, keep"
     MIN_P = "a draw from what min_p keeps"
+    IN_PLACE = "by `NativeDraw`, from the model's own logits"
+    COPIED = "by `NativeDraw`, from an adjusted copy"
 
 
 FILTERED_DRAWS = {Choice.TOP_K: draw_top_k, Choice.TOP_P: draw_top_p, Choice.MIN_P: draw_min_p}
@@ -63,9 +66,11 @@ class SampledTokens:
 class Sampler:
     """Chooses the tokens of a step; reads lanes and never changes them."""
 
-    def __init__(self, lane_state: LaneState) -> None:
+    def __init__(self, lane_state: LaneState, *, compiled: bool = True) -> None:
+        """compiled: whether to use `NativeDraw` where it works; torch gives the same tokens, up to float32 rounding."""
         self._lanes = lane_state
         self._workspace = Workspace()
+        self._native = NativeDraw.for_device(lane_state.device) if compiled else None
 
     def sample(
         self, logits: torch.Tensor, lanes: Sequence[int], positions: Sequence[int], rows: Sequence[int] | None = None
@@ -83,13 +88,13 @@ class Sampler:
         token_ids = torch.empty(len(lanes), dtype=torch.int64, device=logits.device)
         finite = torch.empty(len(lanes), dtype=torch.bool, device=logits.device)
         chunk_len = max(1, CHUNK_ELEMENTS // logits.shape[1])
-        for choice, samples in self._alike(lanes).items():
-            for begin in range(0, len(samples), chunk_len):
-                part = samples[begin : begin + chunk_len]
-                values = float_rows(logits, [rows[i] for i in part], self._workspace)
+        for choice, samples in self._alike(lanes, self._native is not None and self._native.reads(logits)).items():
+            part_len = len(samples) if choice is Choice.IN_PLACE else chunk_len
+            for begin in range(0, len(samples), part_len):
+                part = samples[begin : begin + part_len]
+                part_rows = [rows[i] for i in part]
                 part_lanes, part_positions = [lanes[i] for i in part], [positions[i] for i in part]
-                self._lanes.adjust(values, part_lanes, part_positions)
-                chosen = self._choose(values, choice, part_lanes, part_positions)
+                chosen = self._choose_part(logits, choice, part_rows, part_lanes, part_positions)
                 if len(part) == len(lanes):  # nothing to put together
                     token_ids, finite = chosen
                 else:
@@ -103,12 +108,40 @@ class Sampler:
         """The raw model's log-probabilities of given tokens; arguments as in `token_logprobs`, any int columns."""
         return token_logprobs(logits, list(rows), list(token_ids), list(counts), self._workspace)
 
-    def _alike(self, lanes: list[int]) -> dict[Choice, list[int]]:
-        """Sort the samples by how they are chosen."""
+    def _alike(self, lanes: list[int], in_place: bool) -> dict[Choice, list[int]]:
+        """Sort the samples by how they are chosen; in_place: whether these logits can be read where they lie."""
         alike: dict[Choice, list[int]] = {}
         for i, lane in enumerate(lanes):
-            alike.setdefault(_choice(self._lanes.params(lane)), []).append(i)
+            if in_place and not self._lanes.adjusts(lane):
+                choice = Choice.IN_PLACE
+            else:
+                choice = Choice.COPIED if self._native else _choice(self._lanes.params(lane))
+            alike.setdefault(choice, []).append(i)
         return alike
+
+    def _choose_part(
+        self, logits: torch.Tensor, choice: Choice, rows: list[int], lanes: list[int], positions: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose for samples that need the same work: token ids [n], finite [n]."""
+        if choice is Choice.IN_PLACE:
+            return self._choose_natively(logits, rows, logits.shape[1], lanes, positions)
+        values = float_rows(logits, rows, self._workspace)
+        self._lanes.adjust(values, lanes, positions)
+        if choice is Choice.COPIED:
+            return self._choose_natively(values, range(len(rows)), logits.shape[1], lanes, positions)
+        return self._choose(values, choice, lanes, positions)
+
+    def _choose_natively(
+        self, logits: torch.Tensor, rows: Sequence[int], vocab_size: int, lanes: list[int], positions: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`NativeDraw.sample` with what the lanes ask for."""
+        assert self._native is not None
+        if all(self._lanes.params(lane).greedy for lane in lanes):
+            return self._native.argmax(logits, rows, vocab_size)
+        lane_index = torch.tensor(lanes)
+        uniform = uniforms(self._lanes.draw_keys[lane_index], torch.tensor(positions))
+        temperatures, filters = self._lanes.temperatures(lane_index), self._lanes.filters(lane_index)
+        return self._native.sample(logits, rows, vocab_size, temperatures, filters, uniform)
 
     def _choose(
         self, values: torch.Tensor, choice: Choice, lanes: list[int], positions: list[int]

@@ -8,9 +8,31 @@ from hypothesis import strategies as st
 from cascade_llm.runner import draw as module
 from cascade_llm.runner.candidates import block_maxima
 from cascade_llm.runner.draw import Filters, draw, draw_key, draw_min_p, draw_top_k, draw_top_p, uniforms
+from cascade_llm.runner.native_draw import NativeDraw
 from cascade_llm.runner.workspace import Workspace
 
 VOCAB_SIZE = 2560
+NATIVE = NativeDraw.for_device(torch.device("cpu"))
+implementations = pytest.mark.parametrize(
+    "native",
+    [
+        pytest.param(None, id="torch"),
+        pytest.param(NATIVE, id="native", marks=pytest.mark.skipif(NATIVE is None, reason="needs a C compiler")),
+    ],
+)
+
+
+def drawn(native: NativeDraw | None, weights: torch.Tensor, uniform: torch.Tensor, filters: Filters) -> list[int]:
+    """The tokens of rows with one kind of filter, by either implementation."""
+    if native is not None:
+        return native.draw(weights, uniform, filters).tolist()
+    if int(filters.top_k[0]) < VOCAB_SIZE:
+        return draw_top_k(weights, uniform, filters, Workspace()).tolist()
+    if float(filters.top_p[0]) < 1.0:
+        return draw_top_p(weights, uniform, filters, Workspace()).tolist()
+    if float(filters.min_p[0]) > 0.0:
+        return draw_min_p(weights, uniform, filters, Workspace()).tolist()
+    return draw(weights, uniform).tolist()
 
 
 def test_uniforms_are_splitmix64() -> None:
@@ -39,15 +61,16 @@ def test_any_seed_makes_a_key(seed: int, sample_index: int) -> None:
     assert key != draw_key(seed, sample_index + 1)
 
 
+@implementations
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2.0**-53])
-def test_only_tokens_with_weight_are_drawn(uniform: float) -> None:
+def test_only_tokens_with_weight_are_drawn(uniform: float, native: NativeDraw | None) -> None:
     weights = torch.zeros(3, VOCAB_SIZE)
     weights[0, [700, 1500]] = torch.tensor([0.25, 0.75])
     weights[1, 0], weights[2, -1] = 1.0, 1.0
     numbers = torch.full((3,), uniform, dtype=torch.float64)
-    assert draw(weights, numbers).tolist() == [1500 if uniform >= 0.25 else 700, 0, VOCAB_SIZE - 1]
-    filters = all_rows(3, top_p=0.9999)
-    assert draw_top_p(weights, numbers, filters, Workspace()).tolist() == draw(weights, numbers).tolist()
+    expected = [1500 if uniform >= 0.25 else 700, 0, VOCAB_SIZE - 1]
+    for filters in (all_rows(3), all_rows(3, top_p=0.9999), all_rows(3, top_k=9), all_rows(3, min_p=0.1)):
+        assert drawn(native, weights, numbers, filters) == expected
 
 
 def all_rows(num_rows: int, top_k: int = VOCAB_SIZE, top_p: float = 1.0, min_p: float = 0.0) -> Filters:
@@ -70,6 +93,7 @@ def everything(weights: torch.Tensor) -> module.Candidates:
     return module.Candidates.select(weights, block_maxima(weights), floor)
 
 
+@implementations
 @pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
 @pytest.mark.parametrize("quantum", [0.25, 2.0**-10])
 @pytest.mark.parametrize(
@@ -77,38 +101,37 @@ def everything(weights: torch.Tensor) -> module.Candidates:
 )
 @pytest.mark.parametrize("top_k", [1, 20, 500, VOCAB_SIZE])
 def test_few_candidates_or_the_whole_vocabulary_give_one_token(
-    scale: float, quantum: float, top_p: float, min_p: float, top_k: int
+    scale: float, quantum: float, top_p: float, min_p: float, top_k: int, native: NativeDraw | None
 ) -> None:
     weights = probabilities(8, scale, quantum)
     uniform = torch.linspace(0, 1 - 1e-9, 8, dtype=torch.float64)
     filters = all_rows(8, top_k, top_p, min_p)
-    if top_k < VOCAB_SIZE:
-        quick, mass = draw_top_k, None
-    else:
-        quick = draw_top_p if top_p < 1.0 else draw_min_p
-        mass = weights.view(8, -1, module.BLOCK_LEN).sum(-1).sum(-1, dtype=torch.float64)
+    summed = weights if native is None else weights.double()  # torch sums blocks in float32 first
+    mass = None if top_k < VOCAB_SIZE else summed.view(8, -1, module.BLOCK_LEN).sum(-1).sum(-1, dtype=torch.float64)
     slow = module._draw_candidates(everything(weights), uniform, filters, mass)
-    assert torch.equal(quick(weights, uniform, filters, Workspace()), slow)
+    assert drawn(native, weights, uniform, filters) == slow.tolist()
 
 
-def test_filters_that_keep_all_draw_as_no_filter() -> None:
+@implementations
+def test_filters_that_keep_all_draw_as_no_filter(native: NativeDraw | None) -> None:
     weights = probabilities(64, 1.0, 2.0**-10)
     uniform = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plain = draw(weights, uniform)
-    assert torch.equal(draw_top_k(weights, uniform, all_rows(64), Workspace()), plain)
-    assert torch.equal(draw_min_p(weights, uniform, all_rows(64, min_p=1e-30), Workspace()), plain)
+    plain = drawn(native, weights, uniform, all_rows(64))
+    assert draw_top_k(weights, uniform, all_rows(64), Workspace()).tolist() == plain
+    assert drawn(native, weights, uniform, all_rows(64, min_p=1e-30)) == plain
+    assert drawn(native, weights, uniform, all_rows(64, top_p=1 - 1e-12)) == plain
 
 
-def test_ties_at_the_boundary_keep_the_lowest_ids() -> None:
+@implementations
+def test_ties_at_the_boundary_keep_the_lowest_ids(native: NativeDraw | None) -> None:
     weights = torch.zeros(1, VOCAB_SIZE)
     weights[0, [2000, 1000, 3, 500]] = 0.25
     spread = torch.linspace(0, 1 - 1e-9, 16, dtype=torch.float64)
 
-    def drawn(filters: Filters) -> set[int]:
-        quick = draw_top_k if int(filters.top_k[0]) < VOCAB_SIZE else draw_top_p
-        return set(quick(weights.repeat(16, 1), spread, filters, Workspace()).tolist())
+    def kept(filters: Filters) -> set[int]:
+        return set(drawn(native, weights.repeat(16, 1), spread, filters))
 
-    assert drawn(all_rows(16, top_k=2)) == {3, 500}
-    assert drawn(all_rows(16, top_p=0.5)) == {3, 500}
-    assert drawn(all_rows(16, top_p=0.51)) == {3, 500, 1000}
-    assert drawn(all_rows(16, top_k=3, top_p=0.5)) == {3, 500}
+    assert kept(all_rows(16, top_k=2)) == {3, 500}
+    assert kept(all_rows(16, top_p=0.5)) == {3, 500}
+    assert kept(all_rows(16, top_p=0.51)) == {3, 500, 1000}
+    assert kept(all_rows(16, top_k=3, top_p=0.5)) == {3, 500}

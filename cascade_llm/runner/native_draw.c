@@ -1,0 +1,344 @@
+/* From logits to tokens, one row at a time; see native_draw.py, which compiles this at start.
+ *
+ * A row is read once and then worked on in its thread's scratch memory, which a processor's second-level cache holds.
+ * Weights are floats from 0 to 1, which are ordered as their bits are; masses are doubles. The two orders are those of
+ * draw.py: tokens are kept by descending weight, ties by ascending id, and drawn by ascending id.
+ *
+ * NaN and infinity are found by their bits, so that nothing depends on how a compiler orders comparisons.
+ */
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+enum { BLOCK_LEN = 256 };        /* tokens to each partial sum of a row */
+enum { RADIX = 4096 };           /* buckets of the mass histogram; floats to 1.0 have 30 bits: 12, 9 and 9 */
+enum { PARALLEL_FROM = 16384 };  /* logits from which a second thread pays for its start */
+static const uint32_t INFINITE = 0x7f800000;
+static const float SMALLEST_WEIGHT = 0x1p-126f;
+static const double LOWEST_TEMPERATURE = 1e-20;
+
+/* What a row keeps: weights above `weight`, and those equal to it whose id is at most `last_tie`. */
+typedef struct {
+    float weight;
+    long last_tie;
+} Cut;
+
+typedef struct {
+    double temperature; /* 0: greedy */
+    long top_k;
+    double top_p, min_p, uniform;
+} Choice;
+
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float float_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline long shorter(long x, long y) { return x < y ? x : y; }
+
+/* The next float above one that is not negative. */
+static inline float next_above(float value) { return float_of_bits(bits_of(value) + 1); }
+
+/* ---- Logits ---- */
+
+/* A signed integer that orders float bits as the numbers are; its own inverse. */
+static inline int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+/* Widen a bfloat16 row. */
+static void widen(const uint16_t *restrict source, float *restrict target, long size) {
+    for (long i = 0; i < size; i++) target[i] = float_of_bits((uint32_t)source[i] << 16);
+}
+
+/* The maximum of a row; NaN where it holds a NaN. */
+static float maximum(const float *row, long size) {
+    int32_t largest = INT32_MIN, magnitude = 0;
+#pragma omp simd reduction(max : largest, magnitude)
+    for (long i = 0; i < size; i++) {
+        int32_t bits = (int32_t)bits_of(row[i]), key = ordered(bits), size_bits = bits & 0x7fffffff;
+        largest = key > largest ? key : largest;
+        magnitude = size_bits > magnitude ? size_bits : magnitude;
+    }
+    return (uint32_t)magnitude > INFINITE ? NAN : float_of_bits((uint32_t)ordered(largest));
+}
+
+/* `maximum` of a bfloat16 row: the same in half the width. */
+static float maximum_bfloat16(const uint16_t *row, long size) {
+    int16_t largest = INT16_MIN, magnitude = 0;
+#pragma omp simd reduction(max : largest, magnitude)
+    for (long i = 0; i < size; i++) {
+        int16_t bits = (int16_t)row[i], key = (int16_t)(bits ^ ((bits >> 15) & 0x7fff)), size_bits = bits & 0x7fff;
+        largest = key > largest ? key : largest;
+        magnitude = size_bits > magnitude ? size_bits : magnitude;
+    }
+    if (magnitude > 0x7f80) return NAN;
+    return float_of_bits((uint32_t)(uint16_t)(largest ^ ((largest >> 15) & 0x7fff)) << 16);
+}
+
+/* The first place in row [size] that equals `value`, or `size`. */
+static long first_equal(const float *row, float value, long size) {
+    for (long begin = 0; begin < size; begin += BLOCK_LEN) {
+        long end = shorter(begin + BLOCK_LEN, size);
+        int found = 0;
+        for (long i = begin; i < end; i++) found |= row[i] == value;
+        if (!found) continue;
+        while (row[begin] != value) begin++;
+        return begin;
+    }
+    return size;
+}
+
+static long first_equal_bfloat16(const uint16_t *row, float value, long size) {
+    uint16_t wanted = (uint16_t)(bits_of(value) >> 16), other = value == 0.0f ? wanted ^ 0x8000 : wanted;
+    for (long begin = 0; begin < size; begin += BLOCK_LEN) {
+        long end = shorter(begin + BLOCK_LEN, size);
+        uint16_t found = 0;
+        for (long i = begin; i < end; i++) found |= (row[i] == wanted) | (row[i] == other);
+        if (!found) continue;
+        while (row[begin] != wanted && row[begin] != other) begin++;
+        return begin;
+    }
+    return size;
+}
+
+/* weights = e^((logits - largest) / temperature), those below 2^-125 zero, and the sum of each block; may be in place.
+ * The exponent's factor is a float and what it lacks; the polynomial is Taylor's for 2^r, |r| <= 1/2. */
+static void weigh(const float *logits, float *weights, double *sums, long size, float largest, double temperature) {
+    double scale = 1.4426950408889634 / (temperature > LOWEST_TEMPERATURE ? temperature : LOWEST_TEMPERATURE);
+    float high = (float)scale, low = (float)(scale - high);
+    for (long begin = 0; begin < size; begin += BLOCK_LEN) {
+        long end = shorter(begin + BLOCK_LEN, size);
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (long i = begin; i < end; i++) {
+            float below = logits[i] - largest, exponent = below * high;
+            float whole = rintf(exponent > -125.0f ? exponent : -125.0f);
+            float r = (below * high - whole) + below * low;
+            float p = 1.5252733e-5f;
+            p = p * r + 1.5403530e-4f;
+            p = p * r + 1.3333558e-3f;
+            p = p * r + 9.6181291e-3f;
+            p = p * r + 5.5504109e-2f;
+            p = p * r + 2.4022651e-1f;
+            p = p * r + 6.9314718e-1f;
+            p = p * r + 1.0f;
+            float weight = p * float_of_bits((uint32_t)((int32_t)whole + 127) << 23);
+            weights[i] = exponent >= -125.0f ? weight : 0.0f;
+            sum += weights[i];
+        }
+        sums[begin / BLOCK_LEN] = sum;
+    }
+}
+
+/* ---- Filters ---- */
+
+/* Collect the values whose bits, shifted, lie in [least, most]; returns how many. May be in place. */
+static long collect(const float *values, float *found, long size, int shift, uint32_t least, uint32_t most) {
+    long count = 0, i = 0;
+#ifdef __AVX512F__
+    __m512i from = _mm512_set1_epi32((int)least), range = _mm512_set1_epi32((int)(most - least));
+    __m128i by = _mm_cvtsi32_si128(shift);
+    for (; i + 16 <= size; i += 16) {
+        __m512i bits = _mm512_loadu_si512(values + i);
+        __m512i place = _mm512_sub_epi32(_mm512_srl_epi32(bits, by), from);
+        __mmask16 inside = _mm512_cmple_epu32_mask(place, range);
+        if (!inside) continue;
+        _mm512_storeu_si512(found + count, _mm512_maskz_compress_epi32(inside, bits));
+        count += __builtin_popcount(inside);
+    }
+#endif
+    for (; i < size; i++) {
+        float value = values[i];
+        found[count] = value;
+        count += (bits_of(value) >> shift) - least <= most - least;
+    }
+    return count;
+}
+
+/* Sum the values (or count them) by the bits above `shift`; two copies, so that neighbours in one bucket overlap. */
+static inline void fill_histogram(double sums[2][RADIX], const float *values, long size, int shift, uint32_t mask,
+                                  int counts) {
+    memset(sums[0], 0, (mask + 1) * sizeof(double));
+    memset(sums[1], 0, (mask + 1) * sizeof(double));
+    long i = 0;
+    for (; i + 2 <= size; i += 2) {
+        sums[0][bits_of(values[i]) >> shift & mask] += counts ? 1.0 : values[i];
+        sums[1][bits_of(values[i + 1]) >> shift & mask] += counts ? 1.0 : values[i + 1];
+    }
+    if (i < size) sums[0][bits_of(values[i]) >> shift & mask] += counts ? 1.0 : values[i];
+}
+
+/* The id of the n-th weight equal to `value`, of at least n. */
+static long nth_equal(const float *weights, float value, long n, long size) {
+    long begin = 0, found = 0;
+    for (; begin < size; begin += BLOCK_LEN) {
+        long end = shorter(begin + BLOCK_LEN, size), here = 0;
+        for (long i = begin; i < end; i++) here += weights[i] == value;
+        if (found + here >= n) break;
+        found += here;
+    }
+    while (begin < size && (found += weights[begin] == value) < n) begin++;
+    return begin;
+}
+
+/* The shortest prefix, by descending weight, of the weights from `floor` on whose sum (or count) reaches `wanted`;
+ * all of them where rounding leaves it short. `listed` is scratch for size + 16 floats. */
+static inline Cut shortest_prefix(const float *weights, float *listed, long size, float floor, double wanted,
+                                  int counts) {
+    static const int SHIFTS[] = {18, 9, 0};
+    static const uint32_t MASKS[] = {RADIX - 1, 511, 511};
+    double sums[2][RADIX], above = 0;
+    long num_listed = collect(weights, listed, size, 0, bits_of(floor), INFINITE);
+    for (int level = 0; level < 3; level++) {
+        fill_histogram(sums, listed, num_listed, SHIFTS[level], MASKS[level], counts);
+        long bucket = MASKS[level], passed = -1;
+        for (; bucket >= 0; bucket--) {
+            double sum = sums[0][bucket] + sums[1][bucket];
+            if (sum == 0.0) continue;
+            if (above + sum >= wanted) break;
+            above += sum;
+            passed = bucket;
+        }
+        if (bucket < 0 && level == 0) return (Cut){floor, size};
+        if (bucket < 0) { /* in finer buckets the sum rounds to less than the coarse one did: it is the lowest */
+            bucket = passed;
+            above -= sums[0][bucket] + sums[1][bucket];
+        }
+        uint32_t upper = level ? bits_of(listed[0]) >> (SHIFTS[level] + 9) << 9 : 0;
+        uint32_t leading = upper | (uint32_t)bucket;
+        num_listed = collect(listed, listed, num_listed, SHIFTS[level], leading, leading);
+    }
+    double each = counts ? 1.0 : listed[0];
+    long ties = (long)ceil((wanted - above) / each);
+    if (ties > 1 && above + (double)(ties - 1) * each >= wanted) ties--;
+    if (ties >= num_listed) return (Cut){listed[0], size};
+    return (Cut){listed[0], nth_equal(weights, listed[0], ties < 1 ? 1 : ties, size)};
+}
+
+static double sum_from(const float *weights, long begin, long end, float floor) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = begin; i < end; i++) sum += weights[i] >= floor ? weights[i] : 0.0f;
+    return sum;
+}
+
+/* The kept sum of each block. */
+static void sum_blocks(const float *weights, double *sums, long size, Cut cut) {
+    for (long begin = 0; begin < size; begin += BLOCK_LEN) {
+        long end = shorter(begin + BLOCK_LEN, size), ties_end = shorter(end, cut.last_tie + 1);
+        if (ties_end < begin) ties_end = begin;
+        sums[begin / BLOCK_LEN] = sum_from(weights, begin, ties_end, cut.weight) +
+                                  sum_from(weights, ties_end, end, next_above(cut.weight));
+    }
+}
+
+static double total(const double *sums, long size) {
+    double sum = 0;
+    for (long block = 0; block * BLOCK_LEN < size; block++) sum += sums[block];
+    return sum;
+}
+
+static Cut shorter_cut(Cut x, Cut y) {
+    if (x.weight != y.weight) return x.weight > y.weight ? x : y;
+    return x.last_tie < y.last_tie ? x : y;
+}
+
+/* What top_k, then top_p, then min_p keep; `sums` become those of the kept weights. */
+static Cut filter(const float *weights, float *listed, double *sums, long size, const Choice *choice) {
+    Cut cut = {0.0f, size};
+    if (choice->top_k < size) {
+        cut = shortest_prefix(weights, listed, size, SMALLEST_WEIGHT, (double)choice->top_k, 1);
+        sum_blocks(weights, sums, size, cut);
+    }
+    if (choice->top_p < 1.0) {
+        /* All weights below this together are less than what top_p leaves out. */
+        double mass = total(sums, size), spare = 0.999 * (1.0 - choice->top_p) * mass / (double)size;
+        float floor = cut.weight > SMALLEST_WEIGHT ? cut.weight : SMALLEST_WEIGHT;
+        if (cut.weight == 0.0f && spare > floor) floor = (float)spare;
+        Cut top_p = shortest_prefix(weights, listed, size, floor, choice->top_p * mass, 0);
+        cut = shorter_cut(cut, top_p);
+    }
+    if (choice->min_p > 0.0) {
+        double least = choice->min_p * (double)maximum(weights, size);
+        float floor = (float)least;
+        if ((double)floor < least) floor = next_above(floor);
+        cut = shorter_cut(cut, (Cut){floor, size});
+    }
+    sum_blocks(weights, sums, size, cut);
+    return cut;
+}
+
+/* The inverse CDF over the kept tokens: first by block, then inside the block. */
+static long invert(const float *weights, const double *sums, long size, Cut cut, double uniform) {
+    double target = uniform * total(sums, size), reached = 0;
+    long block = 0, chosen = -1, num_blocks = (size + BLOCK_LEN - 1) / BLOCK_LEN;
+    while (block < num_blocks && reached + sums[block] <= target) reached += sums[block++];
+    if (block == num_blocks) /* rounding left the sum short: the last token that is kept */
+        while (block > 0 && sums[--block] == 0.0) continue;
+    for (long i = block * BLOCK_LEN; i < shorter((block + 1) * BLOCK_LEN, size); i++) {
+        if (weights[i] == 0.0f || weights[i] < cut.weight || (weights[i] == cut.weight && i > cut.last_tie)) continue;
+        chosen = i;
+        reached += weights[i];
+        if (reached > target) break;
+    }
+    return chosen < 0 ? 0 : chosen;
+}
+
+static long draw(const float *weights, float *listed, double *sums, long size, const Choice *choice) {
+    Cut cut = {0.0f, size};
+    if (choice->top_k < size || choice->top_p < 1.0 || choice->min_p > 0.0)
+        cut = filter(weights, listed, sums, size, choice);
+    return invert(weights, sums, size, cut, choice->uniform);
+}
+
+/* ---- Rows ---- */
+
+/* Floats of scratch memory that each thread needs. */
+long scratch_len(long size) { return 2 * ((size + BLOCK_LEN - 1) / BLOCK_LEN) + 2 * size + 32; }
+
+/* One token per choice; logits are [any, stride], float or bfloat16, of which `size` columns count.
+ * Not finite: `finite` is 0, and the token 0. */
+void sample_rows(const void *logits, int bfloat16, long stride, long size, const long *rows, const Choice *choices,
+                 long num_choices, long *token_ids, uint8_t *finite, float *scratch, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (num_choices > 1 && num_choices * size >= PARALLEL_FROM)
+    for (long n = 0; n < num_choices; n++) {
+        double *sums = (double *)(scratch + omp_get_thread_num() * scratch_len(size));
+        float *weights = (float *)(sums + (size + BLOCK_LEN - 1) / BLOCK_LEN), *listed = weights + size;
+        const uint16_t *halves = (const uint16_t *)logits + rows[n] * stride;
+        const float *row = (const float *)logits + rows[n] * stride;
+        float largest = bfloat16 ? maximum_bfloat16(halves, size) : maximum(row, size);
+        finite[n] = isfinite(largest) != 0;
+        token_ids[n] = 0;
+        if (!finite[n]) continue;
+        if (choices[n].temperature == 0.0) {
+            token_ids[n] =
+                bfloat16 ? first_equal_bfloat16(halves, largest, size) : first_equal(row, largest, size);
+            continue;
+        }
+        if (bfloat16) widen(halves, weights, size);
+        weigh(bfloat16 ? weights : row, weights, sums, size, largest, choices[n].temperature);
+        token_ids[n] = draw(weights, listed, sums, size, &choices[n]);
+    }
+}
+
+/* The same draws from weights [num_choices, size], of which each row has one above 0. */
+void draw_rows(const float *weights, long size, const Choice *choices, long num_choices, long *token_ids,
+               float *scratch, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (num_choices > 1 && num_choices * size >= PARALLEL_FROM)
+    for (long n = 0; n < num_choices; n++) {
+        double *sums = (double *)(scratch + omp_get_thread_num() * scratch_len(size));
+        float *listed = (float *)(sums + (size + BLOCK_LEN - 1) / BLOCK_LEN);
+        sum_blocks(weights + n * size, sums, size, (Cut){0.0f, size});
+        token_ids[n] = draw(weights + n * size, listed, sums, size, &choices[n]);
+    }
+}
