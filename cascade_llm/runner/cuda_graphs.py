@@ -119,7 +119,8 @@ class CudaGraphs:
         )
         self._logits = torch.zeros(max_rows, lanes.vocab_size, dtype=decoder.dtype, device=lanes.device)
         self._results = torch.zeros(2, max_rows, dtype=torch.int64, device=lanes.device)
-        self._sampler, self._eager_sampler = GraphSampler(lanes, max_rows, backend.device.ops), Sampler(lanes)
+        self._sampler = GraphSampler(lanes, max_rows, backend.device.ops)
+        self._eager_sampler = Sampler(lanes, compiled=False)  # a kernel of the host's would not wait for the stream
         self._features = LaneFeatures(lanes.num_lanes)
         self._shapes: dict[GraphShape, _CapturedShape] = {}
         self._sampling: dict[tuple[int, FeatureSet], Graph] = {}

@@ -58,7 +58,8 @@ class ModelRunner:
         self.decoder, self.backend, self.kv_cache = decoder, backend, kv_cache
         self.graphs = graphs
         self._stream = stream
-        self._lanes, self._sampler = lanes, Sampler(lanes)
+        self._lanes = lanes
+        self._sampler = Sampler(lanes, compiled=stream is None)  # a kernel of the host's would not wait for a stream
         self._num_threads, self._debug = num_threads, debug
 
     def submit(self, plan: StepPlan) -> PendingStep:
