@@ -150,7 +150,7 @@ class EngineOptions:
     num_threads: int | None = None
     """CPU threads of a step; None leaves torch's own number."""
     attention_backend: str = "auto"
-    """auto | flashinfer | torch"""
+    """auto | flashinfer | native | torch"""
     page_size: int = 16
     """Tokens per page of the KV pool: the unit in which prefixes are shared."""
     max_model_len: int | None = None
