@@ -65,8 +65,9 @@ class Attention(Protocol):
 class PreparedAttention(ABC):
     """One step's plan, ready for a backend's kernels."""
 
-    on_part: Callable[[str], None] | None = None
-    """Told "suffix attention" and "shared attention" in each layer as soon as that part is done; for measurements."""
+    on_part: Callable[[str, float], None] | None = None
+    """Told "suffix attention" and "shared attention" in each layer, and their share of the time since what was told
+    before; the last told takes all that is left. For measurements; None costs nothing."""
 
     @abstractmethod
     def attend(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -115,6 +116,7 @@ typedef struct {
     const int32_t *pages;
     int64_t causal_shift; /* leaf: row r reads keys below r + causal_shift */
     int causal;
+    int64_t depth; /* of its level */
 } piece;
 
 typedef struct {
@@ -145,6 +147,7 @@ static int next_piece(const plan *p, int64_t first, int64_t end, place *at, piec
             out->pages = l->kv_page_indices + l->kv_page_indptr[s];
             out->first_key = 0;
             out->end_key = (num_pages - 1) * p->page_size + l->kv_last_page_len[s];
+            out->depth = at->depth;
             out->causal = at->depth == p->num_levels - 1;
             if (out->causal) {
                 out->causal_shift = out->end_key - stop + 1;
@@ -613,9 +616,33 @@ static state state_of(const plan *p, const task *t, int64_t part, float *partial
     return (state){base, base + states * VALUE_WIDTH, base + states * (VALUE_WIDTH + 1)};
 }
 
+/* ---- where the time goes, for measurements ---- */
+
+/* A task walks its levels root to leaf, so the clock is looked at where the level changes. */
+typedef struct {
+    int64_t *level_ns; /* [num_levels], added to; NULL: no clock runs */
+    int64_t since_ns, depth;
+} stopwatch;
+
+static int64_t clock_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+/* What has passed belongs to the level so far; what follows to the one at `depth`. */
+static void lap(stopwatch *s, int64_t depth) {
+    if (!s->level_ns || depth == s->depth) return;
+    const int64_t now = clock_ns();
+    if (s->depth >= 0) __atomic_fetch_add(s->level_ns + s->depth, now - s->since_ns, __ATOMIC_RELAXED);
+    s->since_ns = now, s->depth = depth;
+}
+
 static void run_task(const plan *p, const task *t, int64_t head, const element *k_pool, const element *v_pool,
-                     const element *q, int64_t q_stride, element *out, float *lse, float *partials) {
+                     const element *q, int64_t q_stride, element *out, float *lse, float *partials,
+                     int64_t *level_ns) {
     block b;
+    stopwatch watch = {level_ns, 0, -1};
     const int64_t group = group_size(p), num_queries = t->num_rows * group;
     load_queries(p, &b, t, q, q_stride, head);
     memset(b.sums, 0, (size_t)(num_queries * VALUE_WIDTH) * sizeof *b.sums);
@@ -626,6 +653,7 @@ static void run_task(const plan *p, const task *t, int64_t head, const element *
     tile tiles[2];
     next_tile(&w, tiles);
     for (int i = 0; tiles[i].num_keys; i = 1 - i) {
+        lap(&watch, tiles[i].x.depth);
         next_tile(&w, tiles + 1 - i);
         pack_keys(tiles[i].keys, tiles[i].num_keys, b.tile.keys);
         pack_values(tiles[i].keys, values, tiles[i].num_keys, b.tile.values);
@@ -645,6 +673,7 @@ static void run_task(const plan *p, const task *t, int64_t head, const element *
             s.weight[at] = b.weight[i];
         }
     }
+    lap(&watch, -1);
 }
 
 /* Join the parts of one row. */
@@ -669,15 +698,18 @@ static void combine(const plan *p, const task *t, int64_t row, element *out, flo
 }
 
 /* Attention of all rows in one layer: q [rows, num_qo_heads, HEAD_DIM] with q_stride elements from row to row; out the
- * same, contiguous; lse [rows, num_qo_heads]; partials as many floats as plan_tasks asked for. */
+ * same, contiguous; lse [rows, num_qo_heads]; partials as many floats as plan_tasks asked for. Where level_ns
+ * [num_levels] is not NULL, the nanoseconds that all threads spent on each level are added to it; the joining of parts
+ * is no level's. */
 void attend(const plan *p, const task *tasks, int64_t num_tasks, int64_t threads, const element *k_pool,
-            const element *v_pool, const element *q, int64_t q_stride, element *out, float *lse, float *partials) {
+            const element *v_pool, const element *q, int64_t q_stride, element *out, float *lse, float *partials,
+            int64_t *level_ns) {
     const int64_t heads = p->num_kv_heads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < num_tasks * heads; i++)
-            run_task(p, tasks + i / heads, i % heads, k_pool, v_pool, q, q_stride, out, lse, partials);
+            run_task(p, tasks + i / heads, i % heads, k_pool, v_pool, q, q_stride, out, lse, partials, level_ns);
         for (int64_t i = 0; i < num_tasks; i++) {
             if (tasks[i].part || tasks[i].num_parts == 1) continue;
 #pragma omp for schedule(static) nowait

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +115,8 @@ class _PreparedNativeAttention(PreparedAttention):
             spec.num_kv_heads,
             spec.sm_scale * LOG2_E,
         )
+        self._level_ns = torch.zeros(len(plan.levels), dtype=torch.int64)
+        """Threads' time on each level; counted where `on_part` is set."""
         self._share_out(plan.num_rows)
 
     def _share_out(self, num_rows: int) -> None:
@@ -148,5 +151,18 @@ class _PreparedNativeAttention(PreparedAttention):
             out.data_ptr(),
             lse.data_ptr(),
             self._partials.data_ptr(),
+            None if self.on_part is None else self._level_ns.data_ptr(),
         )
+        if self.on_part is not None:
+            self._tell_parts(self.on_part)
         return out, lse
+
+    def _tell_parts(self, on_part: Callable[[str, float], None]) -> None:
+        """By the threads' time on each level: the levels of a block are computed in one go."""
+        *shared_ns, leaf_ns = self._level_ns.tolist()
+        self._level_ns.zero_()
+        if not shared_ns:
+            on_part("suffix attention", 1.0)
+            return
+        on_part("suffix attention", leaf_ns / max(1, sum(shared_ns) + leaf_ns))
+        on_part("shared attention", 1.0)

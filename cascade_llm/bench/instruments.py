@@ -45,11 +45,12 @@ class StepClock:
         self.num_steps += 1
         self._last = time.perf_counter()
 
-    def lap(self, part: str) -> None:
-        """What has passed since the last lap belongs to this part."""
+    def lap(self, part: str, share: float = 1.0) -> None:
+        """What has passed since the last lap belongs to this part, or a share of it; the rest to the next lap's."""
         now = time.perf_counter()
-        self.seconds[part] += now - self._last
-        self._last = now
+        own_s = (now - self._last) * share
+        self.seconds[part] += own_s
+        self._last += own_s
 
     def per_step_s(self) -> dict[str, float]:
         """Mean seconds of a step by part, in the order of `STEP_PARTS`."""
@@ -131,8 +132,8 @@ def _timed_prepare(
         attend = prepared.attend
         told: list[str] = []
 
-        def on_part(part: str) -> None:
-            clock.lap(part)
+        def on_part(part: str, share: float) -> None:
+            clock.lap(part, share)
             told.append(part)
 
         def timed_attend(layer: int, q: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,8 @@ def attention(
             f"{limits.num_threads} threads of {limits.device}",
             style="dim",
         )
+        for line in _cost_lines(results):
+            result_console().print(line, style="dim")
     if interrupted:
         raise click.Abort
 
@@ -130,6 +132,18 @@ def _table(results: Sequence[TreeResult]) -> Table:
             f"{result.planning_s * 1e3:.3f}",
         )
     return table
+
+
+def _cost_lines(results: Sequence[TreeResult]) -> Iterator[str]:
+    """Where the constants that chose the plans come from, which may differ from layout to layout."""
+    heads_by_source: dict[str, list[str]] = {}
+    for result in results:
+        heads = heads_by_source.setdefault(result.costs, [])
+        if result.heads not in heads:
+            heads.append(result.heads)
+    for source, heads in heads_by_source.items():
+        whose = f" ({', '.join(heads)} heads)" if len(heads_by_source) > 1 else ""
+        yield f"cost model: {source}{whose}"
 
 
 def _draw(results: Sequence[TreeResult], path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from cascade_llm.attention.backend import PreparedAttention
 from cascade_llm.attention.native_backend import NativeAttentionBackend, Sharing
 from cascade_llm.attention.native_kernels import kernels_for
 from cascade_llm.attention.reference import reference_attention
@@ -16,6 +17,7 @@ from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
 from cascade_llm.native import compiler
 from cascade_llm.plan import CascadePlan
+from cascade_llm.validation.cases import single_level_plan
 from tests.attention.test_torch_backend import NUM_CASES, TOLERANCE, random_q, spec_for, worst
 from tests.cascade_cases import CascadeCase, cascade_case, make_level, pool_with_only, single_level
 
@@ -200,6 +202,26 @@ def test_rows_of_a_wider_tensor_are_written_and_read_in_place(dtype: torch.dtype
     assert torch.equal(native.layer(0), twin.layer(0))
     assert_right(backend, plan, qkv[:, :6])
     assert_right(backend, plan, qkv[:, :6].transpose(1, 2).contiguous().transpose(1, 2))
+
+
+@pytest.mark.parametrize("sharing", [Sharing(num_threads=1), CUT_SMALL])
+def test_the_levels_shares_of_the_time_are_told_and_change_nothing(sharing: Sharing) -> None:
+    def told(prepared: PreparedAttention) -> list[tuple[str, float]]:
+        parts: list[tuple[str, float]] = []
+        prepared.on_part = lambda part, share: parts.append((part, share))
+        timed = prepared.attend(0, q)
+        prepared.on_part = None
+        assert all(torch.equal(a, b) for a, b in zip(timed, prepared.attend(0, q), strict=True))
+        return parts
+
+    plan, num_pages = long_plan([[(8, 64)], [(5, 32), (3, 0)]], [(1, 40)] * 8, None, page_size=4)
+    kv_cache = pool(num_pages, 4, 2, 8, torch.float32)
+    backend = NativeAttentionBackend(spec_for(kv_cache, 3, torch.float32), kv_cache, sharing)
+    q = random_q(backend, plan.num_rows)
+    (first, suffix), (second, rest) = told(backend.prepare(plan))
+    assert (first, second, rest) == ("suffix attention", "shared attention", 1.0)
+    assert 0 < suffix < 1
+    assert told(backend.prepare(single_level_plan(plan))) == [("suffix attention", 1.0)]
 
 
 def test_pools_that_it_does_not_read_are_refused_with_the_cure() -> None:

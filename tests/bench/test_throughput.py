@@ -75,9 +75,10 @@ def test_a_report_is_json_and_has_all_that_was_chosen(report: ThroughputReport) 
 def test_the_parts_of_a_step_are_those_of_the_list(report: ThroughputReport) -> None:
     for side, parts in report.step_parts_s.items():
         assert set(parts) <= set(STEP_PARTS)
+        assert "all attention" not in parts, "every backend of the CPU tells its levels apart"
         for part in ("planning", "linear", "suffix attention", "sampling"):
-            if part != "suffix attention" or side == "cascade off":
-                assert parts[part] > 0, (side, part)
+            assert parts[part] > 0, (side, part)
+        assert (parts["shared attention"] > 0) == (side == "cascade on")
 
 
 def test_the_clock_covers_the_step_and_leaves_the_engine_as_it_was(tiny: Path) -> None:

@@ -122,6 +122,7 @@ def test_attention_times_trees(run: Run, tmp_path: Path) -> None:
     result = run(*args, *fast, "--plot", tmp_path / "trees.png")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("1,4/64,16") == 2
+    assert "cost model: table entry 'cpu'" in " ".join(result.stdout.split())
     printed = json.loads(run(*args, *fast, "--json").stdout)
     assert [row["heads"] for row in printed["results"]] == ["4/2", "2/2"]
     assert "no tree" in run("bench", "attention", "--tree", "4,x").stderr
