@@ -249,7 +249,7 @@ class CascadeReport:
     num_levels: int = 1
     """Levels of the plan, the leaf counted."""
     num_groups: int = 0
-    """Shared segments that hold pages."""
+    """Segments that hold pages of several sequences; one that holds pages of a single sequence does not count."""
     grouped_rows: int = 0
     """Rows in at least one of them."""
     kv_tokens_read: int = 0

@@ -10,6 +10,7 @@ from itertools import combinations, pairwise
 from cascade_llm.errors import ConfigError
 from cascade_llm.plan import CascadeLevel, CascadePlan, int_column
 from cascade_llm.scheduler.cascade_layout import Placement, level_columns, place_segments
+from cascade_llm.scheduler.level_arrangement import levels_by_depth
 from cascade_llm.scheduler.prefix_forest import Run, preorder
 from cascade_llm.scheduler.segment_choice import Choice, SegmentCosts, choose_segments
 
@@ -95,7 +96,8 @@ class AttentionCase:
             if run.end in ends:
                 starts[run], start = start, run.end
             above.update(dict.fromkeys(run.children, start))
-        placement = place_segments(forest, Choice(starts, len(ends)), num_new)
+        choice = Choice(starts, len(ends))
+        placement = place_segments(forest, choice, num_new, levels_by_depth(forest, choice))
         levels: list[CascadeLevel] = []
         for segments in placement.levels:
             boundaries = levels[-1].qo_indptr.tolist() if levels else []

@@ -2,27 +2,25 @@
 
 A graph is captured for a number of rows and, for each shared level, a number of segments. Both are capacities: a step
 takes the smallest graph that holds it, and the rest is padding. The number of segments also decides which tile the
-kernel computes in, since FlashInfer sizes it for (rows - segments + 1) rows in one segment: few segments mean tiles of
-128 rows x heads (*wide*), which suit a segment of many rows; many segments mean tiles of 64 (*narrow*), which waste
-less on small ones. So a level's shape is chosen by its largest segment, where its number of segments allows it. Levels
-that follow each other refine, so a wide level is never below a narrow one.
+kernel computes in (`tiling`): few segments mean *wide* tiles, which suit a segment of many rows; many segments mean
+*narrow* ones, which waste less on small ones. So a level's shape is chosen by its largest segment, as the cost model
+assumes it (`tiling.level_tile`), where its number of segments allows it. Levels that follow each other refine, so a
+wide level is never below a narrow one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cascade_llm.plan import CascadeLevel, CascadePlan
+from cascade_llm.tiling import WIDE_TILE, graph_tile, level_tile, narrow_capacity, wide_capacity
 
 __all__ = ["GraphShape", "fitting_shape", "graph_shapes", "row_buckets"]
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 FIRST_SHARED_ROWS = 8
 """Fewer rows have no graphs with shared levels of their own."""
-WIDE_TILE, NARROW_TILE = 64, 16
-"""More rows x query heads per KV head than this make FlashInfer's tile 128, and 64; up to 16 it is 16."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def graph_shapes(max_rows: int, group_size: int, max_shared_levels: int) -> list
     """
     shapes: dict[GraphShape, None] = {}
     for rows in reversed(row_buckets(max_rows)):
-        wide, narrow = _wide_capacity(rows, group_size), _narrow_capacity(rows, group_size)
+        wide, narrow = wide_capacity(rows, group_size), narrow_capacity(rows, group_size)
         for levels in range(max_shared_levels, 0, -1):
             if rows >= FIRST_SHARED_ROWS or rows == max_rows > 1:
                 for num_wide in range(levels + 1):
@@ -64,20 +62,25 @@ def graph_shapes(max_rows: int, group_size: int, max_shared_levels: int) -> list
     return list(shapes)
 
 
-def fitting_shape(plan: CascadePlan, shapes: Sequence[GraphShape], group_size: int) -> GraphShape | None:
-    """The smallest of the shapes that holds a decode plan; among shapes of equal rows the one with the best tiles."""
-    largest = [_largest_segment(level) * group_size for level in plan.shared_levels]
+def fitting_shape(
+    plan: CascadePlan, shapes: Sequence[GraphShape], group_size: int, most_tiles: int = 0
+) -> GraphShape | None:
+    """The smallest of the shapes that holds a decode plan; among shapes of equal rows the one with the best tiles.
+
+    most_tiles: see `tiling.max_tiles`; 0 where no K/V are cut
+    """
+    wanted = [level_tile(_segment_rows(level), plan.num_rows, group_size, most_tiles) for level in plan.shared_levels]
     best: tuple[tuple[int, int, int], GraphShape] | None = None
     for shape in shapes:
-        if shape.rows < plan.num_rows or len(shape.capacities) != len(largest):
+        if shape.rows < plan.num_rows or len(shape.capacities) != len(wanted):
             continue
         if any(
             needed > have for needed, have in zip(_segments_needed(plan, shape.rows), shape.capacities, strict=True)
         ):
             continue
         wrong_tiles = sum(
-            (rows > WIDE_TILE) != (_tile_rows(shape.rows, capacity, group_size) > WIDE_TILE)
-            for rows, capacity in zip(largest, shape.capacities, strict=True)
+            (tile == WIDE_TILE) != (graph_tile(shape.rows, capacity, group_size) == WIDE_TILE)
+            for tile, capacity in zip(wanted, shape.capacities, strict=True)
         )
         rank = (shape.rows, wrong_tiles, sum(shape.capacities))
         if best is None or rank < best[0]:
@@ -95,22 +98,7 @@ def _segments_needed(plan: CascadePlan, rows: int) -> Iterator[int]:
         yield level.num_segments + needs_padding_segment(level, plan.num_rows, rows)
 
 
-def _largest_segment(level: CascadeLevel) -> int:
-    """Rows of the largest segment that holds pages."""
+def _segment_rows(level: CascadeLevel) -> list[int]:
+    """Rows of the segments that hold pages."""
     pages, rows = level.kv_page_indptr, level.qo_indptr
-    return max((rows[i + 1] - rows[i] for i in range(level.num_segments) if pages[i] < pages[i + 1]), default=0)
-
-
-def _tile_rows(rows: int, capacity: int, group_size: int) -> int:
-    """Rows x heads that FlashInfer sizes the tile for."""
-    return (rows - capacity + 1) * group_size
-
-
-def _wide_capacity(rows: int, group_size: int) -> int:
-    return min(rows, max(2, math.ceil(rows * group_size / 32)))
-
-
-def _narrow_capacity(rows: int, group_size: int) -> int:
-    """The most segments that still make a tile of 64; where these are too few, as many as there are rows."""
-    most = rows - NARROW_TILE // group_size
-    return most if most > _wide_capacity(rows, group_size) else rows
+    return [rows[i + 1] - rows[i] for i in range(level.num_segments) if pages[i] < pages[i + 1]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from itertools import accumulate
 from typing import NamedTuple
@@ -43,24 +44,24 @@ class Placement(NamedTuple):
     """For each sequence of the step the pages that shared levels cover."""
 
 
-def place_segments(forest: Run, choice: Choice, num_new: Rows[int]) -> Placement:
-    """Order the sequences depth first and place each chosen run in that order.
+def place_segments(forest: Run, choice: Choice, num_new: Rows[int], levels_of: Mapping[Run, int]) -> Placement:
+    """Order the sequences depth first and place each chosen run in that order, at its level in `levels_of`.
 
-    Below each chosen run those with a further segment come first, so that rows with nothing more to share are
-    neighbours and sit in one empty segment.
+    Below each chosen run those with a further segment come first, and of these the ones on the next level, so that rows
+    with nothing more to share are neighbours and sit in one empty segment.
     """
     order: list[int] = []
-    spans: list[list[tuple[Run, int, int]]] = [[] for _ in range(choice.num_levels)]
+    spans: list[list[tuple[Run, int, int]]] = [[] for _ in range(max(levels_of.values(), default=-1) + 1)]
 
-    def place_below(run: Run, level: int) -> None:
+    def place_below(run: Run) -> None:
         chosen, others = _parts_below(run, choice)
-        for child in chosen:
+        for child in sorted(chosen, key=levels_of.__getitem__):
             start = len(order)
-            place_below(child, level + 1)
-            spans[level].append((child, start, len(order)))
+            place_below(child)
+            spans[levels_of[child]].append((child, start, len(order)))
         order.extend(sorted(others))
 
-    place_below(forest, 0)
+    place_below(forest)
     first_rows = list(accumulate((num_new[i] for i in order), initial=0))
     prefix_pages = [0] * len(num_new)
     levels: list[list[Segment]] = [[] for _ in spans]

@@ -1,7 +1,8 @@
 """From the sequences of a step to its cascade plan.
 
 1. The sequences' paths in the prefix tree give the tree of shared runs (`prefix_forest`).
-2. A cost model decides which runs become segments of a level (`segment_choice`).
+2. A cost model decides which runs become segments of a level (`segment_choice`), and on a device of many processors
+   which level each goes to (`level_arrangement`).
 3. A depth-first walk orders the rows, so that sharers are neighbours, and the levels are written down
    (`cascade_layout`).
 
@@ -15,17 +16,19 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from operator import add
 from typing import NamedTuple
 
 from cascade_llm.config import CascadeConfig
 from cascade_llm.plan import CascadeLevel, CascadePlan, CascadeReport, IntColumn, int_column
-from cascade_llm.scheduler.cascade_layout import Placement, level_columns, place_segments
-from cascade_llm.scheduler.cost_model import PlanWork
+from cascade_llm.scheduler.cascade_layout import Placement, Segment, level_columns, place_segments
+from cascade_llm.scheduler.cost_model import CostModel, PlanWork
+from cascade_llm.scheduler.level_arrangement import LevelBalancer, levels_by_depth
 from cascade_llm.scheduler.prefix_cache import RadixNode
 from cascade_llm.scheduler.prefix_forest import PlannedRows, Run, attach_nodes, preorder, shared_forest
-from cascade_llm.scheduler.segment_choice import SegmentCosts, TokensRead, choose_segments
+from cascade_llm.scheduler.segment_choice import Choice, SegmentCosts, TokensRead, choices_by_levels
 from cascade_llm.scheduler.sequence import Sequence
 
 __all__ = ["CascadePlanner", "PlannedCascade"]
@@ -62,6 +65,9 @@ class CascadePlanner:
         self._max_shared_levels = config.max_shared_levels
         self._min_tokens = config.shared_prefix_len
         self._costs = costs if config.shared_prefix_len is None else TokensRead()
+        self._balancer: LevelBalancer | None = None
+        if isinstance(costs, CostModel) and costs.is_tiled:
+            self._balancer = LevelBalancer(costs, page_size, self._max_shared_levels)
         self._root = root
         self._layout: _Layout | None = None
         self._last: PlannedCascade | None = None
@@ -109,16 +115,17 @@ class CascadePlanner:
         kept = self._layout
         if kept and kept.sequences == sequences and kept.nodes == nodes and kept.num_new == num_new:
             return kept
-        kv_lens = [row.start_len + row.num_new for row in rows]
-        self._layout = self._new_layout(sequences, nodes, num_new, self._place(nodes, num_new, kv_lens))
+        self._layout = self._new_layout(sequences, nodes, num_new, *self._place(rows, nodes, num_new))
         return self._layout
 
     def _new_layout(
-        self, sequences: list[Sequence], nodes: list[RadixNode], num_new: list[int], placement: Placement | str
+        self,
+        sequences: list[Sequence],
+        nodes: list[RadixNode],
+        num_new: list[int],
+        placement: Placement,
+        reason: str | None,
     ) -> _Layout:
-        if isinstance(placement, str):
-            order, no_pages = list(range(len(sequences))), [0] * len(sequences)
-            return _Layout(sequences, nodes, num_new, order, (), no_pages, CascadeReport(reason=placement))
         order, segments_by_level, prefix_pages = placement
         tables = [sequence.pages for sequence in sequences]
         num_rows = sum(num_new)
@@ -126,37 +133,55 @@ class CascadePlanner:
         for segments in segments_by_level:
             above = levels[-1].qo_indptr.tolist() if levels else []
             levels.append(level_columns(segments, above, num_rows, tables, self._page_size))
-        every = [segment for segments in segments_by_level for segment in segments]
+        groups = [segment for segments in segments_by_level for segment in segments if segment.num_sequences > 1]
         report = CascadeReport(
             num_levels=len(levels) + 1,
-            num_groups=len(every),
-            grouped_rows=sum(n for n, pages in zip(num_new, prefix_pages, strict=True) if pages),
-            kv_tokens_read=self._page_size * sum(s.num_pages for s in every),
-            kv_tokens_one_level=self._page_size * sum(s.num_pages * s.num_sequences for s in every),
+            num_groups=len(groups),
+            grouped_rows=_num_rows_in(groups),
+            kv_tokens_read=self._page_size * sum(s.num_pages for s in groups),
+            kv_tokens_one_level=self._page_size * sum(s.num_pages * s.num_sequences for s in groups),
+            reason=reason,
         )
         return _Layout(sequences, nodes, num_new, order, tuple(levels), prefix_pages, report)
 
-    def _place(self, nodes: list[RadixNode], num_new: list[int], kv_lens: Rows[int]) -> Placement | str:
-        """The segments of the shared levels, or the reason why there are none."""
+    def _place(
+        self, rows: Rows[PlannedRows], nodes: list[RadixNode], num_new: list[int]
+    ) -> tuple[Placement, str | None]:
+        """The segments of the levels above the leaf, and the reason why none of them is shared."""
+        plain = Placement(list(range(len(rows))), [], [0] * len(rows))
         if not self._max_shared_levels:
-            return "cascade attention is off"
+            return plain, "cascade attention is off"
         if len(nodes) == 1:
-            return "one sequence"
+            return plain, "one sequence"
         forest = shared_forest(nodes, num_new, self._root)
+        kv_lens = [row.start_len + row.num_new for row in rows]
+        choice, shared = self._choose(forest, num_new, kv_lens)
+        placement, reason = (plain, shared) if isinstance(shared, str) else (shared, None)
+        if self._balancer is not None:
+            work_of = partial(self._work, num_new=num_new, kv_lens=kv_lens)
+            placement = self._balancer.balanced(forest, choice, placement, rows, work_of)
+        return placement, reason
+
+    def _choose(self, forest: Run, num_new: Rows[int], kv_lens: Rows[int]) -> tuple[Choice, Placement | str]:
+        """What is shared and where, or the reason why nothing is."""
+        nothing = Choice({}, 0)
         if not forest.children:
-            return "no two sequences share a full page"
+            return nothing, "no two sequences share a full page"
         common, reread = _tokens_in_common(forest, self._page_size)
         costs = self._costs.with_common_tokens(common)
         least, most = self._min_tokens or 1, self._max_shared_levels
-        choice = choose_segments(forest, num_new, self._page_size, costs, max_levels=most, min_tokens=least)
-        if choice.num_levels:
-            placement = place_segments(forest, choice, num_new)
-            one_level = PlanWork((), list(zip(kv_lens, num_new, strict=True)), reread, common)
-            if self._costs.plan_s(self._work(placement, num_new, kv_lens)) < self._costs.plan_s(one_level):
-                return placement
+        one_level = PlanWork((), list(zip(kv_lens, num_new, strict=True)), reread, common)
+        best_s, best = self._costs.plan_s(one_level), None
+        for choice in choices_by_levels(forest, num_new, self._page_size, costs, max_levels=most, min_tokens=least):
+            placement = place_segments(forest, choice, num_new, levels_by_depth(forest, choice))
+            seconds = self._costs.plan_s(self._work(placement, num_new, kv_lens))
+            if seconds < best_s:
+                best_s, best = seconds, (choice, placement)
+        if best is not None:
+            return best
         if self._min_tokens is None:
-            return "the cost model expects no gain"
-        return f"no shared run of {self._min_tokens} tokens (cascade_shared_prefix_len)"
+            return nothing, "the cost model expects no gain"
+        return nothing, f"no shared run of {self._min_tokens} tokens (cascade_shared_prefix_len)"
 
     def _work(self, placement: Placement, num_new: Rows[int], kv_lens: Rows[int]) -> PlanWork:
         size = self._page_size
@@ -181,6 +206,15 @@ class CascadePlanner:
         return CascadeLevel(
             int_column(qo_indptr), int_column(page_indptr), int_column(indices), int_column(last_page_len)
         )
+
+
+def _num_rows_in(segments: Rows[Segment]) -> int:
+    """Rows in at least one of them."""
+    rows = end = 0
+    for segment in sorted(segments):
+        rows += max(0, segment.last_row - max(end, segment.first_row))
+        end = max(end, segment.last_row)
+    return rows
 
 
 def _tokens_in_common(forest: Run, page_size: int) -> tuple[int, int]:

@@ -2,9 +2,9 @@
 
 A segment joins `rows` query rows with `tokens` of K/V. It reads the K/V once, whatever the number of rows, and does
 4 * tokens * rows * num_qo_heads * head_dim flops (two products). A level takes the longest of three: all its bytes over
-the bandwidth, all its flops over the rate (a roofline, Williams et al. 2009), and its longest segment on the processors
-that it can occupy. Launches, segments and the merge cost besides. What leaves read again after another leaf comes from
-the last-level cache where it fits.
+the bandwidth, all its flops over the rate (a roofline, Williams et al. 2009), and its longest item of work on the one
+processor that it runs on (`tiling`). Launches, segments and the merge cost besides. What leaves read again after
+another leaf comes from the last-level cache where it fits.
 
 Choosing segments needs costs that add up segment by segment: `shared_segment_s` and `leaf_tokens_s` take each segment's
 own roofline. `plan_s` prices a whole plan.
@@ -20,6 +20,16 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from cascade_llm.plan import CascadeLevel, CascadePlan
+from cascade_llm.tiling import (
+    LEAST_CHUNK_TOKENS,
+    chunk_len,
+    is_wide,
+    level_tile,
+    max_tiles,
+    num_tiles,
+    segment_tile,
+    tile_for,
+)
 
 __all__ = [
     "DEVICE_COSTS",
@@ -74,15 +84,16 @@ class DeviceCosts:
     """Each shared level: launches and merge, without the bytes merged."""
     merge_bytes_per_s: float
     tile_rows: int = 1
-    """Rows * group size of a shared segment are rounded up to this."""
+    """Rows * group size of a shared segment are rounded up to this, on a device with one processor."""
     cached_bytes_per_s: float = float("inf")
     """K/V that a leaf reads after another leaf did, where they fit the last-level cache."""
     llc_bytes: int = 0
     """What of the last-level cache stays with one layer's shared K/V; 0: no reading comes from it."""
     num_processors: int = 1
-    """Streaming multiprocessors; 1 where any segment occupies the whole device."""
-    split_tokens: int = 512
-    """A segment is cut into parts of so many tokens, which different processors take."""
+    """Streaming multiprocessors, which share a level's tiles out among them (`tiling`); 1 where any segment occupies
+    the whole device."""
+    split_tokens: int = LEAST_CHUNK_TOKENS
+    """The shortest chunks into which a segment is cut for several processors."""
     leaf_segment_s: float = 0.0
     """Each sequence; the same for every plan of a step, as is the next."""
     step_s: float = 0.0
@@ -100,7 +111,6 @@ DEVICE_COSTS = {
         merge_bytes_per_s=18e9,
         cached_bytes_per_s=78e9,
         llc_bytes=16 * 2**20,
-        split_tokens=512,
         leaf_segment_s=0.23e-6,
     ),
     "a100": DeviceCosts(
@@ -111,7 +121,6 @@ DEVICE_COSTS = {
         segment_s=0.15e-6,
         level_s=7e-6,
         merge_bytes_per_s=1.6e12,
-        tile_rows=64,
         cached_bytes_per_s=3.5e12,
         llc_bytes=20_000_000,
         num_processors=108,
@@ -124,7 +133,6 @@ DEVICE_COSTS = {
         segment_s=0.1e-6,
         level_s=6e-6,
         merge_bytes_per_s=2.7e12,
-        tile_rows=64,
         cached_bytes_per_s=5.5e12,
         llc_bytes=25_000_000,
         num_processors=132,
@@ -137,7 +145,6 @@ DEVICE_COSTS = {
         segment_s=0.1e-6,
         level_s=6e-6,
         merge_bytes_per_s=4.0e12,
-        tile_rows=64,
         cached_bytes_per_s=5.5e12,
         llc_bytes=25_000_000,
         num_processors=132,
@@ -244,16 +251,51 @@ class CostModel:
         )
         return replace(self, costs=cached)
 
+    @property
+    def is_tiled(self) -> bool:
+        """Whether a level can take longer than its bytes and flops, so that it matters which segments share one."""
+        return self.costs.num_processors > 1
+
+    def is_wide(self, rows: int) -> bool:
+        """Whether a shared segment of so many rows wants the wide tile."""
+        return is_wide(rows, self._group_size)
+
+    def longest_balanced(self, segments: Segments) -> int:
+        """Tokens that a segment can have and not hold its level up, while nothing is cut: a fair share of the rest."""
+        most, rest = self._max_tiles, 0
+        items = sorted([(tokens, tokens * self._num_tiles(rows)) for tokens, rows in segments], reverse=True)
+        rest = sum([work for _, work in items])
+        for tokens, work in items:
+            if tokens * most <= 2 * rest:  # an item alone on a processor runs twice as fast as one of two
+                return tokens
+            rest -= work
+        return 0
+
     def plan_s(self, work: PlanWork) -> float:
         """A whole plan."""
         return _price(self.costs, self.amounts(work))
+
+    def imbalance_s(self, work: PlanWork) -> float:
+        """What of that processors spend waiting for one of them, or on rows that only fill tiles: what a better
+        arrangement in levels can gain at most."""
+        num_rows = sum([rows for _, rows in work.leaf])
+        seconds = 0.0
+        for kind, segments in [("leaf", work.leaf), *(("shared", level) for level in work.shared)]:
+            tiles = [self._num_tiles(rows) * segment_tile(rows, self._group_size) for _, rows in segments]
+            packed = sum([tokens * n for (tokens, _), n in zip(segments, tiles, strict=True)])
+            evenly = [self._bytes_of(kind, segments)]
+            if kind == "shared":
+                evenly.append({"shared_flops_per_s": self._flops_per_packed_row * self.shape.num_kv_heads * packed})
+            needed = max(_price(self.costs, option) for option in evenly)
+            seconds += _price(self.costs, self._level(kind, segments, num_rows)) - needed
+        return seconds
 
     def amounts(self, work: PlanWork) -> Amounts:
         """How much a plan uses of what each constant stands for, as far as it decides the time."""
         reread = work.reread_tokens if self._fits(work.common_tokens) else 0
         num_rows = sum([rows for _, rows in work.leaf])
-        parts = [self._longest("leaf", work.leaf, reread)]
-        parts += [self._longest("shared", segments) for segments in work.shared]
+        parts = [self._level("leaf", work.leaf, num_rows, reread)]
+        parts += [self._level("shared", segments, num_rows) for segments in work.shared]
         total: Amounts = {
             "step_s": 1,
             "leaf_segment_s": len(work.leaf),
@@ -266,31 +308,66 @@ class CostModel:
                 total[name] = total.get(name, 0) + amount
         return total
 
-    def _longest(self, kind: str, segments: Segments, reread: int = 0) -> Amounts:
-        """What decides the time of a level: its bytes, its flops, or the bytes of its longest segment."""
-        shape, costs = self.shape, self.costs
-        padded = self._padded if kind == "shared" else float
-        token_bytes, tokens = shape.kv_bytes_per_token, sum([tokens for tokens, _ in segments])
+    def _level(self, kind: str, segments: Segments, num_rows: int, reread: int = 0) -> Amounts:
+        """What decides the time of a level: its bytes, its flops, or the longest item of work."""
+        tile = self._tile(kind, segments, num_rows)
+        padded = float if kind == "leaf" else lambda rows: self._padded(rows, tile)
         row_tokens = sum([tokens * padded(rows) for tokens, rows in segments])
-        options: list[Amounts] = [
-            {f"{kind}_bytes_per_s": token_bytes * (tokens - reread), "cached_bytes_per_s": token_bytes * reread},
-            {f"{kind}_flops_per_s": shape.flops_per_row_token * row_tokens},
+        options = [
+            self._bytes_of(kind, segments, reread),
+            {f"{kind}_flops_per_s": self.shape.flops_per_row_token * row_tokens},
         ]
-        if costs.num_processors > 1:
-            longest = max([tokens * costs.num_processors / self._occupied(tokens, rows) for tokens, rows in segments])
-            options.append({f"{kind}_bytes_per_s": token_bytes * longest})
-        return max(options, key=lambda option: _price(costs, option))
+        if self.is_tiled:
+            options += self._longest_item(kind, segments, num_rows, tile)
+        return max(options, key=lambda option: _price(self.costs, option))
 
-    def _occupied(self, tokens: int, rows: int) -> float:
-        """Processors that a segment keeps busy: one for each KV head, tile of rows and part of the tokens."""
-        shape, costs = self.shape, self.costs
-        tiles = -(-rows * shape.num_qo_heads // (shape.num_kv_heads * costs.tile_rows))
-        return min(costs.num_processors, shape.num_kv_heads * tiles * -(-tokens // costs.split_tokens))
+    def _bytes_of(self, kind: str, segments: Segments, reread: int = 0) -> Amounts:
+        token_bytes, tokens = self.shape.kv_bytes_per_token, sum([tokens for tokens, _ in segments])
+        return {f"{kind}_bytes_per_s": token_bytes * (tokens - reread), "cached_bytes_per_s": token_bytes * reread}
 
-    def _padded(self, rows: int) -> float:
-        """Rows, as many as fill the tiles that they take."""
-        group_size, tile_rows = self.shape.num_qo_heads // self.shape.num_kv_heads, self.costs.tile_rows
-        return -(-rows * group_size // tile_rows) * tile_rows / group_size
+    def _longest_item(self, kind: str, segments: Segments, num_rows: int, tile: int) -> list[Amounts]:
+        """The bytes and the flops of one item, as many times as there are processors, each with its share of a rate."""
+        shape, processors = self.shape, self.costs.num_processors
+        lens = [tokens for tokens, _ in segments]
+        tiles = [num_tiles(rows, self._group_size, tile) for _, rows in segments]
+        empty = num_tiles(num_rows - sum([rows for _, rows in segments]), self._group_size, tile)
+        longest, most = max(lens, default=0), self._max_tiles - empty
+        if sum(tiles) < most:
+            longest = min(longest, chunk_len(tiles, lens, most, self.costs.split_tokens))
+        packed_rows = min(tile, self._group_size * max([rows for _, rows in segments], default=0))
+        return [
+            {f"{kind}_bytes_per_s": shape.kv_bytes_per_token / shape.num_kv_heads * longest * processors},
+            {f"{kind}_flops_per_s": self._flops_per_packed_row * packed_rows * longest * processors},
+        ]
+
+    def _tile(self, kind: str, segments: Segments, num_rows: int) -> int:
+        """Of a shared level the one that suits it; of leaves the one for the mean."""
+        if not self.is_tiled:
+            return self.costs.tile_rows
+        if kind == "leaf":
+            return tile_for(num_rows * self._group_size / max(1, len(segments)))
+        return level_tile([rows for _, rows in segments], num_rows, self._group_size, self._max_tiles)
+
+    def _num_tiles(self, rows: int) -> int:
+        return num_tiles(rows, self._group_size, segment_tile(rows, self._group_size))
+
+    def _padded(self, rows: int, tile: int | None = None) -> float:
+        """Rows, as many as fill the tiles that they take; without a tile, the one that suits them."""
+        if tile is None:
+            tile = segment_tile(rows, self._group_size) if self.is_tiled else self.costs.tile_rows
+        return num_tiles(rows, self._group_size, tile) * tile / self._group_size
+
+    @property
+    def _group_size(self) -> int:
+        return self.shape.num_qo_heads // self.shape.num_kv_heads
+
+    @property
+    def _flops_per_packed_row(self) -> float:
+        return self.shape.flops_per_row_token / self.shape.num_qo_heads
+
+    @property
+    def _max_tiles(self) -> int:
+        return max_tiles(self.costs.num_processors, self.shape.num_kv_heads)
 
     def _fits(self, tokens: int) -> bool:
         return 0 < tokens * self.shape.kv_bytes_per_token <= self.costs.llc_bytes

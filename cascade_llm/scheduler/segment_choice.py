@@ -21,6 +21,7 @@ O(k * n * log n) steps, however deep the tree is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -29,7 +30,7 @@ from cascade_llm.scheduler.carried_cost import CarriedCost
 from cascade_llm.scheduler.cost_model import PlanWork
 from cascade_llm.scheduler.prefix_forest import Run, preorder
 
-__all__ = ["Choice", "SegmentCosts", "TokensRead", "choose_segments"]
+__all__ = ["Choice", "SegmentCosts", "TokensRead", "choices_by_levels", "choose_segments"]
 
 
 class SegmentCosts(Protocol):
@@ -99,6 +100,16 @@ def choose_segments(
     best, shares = _best_costs(top, num_new, page_size, costs, max_levels, -(-min_tokens // page_size))
     level_s = costs.level_s(top.num_rows)
     return _collect(top, shares, min(range(max_levels + 1), key=lambda levels: best[levels] + levels * level_s))
+
+
+def choices_by_levels(
+    top: Run, num_new: Rows[int], page_size: int, costs: SegmentCosts, *, max_levels: int, min_tokens: int
+) -> Iterator[Choice]:
+    """For each number of shared levels from 1 to `max_levels` the cheapest choice, where the level saves anything."""
+    best, shares = _best_costs(top, num_new, page_size, costs, max_levels, -(-min_tokens // page_size))
+    for levels in range(1, max_levels + 1):
+        if best[levels] < best[levels - 1]:
+            yield _collect(top, shares, levels)
 
 
 def _best_costs(

@@ -80,6 +80,8 @@ def random_costs(rng: random.Random) -> SegmentCosts:
         level_s=rng.choice((0.0, 1e-9, 2e-8)),
         merge_bytes_per_s=1e15,
         tile_rows=rng.choice((1, 16)),
+        num_processors=rng.choice((1, 1, 6, 16)),
+        split_tokens=rng.choice((4, 16)),
     )
     return rng.choice((TokensRead(), CostModel(shape, device)))
 

@@ -328,7 +328,9 @@ def check_report(plan: StepPlan) -> None:
     """Assert that a plan's report says what the plan does."""
     cascade, report = plan.cascade, plan.report
     segments = [(level, i) for level in cascade.levels for i in range(level.num_segments)]
-    groups = [(level, i) for level, i in segments if level is not cascade.leaf and level.kv_last_page_len[i]]
+    above_leaf = [(level, i) for level, i in segments if level is not cascade.leaf and level.kv_last_page_len[i]]
+    starts = set(cascade.leaf.qo_indptr[:-1])
+    groups = [(level, i) for level, i in above_leaf if len(starts & set(level.rows(i))) > 1]
     assert report.num_levels == len(cascade.levels)
     assert report.num_groups == len(groups)
     assert report.grouped_rows == len({row for level, i in groups for row in level.rows(i)})
@@ -336,7 +338,7 @@ def check_report(plan: StepPlan) -> None:
     assert report.kv_tokens_one_level == sum(plan.positions[end - 1] + 1 for end in cascade.leaf.qo_indptr[1:])
     assert (report.reason is None) == bool(groups)
     for level in cascade.shared_levels:
-        assert any(level.kv_last_page_len), "a level without a group"
+        assert any(level.kv_last_page_len), "a level without a segment"
 
 
 def check_order(plan: StepPlan) -> None:

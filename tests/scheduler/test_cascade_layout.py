@@ -8,6 +8,7 @@ from array import array
 import pytest
 
 from cascade_llm.scheduler.cascade_layout import Segment, level_columns, place_segments
+from cascade_llm.scheduler.level_arrangement import levels_by_depth
 from cascade_llm.scheduler.prefix_forest import Run
 from cascade_llm.scheduler.segment_choice import Choice
 from tests.scheduler.forests import all_runs, paths_to_sequences, random_forest
@@ -33,7 +34,7 @@ def test_every_sequence_meets_the_chosen_runs_of_its_path() -> None:
     for _ in range(300):
         top, num_new = random_forest(rng, 9)
         choice = random_choice(rng, top, 3)
-        order, levels, prefix_pages = place_segments(top, choice, num_new)
+        order, levels, prefix_pages = place_segments(top, choice, num_new, levels_by_depth(top, choice))
         assert sorted(order) == list(range(len(num_new)))
         first_row, row = {}, 0
         for index in order:
@@ -56,7 +57,9 @@ def test_rows_with_nothing_more_to_share_come_last_together() -> None:
     folded.children, outer.children = [first], [folded, second]
     top = Run(0, 0)
     top.members, top.children = [6], [outer]
-    placement = place_segments(top, Choice({outer: 0, first: 2, second: 2}, 2), [1] * 7)
+    placement = place_segments(
+        top, Choice({outer: 0, first: 2, second: 2}, 2), [1] * 7, {outer: 0, first: 1, second: 1}
+    )
     assert placement.order == [1, 5, 0, 3, 2, 4, 6], "2 shares the folded run with 1 and 5, and reads it alone"
     assert placement.levels == [
         [Segment(0, 6, 0, 2, 1, 6)],

@@ -33,7 +33,7 @@ def is_decode(plan: StepPlan) -> bool:
 
 def test_plans_of_more_than_a_thousand_batches() -> None:
     kinds, num_plans = set[object](), 0
-    for seed in range(120):
+    for seed in range(170):
         for plan, page_tables in generated_steps(seed, 10):
             plan.check(page_tables)
             num_plans += 1
@@ -42,7 +42,7 @@ def test_plans_of_more_than_a_thousand_batches() -> None:
             kinds.add(plan.report.num_levels)
             kinds.add(plan.report.reason)
             kinds |= {name for name in ("page_copies", "lane_rows", "prompt_logprob_rows") if len(getattr(plan, name))}
-    assert num_plans == 1200
+    assert num_plans == 1700
     assert {1, 2, 3, 4, "decode", "mixed", "prefill", "page_copies", "lane_rows", "prompt_logprob_rows"} <= kinds
     assert {None, "one sequence", "cascade attention is off", "the cost model expects no gain"} <= kinds
     assert "no two sequences share a full page" in kinds

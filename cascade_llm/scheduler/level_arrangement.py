@@ -1,0 +1,153 @@
+"""Which level each chosen run goes to, and whose own pages are worth a segment, on a device of many processors.
+
+A run must be on a deeper level than the chosen runs above it; beyond that it is free. On a GPU it matters which
+segments share a level (`tiling`): a level with many tiles cuts no K/V, so that one long segment among many short ones
+runs on a few processors while the others wait; and small segments beside large ones compute in tiles that are mostly
+padding. The same holds for leaves, where rows are many: a sequence much longer than the others holds them all up,
+unless its own pages are a segment, of one row, on a level that has few.
+
+So a few arrangements are tried, where the cost model sees something to gain, and the cheapest whole plan is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Rows
+from operator import itemgetter
+
+from cascade_llm.scheduler.cascade_layout import Placement, place_segments
+from cascade_llm.scheduler.cost_model import CostModel, PlanWork
+from cascade_llm.scheduler.prefix_forest import PlannedRows, Run, preorder
+from cascade_llm.scheduler.segment_choice import Choice
+
+__all__ = ["LevelBalancer", "Levels", "arrangements", "levels_by_depth", "with_own_runs"]
+
+Levels = dict[Run, int]
+"""The level of each chosen run; 0 is the coarsest."""
+
+
+class LevelBalancer:
+    """Rearranges what was chosen, for one device."""
+
+    def __init__(self, costs: CostModel, page_size: int, max_levels: int) -> None:
+        """`max_levels`: above the leaf."""
+        assert costs.is_tiled
+        self._costs, self._page_size, self._max_levels = costs, page_size, max_levels
+
+    def balanced(
+        self,
+        forest: Run,
+        choice: Choice,
+        placement: Placement,
+        rows: Rows[PlannedRows],
+        work_of: Callable[[Placement], PlanWork],
+    ) -> Placement:
+        """The cheapest of a few arrangements.
+
+        Args:
+            forest: of the step; runs of single sequences may be added to it
+            choice: what is shared
+            placement: of the choice, by depth
+            rows: the sequences of the step
+            work_of: the work of the plan that a placement makes
+        """
+        costs, work = self._costs, work_of(placement)
+        best = costs.plan_s(work), placement
+        if costs.imbalance_s(work) <= costs.level_s(0):
+            return placement
+        num_new = [row.num_new for row in rows]
+        for other_choice in self._choices(forest, choice, placement.prefix_pages, rows, work):
+            for levels in arrangements(forest, other_choice, self._page_size, costs, self._max_levels):
+                other = place_segments(forest, other_choice, num_new, levels)
+                best = min(best, (costs.plan_s(work_of(other)), other), key=itemgetter(0))
+        return best[1]
+
+    def _choices(
+        self, forest: Run, choice: Choice, prefix_pages: Rows[int], rows: Rows[PlannedRows], work: PlanWork
+    ) -> Iterator[Choice]:
+        """The choice as it is, and with a run of its own for each sequence whose leaf would hold the others up."""
+        yield choice
+        size, longest = self._page_size, self._costs.longest_balanced(work.leaf)
+        own_ends = {
+            index: min(row.sequence.tail.end, row.start_len // size)
+            for index, row in enumerate(rows)
+            if row.sequence.tail and row.start_len + row.num_new - size * prefix_pages[index] > longest
+        }
+        if own_ends:
+            yield with_own_runs(forest, choice, prefix_pages, own_ends, [row.num_new for row in rows], self._max_levels)
+
+
+def levels_by_depth(forest: Run, choice: Choice) -> Levels:
+    """As high up as the chosen runs above it allow: as few levels as there can be."""
+    return _levels(forest, choice.start_pages, choice.num_levels, lambda run: True)
+
+
+def arrangements(forest: Run, choice: Choice, page_size: int, costs: CostModel, max_levels: int) -> Iterator[Levels]:
+    """Ways to spread chosen runs over levels: by depth; the long ones, the wide ones, or both, before the rest, in as
+    many levels as they need by depth, or one more."""
+    starts = choice.start_pages
+    tokens = {run: (run.end - start) * page_size for run, start in starts.items()}
+    longest = costs.longest_balanced([(tokens[run], run.num_rows) for run in starts])
+    long = {run for run in starts if tokens[run] > longest}
+    wide = {run for run in starts if costs.is_wide(run.num_rows)}
+    seen = [levels_by_depth(forest, choice)]
+    yield seen[0]
+    for num_levels in range(choice.num_levels, min(choice.num_levels + 1, max_levels) + 1):
+        for first in (long, wide, long | wide):
+            levels = _levels(forest, starts, num_levels, first.__contains__)
+            if levels not in seen:
+                seen.append(levels)
+                yield levels
+
+
+def with_own_runs(
+    forest: Run,
+    choice: Choice,
+    prefix_pages: Rows[int],
+    own_ends: Mapping[int, int],
+    num_new: Rows[int],
+    max_levels: int,
+) -> Choice:
+    """The choice with runs of single sequences added, to it and to the forest.
+
+    Args:
+        forest: all shared runs; changed
+        choice: of them
+        prefix_pages: for each sequence the pages that chosen runs cover
+        own_ends: for some sequences, the page at which a run of their own would end
+        num_new: rows of each sequence
+        max_levels: a sequence with so many chosen runs above it gets none
+    """
+    start_pages, most = dict(choice.start_pages), choice.num_levels
+    depths = {forest: 0}
+    for run in preorder(forest):
+        depth = depths[run]
+        depths.update((child, depth + (child in start_pages)) for child in run.children)
+        for index in [i for i in run.members if own_ends.get(i, 0) > prefix_pages[i]]:
+            if depth < max_levels:
+                own = Run(run.end, own_ends[index])
+                own.members, own.num_sequences, own.num_rows = [index], 1, num_new[index]
+                run.members.remove(index)
+                run.children.append(own)
+                start_pages[own] = prefix_pages[index]
+                most = max(most, depth + 1)
+    return Choice(start_pages, most)
+
+
+def _levels(forest: Run, chosen: Mapping[Run, int], num_levels: int, first: Callable[[Run], bool]) -> Levels:
+    """Runs that come `first` as high up as those above them allow, the others as far down as those below them do.
+
+    Levels that stay without a run are left out.
+    """
+    order, below = preorder(forest), dict[Run, int]()
+    for run in reversed(order):
+        below[run] = max([below[child] + (child in chosen) for child in run.children], default=0)
+    levels: Levels = {}
+    above = {forest: -1}
+    for run in order:
+        if run in chosen:
+            levels[run] = above[run] + 1 if first(run) else num_levels - 1 - below[run]
+        for child in run.children:
+            above[child] = levels.get(run, above[run])
+    used = {level: i for i, level in enumerate(sorted(set(levels.values())))}
+    return {run: used[level] for run, level in levels.items()}

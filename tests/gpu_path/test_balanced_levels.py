@@ -1,0 +1,64 @@
+"""Plans whose segments were spread over levels by weight, and sequences with a segment of their own, on the GPU path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from cascade_llm import SamplingParams
+from cascade_llm.plan import CascadePlan
+from cascade_llm.plan_file.reader import PlanFileReader
+from cascade_llm.scheduler.cost_model import DEVICE_COSTS, plan_work
+from tests.engine.tiny_llm import save_tiny, tiny_llm
+from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
+
+NUM_SM = 4
+"""Four tiles, with two KV heads: more than that in a level, and nothing is cut."""
+COSTS = replace(DEVICE_COSTS["h200"], num_processors=NUM_SM, level_s=1e-12, segment_s=0.0, split_tokens=16)
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+OPTIONS = {"page_size": 4, "max_num_seqs": 16}
+
+
+def text(family: int, length: int, own: int) -> list[int]:
+    return [*(3 + (i * (family + 2)) % 80 for i in range(length)), *(4 + (own + i) % 80 for i in range(9))]
+
+
+HEAVY_AMONG_LIGHT = [text(0, 160, i) for i in range(2)] + [
+    text(1 + g, 24, 7 * g + i) for g in range(5) for i in range(2)
+]
+LONG_AMONG_SHORT = [text(i, 4, i) for i in range(9)] + [text(9, 200, 1)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"), "qwen3", **SHAPE)
+
+
+@pytest.fixture(autouse=True)
+def tiled_device() -> Iterator[None]:
+    with patch.dict(DEVICE_COSTS, cpu=COSTS):
+        yield
+
+
+def decode_plans(path: Path) -> list[CascadePlan]:
+    with PlanFileReader(path) as steps:
+        return [step.plan.cascade for step in steps if step.plan.num_rows == step.plan.num_sequences]
+
+
+@pytest.mark.parametrize(("prompts", "widest_level"), [(HEAVY_AMONG_LIGHT, 5), (LONG_AMONG_SHORT, 1)])
+def test_graphs_run_them_as_the_torch_backend_does(
+    tiny: Path, tmp_path: Path, prompts: list[list[int]], widest_level: int
+) -> None:
+    with tiny_llm(tiny, enable_cascade_attention=False, **OPTIONS) as twin:
+        expected = [output["token_ids"] for output in twin.generate(prompts, GREEDY)]
+    recorded = tmp_path / "plans.gz"
+    with gpu_llm(tiny, double_gpu(num_sm=NUM_SM), record_plans=recorded, **OPTIONS) as llm:
+        assert [output["token_ids"] for output in llm.generate(prompts, GREEDY)] == expected
+        assert graphs_of(llm).counters.graph_steps >= 5
+    work = [plan_work(plan).shared for plan in decode_plans(recorded)]
+    assert any(len(levels[0]) == 1 and levels[0][0][0] >= 160 for levels in work if levels), "by itself on its level"
+    assert max(len(levels[-1]) for levels in work if levels) == widest_level
