@@ -19,6 +19,7 @@ from cascade_llm.layers.torch_ops import TorchOps
 from cascade_llm.runner.device import resolve_device, resolve_dtype
 from cascade_llm.runner.device_name import device_name
 from cascade_llm.runner.memory import available_bytes
+from cascade_llm.runner.native_draw import reason_against_native_draw
 
 __all__ = ["backend_reasons", "describe_machine"]
 
@@ -58,6 +59,7 @@ def describe_machine() -> dict[str, Any]:
         "devices": _devices(),
         "backends": backend_reasons(),
         "elementwise": _elementwise(),
+        "sampling": _sampling(),
     }
 
 
@@ -87,6 +89,11 @@ def _elementwise() -> dict[str, str | None]:
     device = resolve_device("auto")
     ops = select_fused_ops(resolve_dtype("auto", "bfloat16", device), device)
     return {"name": ops.name, "reason": ops.reason if isinstance(ops, TorchOps) else None}
+
+
+def _sampling() -> dict[str, str | None]:
+    reason = reason_against_native_draw(resolve_device("auto"))
+    return {"name": "native" if reason is None else "torch", "reason": reason}
 
 
 def _versions() -> dict[str, str | None]:

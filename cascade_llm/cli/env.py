@@ -72,8 +72,8 @@ def _table(machine: Mapping[str, Any]) -> Table:
     table.add_row("GPU kernels", _kernel_line(machine["kernels"]))
     for line in machine["cost_model"]:
         table.add_row("cost model", line)
-    elementwise = machine["elementwise"]
-    table.add_row("elementwise", f"{elementwise['name']}{_because(elementwise['reason'])}")
+    for part in ("elementwise", "sampling"):
+        table.add_row(part, f"{machine[part]['name']}{_because(machine[part]['reason'])}")
     return table
 
 

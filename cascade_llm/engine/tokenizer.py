@@ -67,10 +67,6 @@ class Tokenizer:
         """Text; bytes that make no character become U+FFFD, ids beyond the vocabulary nothing."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def convert_ids_to_tokens(self, token_ids: Sequence[int]) -> list[str | None]:
-        """The vocabulary's own spelling of each id ("Ġthe"); None beyond it."""
-        return [self.backend.id_to_token(token_id) for token_id in token_ids]
-
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **template_arguments: Any
     ) -> str:

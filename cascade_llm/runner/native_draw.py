@@ -20,7 +20,7 @@ from cascade_llm.native.compiler import compile_library
 from cascade_llm.runner.draw import Filters
 from cascade_llm.runner.workspace import Workspace
 
-__all__ = ["NativeDraw"]
+__all__ = ["NativeDraw", "reason_against_native_draw"]
 
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -37,9 +37,8 @@ class NativeDraw:
 
     @classmethod
     def for_device(cls, device: torch.device) -> NativeDraw | None:
-        """None where torch has to do the work: on other devices, and where nothing can be compiled."""
-        library = _compiled() if device.type == "cpu" else None
-        return None if library is None else cls(library)
+        """None where torch has to do the work; see `reason_against_native_draw`."""
+        return cls(_compiled()) if reason_against_native_draw(device) is None else None
 
     @staticmethod
     def reads(logits: torch.Tensor) -> bool:
@@ -129,6 +128,17 @@ class NativeDraw:
         return self._workspace.take("scratch", (num_floats,), dtype=torch.float32)
 
 
+def reason_against_native_draw(device: torch.device) -> str | None:
+    """Why torch has to choose the tokens of a device; None where the compiled code can."""
+    if device.type != "cpu":
+        return f"compiled draws are for the CPU, not {device.type}"
+    try:
+        _compiled()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
 def _choices(temperatures: torch.Tensor, filters: Filters, uniform: torch.Tensor) -> torch.Tensor:
     """C's array of Choice [n, 5], as float64; top_k is an int64 there."""
     top_k = filters.top_k.view(torch.float64)
@@ -136,12 +146,9 @@ def _choices(temperatures: torch.Tensor, filters: Filters, uniform: torch.Tensor
 
 
 @functools.cache
-def _compiled() -> ctypes.CDLL | None:
-    """The library, compiled once per process; None where that is not possible."""
-    try:
-        library = compile_library(SOURCE, ())
-    except BackendError:
-        return None
+def _compiled() -> ctypes.CDLL:
+    """The library, compiled once per process; raises `BackendError` where that is not possible."""
+    library = compile_library(SOURCE, ())
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     library.scratch_len.argtypes, library.scratch_len.restype = (long,), long
     library.sample_rows.argtypes = (

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
 import torch
 
 from cascade_llm import __version__
 from cascade_llm.attention.select import BACKENDS
 from cascade_llm.bench.machine import describe_machine
+from cascade_llm.layers import native_ops
+from cascade_llm.runner import native_draw
 
 
 def test_everything_is_there_and_is_json() -> None:
@@ -20,6 +24,7 @@ def test_everything_is_there_and_is_json() -> None:
     assert 0 < machine["memory_bytes"]["available"] <= machine["memory_bytes"]["total"]
     assert len(machine["devices"]) == torch.cuda.device_count()
     assert machine["elementwise"]["name"]
+    assert machine["sampling"]["name"]
 
 
 def test_a_backend_serves_or_says_why_not() -> None:
@@ -29,3 +34,13 @@ def test_a_backend_serves_or_says_why_not() -> None:
     assert all(reason is None or reason.startswith("no attention backend can serve") for reason in backends.values())
     if not torch.cuda.is_available():
         assert "CUDA" in str(backends["flashinfer"])
+
+
+def test_without_a_compiler_it_says_what_torch_does_instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for module in (native_ops, native_draw):
+        module._compiled.cache_clear()
+    machine = describe_machine()
+    for part in ("elementwise", "sampling"):
+        assert machine[part]["name"] == "torch"
+        assert "gcc was not found" in machine[part]["reason"]

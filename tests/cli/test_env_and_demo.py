@@ -23,6 +23,7 @@ def test_env(run: Run) -> None:
         assert re.search(rf"^{re.escape(package)} +{re.escape(version or 'not installed')} *$", text, re.MULTILINE)
     assert re.search(r"^backend torch +usable", text, re.MULTILINE)
     assert re.search(r"^backend flashinfer +(not )?usable", text, re.MULTILINE)
+    assert re.search(r"^sampling +(native|torch \()", text, re.MULTILINE)
 
 
 def test_env_tells_which_kernels_are_missing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

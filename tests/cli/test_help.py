@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from typing import NamedTuple
 
 import click
 import pytest
@@ -16,29 +17,45 @@ from cascade_llm.sampling_params import SamplingParams
 from tests.cli.conftest import Run
 
 PATHS = [(), *((name,) for name in COMMANDS), ("bench", "throughput")]
+FLAGS = ("--help", "-h")
 
 
-def test_help_imports_nothing_heavy(run_python: Callable[[str], str]) -> None:
+class Helps(NamedTuple):
+    """What a fresh interpreter answered: this one may have run and imported anything before."""
+
+    answers: dict[str, tuple[int, str]]
+    """exit status and text, by command line"""
+    modules: set[str]
+    """imported by then"""
+
+
+@pytest.fixture(scope="module")
+def helps(run_python: Callable[[str], str]) -> Helps:
+    lines = [[*path, flag] for path in PATHS for flag in FLAGS]
     printed = run_python(
         "import json, sys\n"
         "from click.testing import CliRunner\n"
         "from cascade_llm.cli.main import cli\n"
-        f"codes = [CliRunner().invoke(cli, [*path, '--help']).exit_code for path in {PATHS!r}]\n"
-        "print(json.dumps([codes, sorted(sys.modules)]))"
+        f"results = {{' '.join(line): CliRunner().invoke(cli, line) for line in {lines!r}}}\n"
+        "answers = {line: (result.exit_code, result.stdout) for line, result in results.items()}\n"
+        "print(json.dumps([answers, sorted(sys.modules)]))"
     )
-    codes, modules = json.loads(printed)
-    assert codes == [0] * len(PATHS)
-    assert not {"torch", "numpy", "transformers", "tokenizers", "huggingface_hub", "psutil"} & set(modules)
-    assert "cascade_llm.cli.generate" in modules, "else this proves nothing"
+    answers, modules = json.loads(printed)
+    return Helps(answers, set(modules))
+
+
+def test_help_imports_nothing_heavy(helps: Helps) -> None:
+    assert not {"torch", "numpy", "transformers", "tokenizers", "huggingface_hub", "psutil"} & helps.modules
+    assert "cascade_llm.cli.generate" in helps.modules, "else this proves nothing"
 
 
 @pytest.mark.parametrize("path", PATHS, ids=" ".join)
-def test_help_of_each_command_says_what_it_does(run: Run, path: tuple[str, ...]) -> None:
-    for flag in ("--help", "-h"):
-        result = run(*path, flag)
-        assert result.exit_code == 0
-        assert result.stdout.startswith(f"Usage: cli {' '.join(path)}".rstrip())
-        assert "cascade_llm." not in result.stdout
+@pytest.mark.parametrize("flag", FLAGS)
+def test_help_of_each_command_says_what_it_does(helps: Helps, path: tuple[str, ...], flag: str) -> None:
+    status, text = helps.answers[" ".join((*path, flag))]
+    assert status == 0
+    assert text.startswith(f"Usage: cli {' '.join(path)}".rstrip())
+    assert "cascade_llm." not in text
 
 
 def test_every_command_has_a_short_help() -> None:

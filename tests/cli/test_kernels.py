@@ -6,29 +6,30 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from cascade_llm.attention import flashinfer_kernels
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer_kernels import BuiltKernel
-from cascade_llm.cli.kernels import kernels
+from tests.cli.conftest import Run
 from tests.engine.tiny_llm import save_tiny
 
 
-def test_list_says_where_it_looked(tmp_path: Path) -> None:
-    result = CliRunner().invoke(kernels, ["list", "--output", str(tmp_path / "none")])
+def test_list_says_where_it_looked(run: Run, tmp_path: Path) -> None:
+    result = run("kernels", "list", "--output", tmp_path / "none")
     assert result.exit_code == 0
     assert "no kernels in" in result.output
 
 
-def test_list_as_json(tmp_path: Path) -> None:
+def test_list_as_json(run: Run, tmp_path: Path) -> None:
     entry = {"name": "page", "purpose": "appending to pages", "seconds": 1.5, "num_bytes": 10, "error": None}
     (tmp_path / "kernels.json").write_text(json.dumps([entry]))
-    result = CliRunner().invoke(kernels, ["list", "--output", str(tmp_path), "--json"])
+    result = run("kernels", "list", "--output", tmp_path, "--json")
     assert json.loads(result.output) == {"folder": str(tmp_path), "kernels": [entry]}
 
 
-def test_build_reads_the_model_and_fails_where_a_kernel_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_reads_the_model_and_fails_where_a_kernel_does(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def build(spec: AttentionSpec, arch: str, folder: Path, on_kernel: object) -> list[BuiltKernel]:
@@ -37,8 +38,7 @@ def test_build_reads_the_model_and_fails_where_a_kernel_does(tmp_path: Path, mon
 
     monkeypatch.setattr(flashinfer_kernels, "build_kernels", build)
     model = save_tiny(tmp_path / "model", "qwen3", head_dim=64)
-    arguments = ["build", str(model), "--dtype", "float16", "--output", str(tmp_path / "out")]
-    result = CliRunner().invoke(kernels, arguments)
+    result = run("kernels", "build", model, "--dtype", "float16", "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert asked == [(64, 6, 2, "torch.float16", "9.0a", tmp_path / "out")]
     assert "no header" in result.stderr

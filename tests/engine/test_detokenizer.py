@@ -122,7 +122,7 @@ def byte_ids() -> list[int]:
     return [
         i
         for i in range(49152)
-        if tokenizer.decode([i]) == "\ufffd" and len(tokenizer.convert_ids_to_tokens([i])[0] or "") == 1
+        if tokenizer.decode([i]) == "\ufffd" and len(tokenizer.backend.id_to_token(i) or "") == 1
     ]
 
 

@@ -45,7 +45,6 @@ def test_ids_and_facts_of_smollm2() -> None:
     assert TOKENIZER.special_token_ids == frozenset(range(17))
     assert (TOKENIZER.bos_token_id, TOKENIZER.eos_token_ids) == (IM_START, {IM_END})
     assert TOKENIZER.encode("hi") == TOKENIZER.encode("hi", add_special_tokens=False) == [6004]
-    assert TOKENIZER.convert_ids_to_tokens([6004, IM_END, 10**6]) == ["hi", "<|im_end|>", None]
     assert TOKENIZER.decode([IM_START, 6004, IM_END]) == "hi"
     assert TOKENIZER.decode([IM_START, 6004, IM_END], skip_special_tokens=False) == "<|im_start|>hi<|im_end|>"
     assert TOKENIZER.decode([6004, 10**6]) == "hi"
