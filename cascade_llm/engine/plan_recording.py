@@ -36,5 +36,6 @@ def begin_recording(recorder: PlanFileWriter, options: EngineOptions, model_name
         max_model_len=facts.max_model_len,
         max_num_seqs=options.max_num_seqs,
         token_ids=options.record_token_ids,
+        kv_cache_dtype=options.kv_cache_dtype if facts.kv_dtype != facts.dtype else "auto",
     )
     recorder.begin(header)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from cascade_llm.config import ModelConfig
@@ -16,6 +16,7 @@ FORMAT_VERSION = 1
 """Grows when an older reader would misread a file."""
 
 DTYPES = ("float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 INTEGERS = (
     "num_layers",
     "num_qo_heads",
@@ -47,7 +48,7 @@ class PlanFileHeader:
     vocab_size: int
     sm_scale: float
     dtype: str
-    """Of the computation and of the KV pool: float32 | bfloat16 | float16."""
+    """Of the computation: float32 | bfloat16 | float16."""
     page_size: int
     total_pages: int
     max_model_len: int
@@ -55,6 +56,8 @@ class PlanFileHeader:
     """Lanes."""
     token_ids: bool
     """Whether token ids were recorded, those that were sampled and the users' stop strings with them."""
+    kv_cache_dtype: str = "auto"
+    """Of the KV pool: auto (as `dtype`) | fp8_e4m3."""
 
     def to_json(self) -> dict[str, Any]:
         """The line's object."""
@@ -71,8 +74,8 @@ class PlanFileHeader:
                 f"format {line.get('version')!r} was written by cascade-llm {writer}, this one reads format "
                 f"{FORMAT_VERSION}: replay it with cascade-llm {writer}, or record it again with this one"
             )
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in line]
+        names = [field.name for field in fields(cls) if field.name in line]
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in line]
         if missing:
             raise PlanError(f"the header lacks {', '.join(missing)}: record the file again")
         header = cls(**{name: line[name] for name in names})
@@ -89,6 +92,9 @@ class PlanFileHeader:
             raise PlanError(f"{self.num_qo_heads} query heads cannot be shared out over {self.num_kv_heads} KV heads")
         if self.dtype not in DTYPES:
             raise PlanError(f"the header's dtype is {self.dtype!r}, it must be one of {', '.join(DTYPES)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            known = ", ".join(KV_CACHE_DTYPES)
+            raise PlanError(f"the header's kv_cache_dtype is {self.kv_cache_dtype!r}, it must be one of {known}")
         if not isinstance(self.sm_scale, float) or not 0 < self.sm_scale < float("inf"):
             raise PlanError(f"the header's sm_scale is {self.sm_scale!r}, it must be a positive number")
         if not isinstance(self.token_ids, bool):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.select import BACKENDS, BackendChoice, select_backend
 from cascade_llm.config import ModelConfig
 from cascade_llm.errors import BackendError
+from cascade_llm.kv_cache.paged_kv_cache import KVScale
 from cascade_llm.validation.attention_error import TOLERANCES, AttentionError
 from cascade_llm.validation.cases import (
     CascadeCase,
@@ -40,32 +42,57 @@ FAMILIES: Mapping[str, Sequence[CaseChoices]] = {
 OTHER_HEADS = ((1, 1, 64), (2, 4, 64), (1, 8, 128), (8, 1, 128))
 """KV heads, query heads per KV head, head_dim: beside the model's own, which gets every second case."""
 
-DTYPES = (torch.float32, torch.bfloat16)
+
+class Numbers(NamedTuple):
+    """What is computed in, and what K and V are stored in."""
+
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+    def __str__(self) -> str:
+        pages = "" if self.kv_dtype == self.dtype else f", {_name(self.kv_dtype)} pages"
+        return f"{_name(self.dtype)}{pages}"
+
+
+NUMBERS = tuple(Numbers(dtype, dtype) for dtype in (torch.float32, torch.bfloat16))
+SCALE_OF_8_BITS = KVScale(0.5, 0.75)
+"""Of pages of 8 bits: not 1, so that leaving one out shows."""
 
 
 def check_attention(
-    model: ModelConfig, device: torch.device, *, cases_per_family: int, seed: int, progress: Progress
+    model: ModelConfig,
+    device: torch.device,
+    *,
+    cases_per_family: int,
+    seed: int,
+    progress: Progress,
+    kv_dtype: torch.dtype | None = None,
 ) -> list[Check]:
-    """One check per backend, dtype and family of plans; each plan as it is, and as its single-level twin."""
-    total, done, checks = len(BACKENDS) * len(DTYPES) * len(FAMILIES), 0, []
+    """One check per backend, dtype and family of plans; each plan as it is, and as its single-level twin.
+
+    kv_dtype: of 8 bits, to check pages of that dtype as well
+    """
+    numbers = NUMBERS if kv_dtype is None else (*NUMBERS, Numbers(torch.bfloat16, kv_dtype))
+    total, done, checks = len(BACKENDS) * len(numbers) * len(FAMILIES), 0, dict[tuple[str, Numbers], list[Check]]()
     for backend in BACKENDS:
-        for dtype in DTYPES:
+        for kind in numbers:
+            checks[backend, kind] = []
             for family in FAMILIES:
-                progress(f"{backend}, {_name(dtype)}: {family}", done, total)
+                progress(f"{backend}, {kind}: {family}", done, total)
                 heads = (model.num_kv_heads, model.num_qo_heads // model.num_kv_heads, model.head_dim)
                 cases = _cases(family, heads, cases_per_family, seed)
-                checks.append(_check_family(backend, dtype, device, family, cases, seed))
+                checks[backend, kind].append(_check_family(backend, kind, device, family, cases, seed))
                 done += 1
     return _joined_skips(checks)
 
 
 def _check_family(
-    backend: str, dtype: torch.dtype, device: torch.device, family: str, cases: Sequence[CascadeCase], seed: int
+    backend: str, kind: Numbers, device: torch.device, family: str, cases: Sequence[CascadeCase], seed: int
 ) -> Check:
-    error, tolerance = AttentionError(), TOLERANCES[dtype]
-    name, reasons, worst_case = f"{backend}, {_name(dtype)}: {family}", dict[str, None](), ""
+    error, tolerance = AttentionError(), TOLERANCES[kind.dtype]
+    name, reasons, worst_case = f"{backend}, {kind}: {family}", dict[str, None](), ""
     for number, case in enumerate(cases):
-        spec = _spec(case, dtype, device)
+        spec = _spec(case, kind, device)
         try:
             choice = select_backend(backend, spec)
         except BackendError as refusal:
@@ -90,7 +117,10 @@ def _check_family(
 
 def _add_case(error: AttentionError, case: CascadeCase, choice: BackendChoice, spec: AttentionSpec, seed: int) -> None:
     layout = choice.backend.preferred_layout(spec.device)
-    kv_cache = pool_with_only(case, num_layers=1, dtype=spec.dtype, seed=seed, layout=layout, device=spec.device)
+    scale = SCALE_OF_8_BITS if spec.page_dtype.itemsize == 1 else KVScale()
+    kv_cache = pool_with_only(
+        case, num_layers=1, dtype=spec.page_dtype, seed=seed, layout=layout, device=spec.device, scales=[scale]
+    )
     generator = torch.Generator().manual_seed(-1 - seed)  # not the one that drew K and V
     num_rows = 1 if case.identical else case.plan.num_rows
     q = torch.randn(num_rows, case.num_qo_heads, case.head_dim, generator=generator)
@@ -109,26 +139,30 @@ def _cases(family: str, own_heads: tuple[int, int, int], count: int, seed: int) 
     return cases
 
 
-def _spec(case: CascadeCase, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
+def _spec(case: CascadeCase, kind: Numbers, device: torch.device) -> AttentionSpec:
     return AttentionSpec(
         num_layers=1,
         num_qo_heads=case.num_qo_heads,
         num_kv_heads=case.num_kv_heads,
         head_dim=case.head_dim,
         sm_scale=case.head_dim**-0.5,
-        dtype=dtype,
+        dtype=kind.dtype,
         device=device,
+        kv_dtype=kind.kv_dtype,
     )
 
 
-def _joined_skips(checks: Sequence[Check]) -> list[Check]:
-    """A backend that can run nothing is one line, not one per family."""
+def _joined_skips(checks: Mapping[tuple[str, Numbers], list[Check]]) -> list[Check]:
+    """What a backend can run in no family, or not at all, is one line."""
     joined: list[Check] = []
     for backend in BACKENDS:
-        own = [check for check in checks if check.name.startswith(f"{backend},")]
-        if all(check.passed is None for check in own):
-            own = [Check(name=backend, passed=None, note=own[-1].note)]
-        joined.extend(own)
+        own = {kind: found for (name, kind), found in checks.items() if name == backend}
+        if all(check.passed is None for found in own.values() for check in found):
+            joined.append(Check(name=backend, passed=None, note=list(own.values())[-1][-1].note))
+            continue
+        for kind, found in own.items():
+            skipped = all(check.passed is None for check in found)
+            joined += [Check(name=f"{backend}, {kind}", passed=None, note=found[-1].note)] if skipped else found
     return joined
 
 

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
+from cascade_llm.kv_cache.paged_kv_cache import KVLayout, KVScale, PagedKVCache
 from cascade_llm.plan import CascadeLevel, CascadePlan, int_column
 
 __all__ = ["CascadeCase", "CaseChoices", "cascade_case", "make_level", "pool_with_only", "single_level_plan"]
@@ -127,6 +127,7 @@ def pool_with_only(
     seed: int,
     layout: KVLayout = "NHD",
     device: torch.device | str = "cpu",
+    scales: Sequence[KVScale] | None = None,
 ) -> PagedKVCache:
     """A pool with random K/V in the slots that the case may read and NaN in all others.
 
@@ -141,12 +142,13 @@ def pool_with_only(
         dtype=dtype,
         device=device,
         layout=layout,
+        scales=scales,
     )
     generator = torch.Generator().manual_seed(seed)
     places = sorted(_readable_slots(case).items())
     slots = torch.tensor([slot for slot, _ in places], device=device)
     for layer in range(num_layers):
-        kv_cache.layer(layer).fill_(torch.nan)
+        kv_cache.layer(layer).copy_(torch.tensor(torch.nan))  # torch fills no 8-bit floats on every device
         k, v = torch.randn(2, len(slots), case.num_kv_heads, case.head_dim, generator=generator).to(device)
         if case.identical:
             k, v = (x[[place for _, place in places]] for x in (k, v))

@@ -24,7 +24,7 @@ from cascade_llm.plan import StepPlan, int_column
 from cascade_llm.plan_file.header import PlanFileHeader
 from cascade_llm.plan_file.reader import PlanFileReader, RecordedStep
 from cascade_llm.runner.build import build_runner
-from cascade_llm.runner.device import DTYPES
+from cascade_llm.runner.device import DTYPES, resolve_kv_dtype
 from cascade_llm.runner.model_runner import ModelRunner
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.validation.replay import truncation_check
@@ -84,8 +84,10 @@ def replay_engine(
         config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
         header.check_model(checkpoint.name, config)
         dtype = DTYPES[header.dtype]
+        kv_dtype = resolve_kv_dtype(header.kv_cache_dtype, dtype)
         progress(f"loading {checkpoint.name}", 0, 0)
-        runner, facts = build_runner(_options(options, header, config.kv_bytes_per_token(dtype.itemsize)), checkpoint)
+        bytes_per_token = config.kv_bytes_per_token(kv_dtype.itemsize)
+        runner, facts = build_runner(_options(options, header, bytes_per_token), checkpoint)
         replay, num_steps = _Replay(runner), 0
         for step in islice(reader, max_steps):
             progress(f"{reader.path.name}, line {step.line}", num_steps, 0)
@@ -100,7 +102,7 @@ def replay_engine(
 
 def _options(options: Mapping[str, Any], header: PlanFileHeader, kv_bytes_per_token: int) -> EngineOptions:
     return EngineOptions(
-        **{**options, "dtype": header.dtype},
+        **{**options, "dtype": header.dtype, "kv_cache_dtype": header.kv_cache_dtype},
         page_size=header.page_size,
         max_model_len=header.max_model_len,
         max_num_seqs=header.max_num_seqs,

@@ -6,6 +6,7 @@ __all__ = ["OPTIONS", "REPLAY_OPTIONS"]
 
 OPTIONS = (
     "dtype",
+    "kv_cache_dtype",
     "device",
     "num_threads",
     "attention_backend",

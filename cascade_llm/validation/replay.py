@@ -21,7 +21,7 @@ from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadePlan
 from cascade_llm.plan_file.header import PlanFileHeader
 from cascade_llm.plan_file.reader import PlanFileReader
-from cascade_llm.runner.device import DTYPES
+from cascade_llm.runner.device import DTYPES, resolve_kv_dtype
 from cascade_llm.runner.memory import available_bytes
 from cascade_llm.validation.attention_error import TOLERANCES, AttentionError
 from cascade_llm.validation.cases import single_level_plan
@@ -115,11 +115,11 @@ def _random_pool(
 ) -> PagedKVCache:
     """One layer of the recorded pool, every slot filled: the same numbers whatever the layout."""
     num_slots = header.total_pages * header.page_size
-    num_bytes = 2 * num_slots * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+    num_bytes = 2 * num_slots * spec.num_kv_heads * spec.head_dim * (spec.dtype.itemsize + spec.page_dtype.itemsize)
     free_bytes = available_bytes(spec.device)
-    if 2 * num_bytes > free_bytes:  # the pool, and its random numbers
+    if num_bytes > free_bytes:
         raise CapacityError(
-            f"one layer of the recorded pool takes {num_bytes:,} bytes, twice that while it is filled, and "
+            f"one layer of the recorded pool takes {num_bytes:,} bytes with the numbers that fill it, and "
             f"{free_bytes:,} are free: replay it on a machine with more memory"
         )
     kv_cache = PagedKVCache(
@@ -128,7 +128,7 @@ def _random_pool(
         page_size=header.page_size,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        dtype=spec.dtype,
+        dtype=spec.page_dtype,
         device=spec.device,
         layout=backend.preferred_layout(spec.device),
     )
@@ -182,12 +182,14 @@ def _checks(name: str, replayed: _Replayed, dtype: torch.dtype, num_steps: int) 
 
 
 def _spec(header: PlanFileHeader, device: torch.device) -> AttentionSpec:
+    dtype = DTYPES[header.dtype]
     return AttentionSpec(
         num_layers=1,
         num_qo_heads=header.num_qo_heads,
         num_kv_heads=header.num_kv_heads,
         head_dim=header.head_dim,
         sm_scale=header.sm_scale,
-        dtype=DTYPES[header.dtype],
+        dtype=dtype,
         device=device,
+        kv_dtype=resolve_kv_dtype(header.kv_cache_dtype, dtype),
     )

@@ -53,6 +53,9 @@ def check_transformers(
     """Greedy continuations by the whole engine, and the log-probabilities that it reports at every place of them."""
     if checkpoint.is_dummy:
         return [Check(name="against transformers", passed=None, note="dummy weights: there is nothing to load")]
+    if facts.kv_dtype.itemsize == 1:
+        note = "pages of 8 bits round K and V, transformers has none such: validate once without kv_cache_dtype"
+        return [Check(name="against transformers", passed=None, note=note)]
     progress("greedy tokens by the engine", 0, 3)
     ours = _continue_greedily(runner, facts, prompts, page_size, num_new)
     try:

@@ -19,7 +19,7 @@ from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.runner.build import RunnerFacts, build_runner
-from cascade_llm.runner.device import resolve_device, resolve_dtype, thread_limit
+from cascade_llm.runner.device import KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
 from cascade_llm.validation.attention_check import check_attention
 from cascade_llm.validation.engine_check import BATCH, EngineLoad, check_engine
 from cascade_llm.validation.options import OPTIONS
@@ -88,7 +88,14 @@ def validate(
 
     add(
         "attention backends against float64",
-        lambda: check_attention(config, device, cases_per_family=effort.cases_per_family, seed=seed, progress=progress),
+        lambda: check_attention(
+            config,
+            device,
+            cases_per_family=effort.cases_per_family,
+            seed=seed,
+            progress=progress,
+            kv_dtype=KV_DTYPES.get(engine_options.kv_cache_dtype),
+        ),
     )
     progress(f"loading {checkpoint.name}", 0, 1)
     runner, facts = build_runner(engine_options, checkpoint)
@@ -127,13 +134,14 @@ def _engine_options(options: Mapping[str, Any], config: ModelConfig, effort: Eff
         )
     given = EngineOptions(**options)
     dtype = resolve_dtype(given.dtype, config.dtype, resolve_device(given.device))
+    kv_dtype = resolve_kv_dtype(given.kv_cache_dtype, dtype)
     pages_per_sequence = -(-wanted // given.page_size)
     num_pages = (BATCH + 1) * pages_per_sequence
     return EngineOptions(
         **options,
         max_model_len=wanted,
         max_num_seqs=BATCH + 1,
-        kv_cache_bytes=num_pages * given.page_size * config.kv_bytes_per_token(dtype.itemsize),
+        kv_cache_bytes=num_pages * given.page_size * config.kv_bytes_per_token(kv_dtype.itemsize),
     )
 
 
@@ -146,6 +154,7 @@ def _subject(checkpoint: Checkpoint, facts: RunnerFacts, options: EngineOptions,
         "model": checkpoint.name,
         "device": str(facts.device),
         "dtype": str(facts.dtype).removeprefix("torch."),
+        "kv_cache_dtype": str(facts.kv_dtype).removeprefix("torch."),
         "attention_backend": facts.backend.name,
         "page_size": options.page_size,
         "cascade_max_levels": cascade.max_levels,
