@@ -34,8 +34,8 @@ class FlashInferDouble:
         self.dtypes = (torch.bfloat16, torch.float16, *((torch.float32,) if exact else ()))
         self.num_plans = 0
         self.num_runs = 0
-        self.read_only_slots: set[int] = set()
-        """slots that no append may touch: published pages"""
+        self.published_pages: frozenset[int] = frozenset()
+        self._own_slots: frozenset[int] | None = None
         self._variants: set[tuple[Any, ...]] = set()
         self._workspaces: dict[int, DoubleStream] = {}
 
@@ -57,6 +57,15 @@ class FlashInferDouble:
     def platform(self) -> GpuPlatform:
         """A GPU made of doubles."""
         return GpuPlatform(self.ops(), self.stream, self.num_sm)
+
+    def expect_appends(self, published_pages: set[int], own_slots: set[int] | None = None) -> None:
+        """From here on in the stream appends touch no published page, and no slot but these; None: any other."""
+        pages, slots = frozenset(published_pages), None if own_slots is None else frozenset(own_slots)
+
+        def expect() -> None:
+            self.published_pages, self._own_slots = pages, slots
+
+        self.stream.enqueue(expect, [])
 
     # -- shared checks ----------------------------------------------------------------------------------------------
 
@@ -133,9 +142,7 @@ class FlashInferDouble:
             if bool((entry < 0).any()) or bool((entry >= len(kv_indices)).any()):
                 raise DoubleError("append outside the page table")
             pages, offsets = kv_indices[entry.long()].long(), (positions % page_size).long()
-            touched = set((pages * page_size + offsets).tolist())
-            if touched & self.read_only_slots:
-                raise DoubleError(f"append to read-only slots {sorted(touched & self.read_only_slots)[:4]}")
+            self._check_append(pages.tolist(), (pages * page_size + offsets).tolist())
             for cache, rows in ((k_cache, append_key), (v_cache, append_value)):
                 if cache.dtype.itemsize == 1:
                     cache.view(torch.uint8)[pages, offsets] = rows.view(torch.uint8)
@@ -143,6 +150,14 @@ class FlashInferDouble:
                     cache[pages, offsets] = rows
 
         self.stream.launch(run, [append_key, append_value, positions, k_cache, v_cache])
+
+    def _check_append(self, pages: list[int], slots: list[int]) -> None:
+        published = self.published_pages.intersection(pages)
+        if published:
+            raise DoubleError(f"append to published pages {sorted(published)[:4]}")
+        strange = set() if self._own_slots is None else set(slots) - self._own_slots
+        if strange:
+            raise DoubleError(f"append to slots {sorted(strange)[:4]}, which no row of the step owns")
 
     def rmsnorm(
         self,

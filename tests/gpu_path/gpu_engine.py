@@ -16,6 +16,7 @@ from cascade_llm.runner.cuda_graphs import CudaGraphs
 from tests.doubles.device import DoubleStream
 from tests.doubles.flashinfer import FlashInferDouble
 from tests.engine.tiny_llm import tiny_llm
+from tests.gpu_path.published_pages import watch_published_pages
 
 __all__ = ["SHAPE", "double_gpu", "gpu_llm", "graphs_of"]
 
@@ -36,9 +37,11 @@ def on_double(double: FlashInferDouble) -> Iterator[None]:
 
 
 def gpu_llm(folder: Path, double: FlashInferDouble, **options: Any) -> LLM:
-    """An engine on the double; plans are not checked, since `debug` does without graphs."""
+    """An engine on the double; plans are not checked, since `debug` does without graphs, but every append is."""
     with on_double(double):
-        return tiny_llm(folder, **{"debug": False, "schedule_lag": 1, **options})
+        llm = tiny_llm(folder, **{"debug": False, "schedule_lag": 1, **options})
+    watch_published_pages(llm, double)
+    return llm
 
 
 def graphs_of(llm: LLM) -> CudaGraphs:

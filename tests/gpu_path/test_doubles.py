@@ -240,8 +240,12 @@ def test_append_and_merge_check_their_tensors() -> None:
     pools = torch.zeros(2, 3, 4, 2, 64, dtype=torch.bfloat16).unbind()
     table = torch.arange(3, dtype=torch.int32), torch.tensor([0, 3]).int(), torch.tensor([4]).int()
     rows, zeros = torch.ones(2, 2, 64, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
-    double.read_only_slots = {4, 5}
+    double.expect_appends({2})
     double.append_paged_kv_cache(rows, rows, zeros, torch.tensor([3, 6]).int(), pools, *table)
-    for bad_rows, positions in ((rows.float(), [3, 6]), (rows, [3, 5]), (rows, [3, 12])):
+    for bad_rows, positions in ((rows.float(), [3, 6]), (rows, [3, 9]), (rows, [3, 12])):
         with pytest.raises(DoubleError):
             double.append_paged_kv_cache(bad_rows, bad_rows, zeros, torch.tensor(positions).int(), pools, *table)
+    double.expect_appends(set(), {3, 6})
+    double.append_paged_kv_cache(rows, rows, zeros, torch.tensor([3, 6]).int(), pools, *table)
+    with pytest.raises(DoubleError, match="no row of the step owns"):
+        double.append_paged_kv_cache(rows, rows, zeros, torch.tensor([3, 7]).int(), pools, *table)

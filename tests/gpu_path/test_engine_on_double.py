@@ -40,6 +40,7 @@ def test_equals_the_torch_backend(tiny: Path, lag: int, enforce_eager: bool) -> 
     with gpu_llm(tiny, double, schedule_lag=lag, enforce_eager=enforce_eager) as llm:
         assert tokens(llm.generate(prompts, GREEDY)) == expected
         assert llm.stats()["cascade_steps"] > 0
+        assert double.published_pages, "else no append was checked against them"
         if not enforce_eager:
             counters = graphs_of(llm).counters
             assert counters.graph_steps >= 8

@@ -24,6 +24,7 @@ from cascade_llm.runner.cuda_graphs import CudaGraphs
 from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape
 from cascade_llm.runner.step_arena import StepArena
 from cascade_llm.runner.step_attention import StepAttention
+from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from tests.engine.tiny_llm import save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm
 
@@ -414,6 +415,18 @@ def _(patch: pytest.MonkeyPatch) -> None:
         image.columns.slots[first:rows] = 0
 
     patch.setattr(CudaGraphs, "_write_padding", to_page_0)
+
+
+@mutation("a published page is not written again, not even with what it holds")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = FlashInferScheduler._plan_sequence
+
+    def one_page_again(self: FlashInferScheduler, draft: Any, sequence: Any, num_new: int) -> bool:
+        if sequence.planned_len == sequence.num_cached_tokens > 0:
+            sequence.planned_len = sequence.committed_len = sequence.planned_len - self.config.page_size
+        return original(self, draft, sequence, num_new)
+
+    patch.setattr(FlashInferScheduler, "_plan_sequence", one_page_again)
 
 
 @mutation("the tokens of padding rows go to a lane that no sequence has")
