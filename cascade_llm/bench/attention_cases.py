@@ -10,9 +10,10 @@ from itertools import combinations, pairwise
 from cascade_llm.errors import ConfigError
 from cascade_llm.plan import CascadeLevel, CascadePlan, int_column
 from cascade_llm.scheduler.cascade_layout import Placement, level_columns, place_segments
+from cascade_llm.scheduler.cost_model import plan_work
 from cascade_llm.scheduler.level_arrangement import levels_by_depth
 from cascade_llm.scheduler.prefix_forest import Run, preorder
-from cascade_llm.scheduler.segment_choice import Choice, SegmentCosts, choose_segments
+from cascade_llm.scheduler.segment_choice import Choice, SegmentCosts, choices_by_levels
 
 __all__ = ["AttentionCase"]
 
@@ -76,14 +77,15 @@ class AttentionCase:
             yield from combinations(self.shared_depths, size)
 
     def chosen(self, costs: SegmentCosts, max_levels: int) -> tuple[int, ...]:
-        """The depths that the planner makes levels under these costs."""
+        """The depths that the planner makes levels under these costs: the best of each number, or none, as a whole."""
         forest, num_new = self._forest(), [1] * self.num_sequences
-        runs = preorder(forest)
-        common_tokens = PAGE_SIZE * sum(run.end - run.start for run in runs)
-        costs = costs.with_common_tokens(common_tokens)
-        choice = choose_segments(forest, num_new, PAGE_SIZE, costs, max_levels=max_levels, min_tokens=1)
+        common_tokens = PAGE_SIZE * sum(run.end - run.start for run in preorder(forest))
         by_end = {self._end_page(depth): depth for depth in self.shared_depths}
-        return tuple(sorted({by_end[run.end] for run in choice.start_pages}))
+        choices = choices_by_levels(
+            forest, num_new, PAGE_SIZE, costs.with_common_tokens(common_tokens), max_levels=max_levels, min_tokens=1
+        )
+        options = [tuple(sorted({by_end[run.end] for run in choice.start_pages})) for choice in choices]
+        return min([(), *options], key=lambda depths: costs.plan_s(plan_work(self.plan(depths))))
 
     def plan(self, depths: Collection[int] = ()) -> CascadePlan:
         """The plan in which the nodes of these depths are segments and all others are folded."""

@@ -3,8 +3,7 @@
 The problem. Given the tree of shared runs, choose a set of runs that become *segments*. A run that is not chosen is
 folded: its tokens are carried down into the nearest chosen run on each path below it, or into the leaf segments. So a
 segment holds its own run and the folded runs directly above it. No path may have more chosen runs than there are
-levels. The cost is the sum over segments and leaf segments, each linear in its tokens, plus a fixed cost for each level
-used.
+levels. The cost is the sum over segments and leaf segments, each linear in its tokens.
 
 The algorithm. All that a subtree needs to know of what is above it is the page at which the carried tokens start (the
 end of the nearest chosen run) and how many levels are left. For each number of levels its best cost is a piecewise
@@ -14,9 +13,9 @@ linear function of that page (`carried_cost`). Bottom up, from the functions of 
     shared     a line: its own segment, and the children with one level less and nothing carried
     best       the lower of the two; a range of start pages where sharing is cheaper is all that is remembered
 
-Going down again from the root, these ranges give the choice. The result is optimal. Every run brings in at most two
-pieces, and a sum moves the pieces of the smaller functions only, so that with n runs and k levels it takes
-O(k * n * log n) steps, however deep the tree is.
+Going down again from the root, these ranges give the choice, for each number of levels. The result is optimal. Every
+run brings in at most two pieces, and a sum moves the pieces of the smaller functions only, so that with n runs and k
+levels it takes O(k * n * log n) steps, however deep the tree is.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from cascade_llm.scheduler.carried_cost import CarriedCost
 from cascade_llm.scheduler.cost_model import PlanWork
 from cascade_llm.scheduler.prefix_forest import Run, preorder
 
-__all__ = ["Choice", "SegmentCosts", "TokensRead", "choices_by_levels", "choose_segments"]
+__all__ = ["Choice", "SegmentCosts", "TokensRead", "choices_by_levels"]
 
 
 class SegmentCosts(Protocol):
@@ -93,19 +92,14 @@ Shares = dict[Run, list[range]]
 """For each run and number of levels left, the start pages of carried tokens for which it is best a segment."""
 
 
-def choose_segments(
-    top: Run, num_new: Rows[int], page_size: int, costs: SegmentCosts, *, max_levels: int, min_tokens: int
-) -> Choice:
-    """The cheapest choice with at most `max_levels` shared levels and no segment shorter than `min_tokens`."""
-    best, shares = _best_costs(top, num_new, page_size, costs, max_levels, -(-min_tokens // page_size))
-    level_s = costs.level_s(top.num_rows)
-    return _collect(top, shares, min(range(max_levels + 1), key=lambda levels: best[levels] + levels * level_s))
-
-
 def choices_by_levels(
     top: Run, num_new: Rows[int], page_size: int, costs: SegmentCosts, *, max_levels: int, min_tokens: int
 ) -> Iterator[Choice]:
-    """For each number of shared levels from 1 to `max_levels` the cheapest choice, where the level saves anything."""
+    """For each number of shared levels from 1 to `max_levels` the cheapest choice, where the level saves anything.
+
+    No segment is shorter than `min_tokens`. What a level costs besides its segments is not in it: whoever compares the
+    choices adds that, or prices whole plans.
+    """
     best, shares = _best_costs(top, num_new, page_size, costs, max_levels, -(-min_tokens // page_size))
     for levels in range(1, max_levels + 1):
         if best[levels] < best[levels - 1]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence as Rows
 
-from cascade_llm.scheduler.prefix_forest import Run
+from cascade_llm.scheduler.prefix_forest import Run, preorder
+from cascade_llm.scheduler.segment_choice import Choice, SegmentCosts, choices_by_levels
 
-__all__ = ["all_runs", "paths_to_sequences", "random_forest"]
+__all__ = ["all_runs", "choose_segments", "paths_to_sequences", "random_forest"]
 
 
 def random_forest(rng: random.Random, max_runs: int) -> tuple[Run, list[int]]:
@@ -50,3 +52,25 @@ def paths_to_sequences(top: Run) -> dict[int, list[Run]]:
 
     walk(top, [])
     return paths
+
+
+def choose_segments(
+    top: Run, num_new: Rows[int], page_size: int, costs: SegmentCosts, *, max_levels: int, min_tokens: int
+) -> Choice:
+    """The cheapest of the best choices of each number of levels, levels paid for; none is a choice too."""
+    choices = choices_by_levels(top, num_new, page_size, costs, max_levels=max_levels, min_tokens=min_tokens)
+
+    def cost_of(choice: Choice) -> float:
+        total = choice.num_levels * costs.level_s(sum(num_new))
+        above = {top: 0}
+        for run in preorder(top):
+            start = above[run]
+            if run in choice.start_pages:
+                assert choice.start_pages[run] == start
+                total += costs.shared_segment_s((run.end - start) * page_size, run.num_rows)
+                start = run.end
+            above.update(dict.fromkeys(run.children, start))
+            total += sum(costs.leaf_tokens_s((run.end - start) * page_size, num_new[i]) for i in run.members)
+        return total
+
+    return min([Choice({}, 0), *choices], key=cost_of)

@@ -12,7 +12,8 @@ import pytest
 from cascade_llm.scheduler.carried_cost import CarriedCost, line_at
 from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel
 from cascade_llm.scheduler.prefix_forest import Run, preorder
-from cascade_llm.scheduler.segment_choice import SegmentCosts, TokensRead, choose_segments
+from cascade_llm.scheduler.segment_choice import SegmentCosts, TokensRead
+from tests.scheduler.forests import choose_segments
 from tests.scheduler.generated import random_costs
 
 SHAPE = AttentionShape(num_qo_heads=32, num_kv_heads=8, head_dim=128, kv_dtype_bytes=2)

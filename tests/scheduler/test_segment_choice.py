@@ -10,8 +10,8 @@ import pytest
 
 from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel
 from cascade_llm.scheduler.prefix_forest import Run
-from cascade_llm.scheduler.segment_choice import Choice, SegmentCosts, TokensRead, choose_segments
-from tests.scheduler.forests import all_runs, paths_to_sequences, random_forest
+from cascade_llm.scheduler.segment_choice import Choice, SegmentCosts, TokensRead
+from tests.scheduler.forests import all_runs, choose_segments, paths_to_sequences, random_forest
 from tests.scheduler.generated import random_costs
 
 SHAPE = AttentionShape(num_qo_heads=32, num_kv_heads=8, head_dim=128, kv_dtype_bytes=2)
