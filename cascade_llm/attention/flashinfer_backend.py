@@ -14,17 +14,20 @@ import torch
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec, PreparedAttention
 from cascade_llm.attention.columns import column_tensor
 from cascade_llm.attention.device_stream import CudaStream, DeviceStream
+from cascade_llm.attention.flashinfer_chunks import ChunkedLevelKernel
+from cascade_llm.attention.flashinfer_fused import FusedLevels
 from cascade_llm.attention.flashinfer_kernels import device_arch, kernel_folder
 from cascade_llm.attention.flashinfer_levels import (
     FlashInferDevice,
-    KernelTable,
     LevelColumns,
     LevelKernel,
     LevelOutput,
     LevelRun,
+    SharedLevelKernel,
     attend_levels,
 )
 from cascade_llm.attention.flashinfer_ops import FlashInferOps, load_flashinfer_ops
+from cascade_llm.attention.flashinfer_table import KernelTable
 from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
 from cascade_llm.plan import CascadeLevel, CascadePlan
@@ -69,8 +72,12 @@ class FlashInferAttentionBackend(AttentionBackend):
         assert kv_cache.dtype == spec.page_dtype
         platform = platform or GpuPlatform.cuda(spec.device)
         self.kernels = kernels or KernelTable.for_model(spec)
+        if reasons := self.kernels.reasons_against(spec):
+            raise BackendError(f"these kernels cannot serve the model: {'; '.join(reasons)}")
         self.platform = platform
         self.device = FlashInferDevice.create(platform.ops, platform.stream)
+        fused = self.kernels.fused_levels
+        self._fused = FusedLevels(self.device, spec, kv_cache, platform.num_processors) if fused else None
         self._leaves: dict[tuple[bool, int | None], LevelKernel] = {}
         self._shared: list[_SharedLevel] = []
         self._append_table = _append_table(kv_cache)
@@ -95,11 +102,12 @@ class FlashInferAttentionBackend(AttentionBackend):
     def prepare(self, plan: CascadePlan) -> PreparedAttention:
         """Plan the leaf, and those shared levels that are not the objects planned last."""
         assert plan.page_size == self.kv_cache.page_size
+        if self._fused is not None and self._fused.serves(plan):
+            return self._fused.prepare(plan)
         leaf = self._leaf_kernel(plan)
         leaf.plan(level_columns(plan.leaf, plan.leaf.num_segments))
         while len(self._shared) < len(plan.shared_levels):
-            kernel = LevelKernel(self.device, self.spec, self.kv_cache.page_size, self.kernels.shared)
-            self._shared.append(_SharedLevel(kernel))
+            self._shared.append(_SharedLevel(self))
         runs = [mine.planned(level) for mine, level in zip(self._shared, plan.shared_levels, strict=False)]
         return _PreparedFlashInferAttention(self, leaf, [run for run in runs if run.num_rows], plan.num_rows)
 
@@ -119,10 +127,16 @@ class FlashInferAttentionBackend(AttentionBackend):
 
 
 class _SharedLevel:
-    """The wrapper of one depth, and the level that it is planned for."""
+    """The wrappers of one depth, and the level that one of them is planned for."""
 
-    def __init__(self, kernel: LevelKernel) -> None:
-        self._kernel = kernel
+    def __init__(self, backend: FlashInferAttentionBackend) -> None:
+        self._spec, self._page_size = backend.spec, backend.kv_cache.page_size
+        self._table, common = backend.kernels, (backend.device, self._spec, self._page_size)
+        self._whole = LevelKernel(*common, self._table.whole_shared)
+        self._chunked: ChunkedLevelKernel | None = None
+        if self._table.shared == "prefill_fa3_chunks":
+            self._chunked = ChunkedLevelKernel(*common, self._table.chunks, backend.platform.num_processors)
+        self._kernel: SharedLevelKernel = self._whole
         self._level: weakref.ref[CascadeLevel] | None = None
         self._num_rows = 0
 
@@ -131,9 +145,16 @@ class _SharedLevel:
             num_segments = _num_read_segments(level)
             self._num_rows = level.qo_indptr[num_segments]
             if num_segments:
-                self._kernel.plan(level_columns(level, num_segments))
+                self._kernel = self._chosen(level)
+                self._kernel.plan(self._kernel.arrange(level_columns(level, num_segments)))
             self._level = weakref.ref(level)
         return LevelRun(self._kernel, self._num_rows)
+
+    def _chosen(self, level: CascadeLevel) -> SharedLevelKernel:
+        if self._chunked is None:
+            return self._whole
+        sizes = [(len(level.rows(i)), level.kv_len(i, self._page_size)) for i in range(level.num_segments)]
+        return self._chunked if self._table.chunks.takes_level(sizes, self._spec.group_size) else self._whole
 
 
 class _PreparedFlashInferAttention(PreparedAttention):

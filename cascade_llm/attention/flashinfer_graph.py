@@ -15,12 +15,14 @@ import torch
 
 from cascade_llm.attention.backend import AttentionSpec, PreparedAttention
 from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
+from cascade_llm.attention.flashinfer_chunks import ChunkedLevelKernel
 from cascade_llm.attention.flashinfer_levels import (
     LevelBuffers,
     LevelColumns,
     LevelKernel,
     LevelOutput,
     LevelRun,
+    SharedLevelKernel,
     attend_levels,
 )
 from cascade_llm.plan import CascadeLevel, IntColumn
@@ -55,7 +57,7 @@ class SharedColumns:
 
 @dataclass(slots=True)
 class _SharedLevel:
-    kernel: LevelKernel
+    kernel: SharedLevelKernel
     columns: SharedColumns
     level: weakref.ref[CascadeLevel] | None = None
 
@@ -84,9 +86,7 @@ class GraphAttention(PreparedAttention):
         self._leaf_follows_pages = splits or table.decode_leaf == "decode_cuda_cores"
         self._leaf_pages: IntColumn | None = None
         self._shared = [
-            _SharedLevel(
-                LevelKernel(self._device, spec, page_size, table.shared, buffers=columns.first(capacity)), columns
-            )
+            _SharedLevel(_shared_kernel(backend, rows, columns.first(capacity)), columns)
             for capacity, columns in zip(self.capacities, shared_columns, strict=False)
         ]
         self._result = LevelOutput.empty(rows, spec)
@@ -124,9 +124,10 @@ class GraphAttention(PreparedAttention):
         Args:
             position: 0 is the coarsest
             level: what is planned; None for a stand-in
-            columns: padded to the capacity, on pinned host memory
+            columns: padded to the capacity, on pinned host memory, which is the kernel's from here on
         """
         shared = self._shared[position]
+        columns = shared.kernel.arrange(columns)
         num_pages = len(columns.kv_page_indices)
         indices = shared.columns.first(self.capacities[position]).kv_page_indices
         if num_pages:
@@ -134,6 +135,18 @@ class GraphAttention(PreparedAttention):
         # the page indices are where they belong already: the wrapper has none left to copy
         shared.kernel.plan(columns._replace(kv_page_indices=indices[:0]))
         shared.columns.owner, shared.level = self, weakref.ref(level) if level is not None else None
+
+
+def _shared_kernel(backend: FlashInferAttentionBackend, rows: int, buffers: LevelBuffers) -> SharedLevelKernel:
+    """The kernel of a captured level; what is captured for large segments is cut where the table says so."""
+    table, spec, page_size = backend.kernels, backend.spec, backend.kv_cache.page_size
+    wide = table.chunks.takes_shape(rows, len(buffers.kv_last_page_len), spec.group_size)
+    if table.shared == "prefill_fa3_chunks" and wide:
+        num_processors = backend.platform.num_processors
+        return ChunkedLevelKernel(
+            backend.device, spec, page_size, table.chunks, num_processors, rows=rows, buffers=buffers
+        )
+    return LevelKernel(backend.device, spec, page_size, table.whole_shared, buffers=buffers)
 
 
 def splits_kv(rows: int, spec: AttentionSpec, num_processors: int) -> bool:

@@ -24,7 +24,6 @@ from typing import Literal
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer_levels import KernelTable
 from cascade_llm.attention.flashinfer_module_names import DTYPE_NAMES, module_purposes
 from cascade_llm.attention.flashinfer_ops import (
     TESTED_VERSIONS,
@@ -33,6 +32,7 @@ from cascade_llm.attention.flashinfer_ops import (
     package_reasons,
     shape_reasons,
 )
+from cascade_llm.attention.flashinfer_table import KernelTable
 from cascade_llm.errors import BackendError
 
 __all__ = [
@@ -165,12 +165,12 @@ def build_kernels(
     Raises:
         BackendError: no compiler, no FlashInfer, or a model that it has no kernels for
     """
-    reasons = [*package_reasons(), *shape_reasons(spec)]
+    table = kernels or KernelTable.for_model(spec)
+    reasons = [*package_reasons(), *shape_reasons(spec), *table.reasons_against(spec)]
     if find_nvcc() is None:
         reasons.append("no nvcc was found: install the CUDA toolkit 13.0, or set CUDA_HOME")
     if reasons:
         raise BackendError(f"kernels cannot be built: {'; '.join(reasons)}")
-    table = kernels or KernelTable.for_model(spec)
     built = {kernel.name: kernel for kernel in list_kernels(folder) if kernel.error is None}
     with _compiler_environment(arch):
         modules = jit_modules(spec.dtype, spec.page_dtype, spec.head_dim, table.names)

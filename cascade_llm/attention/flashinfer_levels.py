@@ -1,4 +1,4 @@
-"""One level of a cascade plan on one FlashInfer wrapper; which kernel serves which level.
+"""One level of a cascade plan on one FlashInfer wrapper.
 
 The wrappers are FlashInfer's own, planned and run as `claude_docs/flashinfer_cascade_spec.md` writes down. Every level
 writes into tensors that it is given, and levels are joined in place: nothing is allocated between two kernels.
@@ -8,59 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.device_stream import DeviceStream, Mark
 from cascade_llm.attention.flashinfer_ops import FlashInferOps
+from cascade_llm.attention.flashinfer_table import DecodeKernel, PrefillKernel, fa3_tile_rows
 from cascade_llm.errors import CapacityError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale
 
 __all__ = [
     "FlashInferDevice",
-    "KernelTable",
     "LevelBuffers",
     "LevelColumns",
     "LevelKernel",
     "LevelOutput",
     "LevelRun",
+    "SharedLevelKernel",
     "attend_levels",
 ]
 
 FLOAT_WORKSPACE_BYTES = 128 << 20
 NO_WINDOW = -1
 
-PrefillKernel = Literal["prefill_fa2", "prefill_fa3"]
-DecodeKernel = Literal["decode_tensor_cores", "decode_cuda_cores", "prefill_fa2"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelTable:
-    """Which kernel serves which level: the one place where this is decided, and what a benchmark overrides."""
-
-    shared: PrefillKernel
-    """Shared levels: rows x pages, no mask."""
-    decode_leaf: DecodeKernel
-    """The leaf where every sequence has one row."""
-    row_leaf: PrefillKernel
-    """The leaf of prefill and mixed steps, with the causal mask."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The kernels that serve, one per kind of level."""
-        return self.shared, self.decode_leaf, self.row_leaf
-
-    @classmethod
-    def for_model(cls, spec: AttentionSpec) -> KernelTable:
-        """fa2 for shared levels: on Hopper, fa3 neither splits K/V nor packs query heads. One query head per KV head
-        leaves tensor cores idle."""
-        return cls(
-            shared="prefill_fa2",
-            decode_leaf="decode_cuda_cores" if spec.group_size == 1 else "decode_tensor_cores",
-            row_leaf="prefill_fa2",
-        )
+FA3_COLUMNS = 7
+"""Of fa3's plan, with an entry for each tile of each head."""
+FA3_WORK_BYTES = 4096
+"""More than fa3's plan needs for where each processor's work begins."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +112,8 @@ class LevelKernel:
         split_kv: bool = True,
         window_len: int | None = None,
     ) -> None:
-        self._device, self._spec, self._page_size = device, spec, page_size
+        self._device, self.spec, self._page_size = device, spec, page_size
+        self._kernel = kernel
         self._decodes = kernel.startswith("decode")
         self._options: dict[str, Any] = {
             "sm_scale": spec.sm_scale,
@@ -157,41 +134,53 @@ class LevelKernel:
         """Whether it takes one row per segment, and no `qo_indptr`."""
         return self._decodes
 
+    def arrange(self, columns: LevelColumns) -> LevelColumns:
+        """A level's columns as `plan` takes them: as they are."""
+        return columns
+
+    def wait_for_plan(self) -> None:
+        """Wait until the last plan's copies are done."""
+        if self._planned is not None:
+            self._planned.wait()
+
     def plan(self, columns: LevelColumns) -> None:
         """Plan the kernel for these segments. The wrapper's own pinned memory is free again when the last plan's copy
         is done, so that is waited for."""
-        if self._planned is not None:
-            self._planned.wait()
-        elif self._is_fixed:
+        self.wait_for_plan()
+        if self._planned is None and self._is_fixed:
             self._shrink(columns)
         self._wrapper.plan(*self._arguments(columns), **self._options, non_blocking=True)
         self._planned = self._device.stream.mark()
 
     def run(
         self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], output: LevelOutput, k_scale: float = 1.0
-    ) -> None:
-        """Attention of q [rows, num_qo_heads, head_dim] to the level's pages of one layer's (K, V).
+    ) -> LevelOutput:
+        """Attention of q [rows, num_qo_heads, head_dim] to the level's pages of one layer's (K, V), into `output`.
 
         `k_scale` is folded into the softmax scale, on the host: a capture keeps it. V stays as it is stored.
         """
         scales = {} if k_scale == 1.0 else {"k_scale": k_scale}
         self._wrapper.run(q, kv, out=output.out, lse=output.lse, return_lse=True, **scales)
+        return output
 
     def _arguments(self, columns: LevelColumns) -> tuple[Any, ...]:
-        spec = self._spec
+        spec = self.spec
         shape = (spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, self._page_size)
         rows = () if self._decodes else (columns.qo_indptr,)
         return (*rows, columns.kv_page_indptr, columns.kv_page_indices, columns.kv_last_page_len, *shape)
 
     def _shrink(self, columns: LevelColumns) -> None:
         """Give the wrapper plan memory of its own in place of the 8 MiB that it came with; no plan needs more."""
-        float_bytes, int_bytes = self._wrapper.workspace_size(*self._arguments(columns), **self._options)
+        if self._kernel == "prefill_fa3":  # which cannot say it, and needs no float workspace
+            float_bytes, int_bytes = 0, _fa3_plan_bytes(columns, self.spec)
+        else:
+            float_bytes, int_bytes = self._wrapper.workspace_size(*self._arguments(columns), **self._options)
         if float_bytes > self._device.float_workspace.numel():
             raise CapacityError(
                 f"split-KV attention needs a workspace of {float_bytes:,} bytes, "
                 f"{self._device.float_workspace.numel():,} are set aside: lower max_num_seqs"
             )
-        int_workspace = torch.empty(int_bytes, dtype=torch.uint8, device=self._spec.device)
+        int_workspace = torch.empty(int_bytes, dtype=torch.uint8, device=self.spec.device)
         self._wrapper.reset_workspace_buffer(self._device.float_workspace, int_workspace)
 
     def _wrapper_of(self, kernel: str, buffers: LevelBuffers | None) -> Any:
@@ -226,10 +215,35 @@ class LevelKernel:
         )
 
 
+def _fa3_plan_bytes(columns: LevelColumns, spec: AttentionSpec) -> int:
+    """What fa3's plan takes, by its planner's arithmetic (scheduler.cuh): each head has tiles of its own."""
+    num_rows, num_segments = int(columns.qo_indptr[-1]), len(columns.kv_last_page_len)
+    tiles = -(-num_rows // fa3_tile_rows(spec.head_dim)) + num_segments - 1
+    return FA3_COLUMNS * (-(-4 * tiles * spec.num_qo_heads // 16) * 16) + FA3_WORK_BYTES
+
+
+class SharedLevelKernel(Protocol):
+    """What serves a shared level."""
+
+    def arrange(self, columns: LevelColumns) -> LevelColumns:
+        """A level's columns as `plan` takes them."""
+        ...
+
+    def plan(self, columns: LevelColumns) -> None:
+        """Plan for arranged columns."""
+        ...
+
+    def run(
+        self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], output: LevelOutput, k_scale: float = 1.0
+    ) -> LevelOutput:
+        """Attention of one layer; returns where the result is, `output` or new memory."""
+        ...
+
+
 class LevelRun(NamedTuple):
     """A planned level, and how many rows from the first on it covers."""
 
-    kernel: LevelKernel
+    kernel: SharedLevelKernel
     num_rows: int
 
 
@@ -250,8 +264,8 @@ def attend_levels(
     leaf.run(q, kv, result, scale.k)
     for level in shared:
         assert partial is not None
-        mine, other = result.first(level.num_rows), partial.first(level.num_rows)
-        level.kernel.run(q[: level.num_rows], kv, other, scale.k)
+        mine = result.first(level.num_rows)
+        other = level.kernel.run(q[: level.num_rows], kv, partial.first(level.num_rows), scale.k)
         device.ops.merge_state_in_place(mine.out, mine.lse, other.out, other.lse)
     if scale.v != 1.0:
         result.out.mul_(scale.v)

@@ -30,16 +30,19 @@ def module_purposes(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, ke
 
     Source: the `get_*_uri` functions of FlashInfer 0.7.2, no position encoding, no sliding window, no soft cap.
     """
-    shape = (
-        f"dtype_q_{DTYPE_NAMES[dtype]}_dtype_kv_{DTYPE_NAMES[kv_dtype]}_dtype_o_{DTYPE_NAMES[dtype]}_dtype_idx_i32_"
-        f"head_dim_qk_{head_dim}_head_dim_vo_{head_dim}_posenc_0_use_swa_False_use_logits_cap_False"
-    )
+    types = f"dtype_q_{DTYPE_NAMES[dtype]}_dtype_kv_{DTYPE_NAMES[kv_dtype]}_dtype_o_{DTYPE_NAMES[dtype]}_dtype_idx_i32"
+    heads = f"{types}_head_dim_qk_{head_dim}_head_dim_vo_{head_dim}_posenc_0"
+    shape = f"{heads}_use_swa_False_use_logits_cap_False"
     fa2 = f"batch_prefill_with_kv_cache_{shape}_f16qk_False_kv_stride_equal"
+    fa3 = f"batch_prefill_with_kv_cache_{shape}_f16qk_False_sm90"
+    fused = f"batch_attention_with_kv_cache_{heads}_use_logits_soft_cap_false_use_profiler_false_kv_stride_equal"
     attention = {
         "prefill_fa2": fa2,
         "decode_tensor_cores": fa2,
-        "prefill_fa3": f"batch_prefill_with_kv_cache_{shape}_f16qk_False_sm90",
+        "prefill_fa3": fa3,
+        "prefill_fa3_chunks": fa3,
         "decode_cuda_cores": f"batch_decode_with_kv_cache_{shape}",
+        "fused_levels": fused,
     }
     purposes: dict[str, list[str]] = {}
     for kernel in sorted(set(kernels)):

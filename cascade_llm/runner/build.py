@@ -9,6 +9,7 @@ import torch
 
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
 from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend, GpuPlatform
+from cascade_llm.attention.flashinfer_table import KernelTable
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.errors import CapacityError, ConfigError
@@ -56,6 +57,7 @@ def build_runner(
     checkpoint: Checkpoint,
     *,
     platform: GpuPlatform | None = None,
+    kernels: KernelTable | None = None,
     on_capture: OnCapture | None = None,
 ) -> tuple[ModelRunner, RunnerFacts]:
     """Load the weights, size the KV pool, choose the backend, capture graphs.
@@ -64,6 +66,7 @@ def build_runner(
         options: the user's
         checkpoint: the model's files
         platform: the GPU and FlashInfer, taken without asking; default the CUDA device where FlashInfer can serve
+        kernels: which of FlashInfer's kernels serve; default the choice for this model
         on_capture: told of the progress of capturing
     """
     model = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
@@ -102,7 +105,7 @@ def build_runner(
         if platform is None:
             backend = choice.backend(spec, kv_cache)
         else:
-            backend = FlashInferAttentionBackend(spec, kv_cache, platform)
+            backend = FlashInferAttentionBackend(spec, kv_cache, platform, kernels)
             if not options.enforce_eager and not options.debug:
                 graphs, report = _capture(options, decoder, backend, lanes, max_model_len, on_capture)
     runner = ModelRunner(

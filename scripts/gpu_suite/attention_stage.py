@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +14,8 @@ from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.columns import column_tensor
 from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend, GpuPlatform
 from cascade_llm.attention.flashinfer_graph import GraphAttention, SharedColumns
-from cascade_llm.attention.flashinfer_levels import KernelTable, LevelBuffers, LevelColumns
+from cascade_llm.attention.flashinfer_levels import LevelBuffers, LevelColumns
+from cascade_llm.attention.flashinfer_table import ChunkRule, DecodeKernel, KernelTable, SharedKernel
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadeLevel, CascadePlan
@@ -28,13 +30,30 @@ VALIDATED_ROWS = 64
 MAX_SHARED = 3
 
 
+VALIDATED_CHUNKS = ChunkRule(min_packed_rows=1, min_tokens=1, chunk_tokens=16)
+"""Cuts the small trees too."""
+
+DECODE_LEAVES: tuple[DecodeKernel, ...] = ("decode_tensor_cores", "decode_cuda_cores", "prefill_fa2")
+SHARED_BESIDE_FA2: tuple[SharedKernel, ...] = ("prefill_fa3", "prefill_fa3_chunks")
+
+
 def kernel_tables() -> Iterator[tuple[str, KernelTable]]:
-    """Every choice of kernels that can serve decode."""
-    for shared, leaf in product(
-        ("prefill_fa2", "prefill_fa3"), ("decode_tensor_cores", "decode_cuda_cores", "prefill_fa2")
-    ):
-        table = KernelTable(shared=shared, decode_leaf=leaf, row_leaf="prefill_fa2")  # type: ignore[arg-type]
-        yield f"{shared} + {leaf}", table
+    """What can serve decode: every leaf below fa2, then what may take fa2's place, then all levels in one launch."""
+    for leaf in DECODE_LEAVES:
+        yield f"prefill_fa2 + {leaf}", KernelTable(shared="prefill_fa2", decode_leaf=leaf, row_leaf="prefill_fa2")
+    base = KernelTable(shared="prefill_fa2", decode_leaf=DECODE_LEAVES[0], row_leaf="prefill_fa2")
+    for shared in SHARED_BESIDE_FA2:
+        yield f"{shared} + {base.decode_leaf}", replace(base, shared=shared)
+    yield "fused_levels", replace(base, fused_levels=True)
+
+
+class Way(NamedTuple):
+    """A way to compute attention, to be timed."""
+
+    name: str
+    make: Callable[[], Callable[[], object]]
+    captured: bool = True
+    """Whether the stopwatch runs it from a graph."""
 
 
 class Setting:
@@ -125,7 +144,8 @@ def validate_kernels(machine: Machine, sizes: Sizes) -> list[dict[str, Any]]:
         for name, table in kernel_tables():
             entry: dict[str, Any] = {"tree": str(tree), "heads": list(heads), "kernels": name}
             try:
-                out, lse = setting.eager(machine.platform(), plan, table)()
+                cutting = replace(table, chunks=VALIDATED_CHUNKS)
+                out, lse = setting.eager(machine.platform(), plan, cutting)()
                 machine.synchronize()
                 entry["max_error"] = float((out.double() - expected).abs().max())
                 entry["max_lse_error"] = float((lse.double() - expected_lse).abs().max())
@@ -147,19 +167,19 @@ def measure_attention(
         setting = Setting(machine, tree, heads, sizes.head_dim)
         floor = _floor_s(tree, setting.spec, bytes_per_s, flops_per_s)
         entry: dict[str, Any] = {"tree": str(tree), "heads": list(heads), "floor_us": 1e6 * floor}
-        for name, work in _ways(machine, setting):
+        for way in _ways(machine, setting):
             try:
-                entry[f"{name}_us"] = 1e6 * machine.seconds(work())
+                entry[f"{way.name}_us"] = 1e6 * machine.seconds(way.make(), captured=way.captured)
             except Exception as error:
-                entry[f"{name}_error"] = f"{type(error).__name__}: {error}"[:200]
+                entry[f"{way.name}_error"] = f"{type(error).__name__}: {error}"[:200]
         results.append(entry)
     return results
 
 
-def _ways(machine: Machine, setting: Setting) -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
+def _ways(machine: Machine, setting: Setting) -> Iterator[Way]:
     tree, own = setting.tree, KernelTable.for_model(setting.spec)
 
-    def way(plan: CascadePlan, table: KernelTable) -> Callable[[], Callable[[], object]]:
+    def captured(plan: CascadePlan, table: KernelTable) -> Callable[[], Callable[[], object]]:
         def make() -> Callable[[], object]:
             work = setting.captured(machine.platform(), plan, table)
             if work is None:
@@ -168,14 +188,21 @@ def _ways(machine: Machine, setting: Setting) -> Iterator[tuple[str, Callable[[]
 
         return make
 
-    yield "plain", way(tree.plan(0), own)
+    def eager(table: KernelTable) -> Callable[[], Callable[[], object]]:
+        return lambda: setting.eager(machine.platform(), tree.plan(MAX_SHARED), table)
+
+    yield Way("plain", captured(tree.plan(0), own))
     if len(tree.nodes) > 1:
-        yield "flashinfer_cascade", lambda: _flashinfer_cascade(machine, setting)
-        yield "ours_one_level", way(tree.plan(1), own)
-        yield "ours", way(tree.plan(MAX_SHARED), own)
+        yield Way("flashinfer_cascade", lambda: _flashinfer_cascade(machine, setting))
+        yield Way("ours_one_level", captured(tree.plan(1), own))
+        yield Way("ours", captured(tree.plan(MAX_SHARED), own))
+        yield Way("ours, eager", eager(own), captured=False)
         for name, table in kernel_tables():
-            if table != own:
-                yield f"ours, {name}", way(tree.plan(MAX_SHARED), table)
+            if table.fused_levels:  # the engine runs it eagerly; from a graph the kernels are timed without the host
+                yield Way(f"ours, {name}", eager(table))
+                yield Way(f"ours, {name}, eager", eager(table), captured=False)
+            elif table != own:
+                yield Way(f"ours, {name}", captured(tree.plan(MAX_SHARED), table))
 
 
 def _flashinfer_cascade(machine: Machine, setting: Setting) -> Callable[[], object]:
@@ -205,7 +232,7 @@ def _floor_s(tree: Tree, spec: AttentionSpec, bytes_per_s: float, flops_per_s: f
 
 
 def measure_plans(machine: Machine, sizes: Sizes) -> list[dict[str, Any]]:
-    """Microseconds that the host spends in planning a leaf and the shared levels of each tree."""
+    """Microseconds that the host spends in planning a leaf and the shared levels of each tree, or all in one launch."""
     results = []
     for tree in sizes.trees:
         setting = Setting(machine, tree, sizes.heads[-1], sizes.head_dim)
@@ -213,10 +240,19 @@ def measure_plans(machine: Machine, sizes: Sizes) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"tree": str(tree)}
         first, again = tree.plan(MAX_SHARED), tree.plan(MAX_SHARED)
         for name, plan in (("first", first), ("all_levels", again), ("leaf_alone", again)):
-            machine.synchronize()
-            started = time.perf_counter()
-            backend.prepare(plan)
-            machine.synchronize()
-            entry[f"{name}_us"] = 1e6 * (time.perf_counter() - started)
+            entry[f"{name}_us"] = _planning_us(machine, backend, plan)
+        if len(tree.nodes) > 1:
+            table = replace(backend.kernels, fused_levels=True)
+            fused = FlashInferAttentionBackend(setting.spec, setting.pool, machine.platform(), table)
+            for name in ("first_fused", "fused"):
+                entry[f"{name}_us"] = _planning_us(machine, fused, again)
         results.append(entry)
     return results
+
+
+def _planning_us(machine: Machine, backend: FlashInferAttentionBackend, plan: CascadePlan) -> float:
+    machine.synchronize()
+    started = time.perf_counter()
+    backend.prepare(plan)
+    machine.synchronize()
+    return 1e6 * (time.perf_counter() - started)

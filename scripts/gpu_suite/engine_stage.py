@@ -4,21 +4,51 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from cascade_llm import LLM, SamplingParams
+from cascade_llm.attention.flashinfer_table import ChunkRule, KernelTable
 from scripts.gpu_suite.machine import Machine
 from scripts.gpu_suite.rates import decode_floor_s
 from scripts.gpu_suite.shapes import PAGE_SIZE, ModelShape, Sizes
 
 __all__ = ["measure_engine_steps", "measure_load"]
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "graphs, cascade": {},
-    "graphs, one level": {"enable_cascade_attention": False},
-    "eager, cascade": {"enforce_eager": True},
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run the engine; where the kernels are not the model's own, only on sizes that they are meant for."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    kernels: dict[str, Any] = field(default_factory=dict)
+    """What differs in the table of kernels."""
+
+    def table(self, shape: ModelShape) -> KernelTable | None:
+        """The kernels for a model; None leaves the choice to the engine."""
+        if not self.kernels:
+            return None
+        grouped = shape.num_qo_heads > shape.num_kv_heads
+        leaf: Any = "decode_tensor_cores" if grouped else "decode_cuda_cores"
+        return KernelTable(**{"shared": "prefill_fa2", "decode_leaf": leaf, "row_leaf": "prefill_fa2", **self.kernels})
+
+    def sizes(self, shape: ModelShape, sizes: Sizes) -> Iterator[tuple[int, int]]:
+        """(prefix, batch) to measure."""
+        group = shape.num_qo_heads // shape.num_kv_heads
+        for prefix, batch in product(sizes.prefixes, sizes.batches):
+            if not self.kernels or ChunkRule().takes(batch, prefix, group) or sizes.small:
+                yield prefix, batch
+
+
+VARIANTS: dict[str, Variant] = {
+    "graphs, cascade": Variant(),
+    "graphs, one level": Variant({"enable_cascade_attention": False}),
+    "graphs, fa3 chunks": Variant(kernels={"shared": "prefill_fa3_chunks"}),
+    "eager, cascade": Variant({"enforce_eager": True}),
+    "eager, fused levels": Variant({"enforce_eager": True}, {"fused_levels": True}),
 }
 """The first is measured at every size, the others where time is left."""
 
@@ -34,10 +64,10 @@ def measure_engine_steps(
 ) -> list[dict[str, Any]]:
     """Milliseconds of a decode step by batch, prefix and variant; one prefix for the whole batch."""
     results: list[dict[str, Any]] = []
-    for variant, options in VARIANTS.items():
+    for name, variant in VARIANTS.items():
         for shape in sizes.models:
             if not has_time():
-                results.append({"skipped": f"{shape.name}, {variant}: out of time"})
+                results.append({"skipped": f"{shape.name}, {name}: out of time"})
                 continue
             longest = max(sizes.prefixes) + sizes.own_len + sizes.decode_steps + PAGE_SIZE
             started = time.perf_counter()
@@ -47,35 +77,30 @@ def measure_engine_steps(
                     max_num_seqs=max(sizes.batches),
                     max_model_len=longest,
                     page_size=PAGE_SIZE,
-                    **options,
+                    kernels=variant.table(shape),
+                    **variant.options,
                 )
             except Exception as error:
                 results.append(
-                    {"model": shape.name, "variant": variant, "error": f"{type(error).__name__}: {error}"[:500]}
+                    {"model": shape.name, "variant": name, "error": f"{type(error).__name__}: {error}"[:500]}
                 )
                 save(results)
                 continue
             with llm:
-                results.append(_start_entry(shape, variant, llm, time.perf_counter() - started))
-                for prefix in sizes.prefixes:
-                    for batch in sizes.batches:
-                        if not has_time():
-                            results.append({"skipped": f"{shape.name}, {variant}, {batch} x {prefix}: out of time"})
-                            continue
-                        entry: dict[str, Any] = {
-                            "model": shape.name,
-                            "variant": variant,
-                            "batch": batch,
-                            "prefix": prefix,
-                        }
-                        try:
-                            entry |= _decode_step(machine, llm, sizes, batch, prefix)
-                            floor = decode_floor_s(shape, batch, prefix, sizes.own_len, bytes_per_s, flops_per_s)
-                            entry |= {"floor_ms": 1e3 * floor, "over_floor": entry["step_ms"] / (1e3 * floor)}
-                        except Exception as error:
-                            entry["error"] = f"{type(error).__name__}: {error}"[:500]
-                        results.append(entry)
-                        save(results)
+                results.append(_start_entry(shape, name, llm, time.perf_counter() - started))
+                for prefix, batch in variant.sizes(shape, sizes):
+                    if not has_time():
+                        results.append({"skipped": f"{shape.name}, {name}, {batch} x {prefix}: out of time"})
+                        continue
+                    entry: dict[str, Any] = {"model": shape.name, "variant": name, "batch": batch, "prefix": prefix}
+                    try:
+                        entry |= _decode_step(machine, llm, sizes, batch, prefix)
+                        floor = decode_floor_s(shape, batch, prefix, sizes.own_len, bytes_per_s, flops_per_s)
+                        entry |= {"floor_ms": 1e3 * floor, "over_floor": entry["step_ms"] / (1e3 * floor)}
+                    except Exception as error:
+                        entry["error"] = f"{type(error).__name__}: {error}"[:500]
+                    results.append(entry)
+                    save(results)
     return results
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+import cascade_llm.llm
 from cascade_llm import LLM
 from cascade_llm.attention.flashinfer_backend import GpuPlatform
+from cascade_llm.attention.flashinfer_table import KernelTable
+from cascade_llm.runner.build import build_runner
 
 __all__ = ["CudaMachine", "Machine"]
 
@@ -31,8 +36,8 @@ class Machine(ABC):
         """What one call of `work` takes on the device: the median of several, from a graph where it can be captured."""
 
     @abstractmethod
-    def llm(self, config: Path, **options: Any) -> LLM:
-        """An engine on dummy weights of a configuration."""
+    def llm(self, config: Path, kernels: KernelTable | None = None, **options: Any) -> LLM:
+        """An engine on dummy weights of a configuration; `kernels` is no option of users, so it is passed beside."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -71,9 +76,10 @@ class CudaMachine(Machine):
             readings.append(float(start.elapsed_time(end)) / 1000 / calls)
         return statistics.median(readings)
 
-    def llm(self, config: Path, **options: Any) -> LLM:
+    def llm(self, config: Path, kernels: KernelTable | None = None, **options: Any) -> LLM:
         """See `Machine`."""
-        return LLM(config, load_format="dummy", device="cuda", dtype="bfloat16", **options)
+        with patch.object(cascade_llm.llm, "build_runner", partial(build_runner, kernels=kernels)):
+            return LLM(config, load_format="dummy", device="cuda", dtype="bfloat16", **options)
 
     def synchronize(self) -> None:
         """See `Machine`."""

@@ -16,6 +16,7 @@ from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer_kernels import build_kernels, find_nvcc, kernel_folder, list_kernels
 from cascade_llm.attention.flashinfer_module_names import module_purposes
 from cascade_llm.attention.flashinfer_ops import JitModule, jit_modules
+from cascade_llm.attention.flashinfer_table import KernelTable
 from cascade_llm.errors import BackendError
 
 SPEC = AttentionSpec(
@@ -98,6 +99,16 @@ def test_a_second_run_builds_only_what_is_missing(compiler: Compiler, tmp_path: 
     assert list_kernels(tmp_path / "nowhere") == []
 
 
+def test_a_table_that_the_model_rules_out_is_not_compiled(compiler: Compiler, tmp_path: Path) -> None:
+    table = KernelTable(shared="prefill_fa3_chunks", decode_leaf="decode_tensor_cores", row_leaf="prefill_fa2")
+    with pytest.raises(BackendError, match=r"prefill_fa3_chunks: fa3 reads float8_e4m3fn"):
+        build_kernels(replace(SPEC, kv_dtype=torch.float8_e4m3fn), "9.0a", tmp_path / "out", table)
+    build_kernels(SPEC, "9.0a", tmp_path / "out", table)
+    assert [asked[3] for asked in compiler.asked] == [
+        ("prefill_fa3_chunks", "decode_tensor_cores", "prefill_fa2", "prefill_fa2")
+    ]
+
+
 def test_every_reason_is_named_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(flashinfer_kernels, "find_nvcc", lambda: None)
     monkeypatch.setattr(flashinfer_kernels, "package_reasons", lambda: ["no package"])
@@ -163,6 +174,7 @@ def test_names_are_those_of_the_installed_package(
     head_dim: int, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
-    kernels = ("prefill_fa2", "prefill_fa3", "decode_tensor_cores", "decode_cuda_cores")
+    kernels = KernelTable.of_all_kernels(replace(SPEC, head_dim=head_dim, kv_dtype=kv_dtype)).names
+    kernels = (*kernels, "prefill_fa3", "decode_tensor_cores")
     theirs = {module.name: module.purpose for module in jit_modules(torch.bfloat16, kv_dtype, head_dim, kernels)}
     assert module_purposes(torch.bfloat16, kv_dtype, head_dim, kernels) == theirs

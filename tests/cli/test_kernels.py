@@ -10,6 +10,7 @@ import pytest
 from cascade_llm.attention import flashinfer_kernels
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer_kernels import BuiltKernel
+from cascade_llm.attention.flashinfer_table import KernelTable
 from tests.cli.conftest import Run
 from tests.engine.tiny_llm import save_tiny
 
@@ -30,16 +31,21 @@ def test_list_as_json(run: Run, tmp_path: Path) -> None:
 def test_build_reads_the_model_and_fails_where_a_kernel_does(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    asked, tables = [], list[KernelTable]()
 
-    def build(spec: AttentionSpec, arch: str, folder: Path, on_kernel: object) -> list[BuiltKernel]:
+    def build(spec: AttentionSpec, arch: str, folder: Path, table: KernelTable, on_kernel: object) -> list[BuiltKernel]:
         asked.append((spec.head_dim, spec.num_qo_heads, spec.num_kv_heads, str(spec.dtype), arch, folder))
+        tables.append(table)
         return [BuiltKernel("page", "appending", 2.0, 1000), BuiltKernel("norm", "norms", 1.0, error="no header")]
 
     monkeypatch.setattr(flashinfer_kernels, "build_kernels", build)
     model = save_tiny(tmp_path / "model", "qwen3", head_dim=64)
-    result = run("kernels", "build", model, "--dtype", "float16", "--output", tmp_path / "out")
+    arguments = ["kernels", "build", model, "--dtype", "float16", "--output", tmp_path / "out"]
+    result = run(*arguments)
     assert result.exit_code == 1
     assert asked == [(64, 6, 2, "torch.float16", "9.0a", tmp_path / "out")]
+    assert tables[0].shared == "prefill_fa2"
     assert "no header" in result.stderr
     assert "1 kB" in result.stdout
+    run(*arguments, "--all-kernels")
+    assert set(tables[1].names) == {"prefill_fa3_chunks", "prefill_fa2", "decode_cuda_cores", "fused_levels"}

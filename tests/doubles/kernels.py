@@ -9,7 +9,16 @@ import torch
 from tests.doubles.device import poison
 from tests.doubles.planner import HEADER, MAGIC, DoubleError
 
-__all__ = ["assign", "merge_states_in_place", "normalized", "renormalized", "run_tiles"]
+__all__ = [
+    "assign",
+    "attend_rows",
+    "joined_states",
+    "merge_states_in_place",
+    "normalized",
+    "readable_keys",
+    "renormalized",
+    "run_tiles",
+]
 
 
 def run_tiles(
@@ -50,12 +59,12 @@ def run_tiles(
         if not packed:
             continue
         rows = range(first + packed.start // group, first + -(-packed.stop // group))
-        limits = _limits(rows, end, kv_len, causal=causal, window=window)
-        v, s = _attend(q[rows.start : rows.stop], pools, buffers[2], kv_indptr[segment], begin, stop, scale, limits)
+        limits = readable_keys(rows, end, kv_len, causal=causal, window=window)
+        v, s = attend_rows(q[rows.start : rows.stop], pools, buffers[2], kv_indptr[segment], begin, stop, scale, limits)
         if split:  # partial results pass through memory in the output's dtype
             v = v.to(q.dtype).double()
         if (segment, q_tile) in states:
-            v, s = _joined(*states[segment, q_tile], v, s)
+            v, s = joined_states(*states[segment, q_tile], v, s)
         states[segment, q_tile] = v, s
         for packed_row in packed:
             row, heads = first + packed_row // group, slice(packed_row % group, None, group)
@@ -63,7 +72,7 @@ def run_tiles(
             lse[row, heads] = s[row - rows.start, heads].float()
 
 
-def _limits(rows: range, end: int, kv_len: int, *, causal: bool, window: int) -> list[tuple[int, int]]:
+def readable_keys(rows: range, end: int, kv_len: int, *, causal: bool, window: int) -> list[tuple[int, int]]:
     """The keys that each row may read; the mask is aligned to the right."""
     limits = []
     for row in rows:
@@ -72,7 +81,7 @@ def _limits(rows: range, end: int, kv_len: int, *, causal: bool, window: int) ->
     return limits
 
 
-def _attend(
+def attend_rows(
     q: torch.Tensor,
     pools: tuple[torch.Tensor, torch.Tensor],
     indices: torch.Tensor | None,
@@ -104,7 +113,7 @@ def _gathered(pool: torch.Tensor, pages: torch.Tensor, offsets: torch.Tensor) ->
     return pool[pages, offsets].double()
 
 
-def _joined(
+def joined_states(
     v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     largest = torch.maximum(s, s_other)
@@ -116,7 +125,7 @@ def _joined(
 
 
 def merge_states_in_place(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor) -> None:
-    merged, total = _joined(v.double(), s.double(), v_other.double(), s_other.double())
+    merged, total = joined_states(v.double(), s.double(), v_other.double(), s_other.double())
     v.copy_(merged)
     s.copy_(total)
 

@@ -10,7 +10,8 @@ from typing import Any
 from unittest.mock import patch
 
 import cascade_llm.llm
-from cascade_llm import LLM
+from cascade_llm import LLM, SamplingParams
+from cascade_llm.attention.flashinfer_table import KernelTable
 from cascade_llm.runner.build import build_runner
 from cascade_llm.runner.cuda_graphs import CudaGraphs
 from tests.doubles.device import DoubleStream
@@ -18,10 +19,17 @@ from tests.doubles.flashinfer import FlashInferDouble
 from tests.engine.tiny_llm import tiny_llm
 from tests.gpu_path.published_pages import watch_published_pages
 
-__all__ = ["SHAPE", "double_gpu", "gpu_llm", "graphs_of"]
+__all__ = ["OPTIONS", "PARAMS", "PROMPTS", "SHAPE", "double_gpu", "gpu_llm", "graphs_of", "on_double"]
 
 SHAPE = {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 """Of a tiny model that FlashInfer's kernels would serve."""
+
+FAMILIES = [[3 + (i * step) % 80 for i in range(64)] for step in (1, 7)]
+PROMPTS = [[*FAMILIES[i % 2], *(5 + (7 * i + j) % 80 for j in range(120 + i))] for i in range(6)]
+PROMPTS += [[*FAMILIES[0][:40], 50 + i] for i in range(2)] + [[60 - i for i in range(9)]]
+PARAMS = [SamplingParams(temperature=0, max_tokens=6 + 3 * i, ignore_eos=True) for i in range(len(PROMPTS))]
+"""Some sequences grow past 128 tokens of their own, where kernels begin to split K/V."""
+OPTIONS: dict[str, Any] = {"page_size": 4, "cascade_shared_prefix_len": 32, "max_num_seqs": 10}
 
 
 def double_gpu(*, num_sm: int = 8, exact: bool = True) -> FlashInferDouble:
@@ -30,15 +38,16 @@ def double_gpu(*, num_sm: int = 8, exact: bool = True) -> FlashInferDouble:
 
 
 @contextmanager
-def on_double(double: FlashInferDouble) -> Iterator[None]:
+def on_double(double: FlashInferDouble, kernels: KernelTable | None = None) -> Iterator[None]:
     """What is built inside takes the double for its GPU."""
-    with patch.object(cascade_llm.llm, "build_runner", partial(build_runner, platform=double.platform())):
+    built = partial(build_runner, platform=double.platform(), kernels=kernels)
+    with patch.object(cascade_llm.llm, "build_runner", built):
         yield
 
 
-def gpu_llm(folder: Path, double: FlashInferDouble, **options: Any) -> LLM:
+def gpu_llm(folder: Path, double: FlashInferDouble, kernels: KernelTable | None = None, **options: Any) -> LLM:
     """An engine on the double; plans are not checked, since `debug` does without graphs, but every append is."""
-    with on_double(double):
+    with on_double(double, kernels):
         llm = tiny_llm(folder, **{"debug": False, "schedule_lag": 1, **options})
     watch_published_pages(llm, double)
     return llm

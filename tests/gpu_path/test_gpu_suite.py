@@ -15,8 +15,10 @@ import torch
 
 from cascade_llm import LLM
 from cascade_llm.attention.flashinfer_backend import GpuPlatform
-from scripts.gpu_suite import suite
+from cascade_llm.attention.flashinfer_table import KernelTable
+from scripts.gpu_suite import attention_stage, suite
 from scripts.gpu_suite.__main__ import main as gpu_suite_main
+from scripts.gpu_suite.engine_stage import VARIANTS
 from scripts.gpu_suite.machine import Machine
 from scripts.gpu_suite.rates import decode_floor_s
 from scripts.gpu_suite.shapes import FULL, MODELS, TREES, ModelShape, Sizes, Tree
@@ -36,6 +38,7 @@ TINY = Sizes(
     matrix_size=32,
     load_requests=4,
     load_range=(4, 10),
+    small=True,
 )
 
 
@@ -52,8 +55,8 @@ class DoubleMachine(Machine):
         work()
         return time.perf_counter() - started
 
-    def llm(self, config: Path, **options: Any) -> LLM:
-        with on_double(double_gpu(exact=False)):
+    def llm(self, config: Path, kernels: KernelTable | None = None, **options: Any) -> LLM:
+        with on_double(double_gpu(exact=False), kernels):
             return LLM(config, load_format="dummy", device="cpu", dtype="bfloat16", **options)
 
     def synchronize(self) -> None:
@@ -74,24 +77,37 @@ def test_every_stage_ends_with_a_result(out: Path) -> None:
     assert set(results["seconds"]) == set(STAGES)
 
 
-def test_kernels_are_validated_and_refusals_are_results(out: Path) -> None:
+def test_kernels_are_validated(out: Path) -> None:
     entries = json.loads((out / "results.json").read_text())["validation"]
-    assert {entry["kernels"].split(" + ")[1] for entry in entries} == {
-        "decode_tensor_cores",
-        "decode_cuda_cores",
-        "prefill_fa2",
+    assert {entry["kernels"] for entry in entries} == {
+        "prefill_fa2 + decode_tensor_cores",
+        "prefill_fa2 + decode_cuda_cores",
+        "prefill_fa2 + prefill_fa2",
+        "prefill_fa3 + decode_tensor_cores",
+        "prefill_fa3_chunks + decode_tensor_cores",
+        "fused_levels",
     }
     for entry in entries:
-        if "refused" not in entry:
-            assert entry["max_error"] < 0.05
-            assert entry["max_lse_error"] < 0.05
-        else:
-            assert "fa3" in entry["kernels"]
+        assert "refused" not in entry
+        assert entry["max_error"] < 0.05
+        assert entry["max_lse_error"] < 0.05
+
+
+def test_refusals_are_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any) -> None:
+        raise RuntimeError("not on this device")
+
+    monkeypatch.setattr(attention_stage.Setting, "eager", refused)
+    entries = attention_stage.validate_kernels(DoubleMachine(), TINY)
+    assert {entry["refused"] for entry in entries} == {"RuntimeError: not on this device"}
 
 
 def test_attention_is_measured_every_way(out: Path) -> None:
     shared, alone = json.loads((out / "results.json").read_text())["attention"]
-    assert {"floor_us", "plain_us", "ours_us", "ours_one_level_us"} <= shared.keys()
+    assert {"floor_us", "plain_us", "ours_us", "ours_one_level_us", "ours, eager_us"} <= shared.keys()
+    others = "prefill_fa3 + decode_tensor_cores", "prefill_fa3_chunks + decode_tensor_cores", "fused_levels"
+    assert {f"ours, {name}_us" for name in (*others, "fused_levels, eager")} <= shared.keys()
+    assert [name for name in shared if name.endswith("_error")] == ["flashinfer_cascade_error"]
     assert "plain_us" in alone
     assert "ours_us" not in alone
 
@@ -101,6 +117,7 @@ def test_engine_steps_have_floors_and_run_in_graphs(out: Path) -> None:
     steps = [entry for entry in results["engine_steps"] if "batch" in entry]
     assert [entry for entry in steps if "error" in entry] == []
     assert {(entry["batch"], entry["prefix"]) for entry in steps} == {(1, 0), (3, 0), (1, 32), (3, 32)}
+    assert {entry["variant"] for entry in steps} == set(VARIANTS)
     assert all(entry["step_ms"] > 0 and entry["floor_ms"] > 0 for entry in steps)
     assert results["load"]["graph_steps"] > 0
     assert results["load"]["out_tokens"] > 0
@@ -138,6 +155,16 @@ def test_floor_is_that_of_the_roofline_table(model: int, prefix: int, batch: int
     """4.3 TB/s and 790 TFLOP/s, 256 own tokens."""
     floor = 1e3 * decode_floor_s(MODELS[model], batch, prefix, 256, 4.3e12, 790e12)
     assert floor == pytest.approx(floor_ms, rel=0.04)
+
+
+def test_other_kernels_are_measured_where_they_may_gain() -> None:
+    chunks, plain = VARIANTS["graphs, fa3 chunks"], VARIANTS["graphs, cascade"]
+    assert set(chunks.sizes(MODELS[1], FULL)) == {(p, b) for p in (8192, 32768) for b in (64, 128, 256)}
+    assert len(list(plain.sizes(MODELS[1], FULL))) == len(FULL.prefixes) * len(FULL.batches)
+    assert plain.table(MODELS[1]) is None
+    table = chunks.table(MODELS[1])
+    assert table is not None
+    assert (table.shared, table.decode_leaf) == ("prefill_fa3_chunks", "decode_tensor_cores")
 
 
 def test_full_sizes_are_the_whole_list() -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from cascade_llm import SamplingParams
 from cascade_llm.attention import flashinfer_backend, flashinfer_levels
 from cascade_llm.attention.flashinfer_graph import GraphAttention
 from cascade_llm.attention.flashinfer_levels import LevelBuffers, LevelColumns, LevelKernel, LevelOutput, LevelRun
@@ -26,17 +25,10 @@ from cascade_llm.runner.step_arena import StepArena
 from cascade_llm.runner.step_attention import StepAttention
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from tests.engine.tiny_llm import save_tiny, tiny_llm
-from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm
+from tests.gpu_path.gpu_engine import OPTIONS, PARAMS, PROMPTS, SHAPE, double_gpu, gpu_llm
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 MUTATIONS: dict[str, Mutation] = {}
-
-FAMILIES = [[3 + (i * step) % 80 for i in range(64)] for step in (1, 7)]
-PROMPTS = [[*FAMILIES[i % 2], *(5 + (7 * i + j) % 80 for j in range(120 + i))] for i in range(6)]
-PROMPTS += [[*FAMILIES[0][:40], 50 + i] for i in range(2)] + [[60 - i for i in range(9)]]
-PARAMS = [SamplingParams(temperature=0, max_tokens=6 + 3 * i, ignore_eos=True) for i in range(len(PROMPTS))]
-"""Some sequences grow past 128 tokens of their own, where kernels begin to split K/V."""
-OPTIONS: dict[str, Any] = {"page_size": 4, "cascade_shared_prefix_len": 32, "max_num_seqs": 10}
 
 
 def mutation(rule: str) -> Callable[[Mutation], Mutation]:
@@ -280,9 +272,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = flashinfer_levels.LevelKernel.run
 
-    def natural(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float) -> None:
-        original(self, q, kv, output, k_scale)
-        output.lse.mul_(0.6931471805599453)
+    def natural(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float) -> LevelOutput:
+        original(self, q, kv, output, k_scale).lse.mul_(0.6931471805599453)
+        return output
 
     patch.setattr(LevelKernel, "run", natural)
 
@@ -291,9 +283,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = LevelKernel.run
 
-    def flat(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float) -> None:
-        original(self, q, kv, output, k_scale)
-        output.lse.zero_()
+    def flat(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float) -> LevelOutput:
+        original(self, q, kv, output, k_scale).lse.zero_()
+        return output
 
     patch.setattr(LevelKernel, "run", flat)
 
