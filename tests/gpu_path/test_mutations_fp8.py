@@ -155,8 +155,8 @@ def with_k_scale(change: Callable[[LevelKernel, float], Any]) -> Mutation:
     original = LevelKernel.run
 
     def mutate(patch: pytest.MonkeyPatch) -> None:
-        def changed(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float = 1.0) -> None:
-            original(self, q, kv, output, change(self, k_scale))
+        def changed(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float = 1.0) -> Any:
+            return original(self, q, kv, output, change(self, k_scale))
 
         patch.setattr(LevelKernel, "run", changed)
 
@@ -182,8 +182,9 @@ mutation("K's scale is a number of the host's: a tensor would be read back in ev
 
 @mutation("V's scale is no argument of a kernel: it would be another kernel in every level")
 def _(patch: pytest.MonkeyPatch) -> None:
-    def with_v_scale(self: LevelKernel, q: Any, kv: Any, output: LevelOutput, k_scale: float = 1.0) -> None:
+    def with_v_scale(self: LevelKernel, q: Any, kv: Any, output: LevelOutput, k_scale: float = 1.0) -> Any:
         self._wrapper.run(q, kv, out=output.out, lse=output.lse, return_lse=True, k_scale=k_scale, v_scale=0.002)
+        return output
 
     patch.setattr(LevelKernel, "run", with_v_scale)
 
@@ -240,7 +241,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
     original = LevelKernel.plan
 
     def of_the_model(self: LevelKernel, columns: Any) -> None:
-        self._options["kv_data_type"] = self._spec.dtype
+        self._options["kv_data_type"] = self._options["q_data_type"]
         original(self, columns)
 
     patch.setattr(LevelKernel, "plan", of_the_model)
@@ -251,7 +252,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
     original = LevelKernel.plan
 
     def of_the_pages(self: LevelKernel, columns: Any) -> None:
-        self._options["q_data_type"] = self._spec.page_dtype
+        self._options["q_data_type"] = self._options["kv_data_type"]
         original(self, columns)
 
     patch.setattr(LevelKernel, "plan", of_the_pages)
