@@ -109,9 +109,11 @@ class KernelTable:
         )
 
     @classmethod
-    def of_all_kernels(cls, spec: AttentionSpec) -> KernelTable:
-        """Names every kernel that some table for this model may name: what a measurement wants compiled."""
-        shared: SharedKernel = "prefill_fa3_chunks" if spec.page_dtype == spec.dtype else "prefill_fa2"
+    def of_all_kernels(cls, spec: AttentionSpec, arch: str) -> KernelTable:
+        """Names every kernel that a table for this model may name on an architecture ("9.0a"): what a measurement
+        wants compiled."""
+        has_fa3 = spec.page_dtype == spec.dtype and arch.startswith(f"{HOPPER}.")
+        shared: SharedKernel = "prefill_fa3_chunks" if has_fa3 else "prefill_fa2"
         return cls(shared=shared, decode_leaf="decode_cuda_cores", row_leaf="prefill_fa2", fused_levels=True)
 
     def reasons_against(self, spec: AttentionSpec) -> list[str]:

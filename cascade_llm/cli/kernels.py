@@ -48,7 +48,7 @@ def build(
             status.update(f"compiling {done + 1} of {total}: {purpose}")
 
         spec = attention_spec(model, dtype, kv_cache_dtype)
-        table = KernelTable.of_all_kernels(spec) if all_kernels else KernelTable.for_model(spec)
+        table = KernelTable.of_all_kernels(spec, arch) if all_kernels else KernelTable.for_model(spec)
         built = build_kernels(spec, arch, folder, table, on_kernel=show)
     _print(built, folder, as_json)
     failed = [kernel for kernel in built if kernel.error]

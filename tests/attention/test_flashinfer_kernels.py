@@ -174,7 +174,7 @@ def test_names_are_those_of_the_installed_package(
     head_dim: int, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
-    kernels = KernelTable.of_all_kernels(replace(SPEC, head_dim=head_dim, kv_dtype=kv_dtype)).names
+    kernels = KernelTable.of_all_kernels(replace(SPEC, head_dim=head_dim, kv_dtype=kv_dtype), "9.0a").names
     kernels = (*kernels, "prefill_fa3", "decode_tensor_cores")
     theirs = {module.name: module.purpose for module in jit_modules(torch.bfloat16, kv_dtype, head_dim, kernels)}
     assert module_purposes(torch.bfloat16, kv_dtype, head_dim, kernels) == theirs

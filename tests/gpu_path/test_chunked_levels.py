@@ -85,7 +85,12 @@ def test_fa3_and_pages_of_8_bits_are_refused_by_name() -> None:
         assert "kv_cache_dtype" in reasons[0]
     assert CHUNKS.reasons_against(spec_of(case, torch.bfloat16)) == []
     assert KernelTable.for_model(spec).reasons_against(spec) == []
-    assert KernelTable.of_all_kernels(spec).reasons_against(spec) == []
+    assert KernelTable.of_all_kernels(spec, "9.0a").reasons_against(spec) == []
+    wide = spec_of(case, torch.bfloat16)
+    assert [KernelTable.of_all_kernels(wide, arch).shared for arch in ("9.0a", "8.0")] == [
+        "prefill_fa3_chunks",
+        "prefill_fa2",
+    ]
     pool = pool_with_only(replace(case, head_dim=128), num_layers=1, dtype=torch.bfloat16, seed=0)
     with pytest.raises(BackendError, match=r"fa3 reads float8_e4m3fn pages"):
         FlashInferAttentionBackend(
@@ -284,6 +289,19 @@ def test_an_engine_equals_the_torch_backend(tiny: Path, seed: int, enforce_eager
             assert graphs_of(llm).counters.graph_steps > 0
     used = {variant[0] for variant in double._variants}
     assert {"prefill_fa3", "merge_states"} <= used
+
+
+def test_levels_that_are_captured_for_small_segments_stay_whole(tiny: Path) -> None:
+    """12 rows of 2 packed: levels of 2 segments are captured for 22 of them in one, those of 4 for 18."""
+    kernels = replace(CHUNKS, chunks=replace(EAGER_TO_CUT, min_packed_rows=20))
+    prompts = random_forest(2, 14, VOCAB, 60)
+    with tiny_llm(tiny, max_num_seqs=12) as twin:
+        expected = tokens(twin.generate(prompts, GREEDY))
+    with gpu_llm(tiny, double_gpu(num_sm=16), kernels, max_num_seqs=12) as llm:
+        assert tokens(llm.generate(prompts, GREEDY)) == expected
+        captured = [(shape, x.attention._shared) for shape, x in graphs_of(llm)._shapes.items() if shape.rows == 12]
+    kinds = {c: type(x.kernel) for shape, xs in captured for c, x in zip(shape.capacities, xs, strict=True)}
+    assert kinds == {2: ChunkedLevelKernel, 4: LevelKernel}
 
 
 def test_an_engine_on_fa3_without_chunks_runs_in_graphs(tiny: Path) -> None:
