@@ -88,7 +88,11 @@ def chunk_len(tiles: Sequence[int], lens: Sequence[int], most: int, least: int) 
         most: items, see `max_tiles`
         least: no chunk is shorter, in the same unit
     """
-    low, high = least, max(1, *lens) if lens else 1
+    num_tiles, work = sum(tiles), sum([n * length for n, length in zip(tiles, lens, strict=True)])
+    longest = max(1, *lens)
+    low, high = max(least, min(longest, -(-work // most))), longest
+    if num_tiles < most:
+        high = min(high, -(-work // (most - num_tiles)))  # each tile has less than one chunk more than its length says
     while low < high:
         middle = (low + high) // 2
         if sum([n * -(-length // middle) for n, length in zip(tiles, lens, strict=True)]) > most:

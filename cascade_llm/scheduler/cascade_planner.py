@@ -16,7 +16,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from operator import add
 from typing import NamedTuple
@@ -158,8 +157,8 @@ class CascadePlanner:
         choice, shared = self._choose(forest, num_new, kv_lens)
         placement, reason = (plain, shared) if isinstance(shared, str) else (shared, None)
         if self._balancer is not None:
-            work_of = partial(self._work, num_new=num_new, kv_lens=kv_lens)
-            placement = self._balancer.balanced(forest, choice, placement, rows, work_of)
+            work = self._work(placement, num_new, kv_lens)
+            placement = self._balancer.balanced(forest, choice, placement, rows, work)
         return placement, reason
 
     def _choose(self, forest: Run, num_new: Rows[int], kv_lens: Rows[int]) -> tuple[Choice, Placement | str]:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 from cascade_llm.plan import CascadeLevel, CascadePlan
@@ -161,6 +162,9 @@ def known_device(name: str) -> str:
     return next((device for device in DEVICE_COSTS if device != "cpu" and device in name.lower()), "h100")
 
 
+CHUNK_STEP = 16
+"""Tokens by which chunks get longer: the usual page."""
+
 Amounts = dict[str, float]
 """By the name of a constant of `DeviceCosts`."""
 
@@ -262,11 +266,10 @@ class CostModel:
 
     def longest_balanced(self, segments: Segments) -> int:
         """Tokens that a segment can have and not hold its level up, while nothing is cut: a fair share of the rest."""
-        most, rest = self._max_tiles, 0
         items = sorted([(tokens, tokens * self._num_tiles(rows)) for tokens, rows in segments], reverse=True)
         rest = sum([work for _, work in items])
         for tokens, work in items:
-            if tokens * most <= 2 * rest:  # an item alone on a processor runs twice as fast as one of two
+            if tokens * self._max_tiles <= 2 * rest:  # an item alone on a processor runs twice as fast as one of two
                 return tokens
             rest -= work
         return 0
@@ -275,25 +278,40 @@ class CostModel:
         """A whole plan."""
         return _price(self.costs, self.amounts(work))
 
+    def leaf_s(self, leaf: Segments) -> float:
+        """The leaf level of a plan."""
+        return _price(self.costs, self._level("leaf", leaf, _num_rows(leaf)))
+
+    def levels_s(self, levels: Sequence[Segments], num_rows: int) -> float:
+        """The levels above the leaf, in a step of so many rows, with launches and merges."""
+        alone = sum([_price(self.costs, self._level("shared", segments, num_rows)) for segments in levels])
+        return alone + len(levels) * self.level_s(num_rows) + sum(map(len, levels)) * self.costs.segment_s
+
     def imbalance_s(self, work: PlanWork) -> float:
-        """What of that processors spend waiting for one of them, or on rows that only fill tiles: what a better
-        arrangement in levels can gain at most."""
-        num_rows = sum([rows for _, rows in work.leaf])
-        seconds = 0.0
-        for kind, segments in [("leaf", work.leaf), *(("shared", level) for level in work.shared)]:
-            tiles = [self._num_tiles(rows) * segment_tile(rows, self._group_size) for _, rows in segments]
-            packed = sum([tokens * n for (tokens, _), n in zip(segments, tiles, strict=True)])
-            evenly = [self._bytes_of(kind, segments)]
-            if kind == "shared":
-                evenly.append({"shared_flops_per_s": self._flops_per_packed_row * self.shape.num_kv_heads * packed})
-            needed = max(_price(self.costs, option) for option in evenly)
-            seconds += _price(self.costs, self._level(kind, segments, num_rows)) - needed
-        return seconds
+        """How long processors wait for one of them, or compute rows that only fill tiles, in all levels together: what
+        a better arrangement can gain at most."""
+        num_rows, costs = _num_rows(work.leaf), self.costs
+        waiting = self.leaf_s(work.leaf) - max(_price(costs, option) for option in self._evenly("leaf", work.leaf))
+        for segments in work.shared:
+            evenly = max(_price(costs, option) for option in self._evenly("shared", segments))
+            waiting += _price(costs, self._level("shared", segments, num_rows)) - evenly
+        return waiting
+
+    def _evenly(self, kind: str, segments: Segments) -> list[Amounts]:
+        """What a level takes whose segments are each in the tile that suits them, spread evenly over the processors."""
+        padded = {
+            rows: float(rows) if kind == "leaf" else self._padded(rows) for rows in {rows for _, rows in segments}
+        }
+        row_tokens = sum([tokens * padded[rows] for tokens, rows in segments])
+        return [
+            self._bytes_of(kind, _total_len(segments)),
+            {f"{kind}_flops_per_s": self.shape.flops_per_row_token * row_tokens},
+        ]
 
     def amounts(self, work: PlanWork) -> Amounts:
         """How much a plan uses of what each constant stands for, as far as it decides the time."""
         reread = work.reread_tokens if self._fits(work.common_tokens) else 0
-        num_rows = sum([rows for _, rows in work.leaf])
+        num_rows = _num_rows(work.leaf)
         parts = [self._level("leaf", work.leaf, num_rows, reread)]
         parts += [self._level("shared", segments, num_rows) for segments in work.shared]
         total: Amounts = {
@@ -310,35 +328,53 @@ class CostModel:
 
     def _level(self, kind: str, segments: Segments, num_rows: int, reread: int = 0) -> Amounts:
         """What decides the time of a level: its bytes, its flops, or the longest item of work."""
-        tile = self._tile(kind, segments, num_rows)
-        padded = float if kind == "leaf" else lambda rows: self._padded(rows, tile)
-        row_tokens = sum([tokens * padded(rows) for tokens, rows in segments])
+        tile, total_len = self._tile(kind, segments, num_rows), _total_len(segments)
+        if kind == "shared":
+            padded = {rows: self._padded(rows, tile) for rows in {rows for _, rows in segments}}
+            row_tokens = sum([tokens * padded[rows] for tokens, rows in segments])
+        elif num_rows == len(segments):
+            row_tokens = total_len
+        else:
+            row_tokens = sum([tokens * rows for tokens, rows in segments])
         options = [
-            self._bytes_of(kind, segments, reread),
+            self._bytes_of(kind, total_len, reread),
             {f"{kind}_flops_per_s": self.shape.flops_per_row_token * row_tokens},
         ]
-        if self.is_tiled:
-            options += self._longest_item(kind, segments, num_rows, tile)
-        return max(options, key=lambda option: _price(self.costs, option))
+        prices = [_price(self.costs, option) for option in options]
+        if self.is_tiled and segments:
+            whole = max(segments)[0]
+            items = self._items(kind, segments, tile, whole)
+            if max([seconds for seconds, _ in items]) > max(prices):
+                items = self._items(kind, segments, tile, self._chunk_len(segments, num_rows, tile, whole))
+            return max([*zip(prices, options, strict=True), *items], key=itemgetter(0))[1]
+        return options[prices.index(max(prices))]
 
-    def _bytes_of(self, kind: str, segments: Segments, reread: int = 0) -> Amounts:
-        token_bytes, tokens = self.shape.kv_bytes_per_token, sum([tokens for tokens, _ in segments])
+    def _bytes_of(self, kind: str, tokens: int, reread: int = 0) -> Amounts:
+        token_bytes = self.shape.kv_bytes_per_token
         return {f"{kind}_bytes_per_s": token_bytes * (tokens - reread), "cached_bytes_per_s": token_bytes * reread}
 
-    def _longest_item(self, kind: str, segments: Segments, num_rows: int, tile: int) -> list[Amounts]:
-        """The bytes and the flops of one item, as many times as there are processors, each with its share of a rate."""
+    def _items(self, kind: str, segments: Segments, tile: int, length: int) -> list[tuple[float, Amounts]]:
+        """Seconds and amounts of one item's bytes, and of its flops: on one processor, that is so many times as much
+        on a device that has a part of each rate to itself."""
         shape, processors = self.shape, self.costs.num_processors
-        lens = [tokens for tokens, _ in segments]
-        tiles = [num_tiles(rows, self._group_size, tile) for _, rows in segments]
-        empty = num_tiles(num_rows - sum([rows for _, rows in segments]), self._group_size, tile)
-        longest, most = max(lens, default=0), self._max_tiles - empty
-        if sum(tiles) < most:
-            longest = min(longest, chunk_len(tiles, lens, most, self.costs.split_tokens))
-        packed_rows = min(tile, self._group_size * max([rows for _, rows in segments], default=0))
-        return [
-            {f"{kind}_bytes_per_s": shape.kv_bytes_per_token / shape.num_kv_heads * longest * processors},
-            {f"{kind}_flops_per_s": self._flops_per_packed_row * packed_rows * longest * processors},
+        packed_rows = min(tile, self._group_size * max([rows for _, rows in segments]))
+        options: list[Amounts] = [
+            {f"{kind}_bytes_per_s": shape.kv_bytes_per_token / shape.num_kv_heads * length * processors},
+            {f"{kind}_flops_per_s": shape.flops_per_row_token / shape.num_qo_heads * packed_rows * length * processors},
         ]
+        return [(_price(self.costs, option), option) for option in options]
+
+    def _chunk_len(self, segments: Segments, num_rows: int, tile: int, whole: int) -> int:
+        """Tokens of the longest item: a chunk where K/V are cut, else all of the longest segment."""
+        if len(segments) >= self._max_tiles:
+            return whole
+        tiles = [num_tiles(rows, self._group_size, tile) for _, rows in segments]
+        empty = num_tiles(num_rows - _num_rows(segments), self._group_size, tile)
+        if sum(tiles) + empty >= self._max_tiles:
+            return whole
+        lens = [-(-tokens // CHUNK_STEP) for tokens, _ in segments]
+        least = max(1, self.costs.split_tokens // CHUNK_STEP)
+        return min(whole, CHUNK_STEP * chunk_len(tiles, lens, self._max_tiles - empty, least))
 
     def _tile(self, kind: str, segments: Segments, num_rows: int) -> int:
         """Of a shared level the one that suits it; of leaves the one for the mean."""
@@ -357,20 +393,24 @@ class CostModel:
             tile = segment_tile(rows, self._group_size) if self.is_tiled else self.costs.tile_rows
         return num_tiles(rows, self._group_size, tile) * tile / self._group_size
 
-    @property
+    @cached_property
     def _group_size(self) -> int:
         return self.shape.num_qo_heads // self.shape.num_kv_heads
 
-    @property
-    def _flops_per_packed_row(self) -> float:
-        return self.shape.flops_per_row_token / self.shape.num_qo_heads
-
-    @property
+    @cached_property
     def _max_tiles(self) -> int:
         return max_tiles(self.costs.num_processors, self.shape.num_kv_heads)
 
     def _fits(self, tokens: int) -> bool:
         return 0 < tokens * self.shape.kv_bytes_per_token <= self.costs.llc_bytes
+
+
+def _num_rows(segments: Segments) -> int:
+    return sum([rows for _, rows in segments])
+
+
+def _total_len(segments: Segments) -> int:
+    return sum([tokens for tokens, _ in segments])
 
 
 def unit_s(costs: DeviceCosts, name: str) -> float:

@@ -6,14 +6,13 @@ runs on a few processors while the others wait; and small segments beside large 
 padding. The same holds for leaves, where rows are many: a sequence much longer than the others holds them all up,
 unless its own pages are a segment, of one row, on a level that has few.
 
-So a few arrangements are tried, where the cost model sees something to gain, and the cheapest whole plan is taken.
+So a few arrangements are priced, where the cost model sees something to gain, and the cheapest whole plan is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Rows
-from operator import itemgetter
 
 from cascade_llm.scheduler.cascade_layout import Placement, place_segments
 from cascade_llm.scheduler.cost_model import CostModel, PlanWork
@@ -35,12 +34,7 @@ class LevelBalancer:
         self._costs, self._page_size, self._max_levels = costs, page_size, max_levels
 
     def balanced(
-        self,
-        forest: Run,
-        choice: Choice,
-        placement: Placement,
-        rows: Rows[PlannedRows],
-        work_of: Callable[[Placement], PlanWork],
+        self, forest: Run, choice: Choice, placement: Placement, rows: Rows[PlannedRows], work: PlanWork
     ) -> Placement:
         """The cheapest of a few arrangements.
 
@@ -49,32 +43,49 @@ class LevelBalancer:
             choice: what is shared
             placement: of the choice, by depth
             rows: the sequences of the step
-            work_of: the work of the plan that a placement makes
+            work: of the plan that the placement makes
         """
-        costs, work = self._costs, work_of(placement)
-        best = costs.plan_s(work), placement
+        costs = self._costs
         if costs.imbalance_s(work) <= costs.level_s(0):
             return placement
         num_new = [row.num_new for row in rows]
-        for other_choice in self._choices(forest, choice, placement.prefix_pages, rows, work):
-            for levels in arrangements(forest, other_choice, self._page_size, costs, self._max_levels):
-                other = place_segments(forest, other_choice, num_new, levels)
-                best = min(best, (costs.plan_s(work_of(other)), other), key=itemgetter(0))
-        return best[1]
+        options = [(costs.leaf_s(work.leaf), choice)]
+        own_ends = self._own_ends(rows, placement.prefix_pages, work)
+        if own_ends:
+            more = with_own_runs(forest, choice, placement.prefix_pages, own_ends, num_new, self._max_levels)
+            options.append((costs.leaf_s(self._leaf_without(more, work)), more))
+        best_s, best = costs.leaf_s(work.leaf) + costs.levels_s(work.shared, sum(num_new)), (choice, Levels())
+        for leaf_s, option in options:
+            for levels in arrangements(forest, option, self._page_size, costs, self._max_levels):
+                seconds = leaf_s + costs.levels_s(self._segments(option, levels), sum(num_new))
+                if seconds < best_s:
+                    best_s, best = seconds, (option, levels)
+        return place_segments(forest, best[0], num_new, best[1]) if best[1] else placement
 
-    def _choices(
-        self, forest: Run, choice: Choice, prefix_pages: Rows[int], rows: Rows[PlannedRows], work: PlanWork
-    ) -> Iterator[Choice]:
-        """The choice as it is, and with a run of its own for each sequence whose leaf would hold the others up."""
-        yield choice
+    def _own_ends(self, rows: Rows[PlannedRows], prefix_pages: Rows[int], work: PlanWork) -> dict[int, int]:
+        """The pages at which runs of single sequences may end, for those whose leaf would hold the others up."""
         size, longest = self._page_size, self._costs.longest_balanced(work.leaf)
-        own_ends = {
+        return {
             index: min(row.sequence.tail.end, row.start_len // size)
             for index, row in enumerate(rows)
             if row.sequence.tail and row.start_len + row.num_new - size * prefix_pages[index] > longest
         }
-        if own_ends:
-            yield with_own_runs(forest, choice, prefix_pages, own_ends, [row.num_new for row in rows], self._max_levels)
+
+    def _leaf_without(self, choice: Choice, work: PlanWork) -> list[tuple[int, int]]:
+        """The leaf, less what runs of single sequences take from it."""
+        leaf = list(work.leaf)
+        for run, start in choice.start_pages.items():
+            if run.num_sequences == 1:
+                tokens, num_rows = leaf[run.members[0]]
+                leaf[run.members[0]] = tokens - (run.end - start) * self._page_size, num_rows
+        return leaf
+
+    def _segments(self, choice: Choice, levels: Levels) -> list[list[tuple[int, int]]]:
+        """(tokens, rows) of the segments of each level."""
+        segments: list[list[tuple[int, int]]] = [[] for _ in range(max(levels.values(), default=-1) + 1)]
+        for run, start in choice.start_pages.items():
+            segments[levels[run]].append(((run.end - start) * self._page_size, run.num_rows))
+        return segments
 
 
 def levels_by_depth(forest: Run, choice: Choice) -> Levels:

@@ -95,13 +95,15 @@ Shares = dict[Run, list[range]]
 def choices_by_levels(
     top: Run, num_new: Rows[int], page_size: int, costs: SegmentCosts, *, max_levels: int, min_tokens: int
 ) -> Iterator[Choice]:
-    """For each number of shared levels from 1 to `max_levels` the cheapest choice, where the level saves anything.
+    """The cheapest choice for the best number of shared levels, for one less and for one more.
 
-    No segment is shorter than `min_tokens`. What a level costs besides its segments is not in it: whoever compares the
-    choices adds that, or prices whole plans.
+    Best is what the sum says, levels paid for; a level that saves nothing is left out. No segment is shorter than
+    `min_tokens`.
     """
     best, shares = _best_costs(top, num_new, page_size, costs, max_levels, -(-min_tokens // page_size))
-    for levels in range(1, max_levels + 1):
+    level_s = costs.level_s(top.num_rows)
+    number = min(range(max_levels + 1), key=lambda levels: best[levels] + levels * level_s)
+    for levels in range(max(1, number - 1), min(number + 1, max_levels) + 1):
         if best[levels] < best[levels - 1]:
             yield _collect(top, shares, levels)
 

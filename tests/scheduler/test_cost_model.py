@@ -113,11 +113,11 @@ def test_leaves_reread_what_fits_the_cache() -> None:
 
 
 def test_a_level_takes_as_long_as_its_longest_segment_on_the_processors_that_it_keeps_busy() -> None:
-    model = CostModel(SHAPE, replace(COSTS, num_processors=64, split_tokens=100, tile_rows=16, leaf_flops_per_s=1e12))
-    # 2 KV heads and 4 parts of 100 tokens: 8 of 64 processors
-    assert model.plan_s(PlanWork((), [(400, 1)])) == pytest.approx(8 * 400 * 2e-3)
+    model = CostModel(SHAPE, replace(COSTS, num_processors=64, split_tokens=96, tile_rows=16, leaf_flops_per_s=1e12))
+    # 2 KV heads and 4 parts of 96 tokens: 8 of 64 processors
+    assert model.plan_s(PlanWork((), [(384, 1)])) == pytest.approx(8 * 384 * 2e-3)
     assert model.plan_s(PlanWork((), [(6400, 1)])) == pytest.approx(6400 * 2e-3)
-    assert model.plan_s(PlanWork((), [(400, 1)] * 16)) == pytest.approx(16 * 400 * 2e-3)
+    assert model.plan_s(PlanWork((), [(384, 1)] * 16)) == pytest.approx(16 * 384 * 2e-3)
 
 
 def test_what_a_plan_uses_is_priced_by_the_constants() -> None:
@@ -148,3 +148,38 @@ def test_what_was_found_to_cost_nothing() -> None:
     assert model.level_s(100) == 0
     assert model.shared_segment_s(2048, 1) == pytest.approx(2048 * 2048 / 2048e3 + 1.0)
     assert model.leaf_tokens_s(1000, 1) == pytest.approx(2.0), "flops are left"
+
+
+H200 = CostModel(AttentionShape(num_qo_heads=32, num_kv_heads=8, head_dim=128, kv_dtype_bytes=2), DEVICE_COSTS["h200"])
+SHORT_LEAVES = [(256, 1)] * 256
+
+
+def test_a_level_with_too_many_tiles_to_cut_waits_for_its_longest_segment() -> None:
+    """33 tiles are as many as two for each of 132 processors and 8 KV heads."""
+    one_processor_s = 32_768 * 512 / (4.3e12 / 132)  # K and V of one head
+    heavy, light = [(32_768, 16)], [(512, 4)] * 31
+    assert H200.levels_s([heavy + light[:10]], 256) < 0.2 * one_processor_s
+    assert H200.levels_s([heavy + light], 256) > one_processor_s
+    long_leaf = [*SHORT_LEAVES, (32_768, 1)]
+    assert H200.leaf_s(long_leaf) == pytest.approx(32_768 * 512 / (4.0e12 / 132))
+    assert H200.leaf_s(long_leaf[-32:]) < 0.2 * H200.leaf_s(long_leaf), "32 rows are few enough to cut"
+
+
+def test_imbalance_is_what_waiting_and_padding_cost() -> None:
+    assert H200.imbalance_s(PlanWork((), SHORT_LEAVES)) == pytest.approx(0, abs=1e-9)
+    assert H200.imbalance_s(PlanWork([[(8192, 256)]], SHORT_LEAVES)) == pytest.approx(0, abs=1e-9)
+    waiting = PlanWork((), [*SHORT_LEAVES, (32_768, 1)])
+    assert H200.imbalance_s(waiting) == pytest.approx(
+        H200.plan_s(waiting) - (257 * 256 - 256 + 32_768) * 4096 / 4.0e12, rel=1e-6
+    )
+    pairs = [(1024, 2)] * 64
+    mixed, apart = PlanWork([[*pairs, (1024, 128)]], SHORT_LEAVES), PlanWork([pairs, [(1024, 128)]], SHORT_LEAVES)
+    assert H200.imbalance_s(mixed) > 1e-5
+    assert H200.imbalance_s(apart) == pytest.approx(0, abs=1e-7)
+
+
+def test_what_is_long_is_what_cannot_be_done_while_the_rest_is() -> None:
+    assert H200.longest_balanced(SHORT_LEAVES) == 256
+    assert H200.longest_balanced([*SHORT_LEAVES, (3000, 1)]) == 3000
+    assert H200.longest_balanced([*SHORT_LEAVES, (100_000, 1), (20_000, 1)]) == 256
+    assert H200.longest_balanced([]) == 0
