@@ -12,11 +12,8 @@ import json
 import os
 import shutil
 import subprocess
-import sysconfig
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,11 +21,13 @@ from typing import Literal
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.cuda_toolkit import build_environment, find_nvcc, toolkit_reasons
 from cascade_llm.attention.flashinfer_module_names import DTYPE_NAMES, module_purposes
 from cascade_llm.attention.flashinfer_ops import (
     TESTED_VERSIONS,
     JitModule,
     jit_modules,
+    load_flashinfer_ops,
     package_reasons,
     shape_reasons,
 )
@@ -40,7 +39,6 @@ __all__ = [
     "KernelState",
     "build_kernels",
     "device_arch",
-    "find_nvcc",
     "kernel_folder",
     "kernel_states",
     "list_kernels",
@@ -49,8 +47,6 @@ __all__ = [
 
 MIN_CAPABILITY = (8, 0)
 MANIFEST = "kernels.json"
-HEADERS = ("cublasLt.h", "curand.h")
-"""Parts of the CUDA toolkit that a small installation lacks and that PyPI's nvidia-cublas and nvidia-curand bring."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +78,7 @@ OnKernel = Callable[[str, int, int], None]
 def reasons_against_flashinfer(spec: AttentionSpec) -> list[str]:
     """Everything that speaks against FlashInfer for this model on this device; nothing where it can serve."""
     reasons = [*_device_reasons(spec.device), *package_reasons(), *shape_reasons(spec)]
-    if not reasons and not kernel_folder(device_arch(spec.device)).exists():
-        prebuilt = importlib.util.find_spec("flashinfer_jit_cache") is not None
-        if not prebuilt and find_nvcc() is None:
-            reasons.append("its kernels are not built and there is no nvcc to build them (cascade-llm kernels build)")
-    return reasons
+    return reasons or _kernel_reasons(spec) or _import_reasons(spec.device)
 
 
 def kernel_folder(arch: str) -> Path:
@@ -100,14 +92,6 @@ def device_arch(device: torch.device) -> str:
     """A CUDA device's architecture in FlashInfer's spelling; from 9.0 on with the architecture's own features."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}a" if major >= 9 else f"{major}.{minor}"
-
-
-def find_nvcc() -> Path | None:
-    """The CUDA compiler, as FlashInfer looks for it."""
-    homes = [Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    on_path = shutil.which("nvcc")
-    places = [*homes, *([Path(on_path)] if on_path else []), Path("/usr/local/cuda/bin/nvcc")]
-    return next((place for place in places if place.exists()), None)
 
 
 def list_kernels(folder: Path) -> list[BuiltKernel]:
@@ -166,13 +150,11 @@ def build_kernels(
         BackendError: no compiler, no FlashInfer, or a model that it has no kernels for
     """
     table = kernels or KernelTable.for_model(spec)
-    reasons = [*package_reasons(), *shape_reasons(spec), *table.reasons_against(spec)]
-    if find_nvcc() is None:
-        reasons.append("no nvcc was found: install the CUDA toolkit 13.0, or set CUDA_HOME")
+    reasons = [*package_reasons(), *shape_reasons(spec), *table.reasons_against(spec), *toolkit_reasons()]
     if reasons:
         raise BackendError(f"kernels cannot be built: {'; '.join(reasons)}")
     built = {kernel.name: kernel for kernel in list_kernels(folder) if kernel.error is None}
-    with _compiler_environment(arch):
+    with build_environment(arch):
         modules = jit_modules(spec.dtype, spec.page_dtype, spec.head_dim, table.names)
         for done, module in enumerate(modules):
             if on_kernel is not None:
@@ -196,56 +178,25 @@ def _build(module: JitModule, folder: Path) -> BuiltKernel:
     return BuiltKernel(module.name, module.purpose, time.perf_counter() - started, target.stat().st_size)
 
 
-@contextmanager
-def _compiler_environment(arch: str) -> Iterator[None]:
-    """What FlashInfer's build needs in the environment: the architecture, and what the toolkit may lack."""
-    before = dict(os.environ)
-    nvcc = find_nvcc()
-    assert nvcc is not None
-    with tempfile.TemporaryDirectory(prefix="cascade_llm_") as stubs:
-        os.environ["FLASHINFER_CUDA_ARCH_LIST"] = arch
-        os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))  # ninja's
-        if "CUDA_HOME" not in os.environ and (home := _toolkit_of(nvcc)) is not None:
-            os.environ["CUDA_HOME"] = str(home)
-        if _make_driver_stub(Path(stubs)):
-            _append("FLASHINFER_EXTRA_LDFLAGS", f"-L{stubs}")
-        for folder in _header_folders():
-            _append("FLASHINFER_EXTRA_CUDAFLAGS", f"-I{folder}")
-            _append("FLASHINFER_EXTRA_CFLAGS", f"-I{folder}")
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+def _kernel_reasons(spec: AttentionSpec) -> list[str]:
+    """Kernels that are neither there nor can be compiled."""
+    missing = [state for state in kernel_states(spec, device_arch(spec.device)) if state.state == "missing"]
+    if importlib.util.find_spec("cutlass") is not None:  # FlashInfer then makes its norms in another way
+        missing = [state for state in missing if state.name != "norm"]
+    if not missing or find_nvcc() is not None:
+        return []
+    purposes = "; ".join(state.purpose for state in missing)
+    return [f"its kernels are not built ({purposes}) and there is no nvcc to build them (cascade-llm kernels build)"]
 
 
-def _append(name: str, flag: str) -> None:
-    os.environ[name] = f"{os.environ.get(name, '')} {flag}".strip()
-
-
-def _toolkit_of(nvcc: Path) -> Path | None:
-    """The toolkit's folder; None where nvcc is only a script that calls another."""
-    home = nvcc.resolve().parent.parent
-    if (home / "include" / "cuda.h").exists():
-        return home
-    usual = Path("/usr/local/cuda")
-    return usual if (usual / "include" / "cuda.h").exists() else None
-
-
-def _make_driver_stub(folder: Path) -> bool:
-    """An empty libcuda.so to link against: the real one comes with the driver, which a machine without GPU lacks."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        return False
-    command = [compiler, "-shared", "-x", "c", os.devnull, "-o", str(folder / "libcuda.so")]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
-def _header_folders() -> list[Path]:
-    """Folders of NVIDIA's PyPI packages that hold headers which FlashInfer includes."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    return sorted({found.parent for root in roots for header in HEADERS for found in root.glob(f"**/include/{header}")})
+def _import_reasons(device: torch.device) -> list[str]:
+    """Why the installed package cannot be imported: a part of it, or of CUDA, may be missing."""
+    folder = kernel_folder(device_arch(device))
+    try:
+        load_flashinfer_ops(folder if folder.exists() else None)
+    except BackendError as error:
+        return [str(error)]
+    return []
 
 
 def _device_reasons(device: torch.device) -> list[str]:

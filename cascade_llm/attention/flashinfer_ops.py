@@ -70,7 +70,7 @@ def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
         from flashinfer.norm import fused_add_rmsnorm, rmsnorm
         from flashinfer.rope import apply_rope_with_cos_sin_cache_inplace
         from flashinfer.sampling import top_k_renorm_probs, top_p_renorm_probs
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # of its own, or of a CUDA library that it loads
         raise BackendError(f"FlashInfer cannot be imported ({error}): pip install 'cascade-llm[cuda]'") from error
     if prebuilt is not None:
         env.FLASHINFER_AOT_DIR = prebuilt

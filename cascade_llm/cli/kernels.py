@@ -36,7 +36,10 @@ def kernels() -> None:
 def build(
     model: str, arch: str, dtype: str, kv_cache_dtype: str, all_kernels: bool, output: Path | None, as_json: bool
 ) -> None:
-    """Compile the kernels that MODEL needs (a folder with a config.json is enough)."""
+    """Compile the kernels that MODEL needs (a folder with a config.json is enough).
+
+    Takes minutes, an nvcc, and of PyPI nvidia-cublas and nvidia-curand where the CUDA toolkit lacks their headers.
+    """
     from cascade_llm.attention.flashinfer_kernels import build_kernels, kernel_folder
     from cascade_llm.attention.flashinfer_table import KernelTable
 

@@ -12,7 +12,7 @@ from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend,
 from cascade_llm.attention.flashinfer_table import KernelTable
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
-from cascade_llm.errors import CapacityError, ConfigError
+from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, KVScale, PagedKVCache
 from cascade_llm.layers.flashinfer_layer_ops import FlashInferLayerOps
 from cascade_llm.loader.checkpoint import Checkpoint
@@ -24,12 +24,15 @@ from cascade_llm.quantization.int4 import reasons_against_int4
 from cascade_llm.runner.cuda_graphs import CaptureReport, CudaGraphs, OnCapture
 from cascade_llm.runner.device import DTYPES, KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
 from cascade_llm.runner.lanes import LaneState
-from cascade_llm.runner.memory import pool_pages, step_bytes
+from cascade_llm.runner.memory import available_bytes, pool_pages, step_bytes
 from cascade_llm.runner.model_runner import ModelRunner
+from cascade_llm.runner.start_errors import compiled_kernels, memory_for
 
 __all__ = ["RunnerFacts", "build_runner"]
 
 log = logging.getLogger("cascade_llm")
+
+BESIDE_THE_POOL = "lanes and workspaces beside the KV pool: lower gpu_memory_utilization or max_num_seqs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +91,11 @@ def build_runner(
         choice = BackendChoice(name="flashinfer", backend=FlashInferAttentionBackend, refused=())
     else:
         choice = select_backend(options.attention_backend, spec)
-        log.info(choice.describe())
+        is_slow = device.type == "cuda" and choice.name != "flashinfer" and options.attention_backend == "auto"
+        log.log(logging.WARNING if is_slow else logging.INFO, choice.describe())
         if choice.name == "flashinfer":
             platform = GpuPlatform.cuda(device)
-    with torch.inference_mode(), thread_limit(options.num_threads):
+    with torch.inference_mode(), thread_limit(options.num_threads), compiled_kernels(), memory_for(BESIDE_THE_POOL):
         decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, platform)
         reserved = 0 if device.type == "cpu" else step_bytes(decoder, options)
         bytes_per_page = model.kv_bytes_per_token(kv_dtype.itemsize) * options.page_size
@@ -141,20 +145,22 @@ def _decoder(
     platform: GpuPlatform | None,
 ) -> tuple[Decoder, list[KVScale] | None]:
     """The model with its weights, and the scales of 8-bit pages."""
-    scales = KVScaleReader(model.num_layers)
-    ops = FlashInferLayerOps(platform.ops, device, options.max_num_batched_tokens) if platform else None
-    loading_dtype = DTYPES[model.dtype] if options.quantization else None
-    decoder = Decoder(model, dtype, device, max_positions=max_model_len, ops=ops, loading_dtype=loading_dtype)
-    if options.quantization:
-        _check_int4(decoder)
-    if checkpoint.is_dummy:
-        init_dummy(decoder, options.seed)
-    else:
-        load_weights(decoder, scales.without_scales(checkpoint.tensors()))
-    if options.quantization:
-        decoder.quantize()
-    if platform is None:
-        decoder.pack()
+    free = available_bytes(device)
+    with memory_for(f"the weights: {free:,} bytes were free; take a smaller model, or end what else holds memory"):
+        scales = KVScaleReader(model.num_layers)
+        ops = FlashInferLayerOps(platform.ops, device, options.max_num_batched_tokens) if platform else None
+        loading_dtype = DTYPES[model.dtype] if options.quantization else None
+        decoder = Decoder(model, dtype, device, max_positions=max_model_len, ops=ops, loading_dtype=loading_dtype)
+        if options.quantization:
+            _check_int4(decoder)
+        if checkpoint.is_dummy:
+            init_dummy(decoder, options.seed)
+        else:
+            load_weights(decoder, scales.without_scales(checkpoint.tensors()))
+        if options.quantization:
+            decoder.quantize()
+        if platform is None:
+            decoder.pack()
     return decoder, scales.scales() if options.kv_cache_dtype in KV_DTYPES else None
 
 
@@ -168,7 +174,10 @@ def _kv_cache(
     scales: list[KVScale] | None,
 ) -> PagedKVCache:
     """The pool; memory that was free a moment ago may have gone to another process."""
-    try:
+    with memory_for(
+        f"the KV pool of {num_pages:,} pages: another process has taken memory since it was measured; lower "
+        "gpu_memory_utilization, or give kv_cache_bytes"
+    ):
         return PagedKVCache(
             num_layers=model.num_layers,
             num_pages=num_pages,
@@ -180,11 +189,6 @@ def _kv_cache(
             layout=layout,
             scales=scales,
         )
-    except torch.OutOfMemoryError as error:
-        raise CapacityError(
-            f"the KV pool of {num_pages:,} pages could not be allocated: another process has taken memory since it was "
-            "measured; lower gpu_memory_utilization, or give kv_cache_bytes"
-        ) from error
 
 
 def _check_int4(decoder: Decoder) -> None:

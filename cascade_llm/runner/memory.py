@@ -10,6 +10,7 @@ import torch
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import CapacityError
 from cascade_llm.models.decoder import Decoder
+from cascade_llm.runner.start_errors import memory_for
 
 __all__ = ["available_bytes", "pool_pages", "step_bytes"]
 
@@ -33,8 +34,9 @@ def step_bytes(decoder: Decoder, options: EngineOptions) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     rows = torch.zeros(options.max_num_batched_tokens, dtype=torch.int64, device=device)
-    decoder.forward(rows, rows, lambda layer, q, k, v: torch.zeros_like(q))
-    torch.cuda.synchronize(device)
+    with memory_for(f"a step of {len(rows):,} tokens beside the weights: lower max_num_batched_tokens"):
+        decoder.forward(rows, rows, lambda layer, q, k, v: torch.zeros_like(q))
+        torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     graphs = 0 if options.enforce_eager else GRAPH_BYTES

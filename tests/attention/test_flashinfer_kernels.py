@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cascade_llm.attention import flashinfer_kernels
+from cascade_llm.attention import cuda_toolkit, flashinfer_kernels
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer_kernels import build_kernels, find_nvcc, kernel_folder, list_kernels
+from cascade_llm.attention.flashinfer_kernels import (
+    build_kernels,
+    kernel_folder,
+    list_kernels,
+    reasons_against_flashinfer,
+)
 from cascade_llm.attention.flashinfer_module_names import module_purposes
 from cascade_llm.attention.flashinfer_ops import JitModule, jit_modules
 from cascade_llm.attention.flashinfer_table import KernelTable
@@ -61,7 +66,8 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     found = Compiler(tmp_path)
     monkeypatch.setattr(flashinfer_kernels, "jit_modules", found.modules)
     monkeypatch.setattr(flashinfer_kernels, "package_reasons", list)
-    monkeypatch.setattr(flashinfer_kernels, "find_nvcc", lambda: tmp_path / "bin" / "nvcc")
+    monkeypatch.setattr(flashinfer_kernels, "toolkit_reasons", list)
+    monkeypatch.setattr(cuda_toolkit, "find_nvcc", lambda: tmp_path / "bin" / "nvcc")
     return found
 
 
@@ -110,7 +116,7 @@ def test_a_table_that_the_model_rules_out_is_not_compiled(compiler: Compiler, tm
 
 
 def test_every_reason_is_named_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(flashinfer_kernels, "find_nvcc", lambda: None)
+    monkeypatch.setattr(cuda_toolkit, "find_nvcc", lambda: None)
     monkeypatch.setattr(flashinfer_kernels, "package_reasons", lambda: ["no package"])
     with pytest.raises(BackendError, match=r"no package.*no nvcc.*CUDA_HOME"):
         build_kernels(SPEC, "9.0a", tmp_path)
@@ -124,29 +130,46 @@ def test_folder_is_below_the_cache_that_the_user_named(monkeypatch: pytest.Monke
     assert kernel_folder("9.0a").is_relative_to(tmp_path / "xdg" / "cascade-llm")
 
 
-def test_nvcc_is_found_where_flashinfer_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert find_nvcc() == nvcc
-
-
-def test_a_gpu_without_kernels_and_without_compiler_is_a_reason(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path))
+def on_gpu(monkeypatch: pytest.MonkeyPatch, cache: Path) -> AttentionSpec:
+    """A Hopper GPU and a package that imports, but neither kernels nor a compiler."""
+    monkeypatch.setenv("CASCADE_LLM_CACHE", str(cache))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(flashinfer_kernels, "package_reasons", list)
+    monkeypatch.setattr(flashinfer_kernels, "load_flashinfer_ops", lambda prebuilt: None)
     monkeypatch.setattr(flashinfer_kernels, "find_nvcc", lambda: None)
-    on_gpu = AttentionSpec(
-        **{**{f: getattr(SPEC, f) for f in SPEC.__dataclass_fields__}, "device": torch.device("cuda")}
-    )
-    assert any(
-        "cascade-llm kernels build" in reason for reason in flashinfer_kernels.reasons_against_flashinfer(on_gpu)
-    )
-    kernel_folder("9.0a").mkdir(parents=True)
-    assert flashinfer_kernels.reasons_against_flashinfer(on_gpu) == []
+    return replace(SPEC, device=torch.device("cuda"))
+
+
+def test_kernels_that_are_missing_and_cannot_be_compiled_are_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = on_gpu(monkeypatch, tmp_path)
+    assert "cascade-llm kernels build" in reasons_against_flashinfer(spec)[0]
+    states = flashinfer_kernels.kernel_states(spec, "9.0a")
+    for name in (state.name for state in states if state.name != "page"):
+        (kernel_folder("9.0a") / name).mkdir(parents=True)
+        (kernel_folder("9.0a") / name / f"{name}.so").write_bytes(b"code")
+    (reason,) = reasons_against_flashinfer(spec)
+    assert "(appending to pages)" in reason
+    monkeypatch.setattr(flashinfer_kernels, "find_nvcc", lambda: tmp_path / "nvcc")
+    assert reasons_against_flashinfer(spec) == []
+    monkeypatch.setattr(flashinfer_kernels, "find_nvcc", lambda: None)
+    (kernel_folder("9.0a") / "page").mkdir()
+    (kernel_folder("9.0a") / "page" / "page.so").write_bytes(b"code")
+    assert reasons_against_flashinfer(spec) == []
+    eight_bits = replace(spec, kv_dtype=torch.float8_e4m3fn)
+    assert "are not built" in reasons_against_flashinfer(eight_bits)[0], "pages of 8 bits have kernels of their own"
+
+
+def test_a_package_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spec = on_gpu(monkeypatch, tmp_path)
+
+    def broken(prebuilt: Path | None) -> None:
+        raise BackendError("FlashInfer cannot be imported (libcudart.so.13)")
+
+    monkeypatch.setattr(flashinfer_kernels, "find_nvcc", lambda: tmp_path / "nvcc")
+    monkeypatch.setattr(flashinfer_kernels, "load_flashinfer_ops", broken)
+    assert reasons_against_flashinfer(spec) == ["FlashInfer cannot be imported (libcudart.so.13)"]
 
 
 def test_states_of_the_modules_that_a_model_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

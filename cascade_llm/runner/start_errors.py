@@ -1,0 +1,36 @@
+"""What a device or a compiler refuses while an engine starts, as errors that name the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cascade_llm.errors import BackendError, CapacityError
+
+__all__ = ["compiled_kernels", "memory_for"]
+
+
+@contextmanager
+def memory_for(what_and_cure: str) -> Iterator[None]:
+    """A device without memory left is a `CapacityError` that says for what, and what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(f"the device has no memory for {what_and_cure}") from error
+
+
+@contextmanager
+def compiled_kernels() -> Iterator[None]:
+    """A kernel that FlashInfer fails to compile on its first use is a `BackendError`."""
+    try:
+        yield
+    except (RuntimeError, FileNotFoundError) as error:
+        if isinstance(error, FileNotFoundError) and error.filename == "ninja":
+            reason = "ninja was not found: activate the environment that FlashInfer is installed in"
+        elif str(error).startswith("Ninja build failed"):
+            reason = f"`cascade-llm kernels build MODEL` says which and why: ...{str(error)[-500:]}"
+        else:
+            raise
+        raise BackendError(f"a kernel of FlashInfer could not be compiled; {reason}") from error
