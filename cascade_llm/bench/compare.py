@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 from cascade_llm.bench.load import Load
 from cascade_llm.bench.peer_environment import PeerInterpreter
@@ -13,7 +13,7 @@ from cascade_llm.bench.setup import BenchModel
 from cascade_llm.bench.sides import EngineSide, Side
 from cascade_llm.bench.throughput import ThroughputReport, measure_sides
 
-__all__ = ["compare", "compare_each"]
+__all__ = ["compare", "compare_each", "opened_sides"]
 
 OnRun = Callable[[str], None]
 
@@ -54,20 +54,7 @@ def compare_each(
     An interrupted report is the last.
     """
     limits, shape = model.limits(), model.shape()
-    with ExitStack() as stack:
-        sides: list[Side] = []
-
-        def add(side: Side) -> None:
-            stack.callback(side.close)
-            sides.append(side)
-
-        every = tuple(loads.values())
-        add(EngineSide("cascade on", model.open(*every, enable_cascade_attention=True), every[0]))
-        if with_off:
-            add(EngineSide("cascade off", model.open(*every, enable_cascade_attention=False), every[0]))
-        if peer is not None:
-            on_run(f"starting {peer.name}")
-            add(PeerSide(peer, model, *every))
+    with opened_sides(model, *loads.values(), with_off=with_off, peer=peer, on_run=on_run) as sides:
         for name, load in loads.items():
             for side in sides:
                 side.use_load(load)
@@ -84,6 +71,35 @@ def compare_each(
             yield name, report
             if report.interrupted:
                 return
+
+
+@contextmanager
+def opened_sides(
+    model: BenchModel,
+    *loads: Load,
+    with_off: bool,
+    peer: PeerInterpreter | None,
+    online: bool = False,
+    on_run: OnRun = lambda run: None,
+) -> Iterator[list[Side]]:
+    """Cascade on, off and another engine, where wanted, each with the first load and room for all.
+
+    `online`: another engine is started as it serves requests that come one by one.
+    """
+    with ExitStack() as stack:
+        sides: list[Side] = []
+
+        def add(side: Side) -> None:
+            stack.callback(side.close)
+            sides.append(side)
+
+        add(EngineSide("cascade on", model.open(*loads, enable_cascade_attention=True), loads[0]))
+        if with_off:
+            add(EngineSide("cascade off", model.open(*loads, enable_cascade_attention=False), loads[0]))
+        if peer is not None:
+            on_run(f"starting {peer.name}")
+            add(PeerSide(peer, model, *loads, online=online))
+        yield sides
 
 
 def _peak_memory(sides: list[Side]) -> dict[str, int]:

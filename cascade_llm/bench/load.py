@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from cascade_llm.errors import ConfigError
 
-__all__ = ["Load", "LoadRequest"]
+__all__ = ["HISTORIES", "History", "Load", "LoadRequest"]
+
+History = Literal["real", "recorded"]
+HISTORIES: tuple[History, ...] = ("real", "recorded")
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class LoadRequest:
     """One request; every sample of it is generated to its full length."""
 
     token_ids: Sequence[int]
-    """The prompt, or what is added to a conversation."""
+    """The prompt, or what is added to a conversation; the whole prompt where histories are recorded."""
     output_len: int
     n: int = 1
     """Samples of the one prompt."""
@@ -25,6 +28,8 @@ class LoadRequest:
     """The earlier request whose prompt and answer come first: this is the next turn of a conversation."""
     delay_s: float = 0.0
     """Between the end of that request and this one, where requests arrive by the clock."""
+    recorded_answer: Sequence[int] = ()
+    """An answer of `output_len` tokens that a later turn may go on from instead of the real one."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Load:
     requests: tuple[LoadRequest, ...]
     temperature: float = 0.0
     top_p: float = 1.0
+    history: History = "real"
+    """What a later turn goes on from: the answer that the engine gave, or the one that the load brings."""
 
     @property
     def num_sequences(self) -> int:
@@ -56,13 +63,51 @@ class Load:
         """Whether some requests go on from the answers of others."""
         return any(request.follows is not None for request in self.requests)
 
+    def goes_on(self, request: LoadRequest) -> bool:
+        """Whether the prompt of a request is known only when the one before it has ended."""
+        return request.follows is not None and self.history == "real"
+
+    def with_recorded_history(self) -> Load:
+        """The same with every prompt known from the start: later turns go on from the recorded answers.
+
+        Then all engines, also those that do not tell token ids, get the same prompts; a turn still waits for the end of
+        the one before it. What is lost: the answers' own K/V, cached by real engines, are not met again.
+
+        Raises `ConfigError` where an answer is missing.
+        """
+        prompts: list[list[int]] = []
+        for request in self.requests:
+            before: list[int] = []
+            if request.follows is not None:
+                earlier = self.requests[request.follows]
+                if len(earlier.recorded_answer) != earlier.output_len:
+                    raise ConfigError(f"the workload {self.name} has no recorded answers: leave out the history option")
+                before = [*prompts[request.follows], *earlier.recorded_answer]
+            prompts.append([*before, *request.token_ids])
+        requests = (replace(request, token_ids=ids) for request, ids in zip(self.requests, prompts, strict=True))
+        return replace(self, requests=tuple(requests), history="recorded")
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """The requests as the drivers of other engines and `ArrivalQueue` take them."""
+        return [
+            {
+                "token_ids": list(request.token_ids),
+                "output_len": request.output_len,
+                "n": request.n,
+                "follows": request.follows,
+                "delay_s": request.delay_s,
+                "goes_on": self.goes_on(request),
+            }
+            for request in self.requests
+        ]
+
     @cached_property
     def prompt_lens(self) -> tuple[int, ...]:
         """Prompt tokens of each request, those of earlier turns included."""
         lens: list[int] = []
         for request in self.requests:
             before = 0
-            if request.follows is not None:
+            if request.follows is not None and self.history == "real":
                 before = lens[request.follows] + self.requests[request.follows].output_len
             lens.append(before + len(request.token_ids))
         return tuple(lens)
@@ -92,13 +137,13 @@ class Load:
         shared = {
             key
             for request in self.requests
-            if request.follows is None
+            if not self.goes_on(request)
             for key in _page_keys(request.token_ids, page_size)
         }
         own = 0
         for request, prompt_len in zip(self.requests, self.prompt_lens, strict=True):
-            before = 0 if request.follows is None else prompt_len - len(request.token_ids)
-            if request.follows is None:
+            before = prompt_len - len(request.token_ids)
+            if not self.goes_on(request):
                 before = prompt_len // page_size * page_size
             pages = -(-(prompt_len - before + request.output_len) // page_size) + 1
             own += 2 * pages * request.n
@@ -115,6 +160,7 @@ class Load:
             "longest": self.longest,
             "temperature": self.temperature,
             "top_p": self.top_p,
+            **({"history": self.history} if self.has_turns else {}),
         }
 
 

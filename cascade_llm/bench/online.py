@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import random
 import time
@@ -11,12 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cascade_llm.bench.load import Load
+from cascade_llm.bench.peers.arrivals import Arrival, ArrivalQueue
 from cascade_llm.bench.reading import COUNTERS, Reading
 from cascade_llm.errors import ConfigError
 from cascade_llm.llm import LLM, TokenStream
 from cascade_llm.sampling_params import SamplingParams
 
-__all__ = ["AllAtOnce", "Arrivals", "AtConcurrency", "AtRate", "OnlineRun", "RequestTiming", "run_requests"]
+__all__ = [
+    "AllAtOnce",
+    "Arrivals",
+    "AtConcurrency",
+    "AtRate",
+    "OnlineLoop",
+    "OnlineRun",
+    "RequestTiming",
+    "run_requests",
+]
 
 
 class Arrivals(ABC):
@@ -35,6 +44,14 @@ class Arrivals(ABC):
     def by_clock(self) -> bool:
         """Whether a conversation's next question waits for its time."""
         return True
+
+    def times_of(self, load: Load) -> list[float]:
+        """`times_s` of the requests that follow no other."""
+        return self.times_s(sum(request.follows is None for request in load.requests))
+
+    def queue(self, load: Load) -> ArrivalQueue:
+        """A run's requests, none of them sent."""
+        return ArrivalQueue(load.as_dicts(), self.times_of(load), max_running=self.max_running, by_clock=self.by_clock)
 
 
 @dataclass(frozen=True)
@@ -94,13 +111,14 @@ class RequestTiming:
 
     arrival_s: float
     token_times_s: list[list[float]] = field(default_factory=list)
-    """When each token of each sample came; tokens that come together have one time."""
+    """When each token of each sample came; tokens that come together have one time; empty where that is not told."""
     end_s: float = 0.0
 
     @property
-    def ttft_s(self) -> float:
-        """From arrival to the first token of any sample."""
-        return min(times[0] for times in self.token_times_s if times) - self.arrival_s
+    def ttft_s(self) -> float | None:
+        """From arrival to the first token of any sample; None where an engine does not tell the times of tokens."""
+        first = [times[0] for times in self.token_times_s if times]
+        return min(first) - self.arrival_s if first else None
 
     @property
     def e2e_s(self) -> float:
@@ -124,72 +142,82 @@ class OnlineRun:
 
 @dataclass
 class _Running:
-    index: int
+    arrival: Arrival
     stream: TokenStream
     timing: RequestTiming
 
 
 def run_requests(llm: LLM, load: Load, arrivals: Arrivals) -> OnlineRun:
     """Run a load with its arrivals; an interruption ends what still runs."""
-    return _OnlineLoop(llm, load, arrivals).run()
+    loop = OnlineLoop(llm, load, arrivals)
+    try:
+        while not loop.is_done:
+            loop.advance()
+    finally:
+        loop.close()
+    return loop.result()
 
 
-class _OnlineLoop:
+class OnlineLoop:
+    """A run of a load on one engine, moved on step by step, so that others may be moved on in between."""
+
     def __init__(self, llm: LLM, load: Load, arrivals: Arrivals) -> None:
-        self._llm, self._load, self._arrivals = llm, load, arrivals
-        roots = [index for index, request in enumerate(load.requests) if request.follows is None]
-        self._due = list(zip(arrivals.times_s(len(roots)), roots, strict=True))
-        heapq.heapify(self._due)
-        self._followers: dict[int, list[int]] = {}
-        for index, request in enumerate(load.requests):
-            if request.follows is not None:
-                self._followers.setdefault(request.follows, []).append(index)
+        """The clock of the arrivals starts here."""
+        self._llm, self._load = llm, load
+        self._queue = arrivals.queue(load)
         self._running: list[_Running] = []
         self._timings: dict[int, RequestTiming] = {}
-        self._token_ids: dict[int, list[int]] = {}
-        """Prompt and answer of what has ended and is gone on from."""
-        self._start_s = 0.0
-
-    def run(self) -> OnlineRun:
-        before = self._llm.stats()
+        self._before = llm.stats()
         self._start_s = time.perf_counter()
-        try:
-            while self._due or self._running:
-                self._admit()
-                if self._running:
-                    self._llm.step()
-                    self._collect()
-                else:
-                    time.sleep(max(0.0, self._due[0][0] - self._now_s()))
-        finally:
-            for running in self._running:
-                running.stream.close()
-        elapsed_s, after = self._now_s(), self._llm.stats()
-        gained = {name: after[name] - before[name] for name in COUNTERS}
-        reading = Reading(elapsed_s, gained["generated_tokens"], gained)
+        self._elapsed_s = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every request has ended."""
+        return not self._queue and not self._running
+
+    def advance(self) -> float | None:
+        """Send what is due and make one step; returns its seconds, None where there was nothing to do but wait."""
+        for arrival in self._queue.take(self._now_s(), len(self._running)):
+            self._send(arrival)
+        if not self._running:
+            time.sleep(self._queue.wait_s(self._now_s(), 0) or 0.0)
+            return None
+        start_s = time.perf_counter()
+        self._llm.step()
+        step_s = time.perf_counter() - start_s
+        self._collect()
+        return step_s
+
+    def close(self) -> None:
+        """End what still runs."""
+        for running in self._running:
+            running.stream.close()
+        self._running = []
+
+    def result(self) -> OnlineRun:
+        """Of a run that is done."""
+        after = self._llm.stats()
+        gained = {name: after[name] - self._before[name] for name in COUNTERS}
+        reading = Reading(self._elapsed_s, gained["generated_tokens"], gained)
         return OnlineRun(reading, [self._timings[index] for index in range(len(self._load.requests))])
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._start_s
 
-    def _admit(self) -> None:
-        limit = self._arrivals.max_running
-        while self._due and self._due[0][0] <= self._now_s() and (limit is None or len(self._running) < limit):
-            due_s, index = heapq.heappop(self._due)
-            request = self._load.requests[index]
-            before = [] if request.follows is None else self._token_ids[request.follows]
-            params = SamplingParams(
-                temperature=self._load.temperature,
-                top_p=self._load.top_p,
-                max_tokens=request.output_len,
-                n=request.n,
-                seed=index,
-                ignore_eos=True,
-            )
-            timing = RequestTiming(due_s if limit is None else self._now_s(), [[] for _ in range(request.n)])
-            self._timings[index] = timing
-            stream = self._llm.stream([*before, *request.token_ids], params)
-            self._running.append(_Running(index, stream, timing))
+    def _send(self, arrival: Arrival) -> None:
+        request = self._load.requests[arrival.request_index]
+        params = SamplingParams(
+            temperature=self._load.temperature,
+            top_p=self._load.top_p,
+            max_tokens=request.output_len,
+            n=request.n,
+            seed=arrival.request_index,
+            ignore_eos=True,
+        )
+        timing = RequestTiming(arrival.arrival_s, [[] for _ in range(request.n)])
+        self._timings[arrival.request_index] = timing
+        self._running.append(_Running(arrival, self._llm.stream(arrival.token_ids, params), timing))
 
     def _collect(self) -> None:
         now_s, unfinished = self._now_s(), []
@@ -202,12 +230,7 @@ class _OnlineLoop:
                 continue
             if output.error is not None:
                 raise output.error
-            running.timing.end_s = now_s
-            self._end(running.index, [*output.prompt_token_ids, *output.outputs[0].token_ids])
+            running.timing.end_s = self._elapsed_s = now_s
+            said = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+            self._queue.end(running.arrival.request_index, now_s, said)
         self._running = unfinished
-
-    def _end(self, index: int, token_ids: list[int]) -> None:
-        for follower in self._followers.get(index, ()):
-            self._token_ids[index] = token_ids
-            delay_s = self._load.requests[follower].delay_s if self._arrivals.by_clock else 0.0
-            heapq.heappush(self._due, (self._now_s() + delay_s, follower))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cascade_llm.bench.load import Load
+from cascade_llm.bench.online import AllAtOnce, Arrivals, OnlineRun, RequestTiming
 from cascade_llm.bench.peer_environment import PeerInterpreter, find_peer
 from cascade_llm.bench.peer_process import PeerProcess
 from cascade_llm.bench.reading import Reading
@@ -32,8 +33,6 @@ def peer_for(
     name: str, model: BenchModel, load: Load, *, python: Path | None = None, install: bool = False
 ) -> PeerInterpreter:
     """The interpreter of a peer that can run this load with this model; raises before anything is started."""
-    if load.has_turns:
-        raise ConfigError(f"{load.name} has turns that go on from answers, which the other engines' drivers do not run")
     if model.checkpoint.is_dummy:
         raise ConfigError("another engine needs real weights: leave out load_format=dummy")
     if name == "llama.cpp" and _gguf_file(model.checkpoint) is None:
@@ -44,13 +43,16 @@ def peer_for(
 class PeerSide(Side):
     """Starts another engine with the same model, threads and dtype, at its own defaults otherwise."""
 
-    def __init__(self, peer: PeerInterpreter, model: BenchModel, *loads: Load) -> None:
-        """Start it with room for each of the loads, and take the first; raises `BackendError` where it does not."""
+    def __init__(self, peer: PeerInterpreter, model: BenchModel, *loads: Load, online: bool = False) -> None:
+        """Start it with room for each of the loads, and take the first; raises `BackendError` where it does not.
+
+        `online` starts an engine as it serves requests that come one by one; conversations need that too.
+        """
         super().__init__(peer.name, loads[0], {})
         self._stack = ExitStack()
         self._process: PeerProcess | None = None
         try:
-            self._start(peer, model, loads)
+            self._start(peer, model, loads, online=online or any(load.has_turns for load in loads))
             self.use_load(loads[0])
         except BaseException:
             self.close()
@@ -59,16 +61,33 @@ class PeerSide(Side):
     def use_load(self, load: Load) -> None:
         """See `Side`."""
         super().use_load(load)
-        requests = [
-            {"token_ids": list(request.token_ids), "output_len": request.output_len, "n": request.n}
-            for request in load.requests
-        ]
-        self._ask({"op": "load", "requests": requests, "temperature": load.temperature, "top_p": load.top_p}, RUN_S)
+        command = {"op": "load", "requests": load.as_dicts(), "temperature": load.temperature, "top_p": load.top_p}
+        self._ask(command, RUN_S)
 
     def run(self, run: Run) -> Reading:
         """See `Side`; an engine without a prefix cache runs cold each time."""
+        if self.load.has_turns:
+            return self._run_online(AllAtOnce(), reset=run == "cold").reading
         answer = self._ask({"op": "run", "reset": run == "cold", "output_len": 1 if run == "first" else None}, RUN_S)
         return Reading(float(answer["elapsed_s"]), int(answer["num_generated"]))
+
+    def run_online(self, arrivals: Arrivals) -> OnlineRun:
+        """See `Side`; times of tokens are those at which the engine handed them out, as its driver saw it."""
+        return self._run_online(arrivals, reset=True)
+
+    def _run_online(self, arrivals: Arrivals, *, reset: bool) -> OnlineRun:
+        command = {
+            "op": "online",
+            "reset": reset,
+            "times_s": arrivals.times_of(self.load),
+            "max_running": arrivals.max_running,
+            "by_clock": arrivals.by_clock,
+        }
+        answer = self._ask(command, RUN_S)
+        timings = [
+            RequestTiming(told["arrival_s"], told["token_times_s"] or [], told["end_s"]) for told in answer["timings"]
+        ]
+        return OnlineRun(Reading(float(answer["elapsed_s"]), int(answer["num_generated"])), timings)
 
     def peak_memory_bytes(self) -> int:
         """Of the engine and its children, as far as it can be told."""
@@ -82,11 +101,12 @@ class PeerSide(Side):
         assert self._process is not None
         return self._process.ask(command, timeout_s=timeout_s)
 
-    def _start(self, peer: PeerInterpreter, model: BenchModel, loads: Sequence[Load]) -> None:
+    def _start(self, peer: PeerInterpreter, model: BenchModel, loads: Sequence[Load], *, online: bool) -> None:
         options = options_for(model, *loads)
         num_threads = int(options.get("num_threads") or torch.get_num_threads())
         start = {
             "op": "start",
+            "online": online,
             "model": str(self._model_path(peer.name, model)),
             "has_tokenizer": model.checkpoint.tokenizer_source is not None,
             "device": model.device.type,

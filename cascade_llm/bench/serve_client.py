@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import http.client
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from cascade_llm.bench.load import Load, LoadRequest
 from cascade_llm.bench.online import Arrivals, RequestTiming
+from cascade_llm.bench.peers.arrivals import Arrival
 from cascade_llm.errors import BackendError, ConfigError
 
 __all__ = ["CompletionsServer", "ServeRun", "StreamedAnswer", "run_against_server"]
@@ -33,6 +33,8 @@ class StreamedAnswer:
     num_generated: int
     error: str | None = None
     """Why it ended early; None where it ended well."""
+    token_ids: Sequence[int] = ()
+    """Of the first sample, as far as the server tells."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,17 @@ class CompletionsServer:
             raise BackendError(f"{url} has no model {self.model!r}: it serves {', '.join(known)}")
 
     def complete(
-        self, request: LoadRequest, sampling: Mapping[str, Any], timing: RequestTiming, now_s: Callable[[], float]
+        self,
+        token_ids: Sequence[int],
+        request: LoadRequest,
+        sampling: Mapping[str, Any],
+        timing: RequestTiming,
+        now_s: Callable[[], float],
     ) -> StreamedAnswer:
-        """Stream one request's answer; whatever goes wrong is in the answer, not raised."""
+        """Stream the answer to a prompt; whatever goes wrong is in the answer, not raised."""
         body = {
             "model": self.model,
-            "prompt": list(request.token_ids),
+            "prompt": list(token_ids),
             "max_tokens": request.output_len,
             "n": request.n,
             "stream": True,
@@ -101,6 +108,7 @@ class CompletionsServer:
         }
         timing.token_times_s = [[] for _ in range(request.n)]
         told: int | None = None
+        said: list[int] = []
         try:
             for event in self._events(body):
                 at_s = now_s()
@@ -110,6 +118,8 @@ class CompletionsServer:
                     if choice.get("text") or choice.get("token_ids"):
                         count = len(choice.get("token_ids") or (0,))
                         timing.token_times_s[choice.get("index", 0)].extend([at_s] * count)
+                        if choice.get("index", 0) == 0:
+                            said += choice.get("token_ids") or ()
                 usage = event.get("usage") or {}
                 told = usage.get("completion_tokens", told)
         except (OSError, http.client.HTTPException, ValueError, IndexError, TypeError, AttributeError) as error:
@@ -118,7 +128,7 @@ class CompletionsServer:
         seen = sum(map(len, timing.token_times_s))
         if not seen:
             return StreamedAnswer(timing, 0, "the stream had no text")
-        return StreamedAnswer(timing, seen if told is None else told)
+        return StreamedAnswer(timing, seen if told is None else told, token_ids=said)
 
     def _models(self) -> list[str]:
         connection = self._connection()
@@ -168,45 +178,97 @@ def run_against_server(
     ignore_eos: bool = True,
     on_end: Callable[[], None] = lambda: None,
 ) -> ServeRun:
-    """Send a load's requests as they arrive and time the answers.
+    """Send a load's requests as they arrive and time the answers; an interruption sends no more of them.
 
     Args:
+        load: where later turns go on from real answers, the server is asked for token ids (`return_token_ids`, an
+            extension that vLLM and this project's server take); a turn whose predecessor failed fails too
         ignore_eos: ask for full lengths, an extension that vLLM, SGLang and this project's server take
         on_end: called as each request ends
-
-    Raises `ConfigError` for conversations, whose later turns need the token ids of answers.
     """
-    if load.has_turns:
-        raise ConfigError(f"{load.name} goes on from answers, whose token ids a server does not tell: use another")
-    sampling: dict[str, Any] = {"temperature": load.temperature, "top_p": load.top_p}
-    if ignore_eos:
-        sampling["ignore_eos"] = True
-    due = list(zip(arrivals.times_s(len(load.requests)), load.requests, strict=True))
-    limit = min(arrivals.max_running or MAX_CONNECTIONS, MAX_CONNECTIONS)
-    start_s = time.perf_counter()
+    return _ServeLoop(server, load, arrivals, ignore_eos=ignore_eos, on_end=on_end).run()
 
-    def now_s() -> float:
-        return time.perf_counter() - start_s
 
-    stopped = threading.Event()
+class _ServeLoop:
+    def __init__(
+        self,
+        server: CompletionsServer,
+        load: Load,
+        arrivals: Arrivals,
+        *,
+        ignore_eos: bool,
+        on_end: Callable[[], None],
+    ) -> None:
+        self._server, self._load, self._on_end = server, load, on_end
+        self._sampling: dict[str, Any] = {"temperature": load.temperature, "top_p": load.top_p}
+        if ignore_eos:
+            self._sampling["ignore_eos"] = True
+        self._goes_on = {request.follows for request in load.requests if load.goes_on(request)}
+        """Requests whose answers' token ids are needed."""
+        self._queue = arrivals.queue(load)
+        self._pool = ThreadPoolExecutor(min(arrivals.max_running or MAX_CONNECTIONS, MAX_CONNECTIONS))
+        self._sent: dict[Future[StreamedAnswer], Arrival] = {}
+        self._answers: dict[int, StreamedAnswer] = {}
+        self._start_s = 0.0
 
-    def send(due_s: float, request: LoadRequest) -> StreamedAnswer:
-        stopped.wait(max(0.0, due_s - now_s()))
-        timing = RequestTiming(due_s if arrivals.max_running is None else now_s())
-        if stopped.is_set():
-            return StreamedAnswer(timing, 0, "interrupted")
-        return server.complete(request, sampling, timing, now_s)
+    def run(self) -> ServeRun:
+        """The answers in the order of the load's requests."""
+        self._start_s = time.perf_counter()
+        with self._pool:
+            try:
+                while self._queue or self._sent:
+                    self._send_due()
+                    ended, _ = self._wait()
+                    for future in ended:
+                        self._end(self._sent.pop(future), future.result())
+            except KeyboardInterrupt:
+                self._pool.shutdown(cancel_futures=True)
+                for future, arrival in self._sent.items():
+                    self._answers[arrival.request_index] = (
+                        StreamedAnswer(RequestTiming(arrival.arrival_s), 0, "interrupted")
+                        if future.cancelled()
+                        else future.result()
+                    )
+                missing = set(range(len(self._load.requests))) - self._answers.keys()
+                interrupted = StreamedAnswer(RequestTiming(0.0), 0, "interrupted")
+                self._answers.update(dict.fromkeys(missing, interrupted))
+        elapsed_s = self._now_s()
+        return ServeRun(elapsed_s, [self._answers[index] for index in sorted(self._answers)])
 
-    with ThreadPoolExecutor(min(limit, len(due))) as pool:
-        futures: list[Future[StreamedAnswer]] = [pool.submit(send, due_s, request) for due_s, request in due]
-        try:
-            waiting = set(futures)
-            while waiting:
-                ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for _ in ended:
-                    on_end()
-        except KeyboardInterrupt:
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
-        answers = [future.result() for future in futures if future.done() and not future.cancelled()]
-    return ServeRun(now_s(), answers)
+    def _now_s(self) -> float:
+        return time.perf_counter() - self._start_s
+
+    def _send_due(self) -> None:
+        for arrival in self._queue.take(self._now_s(), len(self._sent)):
+            request, sampling = self._load.requests[arrival.request_index], self._sampling
+            if arrival.request_index in self._goes_on:
+                sampling = {**sampling, "return_token_ids": True}
+            timing = RequestTiming(arrival.arrival_s)
+            future = self._pool.submit(self._server.complete, arrival.token_ids, request, sampling, timing, self._now_s)
+            self._sent[future] = arrival
+
+    def _wait(self) -> tuple[set[Future[StreamedAnswer]], set[Future[StreamedAnswer]]]:
+        """Until an answer has ended or a request is due."""
+        wait_s = self._queue.wait_s(self._now_s(), len(self._sent))
+        if self._sent:
+            return wait(self._sent, timeout=wait_s, return_when=FIRST_COMPLETED)
+        time.sleep(wait_s or 0.0)
+        return set(), set()
+
+    def _end(self, arrival: Arrival, answer: StreamedAnswer) -> None:
+        index = arrival.request_index
+        output_len = self._load.requests[index].output_len
+        if answer.error is None and index in self._goes_on and len(answer.token_ids) != output_len:
+            error = (
+                f"the server told {len(answer.token_ids)} of {output_len} token ids, which the next turn goes on from: "
+                "choose --history recorded"
+            )
+            answer = replace(answer, error=error)
+        self._answers[index] = answer
+        self._on_end()
+        if answer.error is None:
+            self._queue.end(index, self._now_s(), [*arrival.token_ids, *answer.token_ids])
+            return
+        for later in self._queue.fail(index):
+            self._answers[later] = StreamedAnswer(RequestTiming(0.0), 0, f"the turn before it failed: {answer.error}")
+            self._on_end()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cascade_llm.bench.instruments import recorded_plans, timed_parts
 from cascade_llm.bench.load import Load
-from cascade_llm.bench.online import AllAtOnce, run_requests
+from cascade_llm.bench.online import AllAtOnce, Arrivals, OnlineRun, run_requests
 from cascade_llm.bench.reading import Reading, measure
 from cascade_llm.llm import LLM
 from cascade_llm.plan import StepPlan
@@ -37,6 +37,10 @@ class Side(ABC):
         """Run the load once and time it."""
 
     @abstractmethod
+    def run_online(self, arrivals: Arrivals) -> OnlineRun:
+        """Run the load once from an empty prefix cache, requests arriving as it says."""
+
+    @abstractmethod
     def close(self) -> None:
         """Free what it holds."""
 
@@ -62,6 +66,11 @@ class EngineSide(Side):
             reading = self._reading(run)
         self.plans[run] = plans
         return reading
+
+    def run_online(self, arrivals: Arrivals) -> OnlineRun:
+        """See `Side`."""
+        self.llm.reset_prefix_cache()
+        return run_requests(self.llm, self.load, arrivals)
 
     def split_step_time(self, run: Run = "warm") -> dict[str, float]:
         """Mean seconds of a step by part, from a run that is not counted; for engines on the CPU."""

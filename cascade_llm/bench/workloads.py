@@ -275,18 +275,21 @@ class ChatWorkload(Workload):
     def _requests(self, vocabulary: Vocabulary) -> list[LoadRequest]:
         if self.think_s < 0:
             raise ConfigError(f"think_s is {self.think_s}: it must be 0 or larger")
-        tokens = _Tokens(vocabulary, self.seed)
+        tokens, answers = _Tokens(vocabulary, self.seed), _Tokens(vocabulary, f"answers {self.seed}")
         system = tokens.draw(self.system_len)
-        requests = []
+        requests: list[LoadRequest] = []
         for turn in range(self.turns):
             for _ in range(self.conversations):
-                own = tokens.draw(self.user_len)
+                own, before, delay_s = tokens.draw(self.user_len), None, 0.0
                 if turn == 0:
-                    requests.append(LoadRequest(system + own, self.output_len))
-                    continue
-                delay_s = tokens.rng.expovariate(1 / self.think_s) if self.think_s else 0.0
-                before = len(requests) - self.conversations
-                requests.append(LoadRequest(own, self.output_len, follows=before, delay_s=delay_s))
+                    own = system + own
+                else:
+                    before = len(requests) - self.conversations
+                    delay_s = tokens.rng.expovariate(1 / self.think_s) if self.think_s else 0.0
+                answer = answers.draw(self.output_len)
+                requests.append(
+                    LoadRequest(own, self.output_len, follows=before, delay_s=delay_s, recorded_answer=answer)
+                )
         return requests
 
 
@@ -358,7 +361,7 @@ WORKLOADS: Mapping[str, type[Workload]] = {
 class _Tokens:
     """Token ids at random."""
 
-    def __init__(self, vocabulary: Vocabulary, seed: int) -> None:
+    def __init__(self, vocabulary: Vocabulary, seed: int | str) -> None:
         self.rng, self._ids = random.Random(seed), range(vocabulary.size)
 
     def draw(self, length: int) -> list[int]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cascade_llm.cli.bench_throughput import load_options
+from cascade_llm.cli.bench_throughput import load_options, peer_options
 from cascade_llm.cli.bench_workloads import WorkloadGroup
 from cascade_llm.cli.console import print_json, result_console
 from cascade_llm.cli.field_options import engine_options, model_option, take_engine
@@ -17,10 +16,11 @@ from cascade_llm.cli.output_files import check_output_files, output_options, wri
 
 if TYPE_CHECKING:
     from cascade_llm.bench.latency import LatencyReport
+    from cascade_llm.bench.load import History, Load
     from cascade_llm.bench.online import Arrivals
     from cascade_llm.bench.workloads import Workload
 
-__all__ = ["arrival_options", "latency", "make_arrivals"]
+__all__ = ["arrival_options", "latency", "make_arrivals", "with_history"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -32,10 +32,22 @@ def arrival_options(command: Command) -> Command:
             click.option("--request-rate", type=float, help="Requests a second, by a Poisson process."),
             click.option("--concurrency", type=int, help="Users, each sending a request when the last has ended."),
             click.option("--arrival-seed", type=int, default=0, show_default=True, help="Of the Poisson process."),
+            click.option(
+                "--history",
+                type=click.Choice(["real", "recorded"]),
+                default="real",
+                show_default=True,
+                help="What later turns go on from: the engine's answers, or ones that are the same for every engine.",
+            ),
         )
     ):
         command = option(command)
     return command
+
+
+def with_history(load: Load, history: History) -> Load:
+    """The load, its later turns going on from real or recorded answers."""
+    return load.with_recorded_history() if history == "recorded" and load.has_turns else load
 
 
 def make_arrivals(request_rate: float | None, concurrency: int | None, seed: int) -> Arrivals:
@@ -52,7 +64,7 @@ def make_arrivals(request_rate: float | None, concurrency: int | None, seed: int
 def _options(command: Command) -> Command:
     off = click.option("--off/--no-off", "with_off", default=True, help="Compare with cascade attention off.")
     records = engine_options(without=("enable_cascade_attention",))
-    return model_option(arrival_options(load_options(off(output_options(records(command))))))
+    return model_option(arrival_options(load_options(off(peer_options(output_options(records(command)))))))
 
 
 def _run(workload: Workload, **arguments: Any) -> None:
@@ -68,10 +80,14 @@ def _measure(
     request_rate: float | None,
     concurrency: int | None,
     arrival_seed: int,
+    history: History,
     temperature: float | None,
     top_p: float,
     repeat: int,
     with_off: bool,
+    against: str | None,
+    peer_python: Path | None,
+    install_peer: bool,
     as_json: bool,
     output: Path | None,
     plot: Path | None,
@@ -79,19 +95,22 @@ def _measure(
 ) -> None:
     check_output_files(output, plot, force=force)
     arrivals = make_arrivals(request_rate, concurrency, arrival_seed)
+    from cascade_llm.bench.compare import opened_sides
     from cascade_llm.bench.latency import LatencyReport, measure_latency
+    from cascade_llm.bench.peer_side import peer_for
     from cascade_llm.bench.setup import open_model
     from cascade_llm.cli.demo_runs import run_bar
 
     bench = open_model(model, options)
-    load = bench.load(workload, temperature=temperature, top_p=top_p)
+    load = with_history(bench.load(workload, temperature=temperature, top_p=top_p), history)
+    peer = peer_for(against, bench, load, python=peer_python, install=install_peer) if against else None
     report = LatencyReport(model, load, arrivals)
-    names = ("cascade on", "cascade off") if with_off else ("cascade on",)
-    with ExitStack() as stack, run_bar(len(names) * (repeat + 1)) as on_run:
-        engines = {
-            name: stack.enter_context(bench.open(load, enable_cascade_attention=name == "cascade on")) for name in names
-        }
-        measure_latency(report, engines, repeat=repeat, on_run=on_run)
+    num_sides = 1 + with_off + (peer is not None)
+    with (
+        run_bar(num_sides * (repeat + 1) + (peer is not None)) as on_run,
+        opened_sides(bench, load, with_off=with_off, peer=peer, online=True, on_run=on_run) as sides,
+    ):
+        measure_latency(report, sides, repeat=repeat, on_run=on_run)
     if output is not None:
         write_json_file(output, report.as_dict())
     if plot is not None:
@@ -110,6 +129,8 @@ def _print(report: LatencyReport) -> None:
     console = result_console()
     console.print(text.title(report), style="bold")
     console.print(text.latency_table(report.runs))
+    if len(report.runs) > 1:
+        console.print(text.ratio_table(report))
     for line in text.setting_lines(report):
         console.print(line, style="dim")
 
@@ -123,4 +144,4 @@ def _draw(report: LatencyReport, path: Path) -> None:
 
 @click.group(cls=WorkloadGroup, run=_run, options=_options)
 def latency() -> None:
-    """Time to first token, between tokens and to the end: cascade on and off, requests arriving by the clock."""
+    """Time to first token, between tokens, to the end: cascade on, off, another engine; arrivals by the clock."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cascade_llm.cli.bench_latency import arrival_options, make_arrivals
+from cascade_llm.cli.bench_latency import arrival_options, make_arrivals, with_history
 from cascade_llm.cli.bench_throughput import load_options
 from cascade_llm.cli.bench_workloads import WorkloadGroup
 from cascade_llm.cli.console import print_json, result_console
@@ -16,7 +16,7 @@ from cascade_llm.cli.output_files import check_output_files, output_options, wri
 from cascade_llm.errors import BackendError
 
 if TYPE_CHECKING:
-    from cascade_llm.bench.load import Load
+    from cascade_llm.bench.load import History, Load
     from cascade_llm.bench.workloads import Workload
 
 __all__ = ["serve"]
@@ -51,6 +51,7 @@ def _run(
     request_rate: float | None,
     concurrency: int | None,
     arrival_seed: int,
+    history: History,
     temperature: float | None,
     top_p: float,
     repeat: int,
@@ -62,10 +63,11 @@ def _run(
     check_output_files(output, plot, force=force)
     arrivals = make_arrivals(request_rate, concurrency, arrival_seed)
     from cascade_llm.bench.latency import LatencyReport, LatencyRun
+    from cascade_llm.bench.reading import Reading
     from cascade_llm.bench.serve_client import CompletionsServer, run_against_server
     from cascade_llm.cli.demo_runs import run_bar
 
-    load = _load(workload, tokenizer, vocab_size, temperature, top_p)
+    load = with_history(_load(workload, tokenizer, vocab_size, temperature, top_p), history)
     load.check(1 << 62)
     server = CompletionsServer(url, model=served_model, api_key=api_key)
     report = LatencyReport(server.model, load, arrivals)
@@ -87,8 +89,9 @@ def _run(
             errors += run.errors
             if run.succeeded:
                 timings = [answer.timing for answer in run.succeeded]
-                counters = {"failed": len(run.errors), "generated": sum(a.num_generated for a in run.succeeded)}
-                report.runs.setdefault(url, []).append(LatencyRun.of(timings, run.elapsed_s, counters))
+                num_generated = sum(answer.num_generated for answer in run.succeeded)
+                reading = Reading(run.elapsed_s, num_generated, {"failed": len(run.errors)})
+                report.runs.setdefault(url, []).append(LatencyRun.of(timings, reading))
             if "interrupted" in run.errors:
                 report.interrupted = True
                 break

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table
 
-from cascade_llm.bench.latency import PERCENTILES, QUANTITIES, LatencyReport, LatencyRun, summary_spread
+from cascade_llm.bench.latency import PERCENTILES, QUANTITIES, STATISTICS, LatencyReport, LatencyRun, summary_spread
 from cascade_llm.bench.online import Arrivals, AtConcurrency, AtRate
 from cascade_llm.bench.reading import Spread
 from cascade_llm.cli.charts import Bars
 from cascade_llm.cli.throughput_report import load_line, machine_line
 
-__all__ = ["arrivals_line", "charts", "latency_table", "setting_lines", "title"]
+__all__ = ["arrivals_line", "charts", "latency_table", "ratio_table", "setting_lines", "title"]
 
 Runs = Mapping[str, Sequence[LatencyRun]]
 """By engine."""
@@ -44,10 +44,27 @@ def latency_table(runs: Runs) -> Table:
             statistics: list[str | int] = ["mean", *PERCENTILES, "highest"]
             spreads = [summary_spread(of_side, quantity, statistic) for statistic in statistics]
             middle = summary_spread(of_side, quantity, 50)
-            if middle is not None:
+            if middle is None and all(run.ttft is None for run in of_side):
+                table.add_row(side, meaning, "not told", *[""] * (len(PERCENTILES) + 2))
+            elif middle is not None:
                 table.add_row(side, meaning, *map(_milliseconds, spreads), _range(middle))
         speed = Spread.of([run.num_generated / run.elapsed_s for run in of_side])
         table.add_row(side, "output tok/s", f"{speed.median:,.1f}", *[""] * (len(PERCENTILES) + 2))
+    return table
+
+
+def ratio_table(report: LatencyReport) -> Table:
+    """How many times as long the others take as the first side, turn by turn."""
+    table = Table(title=f"times as long as {report.main}: median of the turns, lowest to highest", title_justify="left")
+    table.add_column("engine")
+    table.add_column("")
+    for name in STATISTICS:
+        table.add_column(name, justify="right")
+    for other, quantities in report.ratios().items():
+        for quantity, ratios in quantities.items():
+            cells = [f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" for ratio in ratios.values()]
+            if cells:
+                table.add_row(other, QUANTITIES[quantity], *cells)
     return table
 
 

@@ -18,7 +18,7 @@ class FakeServer:
 
     url: str = ""
     behaviour: str = "well"
-    """well | no usage | refuses | breaks off | speaks nonsense | says error | fails every third"""
+    """well | tells ids | no usage | refuses | breaks off | speaks nonsense | says error | fails every third"""
     token_s: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
@@ -71,7 +71,8 @@ def fake_openai_server(**options: Any) -> Iterator[FakeServer]:
             for step in range(body["max_tokens"]):
                 time.sleep(state.token_s)
                 for index in range(body["n"]):
-                    self._event({"choices": [{"index": index, "text": f" {step}"}]})
+                    told = {"token_ids": [7 + step]} if state.behaviour == "tells ids" else {}
+                    self._event({"choices": [{"index": index, "text": f" {step}", **told}]})
                 if state.behaviour == "breaks off" and step == 1:
                     return
             if state.behaviour != "no usage":

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cascade_llm.bench.latency import LatencyReport, measure_latency, summarize
+from cascade_llm.bench.latency import LatencyReport, LatencyRun, measure_latency, summarize
 from cascade_llm.bench.load import Load, LoadRequest
 from cascade_llm.bench.online import AllAtOnce, Arrivals, AtConcurrency, AtRate, RequestTiming, run_requests
+from cascade_llm.bench.reading import Reading
+from cascade_llm.bench.sides import EngineSide
 from cascade_llm.bench.workloads import ChatWorkload, Vocabulary
 from cascade_llm.errors import ConfigError
 from cascade_llm.sampling_params import SamplingParams
@@ -68,17 +70,53 @@ def test_turns_go_on_from_the_answers(tiny: Path) -> None:
     assert len(ids) == load.longest
 
 
+def test_recorded_histories_are_the_same_prompts_in_the_same_order(tiny: Path) -> None:
+    workload = ChatWorkload(conversations=2, turns=3, system_len=12, user_len=4, output_len=3, think_s=0.0)
+    real = workload.load(Vocabulary(97))
+    load = real.with_recorded_history()
+    assert load.prompt_lens == real.prompt_lens
+    for later in (2, 3, 4, 5):
+        before = load.requests[later - 2]
+        assert load.requests[later].token_ids[:-4] == [*before.token_ids, *before.recorded_answer]
+    with tiny_llm(tiny) as llm:
+        run = run_requests(llm, load, AtConcurrency(1))
+        assert run.reading.num_generated == load.num_generated
+        assert run.reading.counters["cached_tokens"] > 0
+    assert all(run.timings[i].arrival_s >= run.timings[i - 2].end_s for i in (2, 3, 4, 5))
+    with pytest.raises(ConfigError, match="no recorded answers"):
+        Load("file", (LoadRequest([1], 2), LoadRequest([2], 2, follows=0))).with_recorded_history()
+
+
 def test_a_report_has_both_engines_and_is_json(tiny: Path) -> None:
     report = LatencyReport(str(tiny), LOAD, AtRate(500.0))
     with tiny_llm(tiny) as on, tiny_llm(tiny, enable_cascade_attention=False) as off:
-        measure_latency(report, {"on": on, "off": off}, repeat=2)
+        measure_latency(report, [EngineSide("on", on, LOAD), EngineSide("off", off, LOAD)], repeat=2)
     assert {side: len(runs) for side, runs in report.runs.items()} == {"on": 2, "off": 2}
     spread = report.spread("on", "ttft", 50)
     assert spread is not None
     assert 0 < spread.low <= spread.median <= spread.high
     printed = json.loads(json.dumps(report.as_dict()))
+    assert printed["ratio"]["off"]["e2e"]["p99"]["median"] == report.ratios()["off"]["e2e"]["p99"].median > 0
     assert printed["arrivals"] == {"kind": "AtRate", "per_s": 500.0, "seed": 0}
     assert printed["sides"]["off"]["enable_cascade_attention"] is False
+
+
+def test_ratios_are_of_the_others_over_the_first_turn_by_turn() -> None:
+    def run(first_s: float, told: bool = True) -> LatencyRun:
+        timings = [RequestTiming(0.0, [[first_s, first_s + 1.0]] if told else [], first_s + 1.0)]
+        return LatencyRun.of(timings, Reading(first_s + 1.0, 2))
+
+    report = LatencyReport("a", LOAD, AllAtOnce())
+    report.runs = {"on": [run(1.0), run(3.0)], "other": [run(3.0), run(6.0)], "silent": [run(3.0, told=False)] * 2}
+    ratio = report.ratio("other", "ttft", 50)
+    assert ratio is not None
+    assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.5, 3.0)
+    assert report.spread("silent", "ttft", 50) is None
+    assert report.ratio("silent", "itl", "mean") is None
+    ratio = report.ratio("silent", "e2e", 99)
+    assert ratio is not None
+    assert (ratio.low, ratio.high) == (1.0, 2.0)
+    assert report.ratios()["silent"]["ttft"] == {}
 
 
 def test_an_interruption_keeps_whole_turns(tiny: Path) -> None:
@@ -90,7 +128,7 @@ def test_an_interruption_keeps_whole_turns(tiny: Path) -> None:
     announced: list[str] = []
     report = LatencyReport(str(tiny), LOAD, AllAtOnce())
     with tiny_llm(tiny) as llm:
-        measure_latency(report, {"on": llm}, repeat=3, on_run=interrupt)
+        measure_latency(report, [EngineSide("on", llm, LOAD)], repeat=3, on_run=interrupt)
         assert llm.stats()["running_sequences"] == 0
     assert report.interrupted
     assert len(report.runs["on"]) == 1
@@ -100,7 +138,7 @@ def test_one_token_has_no_gaps(tiny: Path) -> None:
     load = Load("one", (LoadRequest([5, 6], 1),))
     report = LatencyReport(str(tiny), load, AllAtOnce())
     with tiny_llm(tiny) as llm:
-        measure_latency(report, {"on": llm}, repeat=1)
+        measure_latency(report, [EngineSide("on", llm, load)], repeat=1)
     assert report.spread("on", "itl", "mean") is None
 
 

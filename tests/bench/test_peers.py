@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cascade_llm.bench.compare import compare
+from cascade_llm.bench.compare import compare, opened_sides
+from cascade_llm.bench.latency import LatencyReport, measure_latency
+from cascade_llm.bench.online import AllAtOnce, AtConcurrency, AtRate
 from cascade_llm.bench.peer_environment import DRIVERS, PEERS, PeerInterpreter, PeerKind, find_peer, install_peer
 from cascade_llm.bench.peer_process import PeerProcess
 from cascade_llm.bench.peer_side import PeerSide, peer_for
@@ -24,7 +26,7 @@ SHARED = SharedPrefixWorkload(prefix_len=20, num_requests=3, suffix_len=4, outpu
 DRIVER = """
 import os, subprocess, sys, time
 sys.path.insert(0, {drivers!r})
-from driver_loop import Driver, serve
+from driver_loop import Driver, Timing, serve
 
 class Counting(Driver):
     def start(self, command):
@@ -32,7 +34,15 @@ class Counting(Driver):
         self.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         return {{"child": self.child.pid, "threads": os.environ["OMP_NUM_THREADS"]}}
     def load(self, requests, temperature, top_p):
-        self.requests = requests
+        pass
+    def run_online(self, queue, now_s):
+        timings = {{}}
+        while queue:
+            for arrival in queue.take(now_s(), 0):
+                timings[arrival.request_index] = timing = Timing(arrival.arrival_s, 1)
+                timing.token_times_s, timing.end_s = None, now_s() + 0.001
+                queue.end(arrival.request_index, timing.end_s, arrival.token_ids)
+        return timings
     def run(self, output_len):
         if output_len == 99:
             time.sleep(60)
@@ -150,12 +160,55 @@ def test_transformers_counts_each_rows_own_length(tiny: Path) -> None:
     side.close()
 
 
+def test_transformers_meets_the_same_arrivals_and_every_token_has_a_time(tiny: Path) -> None:
+    model = open_model(str(tiny), OPTIONS)
+    load = model.load(RolloutWorkload(prompts=3, samples=2, prompt_len=8, output_len=4))
+    peer = peer_for("transformers", model, load)
+    report = LatencyReport(model.name, load, AtRate(200.0, seed=1))
+    with opened_sides(model, load, with_off=False, peer=peer, online=True) as sides:
+        measure_latency(report, sides, repeat=2)
+        timings = sides[1].run_online(AtConcurrency(1)).timings
+    assert "all that has arrived" in report.sides["transformers"]["batch"]
+    assert report.runs["transformers"][0].num_generated == load.num_generated
+    ratio = report.ratio("transformers", "itl", 50)
+    assert ratio is not None
+    assert 0 < ratio.low <= ratio.high
+    for timing, later in zip(timings, [*timings[1:], None], strict=True):
+        assert [len(times) for times in timing.token_times_s] == [4, 4]
+        assert timing.end_s == max(times[-1] for times in timing.token_times_s)
+        assert later is None or later.arrival_s >= timing.end_s, "one at a time"
+
+
+def test_conversations_run_on_a_peer_and_go_on_from_its_own_answers(tiny: Path) -> None:
+    model = open_model(str(tiny), OPTIONS)
+    chat = model.load(ChatWorkload(conversations=2, turns=3, system_len=8, user_len=4, output_len=4, think_s=0.01))
+    side = PeerSide(peer_for("transformers", model, chat), model, chat)
+    for load in (chat, chat.with_recorded_history()):
+        side.use_load(load)
+        run = side.run_online(AtRate(500.0))
+        assert run.reading.num_generated == 6 * 4
+        for index, request in enumerate(load.requests):
+            if request.follows is not None:
+                assert run.timings[index].arrival_s >= run.timings[request.follows].end_s + request.delay_s
+    assert side.run("warm").num_generated == 6 * 4
+    side.close()
+
+
+def test_an_engine_that_hands_out_whole_answers_tells_no_times_of_tokens(counting: PeerInterpreter, tiny: Path) -> None:
+    model = open_model(str(tiny), OPTIONS)
+    load = model.load(SHARED)
+    report = LatencyReport(model.name, load, AllAtOnce())
+    with opened_sides(model, load, with_off=False, peer=counting, online=True) as sides:
+        measure_latency(report, sides, repeat=1)
+    assert report.spread("counting", "ttft", 50) is None
+    assert report.ratios()["counting"].keys() == {"ttft", "itl", "e2e"}
+    assert report.ratios()["counting"]["itl"] == {}
+    assert report.ratios()["counting"]["e2e"]["p50"].median > 0
+
+
 def test_what_a_peer_cannot_do_is_refused_before_it_is_started(tiny: Path) -> None:
     model = open_model(str(tiny), OPTIONS)
-    chat = model.load(ChatWorkload(conversations=1, turns=2, system_len=4, user_len=4, output_len=4))
     load = model.load(SHARED)
-    with pytest.raises(ConfigError, match="turns"):
-        peer_for("transformers", model, chat)
     with pytest.raises(ConfigError, match=r"llama.cpp reads .gguf files only"):
         peer_for("llama.cpp", model, load)
     dummy = open_model(str(tiny), {**OPTIONS, "load_format": "dummy"})

@@ -96,7 +96,45 @@ def test_a_server_that_is_not_there_or_none_is_refused_at_once() -> None:
             CompletionsServer(bad)
 
 
-def test_conversations_are_refused() -> None:
-    load = ChatWorkload(conversations=1, turns=2, system_len=4, user_len=4, output_len=4).load(Vocabulary(50))
-    with fake_openai_server() as fake, pytest.raises(ConfigError, match="goes on from answers"):
-        run_against_server(CompletionsServer(fake.url), load, AllAtOnce())
+CHAT = ChatWorkload(conversations=2, turns=3, system_len=4, user_len=2, output_len=3, think_s=0.01)
+
+
+def prompts_of(load: Load, answer: list[int]) -> list[list[int]]:
+    """Of each request, where every answer is the same."""
+    prompts: list[list[int]] = []
+    for request in load.requests:
+        before = [] if request.follows is None else [*prompts[request.follows], *answer]
+        prompts.append([*before, *request.token_ids])
+    return prompts
+
+
+def test_turns_go_on_from_the_answers_that_the_server_told() -> None:
+    load = CHAT.load(Vocabulary(50))
+    with fake_openai_server(behaviour="tells ids") as fake:
+        run = run_against_server(CompletionsServer(fake.url), load, AtRate(500.0))
+    assert run.errors == []
+    assert sorted(body["prompt"] for body in fake.bodies) == sorted(prompts_of(load, [7, 8, 9]))
+    assert [body.get("return_token_ids", False) for body in sorted(fake.bodies, key=lambda b: len(b["prompt"]))] == [
+        *[True] * 4,
+        *[False] * 2,
+    ]
+    timings = [answer.timing for answer in run.answers]
+    for index, request in enumerate(load.requests):
+        if request.follows is not None:
+            assert timings[index].arrival_s >= timings[request.follows].end_s + request.delay_s
+
+
+def test_turns_go_on_from_recorded_answers_where_a_server_tells_none() -> None:
+    load = CHAT.load(Vocabulary(50))
+    with fake_openai_server() as fake:
+        server = CompletionsServer(fake.url)
+        failed = run_against_server(server, load, AllAtOnce())
+        assert "--history recorded" in failed.errors[0]
+        assert len(failed.errors) == 6
+        assert sum("the turn before it failed" in error for error in failed.errors) == 4
+        assert len(fake.bodies) == 2
+        fake.bodies.clear()
+        recorded = load.with_recorded_history()
+        assert run_against_server(server, recorded, AtConcurrency(1)).errors == []
+    assert sorted(body["prompt"] for body in fake.bodies) == sorted(list(r.token_ids) for r in recorded.requests)
+    assert not any("return_token_ids" in body for body in fake.bodies)

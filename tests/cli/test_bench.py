@@ -62,6 +62,21 @@ def test_latency_prints_and_draws(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert printed["arrivals"] == {"kind": "AtConcurrency", "users": 2}
 
 
+CHAT = ("--conversations", "2", "--turns", "2", "--system-len", "8", "--user-len", "4", "--output-len", "4")
+
+
+def test_latency_compares_with_another_engine_in_conversations(run: Run, tiny: Path) -> None:
+    args = ("bench", "latency", "chat", "-m", tiny, *CHAT, *ENGINE, "--think-s", "0.01", "--request-rate", "500")
+    result = run(*args, "--no-off", "--repeat", "1", "--against", "transformers", "--history", "recorded")
+    assert result.exit_code == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    assert "times as long as cascade on" in text
+    assert "all that has arrived" in text, "the other engine's flags"
+    printed = json.loads(run(*args, "--repeat", "1", "--json").stdout)
+    assert printed["load"]["history"] == "real"
+    assert printed["ratio"]["cascade off"]["e2e"].keys() == {"mean", "p50", "p90", "p99"}
+
+
 @pytest.mark.parametrize("command", ["throughput", "latency"])
 def test_every_workload_is_a_command_with_its_options(run: Run, command: str) -> None:
     listed = run("bench", command, "--help").stdout
@@ -82,23 +97,7 @@ def test_every_workload_is_a_command_with_its_options(run: Run, command: str) ->
         (("throughput", "shared-prefix", "--device", "cuda:9"), "CUDA devices"),
         (("throughput", "shared-prefix", "--against", "vlm", "--prefix-len", "8"), "did you mean 'vllm'?"),
         (("throughput", "shared-prefix", "--against", "vllm", "--prefix-len", "8"), "--install-peer"),
-        (
-            (
-                "throughput",
-                "chat",
-                "--against",
-                "vllm",
-                "--system-len",
-                "8",
-                "--user-len",
-                "8",
-                "--turns",
-                "2",
-                "--output-len",
-                "4",
-            ),
-            "turns",
-        ),
+        (("latency", "shared-prefix", "--against", "vllm", "--prefix-len", "8"), "--install-peer"),
         (("latency", "shared-prefix", "--request-rate", "0"), "above 0"),
         (("throughput", "file"), "--file"),
     ],
@@ -146,6 +145,12 @@ def test_serve_measures_a_server(run: Run, tmp_path: Path) -> None:
         printed = json.loads(result.stdout)
         assert len(printed["runs"][fake.url]) == 2
         assert len(printed["errors"]) == 2
+    with fake_openai_server() as fake:
+        chat = ("bench", "serve", "chat", *CHAT, "--think-s", "0.01", "--repeat", "1", "--url", fake.url)
+        assert "--history recorded" in " ".join(run(*chat).stderr.split())
+        result = run(*chat, "--history", "recorded", "--request-rate", "500")
+        assert result.exit_code == 0, result.stderr
+        assert "time to first token" in result.stdout
     with fake_openai_server(behaviour="refuses") as fake:
         result = run(*args, "--force", "--url", fake.url)
         assert result.exit_code == 1

@@ -12,18 +12,27 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
+
+from arrivals import ArrivalQueue
 
 
 class Driver:
     """What a driver says and does; an instance is made once and told what to run."""
 
+    requests: list[dict[str, Any]]
+    """Of the load: {"token_ids", "output_len", "n"}, and what `ArrivalQueue` wants to know of each."""
+
     def start(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Start the engine; returns its flags, everything that was chosen for it."""
+        """Start the engine; returns its flags, everything that was chosen for it.
+
+        Where `command["online"]` is true, only `run_online` will be asked for, else only `run`.
+        """
         raise NotImplementedError
 
     def load(self, requests: list[dict[str, Any]], temperature: float, top_p: float) -> None:
-        """Keep what is to be run: requests are {"token_ids", "output_len", "n"}."""
+        """Get ready for what is to be run."""
         raise NotImplementedError
 
     def run(self, output_len: int | None) -> int:
@@ -33,8 +42,21 @@ class Driver:
         """
         raise NotImplementedError
 
+    def run_online(self, queue: ArrivalQueue, now_s: Callable[[], float]) -> dict[int, Timing]:
+        """Run requests as the queue lets them arrive; `now_s` is the run's clock. Returns a timing for each request."""
+        raise NotImplementedError
+
     def reset(self) -> None:
         """Forget cached prefixes; not timed."""
+
+
+class Timing:
+    """One request, in seconds of the run's clock."""
+
+    def __init__(self, arrival_s: float, num_samples: int) -> None:
+        self.arrival_s, self.end_s = arrival_s, 0.0
+        self.token_times_s: list[list[float]] | None = [[] for _ in range(num_samples)]
+        """When each token of each sample was handed out; None for an engine that hands out whole answers."""
 
 
 def serve(driver: Driver) -> None:
@@ -56,6 +78,7 @@ def _answer(driver: Driver, command: dict[str, Any]) -> dict[str, Any]:
     if operation == "start":
         return {"flags": driver.start(command)}
     if operation == "load":
+        driver.requests = command["requests"]
         driver.load(command["requests"], command["temperature"], command["top_p"])
         return {}
     if operation == "run":
@@ -64,9 +87,26 @@ def _answer(driver: Driver, command: dict[str, Any]) -> dict[str, Any]:
         start_s = time.perf_counter()
         num_generated = driver.run(command["output_len"])
         return {"elapsed_s": time.perf_counter() - start_s, "num_generated": num_generated}
+    if operation == "online":
+        return _online(driver, command)
     if operation == "memory":
         return {"peak_bytes": peak_memory_bytes()}
     raise ValueError(f"unknown command {operation}")
+
+
+def _online(driver: Driver, command: dict[str, Any]) -> dict[str, Any]:
+    if command["reset"]:
+        driver.reset()
+    queue = ArrivalQueue(
+        driver.requests, command["times_s"], max_running=command["max_running"], by_clock=command["by_clock"]
+    )
+    start_s = time.perf_counter()
+    timings = driver.run_online(queue, lambda: time.perf_counter() - start_s)
+    return {
+        "elapsed_s": max(timing.end_s for timing in timings.values()),
+        "num_generated": sum(request["n"] * request["output_len"] for request in driver.requests),
+        "timings": [vars(timings[index]) for index in range(len(driver.requests))],
+    }
 
 
 def peak_memory_bytes() -> int:

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from driver_loop import Driver, serve
+from arrivals import ArrivalQueue
+from driver_loop import Driver, Timing, serve
 
 N_BATCH = 2048
+
+
+@dataclass
+class Sequence:
+    """One sample of a request that has arrived."""
+
+    row: int
+    """Its number in the cache."""
+    index: int
+    sample: int
+    token_ids: list[int]
+    """Prompt, and what was generated."""
+    end_len: int
+    num_cached: int | None = None
+    """Tokens whose K/V are there; None while it has not been begun."""
 
 
 class LlamaCppDriver(Driver):
@@ -36,13 +55,16 @@ class LlamaCppDriver(Driver):
 
     def load(self, requests: list[dict[str, Any]], temperature: float, top_p: float) -> None:
         """Samples become sequences of their own; like beginnings become neighbours."""
-        rows = sorted((r["token_ids"], r["output_len"]) for r in requests for _ in range(r["n"]))
-        if len(rows) > self._llama.llama_max_parallel_sequences():
+        later = [r for r in requests if r["goes_on"]]  # whose beginnings are the answers of others
+        rows = sorted((r["token_ids"], r["output_len"]) for r in requests if r not in later for _ in range(r["n"]))
+        num_rows = sum(r["n"] for r in requests)
+        if num_rows > self._llama.llama_max_parallel_sequences():
             raise ValueError(f"llama.cpp runs {self._llama.llama_max_parallel_sequences()} sequences at most")
         self._rows = rows
         self._shared = [0] + [_common(before, ids) for (before, _), (ids, _) in itertools.pairwise(rows)]
         cells = sum(len(ids) - s + length for (ids, length), s in zip(rows, self._shared, strict=True))
-        self._make_context(cells, len(rows))
+        cells += sum(r["n"] * (len(r["token_ids"]) + r["output_len"]) for r in later)
+        self._make_context(cells, num_rows)
         self._make_sampler(temperature, top_p)
 
     def run(self, output_len: int | None) -> int:
@@ -61,10 +83,84 @@ class LlamaCppDriver(Driver):
         self._cached = True
         return sum(lens)
 
+    def run_online(self, queue: ArrivalQueue, now_s: Callable[[], float]) -> dict[int, Timing]:
+        """See `Driver`; each step takes the next token of every sequence, then of prompts as many as fit the batch."""
+        timings: dict[int, Timing] = {}
+        running: list[Sequence] = []
+        said: dict[int, list[int]] = {}
+        first_rows = [0, *itertools.accumulate(request["n"] for request in self.requests)]
+        while queue or running:
+            for arrival in queue.take(now_s(), len({sequence.index for sequence in running})):
+                index, request = arrival.request_index, self.requests[arrival.request_index]
+                timings[index] = Timing(arrival.arrival_s, request["n"])
+                end_len = len(arrival.token_ids) + request["output_len"]
+                running += [
+                    Sequence(first_rows[index] + sample, index, sample, list(arrival.token_ids), end_len)
+                    for sample in range(request["n"])
+                ]
+            if not running:
+                time.sleep(queue.wait_s(now_s(), 0))
+                continue
+            sampled, at_s = self._decode(self._step_items(running)), now_s()
+            for sequence in running:
+                if sequence.num_cached is not None:
+                    self._texts[sequence.row] = sequence.token_ids[: sequence.num_cached]
+                if sequence.row in sampled:
+                    sequence.token_ids.append(sampled[sequence.row])
+                    timings[sequence.index].token_times_s[sequence.sample].append(at_s)
+                if len(sequence.token_ids) == sequence.end_len and sequence.sample == 0:
+                    said[sequence.index] = sequence.token_ids
+            ran = {sequence.index for sequence in running}
+            running = [sequence for sequence in running if len(sequence.token_ids) < sequence.end_len]
+            for index in ran - {sequence.index for sequence in running}:
+                timings[index].end_s = at_s
+                queue.end(index, at_s, said[index])
+        return timings
+
     def reset(self) -> None:
         """See `Driver`."""
         self._llama.llama_memory_clear(self._memory, True)
         self._cached = False
+        self._texts = {}
+
+    def _step_items(self, running: list[Sequence]) -> list[tuple[int, int, int, bool]]:
+        """What `_decode` takes of one step."""
+        begun = [sequence for sequence in running if sequence.num_cached is not None]
+        begun.sort(key=lambda sequence: len(sequence.token_ids) - sequence.num_cached)  # single tokens first
+        items: list[tuple[int, int, int, bool]] = []
+        for sequence in begun:
+            self._add_items(items, sequence)
+        for sequence in running:
+            if sequence.num_cached is not None or len(items) >= N_BATCH:
+                continue
+            best = max(self._texts, key=lambda row: _common(self._texts[row], sequence.token_ids), default=None)
+            shared = 0 if best is None else _common(self._texts[best], sequence.token_ids)
+            in_step = (
+                _common(other.token_ids, sequence.token_ids) for other in running if other.num_cached is not None
+            )
+            if max(in_step, default=0) > shared + 1:
+                continue  # more of it is there after this step, to be copied
+            sequence.num_cached = min(shared, len(sequence.token_ids) - 1)
+            self._copy(best, sequence.row, sequence.num_cached)
+            self._add_items(items, sequence)
+        return items
+
+    def _add_items(self, items: list[tuple[int, int, int, bool]], sequence: Sequence) -> None:
+        """As many of its tokens as the batch still holds."""
+        begin, length = sequence.num_cached, len(sequence.token_ids)
+        end = min(length, begin + N_BATCH - len(items))
+        items += [(sequence.token_ids[i], i, sequence.row, i == length - 1) for i in range(begin, end)]
+        sequence.num_cached = end
+
+    def _copy(self, source: int | None, row: int, num_tokens: int) -> None:
+        """Let a sequence begin with so many tokens of another, or keep its own."""
+        if source == row:
+            self._llama.llama_memory_seq_rm(self._memory, row, num_tokens, -1)
+            return
+        self._llama.llama_memory_seq_rm(self._memory, row, -1, -1)
+        self._texts.pop(row, None)
+        if num_tokens:
+            self._llama.llama_memory_seq_cp(self._memory, source, row, 0, num_tokens)
 
     def _prompts(self) -> dict[int, int]:
         """Compute what is not cached of every prompt; the first token of each."""
@@ -113,6 +209,8 @@ class LlamaCppDriver(Driver):
         self._memory = llama.llama_get_memory(self._context)
         self._batch = llama.llama_batch_init(N_BATCH, 0, 1)
         self._cached = False
+        self._texts: dict[int, list[int]] = {}
+        """By row: the tokens that are cached."""
 
     def _make_sampler(self, temperature: float, top_p: float) -> None:
         llama = self._llama
@@ -126,8 +224,15 @@ class LlamaCppDriver(Driver):
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """Tokens of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """Tokens of the common beginning, by halving: slices are compared fast."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 if __name__ == "__main__":
