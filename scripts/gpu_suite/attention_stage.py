@@ -17,7 +17,7 @@ from cascade_llm.attention.flashinfer_graph import GraphAttention, SharedColumns
 from cascade_llm.attention.flashinfer_levels import LevelBuffers, LevelColumns
 from cascade_llm.attention.flashinfer_table import ChunkRule, DecodeKernel, KernelTable, SharedKernel
 from cascade_llm.attention.reference import reference_attention
-from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
+from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
 from cascade_llm.plan import CascadeLevel, CascadePlan
 from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape, graph_shapes
 from scripts.gpu_suite.machine import Machine
@@ -28,6 +28,8 @@ __all__ = ["measure_attention", "measure_plans", "validate_kernels"]
 VALIDATED_ROWS = 64
 """The float64 reference gathers every row's K/V."""
 MAX_SHARED = 3
+FP8, SCALE = torch.float8_e4m3fn, KVScale(0.5, 0.75)
+"""Pages of 8 bits, and scales that show when one is left out."""
 
 
 VALIDATED_CHUNKS = ChunkRule(min_packed_rows=1, min_tokens=1, chunk_tokens=16)
@@ -59,7 +61,15 @@ class Way(NamedTuple):
 class Setting:
     """One tree on one head layout: a pool with random K/V, and random queries."""
 
-    def __init__(self, machine: Machine, tree: Tree, heads: tuple[int, int], head_dim: int) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        tree: Tree,
+        heads: tuple[int, int],
+        head_dim: int,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """`kv_dtype`: of the pages, where it is not the machine's; of 8 bits they have scales."""
         num_qo_heads, num_kv_heads = heads
         self.tree = tree
         self.spec = AttentionSpec(
@@ -70,6 +80,7 @@ class Setting:
             sm_scale=head_dim**-0.5,
             dtype=machine.dtype,
             device=machine.device,
+            kv_dtype=kv_dtype,
         )
         self.pool = PagedKVCache(
             num_layers=1,
@@ -77,10 +88,15 @@ class Setting:
             page_size=PAGE_SIZE,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            dtype=machine.dtype,
+            dtype=self.spec.page_dtype,
             device=machine.device,
+            scales=[SCALE] if kv_dtype is not None else None,
         )
-        self.pool.layer(0).normal_()
+        pages = self.pool.layer(0)
+        if kv_dtype is None:
+            pages.normal_()
+        else:  # torch draws no 8-bit floats
+            pages.copy_(torch.randn(pages.shape, device=machine.device))
         self.q = torch.randn(tree.rows, num_qo_heads, head_dim, device=machine.device).to(machine.dtype)
 
     def eager(
@@ -133,16 +149,25 @@ def _pinned(stream: Any, column: torch.Tensor) -> torch.Tensor:
     return buffer.copy_(column)
 
 
-def validate_kernels(machine: Machine, sizes: Sizes) -> list[dict[str, Any]]:
-    """The largest error of each kernel choice against float64, on the trees that the reference can hold."""
-    results = []
+def validate_kernels(
+    machine: Machine, sizes: Sizes, has_time: Callable[[], bool], *, fp8: bool = False
+) -> list[dict[str, Any]]:
+    """The largest error of each kernel choice against float64, on the trees that the reference can hold.
+
+    fp8: also over pages of 8 bits, against the reference over the decoded pages
+    """
+    results: list[dict[str, Any]] = []
     trees = [tree for tree in sizes.trees if tree.rows <= VALIDATED_ROWS] or [sizes.trees[0]]
-    for tree, heads in product(trees, sizes.heads):
-        setting = Setting(machine, tree, heads, sizes.head_dim)
+    for kv_dtype, tree, heads in product((None, FP8) if fp8 else (None,), trees, sizes.heads):
+        if not has_time():
+            results.append({"skipped": f"{tree} {heads}, {kv_dtype}: out of time"})
+            continue
+        setting = Setting(machine, tree, heads, sizes.head_dim, kv_dtype)
         plan = tree.plan(MAX_SHARED)
         expected, expected_lse = reference_attention(plan, setting.pool, 0, setting.q, setting.spec.sm_scale)
         for name, table in kernel_tables():
             entry: dict[str, Any] = {"tree": str(tree), "heads": list(heads), "kernels": name}
+            entry["pages"] = str(setting.spec.page_dtype).removeprefix("torch.")
             try:
                 cutting = replace(table, chunks=VALIDATED_CHUNKS)
                 out, lse = setting.eager(machine.platform(), plan, cutting)()
@@ -231,10 +256,13 @@ def _floor_s(tree: Tree, spec: AttentionSpec, bytes_per_s: float, flops_per_s: f
     return seconds
 
 
-def measure_plans(machine: Machine, sizes: Sizes) -> list[dict[str, Any]]:
+def measure_plans(machine: Machine, sizes: Sizes, has_time: Callable[[], bool]) -> list[dict[str, Any]]:
     """Microseconds that the host spends in planning a leaf and the shared levels of each tree, or all in one launch."""
-    results = []
+    results: list[dict[str, Any]] = []
     for tree in sizes.trees:
+        if not has_time():
+            results.append({"skipped": f"{tree}: out of time"})
+            continue
         setting = Setting(machine, tree, sizes.heads[-1], sizes.head_dim)
         backend = FlashInferAttentionBackend(setting.spec, setting.pool, machine.platform())
         entry: dict[str, Any] = {"tree": str(tree)}

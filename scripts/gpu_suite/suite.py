@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import tempfile
 import time
@@ -20,32 +19,19 @@ from scripts.gpu_suite.plots import write_plots
 from scripts.gpu_suite.rates import measure_rates
 from scripts.gpu_suite.shapes import Sizes
 
-__all__ = ["STAGES", "Suite", "check_imports"]
+__all__ = ["STAGES", "Suite"]
 
 STAGES = ("rates", "validation", "attention", "plans", "engine_steps", "load")
-IMPORTS = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf", "numpy", "xxhash", "click",
-           "rich", "psutil", "flashinfer", "tvm_ffi", "matplotlib", "cascade_llm.llm")  # fmt: skip
 PLOT_RESERVE_S = 15.0
-
-
-def check_imports() -> dict[str, str | None]:
-    """What cannot be imported, and why; printed before anything else is tried."""
-    found: dict[str, str | None] = {}
-    for name in IMPORTS:
-        try:
-            importlib.import_module(name)
-            found[name] = None
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"[:300]
-            print(f"cannot import {name}: {found[name]}", flush=True)
-    return found
 
 
 class Suite:
     """One run. A stage that fails is recorded with its traceback, and the next one begins."""
 
-    def __init__(self, machine: Machine, out: Path, sizes: Sizes, budget_s: float) -> None:
+    def __init__(self, machine: Machine, out: Path, sizes: Sizes, budget_s: float, *, fp8: bool = False) -> None:
+        """`fp8`: whether kernels are validated over FP8 pages too."""
         self._machine, self._out, self._sizes = machine, out, sizes
+        self._fp8, self._stage_name = fp8, "nothing yet"
         self._ends = time.perf_counter() + budget_s
         self.results: dict[str, Any] = {"machine": _describe(machine), "seconds": {}}
         out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +40,7 @@ class Suite:
         """Run stages; returns all results, which are also in `results.json`."""
         with tempfile.TemporaryDirectory() as folder:
             for stage in stages:
-                started = time.perf_counter()
+                started, self._stage_name = time.perf_counter(), stage
                 print(f"stage {stage} ...", flush=True)
                 try:
                     self.results[stage] = self._stage(stage, Path(folder))
@@ -69,8 +55,17 @@ class Suite:
         return self.results
 
     def save(self) -> None:
-        """Write the results so far."""
-        (self._out / "results.json").write_text(json.dumps(self.results, indent=1))
+        """Write the results so far; the file is whole at any time."""
+        scratch = self._out / "results.json.new"
+        scratch.write_text(json.dumps(self.results, indent=1))
+        scratch.replace(self._out / "results.json")
+
+    def stop(self) -> None:
+        """Say in the results that time ran out; for another thread, while a stage hangs."""
+        said = f"out of time in stage {self._stage_name}"
+        print(said, flush=True)
+        self.results = {**self.results, "stopped": said}
+        self.save()
 
     def _stage(self, stage: str, folder: Path) -> Any:
         machine, sizes = self._machine, self._sizes
@@ -78,15 +73,15 @@ class Suite:
             if stage == "rates":
                 return measure_rates(machine, sizes)
             if stage == "validation":
-                return validate_kernels(machine, sizes)
+                return validate_kernels(machine, sizes, self._has_time(0.7), fp8=self._fp8)
             if stage == "plans":
-                return measure_plans(machine, sizes)
+                return measure_plans(machine, sizes, self._has_time(0.4))
             if stage == "attention":
                 return measure_attention(machine, sizes, *self._rates(), self._has_time(0.4))
         if stage == "engine_steps":
             return measure_engine_steps(machine, sizes, folder, *self._rates(), self._has_time(0.15), self._save_steps)
         if stage == "load":
-            return measure_load(machine, sizes, folder)
+            return measure_load(machine, sizes, folder, self._has_time(0.0))
         raise ValueError(f"unknown stage {stage!r}: {', '.join(STAGES)}")
 
     def _rates(self) -> tuple[float, float]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ import torch
 from cascade_llm import LLM
 from cascade_llm.attention.flashinfer_backend import GpuPlatform
 from cascade_llm.attention.flashinfer_table import KernelTable
-from scripts.gpu_suite import attention_stage, suite
+from scripts.gpu_suite import __main__ as gpu_suite_module
+from scripts.gpu_suite import attention_stage, imports, suite
 from scripts.gpu_suite.__main__ import main as gpu_suite_main
 from scripts.gpu_suite.engine_stage import VARIANTS
 from scripts.gpu_suite.machine import Machine
 from scripts.gpu_suite.rates import decode_floor_s
 from scripts.gpu_suite.shapes import FULL, MODELS, TREES, ModelShape, Sizes, Tree
 from scripts.gpu_suite.suite import STAGES, Suite
+from scripts.gpu_suite.watchdog import STOPPED
 from tests.gpu_path.gpu_engine import double_gpu, on_double
 
 TINY = Sizes(
@@ -98,7 +102,7 @@ def test_refusals_are_results(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("not on this device")
 
     monkeypatch.setattr(attention_stage.Setting, "eager", refused)
-    entries = attention_stage.validate_kernels(DoubleMachine(), TINY)
+    entries = attention_stage.validate_kernels(DoubleMachine(), TINY, lambda: True)
     assert {entry["refused"] for entry in entries} == {"RuntimeError: not on this device"}
 
 
@@ -132,9 +136,10 @@ def test_plots_come_in_one_archive(out: Path) -> None:
 
 
 def test_out_of_time_is_said_and_not_silent(tmp_path: Path) -> None:
-    results = Suite(DoubleMachine(), tmp_path, TINY, budget_s=0).run(["rates", "attention", "engine_steps"])
-    assert all("skipped" in entry for entry in results["attention"])
-    assert all("skipped" in entry for entry in results["engine_steps"])
+    results = Suite(DoubleMachine(), tmp_path, TINY, budget_s=0).run()
+    for stage in ("validation", "attention", "plans", "engine_steps"):
+        assert all("skipped" in entry for entry in results[stage])
+    assert "skipped" in results["load"]
 
 
 @pytest.mark.parametrize("tree", TREES, ids=str)
@@ -172,14 +177,103 @@ def test_full_sizes_are_the_whole_list() -> None:
     assert {len(tree.nodes) == len(tree.tokens) for tree in FULL.trees} == {True}
 
 
-def test_without_a_gpu_it_says_so_after_listing_what_cannot_be_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fp8_pages_are_validated_over_what_they_decode_to(tmp_path: Path) -> None:
+    sizes = replace(TINY, head_dim=128, trees=TINY.trees[:1])
+    entries = Suite(DoubleMachine(), tmp_path, sizes, 600, fp8=True).run(["validation"])["validation"]
+    by_pages = {name: [e for e in entries if e["pages"] == name] for name in ("bfloat16", "float8_e4m3fn")}
+    assert [e["kernels"] for e in by_pages["bfloat16"]] == [e["kernels"] for e in by_pages["float8_e4m3fn"]]
+    served = [entry for entry in by_pages["float8_e4m3fn"] if "refused" not in entry]
+    assert {"prefill_fa2 + decode_tensor_cores", "prefill_fa2 + decode_cuda_cores"} <= {e["kernels"] for e in served}
+    assert all(entry["max_error"] < 0.05 and entry["max_lse_error"] < 0.05 for entry in served)
+    assert all("fa3" in entry["kernels"] for entry in by_pages["float8_e4m3fn"] if "refused" in entry)
+
+
+def test_a_stage_that_raises_is_a_result_and_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = {}
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def looks(*arguments: Any) -> str:
+        written.update(json.loads((tmp_path / "results.json").read_text()))
+        return "planned"
+
+    monkeypatch.setattr(suite, "validate_kernels", fails)
+    monkeypatch.setattr(suite, "measure_plans", looks)
+    results = Suite(DoubleMachine(), tmp_path, TINY, budget_s=600).run(["rates", "validation", "plans"])
+    assert "an illegal memory access" in results["validation_failed"]
+    assert results["plans"] == "planned"
+    assert {"rates", "validation_failed"} <= written.keys(), "the file is there before the next stage begins"
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from scripts.gpu_suite import suite
+from scripts.gpu_suite.watchdog import start_watchdog
+from tests.gpu_path.test_gpu_suite import TINY, DoubleMachine
+suite.measure_plans = lambda *arguments: time.sleep(600)
+run = suite.Suite(DoubleMachine(), Path(sys.argv[1]), TINY, 600)
+start_watchdog(1.0, run.stop)
+run.run(["rates", "plans"])
+"""
+
+
+def test_a_stage_that_hangs_is_ended_and_the_results_are_kept(tmp_path: Path, repo_root: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], cwd=repo_root, timeout=300, check=False)
+    assert done.returncode == STOPPED
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["stopped"] == "out of time in stage plans"
+    assert results["rates"]["copy_bytes_per_s"] > 0
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run the command line on a machine that has only torch."""
     monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
-    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--out", str(tmp_path)])
-    monkeypatch.setattr(suite, "IMPORTS", ("torch", "no_such_package"))
+    monkeypatch.setattr(imports, "IMPORTS", ("torch", "no_such_package"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_suite_main() == 1
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["gpu_suite", "--out", str(tmp_path / "out"), *arguments])
+        return gpu_suite_main()
+
+    return run
+
+
+def test_without_a_gpu_it_says_so_after_listing_what_cannot_be_imported(
+    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start() == 1
     printed = capsys.readouterr()
     assert "cannot import no_such_package" in printed.out
     assert "no CUDA device" in printed.err
+    assert start("--dry-run") == 0
+    assert "no_such_package" in json.loads((tmp_path / "out" / "results.json").read_text())["imports"]
+
+
+def test_what_it_cannot_do_without_ends_it(
+    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_suite_module, "REQUIRED", ("no_such_package",))
+    assert start("--dry-run") == 1
+    assert "nothing can be measured" in capsys.readouterr().err
+
+
+def test_imports_are_checked_before_anything_else_is_imported(run_python: Callable[[str], str]) -> None:
+    code = "import sys\nimport scripts.gpu_suite.__main__\nprint({'torch', 'cascade_llm'} & set(sys.modules))"
+    assert run_python(code).strip() == "set()"
+
+
+def test_too_much_to_carry_is_said_before_it_is_carried(
+    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels = tmp_path / "kernels" / "page"
+    kernels.mkdir(parents=True)
+    (kernels / "page.so").write_bytes(b"x" * (1 << 20))
+    assert start("--dry-run", "--kernels", str(kernels.parent)) == 0
+    assert "carried: 1.0 of 64 MiB" in capsys.readouterr().out
+    with (kernels / "page.so").open("wb") as file:
+        file.truncate(65 << 20)
+    assert start("--dry-run", "--kernels", str(kernels.parent)) == 1
+    assert "too much to carry" in capsys.readouterr().err
