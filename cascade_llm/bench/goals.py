@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cascade_llm.bench.load import Load
@@ -103,6 +103,10 @@ class GoalResult:
     """Of the first side."""
     goal: Mapping[str, float | None]
     peak_memory_bytes: Mapping[str, int]
+    equal_plans: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By other side: the quantities in which it ran the same steps as the first."""
+    pairs: Mapping[str, int] = field(default_factory=dict)
+    """By other side of ours: pairs of short turns, of which "decode" has the median ratio and its quartiles."""
 
     def reached(self, other: str, quantity: str) -> bool | None:
         """Whether the median ratio is the goal's or better; None where there is no goal or no reading."""
@@ -165,4 +169,9 @@ def goal_result(name: str, report: ThroughputReport) -> GoalResult:
         share_of_limit={quantity: report.share_of_limit(report.main, quantity) for quantity in quantities},
         goal={"decode": goal.decode, "cold": goal.cold},
         peak_memory_bytes=dict(report.peak_memory_bytes),
+        equal_plans={
+            other: [quantity for quantity in quantities if report.has_equal_plans(other, quantity)]
+            for other in list(report.readings)[1:]
+        },
+        pairs={other: len(paired.step_s) for other, paired in report.paired.items()},
     )

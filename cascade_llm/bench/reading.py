@@ -55,6 +55,12 @@ class Spread:
         """Median, smallest and largest."""
         return Spread(statistics.median(values), min(values), max(values))
 
+    @staticmethod
+    def quartiles(values: Sequence[float]) -> Spread:
+        """Median, and the values that a quarter and three quarters of two or more do not exceed."""
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return Spread(median, low, high)
+
 
 def spread_of_ratios(values: Sequence[float], others: Sequence[float]) -> Spread:
     """Of readings that were made in turns: each value over the one of its own turn."""

@@ -3,7 +3,7 @@
 One repeat of a side is a *cold* run (its prefix cache is empty, so prefill is part of it), a run for the *first* token
 with prompts cached, and a *warm* one (the same, to the end). Decode is what the warm run takes beyond the first tokens.
 Sides take turns within each repeat, every other time in reverse, so that what else the machine does meets all of them;
-ratios are taken turn by turn.
+ratios are taken turn by turn. Decode with cascade attention on against off is compared in shorter turns: see `paired`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from cascade_llm.bench.load import Load
 from cascade_llm.bench.machine import describe_machine
 from cascade_llm.bench.machine_limits import MachineLimits
+from cascade_llm.bench.paired import PairedDecode, measure_paired
 from cascade_llm.bench.reading import Reading, Spread, spread_of_ratios
 from cascade_llm.bench.sides import RUNS, EngineSide, Run, Side
 from cascade_llm.bench.step_work import ModelShape, Work, floor_s, step_work, total_work
@@ -45,6 +46,8 @@ class ThroughputReport:
     sides: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """By side, first the one that others are compared with: all that was chosen for it."""
     readings: dict[str, Readings] = field(default_factory=dict)
+    paired: dict[str, PairedDecode] = field(default_factory=dict)
+    """By other side of ours: decode in short turns with the first."""
     floors: dict[Run, Floor] = field(default_factory=dict)
     """By run, from the step plans of the first side."""
     step_parts_s: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -76,9 +79,27 @@ class ThroughputReport:
         """Output tokens per second."""
         return Spread.of(self.values(side, quantity))
 
+    def compared(self, other: str) -> list[str]:
+        """The quantities that have a ratio."""
+        names = self.quantities()
+        return names if other not in self.paired or "decode" in names else [*names, "decode"]
+
     def ratio(self, other: str, quantity: str) -> Spread:
-        """The main side's speed over another's, turn by turn: above 1 the main side is faster."""
+        """The main side's speed over another's: above 1 the main side is faster.
+
+        Turn by turn, with the lowest and highest; of decode on two engines of ours by `paired`, with the quartiles.
+        """
+        if quantity == "decode" and other in self.paired:
+            return self.paired[other].ratio
         return spread_of_ratios(self.values(self.main, quantity), self.values(other, quantity))
+
+    def has_equal_plans(self, other: str, quantity: str) -> bool:
+        """Whether two engines of ours ran the same steps, none with a shared level: a ratio is noise then."""
+        if quantity == "decode" and other in self.paired:
+            return self.paired[other].has_equal_plans
+        run: Run = "cold" if quantity == "cold" else "warm"
+        counters = [reading.counters for side in (self.main, other) for reading in self.readings[side].get(run, ())]
+        return bool(counters) and all(of_run.get("cascade_steps") == 0 for of_run in counters)
 
     def floor_tokens_per_s(self, quantity: str) -> float | None:
         """Output tokens per second at the machine's limit."""
@@ -116,9 +137,14 @@ class ThroughputReport:
                 for side, readings in self.readings.items()
             },
             "ratio": {
-                other: {name: asdict(self.ratio(other, name)) for name in quantities}
+                other: {name: asdict(self.ratio(other, name)) for name in self.compared(other)}
                 for other in list(self.readings)[1:]
             },
+            "equal_plans": {
+                other: [name for name in self.compared(other) if self.has_equal_plans(other, name)]
+                for other in list(self.readings)[1:]
+            },
+            "paired": {other: paired.as_dict() for other, paired in self.paired.items()},
             "limit": {
                 "machine": asdict(self.limits),
                 "tokens_per_s": {name: self.floor_tokens_per_s(name) for name in quantities},
@@ -174,6 +200,11 @@ def measure_sides(
             side.run("cold")
         for turn in range(repeat):
             _one_turn(report, sides if turn % 2 == 0 else sides[::-1], runs, on_run)
+        for side in sides[1:]:
+            if isinstance(side, EngineSide):
+                on_run(f"{main.name} and {side.name}, in short turns")
+                if (paired := measure_paired(main, side)) is not None:
+                    report.paired[side.name] = paired
         if split_steps:
             _split_steps(report, sides, on_run)
     except KeyboardInterrupt:
@@ -185,9 +216,9 @@ def measure_sides(
     return report
 
 
-def num_runs(num_sides: int, repeat: int, load: Load) -> int:
-    """Runs of `measure_sides`, the uncounted first ones included, those for a step's parts not."""
-    return num_sides * (1 + repeat * (2 if load.has_turns else len(RUNS)))
+def num_runs(num_sides: int, repeat: int, load: Load, *, with_off: bool) -> int:
+    """Runs of `measure_sides`, the uncounted first ones and the short turns included, those for a step's parts not."""
+    return num_sides * (1 + repeat * (2 if load.has_turns else len(RUNS))) + with_off
 
 
 def floors_of(side: EngineSide, limits: MachineLimits, shape: ModelShape) -> dict[Run, Floor]:

@@ -77,7 +77,9 @@ def goals(
                 peer_for(against, bench, load, python=peer_python, install=install_peer) for load in wanted.values()
             ]
         num_sides = 1 + with_off + (peer is not None)
-        total = sum(num_runs(num_sides, repeat, load) for load in wanted.values()) + (peer is not None)
+        total = sum(num_runs(num_sides, repeat, load, with_off=with_off) for load in wanted.values()) + (
+            peer is not None
+        )
         with run_bar(total) as on_run:
             reports = compare_each(
                 bench, wanted, with_off=with_off, peer=peer, repeat=repeat, split_steps=False, on_run=on_run

@@ -67,7 +67,7 @@ def growth(
         for batch, prefix_len in dict.fromkeys(points)
     }
     reports: dict[str, ThroughputReport] = {}
-    with run_bar(sum(num_runs(2, repeat, load) + 2 for load in loads.values())) as on_run:
+    with run_bar(sum(num_runs(2, repeat, load, with_off=True) + 2 for load in loads.values())) as on_run:
         try:
             for name, report in compare_each(bench, loads, repeat=repeat, on_run=on_run):
                 reports[name] = report

@@ -89,7 +89,7 @@ def _measure(
     load = bench.load(workload, temperature=temperature, top_p=top_p)
     peer = peer_for(against, bench, load, python=peer_python, install=install_peer) if against else None
     num_sides = 1 + with_off + (peer is not None)
-    with run_bar(num_runs(num_sides, repeat, load)) as on_run:
+    with run_bar(num_runs(num_sides, repeat, load, with_off=with_off)) as on_run:
         report = compare(bench, load, with_off=with_off, peer=peer, repeat=repeat, split_steps=parts, on_run=on_run)
     if output is not None:
         write_json_file(output, report.as_dict())

@@ -22,7 +22,7 @@ def goals_table(results: Sequence[GoalResult]) -> Table:
     table = Table()
     table.add_column("load")
     table.add_column("")
-    for heading in ("ours tok/s", "other tok/s", "ratio", "lowest to highest", "goal", "", "share of limit"):
+    for heading in ("ours tok/s", "other tok/s", "ratio", "from, to", "goal", "", "share of limit"):
         table.add_column(heading, justify="right")
     for cells in _rows(results):
         table.add_row(*cells)
@@ -31,7 +31,7 @@ def goals_table(results: Sequence[GoalResult]) -> Table:
 
 def markdown(results: Sequence[GoalResult]) -> str:
     """The table and what else was compared, for a document."""
-    headings = ("load", "", "ours tok/s", "other tok/s", "ratio", "lowest to highest", "goal", "", "share of limit")
+    headings = ("load", "", "ours tok/s", "other tok/s", "ratio", "from, to", "goal", "", "share of limit")
     lines = [f"| {' | '.join(headings)} |", f"| {' | '.join('---' for _ in headings)} |"]
     lines += [f"| {' | '.join(cells)} |" for cells in _rows(results)]
     for line in comparison_lines(results):
@@ -49,6 +49,8 @@ def comparison_lines(results: Sequence[GoalResult]) -> Iterator[str]:
             if other is not None and "decode" in speeds:
                 share = speeds["decode"].median / other.median
                 yield f"Sampling at temperature 0.8, top_p 0.95 decodes at {share:.1%} of greedy's speed on {side}."
+    if any(result.pairs for result in results):
+        yield "Decode over cascade off: median and quartiles of pairs of short turns; else lowest and highest turn."
     memory = results[-1].peak_memory_bytes if results else {}
     if memory:
         yield "Peak memory: " + ", ".join(f"{side} {format_bytes(size)}" for side, size in memory.items()) + "."
@@ -127,6 +129,9 @@ def _rows(results: Sequence[GoalResult]) -> Iterator[list[str]]:
             for other, ratios in result.ratio.items():
                 ratio, reached = ratios[quantity], result.reached(other, quantity)
                 goal = result.goal_over(other, quantity)
+                verdict = "" if reached is None else "reached" if reached else "missed"
+                if quantity in result.equal_plans.get(other, ()):
+                    verdict = "equal plans"
                 yield [
                     result.title,
                     f"{meaning}, over {other}",
@@ -135,6 +140,6 @@ def _rows(results: Sequence[GoalResult]) -> Iterator[list[str]]:
                     f"{ratio.median:.2f}",
                     f"{ratio.low:.2f} to {ratio.high:.2f}",
                     "" if goal is None else f"{goal:g}",
-                    "" if reached is None else "reached" if reached else "missed",
+                    verdict,
                     last,
                 ]

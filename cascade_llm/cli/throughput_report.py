@@ -77,12 +77,14 @@ def speeds_table(report: ThroughputReport) -> Table:
 def ratio_lines(report: ThroughputReport) -> Iterator[str]:
     """The main side against each other one."""
     for other in list(report.readings)[1:]:
-        for name in report.quantities():
-            ratio = report.ratio(other, name)
-            yield (
-                f"{name} ({MEANINGS[name]}): {report.main} is {ratio.median:.2f} times as fast as {other} "
-                f"({ratio.low:.2f} to {ratio.high:.2f})"
-            )
+        for name in report.compared(other):
+            ratio, paired = report.ratio(other, name), report.paired.get(other) if name == "decode" else None
+            spread = f"{ratio.low:.2f} to {ratio.high:.2f}"
+            if paired is not None:
+                spread = f"quartiles {spread} of {len(paired.step_s)} pairs of short turns"
+            if report.has_equal_plans(other, name):
+                spread += "; equal plans"
+            yield f"{name} ({MEANINGS[name]}): {report.main} is {ratio.median:.2f} times as fast as {other} ({spread})"
 
 
 def limit_lines(report: ThroughputReport) -> Iterator[str]:

@@ -161,7 +161,7 @@ def test_num_runs_counts_what_is_announced(bench: BenchModel) -> None:
     announced: list[str] = []
     load = bench.load(WORKLOAD)
     compare(bench, load, repeat=1, split_steps=False, on_run=announced.append)
-    assert len(announced) == num_runs(2, 1, load)
+    assert len(announced) == num_runs(2, 1, load, with_off=True)
 
 
 @pytest.mark.parametrize(
