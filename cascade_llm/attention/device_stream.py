@@ -39,11 +39,22 @@ class DeviceStream(ABC):
 
     @abstractmethod
     def pinned(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """A zeroed host buffer [num_elements] that the device copies from and to without blocking."""
+        """A zeroed host buffer [num_elements] that the device copies from and to without blocking.
+
+        Dropped with a copy from it under way, it is not handed out again before that copy is done.
+        """
 
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy between a pinned host buffer and a device tensor of the same shape and dtype."""
+
+    def upload(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy of a host tensor on the device, queued: the host does not wait, and may change the tensor at once."""
+        host = self.pinned(values.numel(), values.dtype)
+        host.copy_(values.flatten())
+        copy = torch.empty(values.shape, dtype=values.dtype, device=self.device)
+        self.copy(copy.view(-1), host)
+        return copy
 
     @abstractmethod
     def mark(self) -> Mark:

@@ -27,6 +27,7 @@ from cascade_llm.runner.lanes import LaneState
 from cascade_llm.runner.memory import available_bytes, pool_pages, step_bytes
 from cascade_llm.runner.model_runner import ModelRunner
 from cascade_llm.runner.start_errors import compiled_kernels, memory_for
+from cascade_llm.runner.token_usage import UsageTable
 
 __all__ = ["RunnerFacts", "build_runner"]
 
@@ -97,21 +98,29 @@ def build_runner(
             platform = GpuPlatform.cuda(device)
     with torch.inference_mode(), thread_limit(options.num_threads), compiled_kernels(), memory_for(BESIDE_THE_POOL):
         decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, platform)
+        padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
+        num_lanes = options.max_num_seqs + padding
+        has_graphs = platform is not None and not options.enforce_eager and not options.debug
         reserved = 0 if device.type == "cpu" else step_bytes(decoder, options)
+        if has_graphs:
+            reserved += UsageTable.bytes_needed(num_lanes, model.vocab_size, max_model_len)
         bytes_per_page = model.kv_bytes_per_token(kv_dtype.itemsize) * options.page_size
         total_pages = pool_pages(options, max_model_len, bytes_per_page, device, reserved)
-        padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
         layout = choice.backend.preferred_layout(device)
         kv_cache = _kv_cache(options, model, kv_dtype, device, total_pages + padding, layout, scales)
-        lanes = LaneState(options.max_num_seqs + padding, model.vocab_size, device)
+        upload = platform.stream.upload if platform else None
+        usage = None
+        if upload is not None and has_graphs:
+            usage = UsageTable(num_lanes, model.vocab_size, max_model_len, device, upload)
+        lanes = LaneState(num_lanes, model.vocab_size, device, usage=usage, upload=upload)
         backend: AttentionBackend
         graphs = report = None
         if platform is None:
             backend = choice.backend(spec, kv_cache)
         else:
             backend = FlashInferAttentionBackend(spec, kv_cache, platform, kernels)
-            if not options.enforce_eager and not options.debug:
-                graphs, report = _capture(options, decoder, backend, lanes, max_model_len, on_capture)
+            if usage is not None:
+                graphs, report = _capture(options, decoder, backend, lanes, usage, max_model_len, on_capture)
     runner = ModelRunner(
         decoder,
         backend,
@@ -205,6 +214,7 @@ def _capture(
     decoder: Decoder,
     backend: FlashInferAttentionBackend,
     lanes: LaneState,
+    usage: UsageTable,
     max_model_len: int,
     on_capture: OnCapture | None,
 ) -> tuple[CudaGraphs, CaptureReport]:
@@ -214,12 +224,19 @@ def _capture(
             decoder,
             backend,
             lanes,
+            usage,
             max_rows=options.max_num_seqs,
             max_model_len=max_model_len,
             max_shared_levels=options.cascade.max_shared_levels,
         )
         report = graphs.capture(on_capture)
-    log.info("captured %d graphs in %.1f s, %.0f MiB", report.num_graphs, report.seconds, report.num_bytes / (1 << 20))
+    log.info(
+        "captured %d graphs in %.1f s, %.0f MiB; %.0f MiB of token counts for penalties",
+        report.num_graphs,
+        report.seconds,
+        report.num_bytes / (1 << 20),
+        report.usage_bytes / (1 << 20),
+    )
     return graphs, report
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,18 +21,18 @@ from cascade_llm.attention.flashinfer_graph import GraphAttention, SharedColumns
 from cascade_llm.attention.flashinfer_levels import LevelColumns
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.plan import CascadeLevel, CascadePlan, StepPlan, StepResult
-from cascade_llm.runner.graph_sampler import FeatureSet, GraphSampler, LaneFeatures
+from cascade_llm.runner.graph_logprobs import report_len
+from cascade_llm.runner.graph_sampling import GraphCounters, SamplingGraphs
 from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape, graph_shapes, needs_padding_segment
 from cascade_llm.runner.lanes import LaneState
-from cascade_llm.runner.sampler import Sampler
+from cascade_llm.runner.sampling_features import FeatureSet
 from cascade_llm.runner.step_arena import HostImage, StepArena
 from cascade_llm.runner.step_attention import StepAttention
+from cascade_llm.runner.token_usage import UsageTable
 
-__all__ = ["CaptureReport", "CudaGraphs", "GraphCounters", "OnCapture"]
+__all__ = ["CaptureReport", "CudaGraphs", "OnCapture"]
 
 log = logging.getLogger("cascade_llm")
-
-CAPTURED_FEATURES = (FeatureSet.FILTERED_DRAW, FeatureSet.DRAW, FeatureSet.GREEDY)
 
 OnCapture = Callable[[int, int], None]
 """Told how many graphs are captured, and of how many."""
@@ -48,27 +47,10 @@ class CaptureReport:
     num_bytes: int
     dropped: tuple[GraphShape, ...] = ()
     """Shapes that the memory had no room for; their steps run eagerly."""
-
-
-@dataclass
-class GraphCounters:
-    """How steps were run."""
-
-    graph_steps: int = 0
-    eager_steps: Counter[str] = field(default_factory=Counter)
-    """Steps outside graphs, by reason."""
-    eagerly_sampled_steps: int = 0
-    """Steps whose forward pass was a graph and whose sampling was not."""
-    padding_rows: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        """All counts, the eager steps of all reasons together."""
-        return {
-            "graph_steps": self.graph_steps,
-            "eager_steps": sum(self.eager_steps.values()),
-            "eagerly_sampled_steps": self.eagerly_sampled_steps,
-            "padding_rows": self.padding_rows,
-        }
+    num_later_at_most: int = 0
+    """Sampling graphs that are captured when a step first needs them, at most."""
+    usage_bytes: int = 0
+    """Counts of used tokens, for penalties: allocated before, and no part of `num_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +67,7 @@ class CudaGraphs:
         decoder: Decoder,
         backend: FlashInferAttentionBackend,
         lanes: LaneState,
+        usage: UsageTable,
         *,
         max_rows: int,
         max_model_len: int,
@@ -96,6 +79,7 @@ class CudaGraphs:
             decoder: the model
             backend: its pool's last page belongs to no sequence: padding rows write to it
             lanes: its last lane belongs to no sequence: the tokens of padding rows go there
+            usage: of these lanes
             max_rows: sequences of the largest step
             max_model_len: tokens of the longest sequence
             max_shared_levels: levels above the leaf
@@ -116,43 +100,55 @@ class CudaGraphs:
             max_rows=max_rows,
             max_leaf_pages=max_rows * -(-max_model_len // pool.page_size),
             shared_len=max_shared_levels * (3 * (max_segments + 1) + pool.num_pages),
+            num_logprobs=report_len(lanes.vocab_size),
         )
         self._logits = torch.zeros(max_rows, lanes.vocab_size, dtype=decoder.dtype, device=lanes.device)
-        self._results = torch.zeros(2, max_rows, dtype=torch.int64, device=lanes.device)
-        self._sampler = GraphSampler(lanes, max_rows, backend.device.ops)
-        self._eager_sampler = Sampler(lanes, compiled=False)  # a kernel of the host's would not wait for the stream
-        self._features = LaneFeatures(lanes.num_lanes)
-        self._shapes: dict[GraphShape, _CapturedShape] = {}
-        self._sampling: dict[tuple[int, FeatureSet], Graph] = {}
-        self._last_fit: tuple[tuple[tuple[CascadeLevel, ...], int], GraphShape | None] | None = None
         self.counters = GraphCounters()
+        self._sampling = SamplingGraphs(
+            self._stream,
+            self._arena,
+            lanes,
+            usage,
+            backend.device.ops,
+            logits=self._logits,
+            row_counts=self._row_counts,
+            send_padding=self._send_padding,
+            counters=self.counters,
+        )
+        self._usage_bytes = usage.num_bytes
+        self._shapes: dict[GraphShape, _CapturedShape] = {}
+        self._last_fit: tuple[tuple[tuple[CascadeLevel, ...], int], GraphShape | None] | None = None
 
     # -- capture ----------------------------------------------------------------------------------------------------
 
     def capture(self, on_capture: OnCapture | None = None) -> CaptureReport:
         """Capture all graphs, the largest first; one that does not fit into memory is left out, said aloud."""
         started, bytes_before = time.perf_counter(), self._stream.pool_bytes()
-        dropped = []
-        total = len(self._all_shapes) + len(CAPTURED_FEATURES) * len(self._row_counts)
+        dropped: list[GraphShape] = []
+        num_captured, total = 0, len(self._all_shapes) + self._sampling.num_at_start
+
+        def count(captured: int = 1) -> None:
+            nonlocal num_captured
+            num_captured += captured
+            if on_capture is not None:
+                on_capture(num_captured, total)
+
         for shape in self._all_shapes:
             try:
                 self._capture_forward(shape)
             except torch.OutOfMemoryError:
                 dropped.append(shape)
                 log.warning("no memory to capture the graph of %s: such steps will run eagerly", shape)
-            if on_capture is not None:
-                on_capture(len(self._shapes), total)
-        for rows in reversed(self._row_counts):
-            for features in CAPTURED_FEATURES:
-                self._capture_sampling(rows, features)
-            if on_capture is not None:
-                on_capture(len(self._shapes) + len(self._sampling), total)
+            count(shape in self._shapes)
+        self._sampling.capture(count)
         self._stream.mark().wait()
         return CaptureReport(
-            len(self._shapes) + len(self._sampling),
+            num_captured,
             time.perf_counter() - started,
             self._stream.pool_bytes() - bytes_before,
             tuple(dropped),
+            self._sampling.num_later_at_most,
+            self._usage_bytes,
         )
 
     def _capture_forward(self, shape: GraphShape) -> None:
@@ -176,11 +172,6 @@ class CudaGraphs:
         work()
         self._shapes[shape] = _CapturedShape(attention, self._stream.capture(work))
 
-    def _capture_sampling(self, rows: int, features: FeatureSet) -> None:
-        work = partial(self._sample, rows, features)
-        work()
-        self._sampling[rows, features] = self._stream.capture(work)
-
     def _forward(self, attention: GraphAttention, rows: int) -> None:
         """What a forward graph holds: from the arena's columns to logits in fixed memory."""
         columns = self._arena.columns
@@ -190,17 +181,6 @@ class CudaGraphs:
         step = StepAttention(attention, self._backend, columns.slots[:rows])
         hidden = self._decoder.forward(token_ids, columns.positions[:rows], step)
         self._logits[:rows].copy_(self._decoder.logits(hidden))
-
-    def _sample(self, rows: int, features: FeatureSet) -> None:
-        """What a sampling graph holds."""
-        columns = self._arena.columns
-        self._sampler.sample(
-            features,
-            self._logits[:rows],
-            columns.sample_lanes[:rows],
-            columns.positions[:rows],
-            self._results[:, :rows],
-        )
 
     def _stand_in_columns(self, room: _Room, rows: int, capacity: int) -> LevelColumns:
         """A level to capture with: all rows over the padding page."""
@@ -215,7 +195,7 @@ class CudaGraphs:
 
     def note_starts(self, plan: StepPlan) -> None:
         """Take note of sequences that enter lanes; for every step, whoever runs it."""
-        self._features.start(plan.lane_starts)
+        self._sampling.start(plan.lane_starts)
 
     def submit(self, plan: StepPlan) -> Callable[[], StepResult] | None:
         """Queue a step; returns what waits for its result, or None where no graph holds the step (counted)."""
@@ -223,7 +203,7 @@ class CudaGraphs:
         if isinstance(shape, str):
             self.counters.eager_steps[shape] += 1
             return None
-        captured = self._shapes[shape]
+        captured, features = self._shapes[shape], self._sampling.prepared(plan, shape.rows)
         self.counters.graph_steps += 1
         self.counters.padding_rows += shape.rows - plan.num_rows
         image = self._arena.take_image()
@@ -236,17 +216,25 @@ class CudaGraphs:
                 columns = self._shared_columns(room, level, shape, shape.capacities[position])
                 captured.attention.plan_shared(position, level, columns)
         captured.forward.replay()
-        return self._sampled(plan, shape.rows, image)
+        return self._sampled(plan, shape.rows, features, image)
 
     def sample(self, plan: StepPlan, hidden: torch.Tensor) -> Callable[[], StepResult] | None:
         """Sample a step whose forward pass was eager, without waiting for it; None where no graph does what it needs.
 
         hidden: [rows, hidden], on the device
         """
-        count, features = len(plan.sample_rows), self._features.of(plan.sample_lanes.tolist())
-        if not 0 < count <= self._row_counts[-1] or features is FeatureSet.EAGER or len(plan.prompt_logprob_rows):
+        count = len(plan.sample_rows)
+        if not count:
             return None
-        rows = next(rows for rows in self._row_counts if rows >= count)
+        rows = self._sampling.capacity(count)
+        if rows is None or len(plan.prompt_logprob_rows):
+            reason = "prompt log-probabilities" if rows else "more samples than a graph has rows"
+            self.counters.eagerly_sampled_steps[reason] += 1
+            return None
+        features = self._sampling.prepared(plan, rows)
+        if isinstance(features, str):
+            self.counters.eagerly_sampled_steps[features] += 1
+            return None
         image = self._arena.take_image()
         self._write_padding(image, 0, rows, first_leaf_page=0)
         image.columns.positions[:count] = column_tensor(plan.sample_positions) - 1
@@ -254,50 +242,20 @@ class CudaGraphs:
         self._arena.send(image, rows)
         sampled_rows = column_tensor(plan.sample_rows).to(hidden.device, torch.int64)
         self._logits[:count].copy_(self._decoder.logits(hidden[sampled_rows]))
-        return self._replay_sampling(plan, rows, features, image, range(count))
+        return self._sampling.replay(plan, rows, features, image, range(count))
 
-    def _sampled(self, plan: StepPlan, rows: int, image: HostImage) -> Callable[[], StepResult]:
-        """Queue the sampling of a step whose logits are under way."""
-        features = self._features.of(plan.sample_lanes.tolist())
+    def _sampled(
+        self, plan: StepPlan, rows: int, features: FeatureSet | str, image: HostImage
+    ) -> Callable[[], StepResult]:
+        """Queue the sampling of a step whose logits are under way; `features` may be why it has to be eager."""
         if not len(plan.sample_rows):
             image.in_use = self._stream.mark()
             return lambda: StepResult(step_id=plan.step_id)
-        if features is FeatureSet.EAGER:
+        if isinstance(features, str):
             image.in_use = self._stream.mark()
-            self.counters.eagerly_sampled_steps += 1
-            result = self._sample_eagerly(plan)
+            result = self._sampling.sample_eagerly(plan, features)
             return lambda: result
-        return self._replay_sampling(plan, rows, features, image, plan.sample_rows.tolist())
-
-    def _replay_sampling(
-        self, plan: StepPlan, rows: int, features: FeatureSet, image: HostImage, places: Sequence[int]
-    ) -> Callable[[], StepResult]:
-        """Replay a sampling graph and queue the copy of its results; `places`: the row of each sample in them."""
-        self._sampling[rows, features].replay()
-        self._stream.copy(image.results, self._results)
-        mark = image.in_use = self._stream.mark()
-
-        def result_after_wait() -> StepResult:
-            mark.wait()
-            tokens, finite = image.results.tolist()
-            return StepResult(
-                step_id=plan.step_id,
-                token_ids=[tokens[place] for place in places],
-                failed_samples=frozenset(i for i, place in enumerate(places) if not finite[place]),
-            )
-
-        return result_after_wait
-
-    def _sample_eagerly(self, plan: StepPlan) -> StepResult:
-        lanes, rows = plan.sample_lanes.tolist(), plan.sample_rows.tolist()
-        sampled = self._eager_sampler.sample(self._logits, lanes, plan.sample_positions.tolist(), rows)
-        self._lanes.record(lanes, sampled.token_ids)
-        return StepResult(
-            step_id=plan.step_id,
-            token_ids=sampled.token_ids.tolist(),
-            logprobs=sampled.logprobs,
-            failed_samples=frozenset((~sampled.finite).nonzero().flatten().tolist()),
-        )
+        return self._sampling.replay(plan, rows, features, image, plan.sample_rows.tolist())
 
     def _shape_of(self, plan: StepPlan) -> GraphShape | str:
         """The graph that serves a step, or why none does."""
@@ -349,6 +307,13 @@ class CudaGraphs:
         columns.leaf_indptr[first + 1 : rows + 1] = torch.arange(first_leaf_page + 1, first_leaf_page + count + 1)
         columns.leaf_last_page_len[first:rows] = 1
         columns.leaf_indices[first_leaf_page : first_leaf_page + count] = self._padding_page
+
+    def _send_padding(self, rows: int) -> None:
+        """Queue the columns of a step that nobody asked for, between two steps."""
+        image = self._arena.next_image()
+        self._write_padding(image, 0, rows, first_leaf_page=0)
+        self._arena.send(image, rows)
+        image.in_use = self._stream.mark()
 
     def _leaf_columns(self, image: HostImage, rows: int) -> LevelColumns:
         columns = image.columns

@@ -1,58 +1,38 @@
 """Sampling that CUDA graphs can hold: the same draws as `sampler`, without anything that the host would wait for.
 
-A feature set is what the samples of a step need together. Greedy steps, plain draws and filtered draws have graphs;
-penalties, bias, min_tokens and log-probabilities need sizes that the device alone knows, and are left to the eager
-sampler. Filters are FlashInfer's: where several tokens tie at the edge of what is kept, it keeps them all.
+Filters are FlashInfer's: where several tokens tie at the edge of what is kept, it keeps them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from enum import IntEnum
-
 import torch
 
 from cascade_llm.attention.flashinfer_ops import FlashInferOps
-from cascade_llm.plan import LaneStart
 from cascade_llm.runner.candidates import BLOCK_LEN, first_argmax
 from cascade_llm.runner.draw import Filters, draw, softmax_weights, uniforms
+from cascade_llm.runner.graph_logprobs import GraphLogprobs
+from cascade_llm.runner.lane_lists import LaneLists
 from cascade_llm.runner.lanes import LaneState
+from cascade_llm.runner.sampling_features import Adjustment, Choice, FeatureSet
+from cascade_llm.runner.token_usage import UsageTable
 from cascade_llm.runner.workspace import Workspace
 
-__all__ = ["FeatureSet", "GraphSampler", "LaneFeatures"]
-
-
-class FeatureSet(IntEnum):
-    """What the samples of a step need, each including those before."""
-
-    GREEDY = 0
-    DRAW = 1
-    FILTERED_DRAW = 2
-    EAGER = 3
-    """what no graph does"""
-
-
-class LaneFeatures:
-    """What each lane needs, noted when a sequence enters it."""
-
-    def __init__(self, num_lanes: int) -> None:
-        self._features = [FeatureSet.GREEDY] * num_lanes
-
-    def start(self, starts: Iterable[LaneStart]) -> None:
-        """Note the parameters of sequences that enter lanes."""
-        for start in starts:
-            self._features[start.lane] = _feature(start)
-
-    def of(self, lanes: Sequence[int]) -> FeatureSet:
-        """What these lanes need together."""
-        return max(map(self._features.__getitem__, lanes), default=FeatureSet.GREEDY)
+__all__ = ["GraphSampler"]
 
 
 class GraphSampler:
-    """Chooses a token for every row of a step from logits in fixed memory."""
+    """Chooses a token for every row of a step from logits in fixed memory. Owns no lanes: it reads and notes."""
 
-    def __init__(self, lanes: LaneState, max_rows: int, ops: FlashInferOps) -> None:
-        self._lanes, self._ops = lanes, ops
+    def __init__(
+        self,
+        lanes: LaneState,
+        usage: UsageTable,
+        lists: LaneLists,
+        logprobs: GraphLogprobs,
+        max_rows: int,
+        ops: FlashInferOps,
+    ) -> None:
+        self._lanes, self._usage, self._lists, self._logprobs, self._ops = lanes, usage, lists, logprobs, ops
         padded_len = lanes.vocab_size + -lanes.vocab_size % BLOCK_LEN
         self._values = torch.full((max_rows, padded_len), -torch.inf, device=lanes.device)
         self._workspace = Workspace()
@@ -71,30 +51,44 @@ class GraphSampler:
         """Choose, note each token in its lane, and write the results.
 
         Args:
-            features: anything but EAGER
+            features: what is done beyond the argmax
             logits: [rows, vocab]
             lanes: [rows], int32, where the tokens go; rows that are not sampled name a lane that nobody reads
             positions: [rows], int32, of the rows; a token drawn has the next
             results: [2, rows], int64: tokens, and whether their logits were finite
         """
-        assert features is not FeatureSet.EAGER
         rows, vocab_size = logits.shape
-        values = self._values[:rows]
+        values, index, places = self._values[:rows], lanes.long(), positions.long() + 1
         values[:, :vocab_size] = logits
-        index = lanes.long()
-        token_ids, maxima = first_argmax(values)
-        finite = maxima.isfinite()
-        if features is not FeatureSet.GREEDY:
-            temperatures = self._lanes.temperatures(index)
-            bounded = torch.where(finite[:, None], values, 0.0)
-            weights = softmax_weights(bounded, torch.where(finite, maxima, 0.0), temperatures, self._workspace)
-            if features is FeatureSet.FILTERED_DRAW:
-                weights = self._filtered(weights, self._lanes.filters(index))
-            drawn = draw(weights, uniforms(self._lanes.draw_keys[index], positions.long() + 1))
-            token_ids = torch.where(temperatures > 0, drawn, token_ids)
+        normalizers = self._logprobs.note_raw(values, self._workspace) if features.logprobs else None
+        if features.adjustment >= Adjustment.PENALTIES:
+            self._usage.penalize_rows(values, index)
+        if features.adjustment >= Adjustment.LISTS:
+            self._lists.apply(values, index, places)
+        token_ids, finite = self._choose(features.choice, values, index, places)
+        if normalizers is not None:
+            self._logprobs.note_chosen(logits, token_ids, normalizers)
+        if features.adjustment >= Adjustment.PENALTIES:
+            self._usage.note(index, token_ids)
         self._lanes.last_tokens.index_copy_(0, index, token_ids)
         results[0] = token_ids
         results[1] = finite
+
+    def _choose(
+        self, choice: Choice, values: torch.Tensor, lanes: torch.Tensor, places: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From adjusted logits [rows, padded vocab]: token ids [rows], inside the vocabulary, and whether finite."""
+        token_ids, maxima = first_argmax(values)
+        finite = maxima.isfinite()
+        if choice is Choice.GREEDY:
+            return token_ids, finite
+        temperatures = self._lanes.temperatures(lanes)
+        bounded = torch.where(finite[:, None], values, 0.0)
+        weights = softmax_weights(bounded, torch.where(finite, maxima, 0.0), temperatures, self._workspace)
+        if choice is Choice.FILTERED_DRAW:
+            weights = self._filtered(weights, self._lanes.filters(lanes))
+        drawn = draw(weights, uniforms(self._lanes.draw_keys[lanes], places))
+        return torch.where((temperatures > 0) & finite, drawn, token_ids), finite
 
     def _filtered(self, weights: torch.Tensor, filters: Filters) -> torch.Tensor:
         """What top_k, then top_p, then min_p keep of weights [rows, padded vocab]; not all ones in a row's sum."""
@@ -106,15 +100,3 @@ class GraphSampler:
         kept = torch.where(filters_by_p[:, None], nucleus, kept)
         floor = filters.min_p.float() * kept.amax(-1)
         return torch.where(kept >= floor[:, None], kept, 0.0)
-
-
-def _feature(start: LaneStart) -> FeatureSet:
-    params = start.params
-    penalized = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
-    masks_ending = params.min_tokens and start.ending_token_ids
-    if penalized or masks_ending or params.logit_bias or params.logprobs is not None:
-        return FeatureSet.EAGER
-    if params.greedy:
-        return FeatureSet.GREEDY
-    filtered = params.top_k or params.top_p < 1.0 or params.min_p > 0.0
-    return FeatureSet.FILTERED_DRAW if filtered else FeatureSet.DRAW

@@ -10,7 +10,7 @@ from cascade_llm.outputs import TokenLogprob
 from cascade_llm.runner.candidates import Candidates, block_maxima, float_rows, kth_floor
 from cascade_llm.runner.workspace import Workspace
 
-__all__ = ["token_logprobs"]
+__all__ = ["log_sum_exp", "token_logprobs"]
 
 CHUNK_ELEMENTS = 2**21
 """float32 logits worked on at a time (8 MiB): thousands of prompt rows never exist in float32 together."""
@@ -50,14 +50,14 @@ def _chunk_logprobs(
     """`token_logprobs` of float32 rows [n, padded vocab]."""
     maxima = block_maxima(values)
     chosen = values.gather(1, torch.tensor(token_ids, device=values.device)[:, None])[:, 0]
-    normalizers = _log_sum_exp(values, maxima, workspace)
+    normalizers = log_sum_exp(values, maxima, workspace)
     ranks = (_num_larger(values, maxima, chosen) + 1).tolist()
     logprobs = (chosen - normalizers).tolist()
     tops = _most_probable(values, maxima, normalizers, counts)
     return [TokenLogprob(*fields) for fields in zip(token_ids, logprobs, ranks, tops, strict=True)]
 
 
-def _log_sum_exp(values: torch.Tensor, maxima: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+def log_sum_exp(values: torch.Tensor, maxima: torch.Tensor, workspace: Workspace) -> torch.Tensor:
     """log sum exp of each row [n]: the maximum less the logarithm of its own probability.
 
     Twice as fast as `torch.logsumexp` on a CPU, which also allocates a second copy of the rows.

@@ -49,26 +49,43 @@ class StepColumns:
 class HostImage:
     """A step as the host writes it, and the mark after which it may be written again."""
 
-    def __init__(self, stream: DeviceStream, max_rows: int, max_leaf_pages: int, shared_len: int) -> None:
+    def __init__(
+        self, stream: DeviceStream, max_rows: int, max_leaf_pages: int, shared_len: int, num_logprobs: int
+    ) -> None:
         self.block = stream.pinned(block_len(max_rows, max_leaf_pages), torch.int32)
         self.columns = StepColumns.in_block(self.block, max_rows, max_leaf_pages)
         self.shared = stream.pinned(shared_len, torch.int32)
         """room for the columns of shared levels"""
         self.results = stream.pinned(2 * max_rows, torch.int64).view(2, max_rows)
         """[2, max_rows]: sampled tokens, and whether their logits were finite"""
+        self.logprobs = stream.pinned(max_rows * num_logprobs, torch.float32).view(max_rows, num_logprobs)
+        """[max_rows, num_logprobs], and below the ids that belong to them; see `GraphLogprobs`"""
+        self.logprob_ids = stream.pinned(max_rows * num_logprobs, torch.int64).view(max_rows, num_logprobs)
         self.in_use: Mark | None = None
 
 
 class StepArena:
     """Device memory of the steps' columns and the host images that fill it."""
 
-    def __init__(self, stream: DeviceStream, *, max_rows: int, max_leaf_pages: int, shared_len: int) -> None:
-        """`shared_len`: elements that the columns of all shared levels of one step need."""
+    def __init__(
+        self, stream: DeviceStream, *, max_rows: int, max_leaf_pages: int, shared_len: int, num_logprobs: int
+    ) -> None:
+        """Set memory aside.
+
+        Args:
+            stream: that copies are queued on
+            max_rows: rows of the largest step
+            max_leaf_pages: page indices of the largest leaf
+            shared_len: elements that the columns of all shared levels of one step need
+            num_logprobs: log-probabilities that come back for each row
+        """
         self._stream = stream
         self._block = torch.zeros(block_len(max_rows, max_leaf_pages), dtype=torch.int32, device=stream.device)
         self.columns = StepColumns.in_block(self._block, max_rows, max_leaf_pages)
         self._indices_begin = block_len(max_rows, 0)
-        self._images = [HostImage(stream, max_rows, max_leaf_pages, shared_len) for _ in range(NUM_IMAGES)]
+        self._images = [
+            HostImage(stream, max_rows, max_leaf_pages, shared_len, num_logprobs) for _ in range(NUM_IMAGES)
+        ]
         self._next = 0
 
     def leaf_buffers(self, rows: int) -> LevelBuffers:
@@ -80,9 +97,17 @@ class StepArena:
         )
 
     def take_image(self) -> HostImage:
-        """The image that was used longest ago, once the device is done with it."""
-        image = self._images[self._next]
+        """The image that was used longest ago, once the device is done with it.
+
+        The results of the step before lie in the other, and may not have been read yet: one step takes one image.
+        """
+        image = self.next_image()
         self._next = (self._next + 1) % NUM_IMAGES
+        return image
+
+    def next_image(self) -> HostImage:
+        """The image that will be taken next, for work that is no step."""
+        image = self._images[self._next]
         if image.in_use is not None:
             image.in_use.wait()
         return image

@@ -176,5 +176,5 @@ def measure_load(machine: Machine, sizes: Sizes, folder: Path, has_time: Callabl
         "out_tokens_per_s": out_tokens / seconds,
         "graph_steps": counters.graph_steps if counters else 0,
         "eager_steps": dict(counters.eager_steps) if counters else None,
-        "eagerly_sampled_steps": counters.eagerly_sampled_steps if counters else None,
+        "eagerly_sampled_steps": dict(counters.eagerly_sampled_steps) if counters else None,
     }

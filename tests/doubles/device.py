@@ -36,6 +36,8 @@ HOST_READS = (
     "equal",
 )
 """Operations that make the host wait for the device, or bring pageable memory; a capture fails on them."""
+MAY_COPY = ("aten::to", "aten::reshape", "aten::contiguous", "aten::flatten")
+"""Operations that give a view where they can."""
 INT_POISON = -(1 << 30)
 
 
@@ -222,7 +224,7 @@ class _StreamMode(TorchDispatchMode):
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and isinstance(value, torch.Tensor) and self._stream.is_pinned(value):
                 self._stream.check_host_write(value)
-        if not func.is_view:  # a view reads nothing
+        if not func.is_view or func._schema.name in MAY_COPY:  # a view reads nothing
             self._stream.before_operation(tensors)
         return func(*args, **kwargs)
 

@@ -45,7 +45,7 @@ def test_equals_the_torch_backend(tiny: Path, lag: int, enforce_eager: bool) -> 
             counters = graphs_of(llm).counters
             assert counters.graph_steps >= 8
             assert set(counters.eager_steps) <= {"a sequence has several rows"}
-            assert counters.eagerly_sampled_steps == 0
+            assert counters.eagerly_sampled_steps.total() == 0
             assert llm.stats()["graph_steps"] == counters.graph_steps
             assert llm.stats()["eager_steps"] == sum(counters.eager_steps.values())
             sampled_behind_eager = double.stream.num_replays - 2 * counters.graph_steps
@@ -84,22 +84,22 @@ def test_preemption_and_a_tiny_pool(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "in_graph"),
+    "params",
     [
-        ({"temperature": 0.8, "seed": 5}, True),
-        ({"temperature": 0.8, "seed": 5, "n": 3}, True),
-        ({"temperature": 0.7, "top_p": 0.9, "seed": 1}, True),
-        ({"temperature": 0.7, "top_k": 5, "seed": 1}, True),
-        ({"temperature": 1.2, "top_k": 40, "top_p": 0.8, "min_p": 0.05, "seed": 2}, True),
-        ({"temperature": 1.0, "min_p": 0.1, "seed": 3}, True),
-        ({"temperature": 0, "repetition_penalty": 1.3}, False),
-        ({"temperature": 0, "logprobs": 2}, False),
-        ({"temperature": 0, "logit_bias": {5: 3.0}}, False),
+        {"temperature": 0.8, "seed": 5},
+        {"temperature": 0.8, "seed": 5, "n": 3},
+        {"temperature": 0.7, "top_p": 0.9, "seed": 1},
+        {"temperature": 0.7, "top_k": 5, "seed": 1},
+        {"temperature": 1.2, "top_k": 40, "top_p": 0.8, "min_p": 0.05, "seed": 2},
+        {"temperature": 1.0, "min_p": 0.1, "seed": 3},
+        {"temperature": 0, "repetition_penalty": 1.3},
+        {"temperature": 0, "logprobs": 2},
+        {"temperature": 0, "logit_bias": {5: 3.0}},
     ],
     ids=str,
 )
-def test_every_kind_of_sampling(tiny: Path, params: dict[str, Any], in_graph: bool) -> None:
-    """Draws are the same as without graphs, token by token; what no graph holds is sampled behind one."""
+def test_every_kind_of_sampling(tiny: Path, params: dict[str, Any]) -> None:
+    """Draws are the same as without graphs, token by token; see also `test_graph_sampling`."""
     prompts = random_forest(2, 6, VOCAB, 30)
     sampling = SamplingParams(max_tokens=10, ignore_eos=True, **params)
     with tiny_llm(tiny) as twin:
@@ -108,7 +108,7 @@ def test_every_kind_of_sampling(tiny: Path, params: dict[str, Any], in_graph: bo
         found = llm.generate(prompts, sampling)
         counters = graphs_of(llm).counters
     assert tokens(found) == tokens(expected)
-    assert (counters.eagerly_sampled_steps == 0) == in_graph
+    assert counters.eagerly_sampled_steps.total() == 0
     if "logprobs" in params:
         assert_equal_outputs(found, expected)
 
@@ -123,7 +123,7 @@ def test_greedy_and_drawn_sequences_in_one_step(tiny: Path) -> None:
         expected = tokens(twin.generate(prompts, params))
     with gpu_llm(tiny, double_gpu()) as llm:
         assert tokens(llm.generate(prompts, params)) == expected
-        assert graphs_of(llm).counters.eagerly_sampled_steps == 0
+        assert graphs_of(llm).counters.eagerly_sampled_steps.total() == 0
 
 
 def test_sixteen_bits_run_by_the_strict_rules(tiny: Path) -> None:
@@ -161,6 +161,8 @@ def test_the_capture_report_and_progress(tiny: Path) -> None:
     assert seen[-1] == (report.num_graphs, report.num_graphs)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert report.num_graphs == 3 + 2 * 6 + 3 * 5  # forward by shape; sampling by rows and feature set
+    assert report.num_later_at_most == (18 - 3) * 5
+    assert report.usage_bytes == 17 * facts.model.vocab_size * 2
     assert report.num_bytes > 0
     assert report.seconds > 0
     assert report.dropped == ()

@@ -307,8 +307,8 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = CudaGraphs._sampled
 
-    def at_once(self: CudaGraphs, plan: Any, rows: int, image: Any) -> Any:
-        original(self, plan, rows, image)
+    def at_once(self: CudaGraphs, plan: Any, rows: int, features: Any, image: Any) -> Any:
+        original(self, plan, rows, features, image)
         tokens, _ = image.results.clone().tolist()
         result = _result_of(plan, tokens)
         return lambda: result

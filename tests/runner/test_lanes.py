@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cascade_llm.plan import LaneStart
 from cascade_llm.runner.lanes import LaneState
+from cascade_llm.runner.token_usage import TokenHistories
 from cascade_llm.sampling_params import SamplingParams
 from tests.runner.reference_sampler import adjusted_logits
 from tests.runner.sampling_cases import PROMPT_LEN, lane_start, random_logits, starts
@@ -72,7 +73,8 @@ def test_histories_grow_and_exist_only_for_penalties() -> None:
     lanes = LaneState(2, VOCAB_SIZE)
     lanes.start([lane_start(0, SamplingParams(top_p=0.5))])
     lanes.record([0], torch.tensor([3]))
-    assert lanes._history is None
+    assert isinstance(lanes.usage, TokenHistories)
+    assert lanes.usage._tokens is None
     params = SamplingParams(frequency_penalty=0.5)
     lanes.start([lane_start(1, params, prompt=[1] * 1000, output=[5])])
     for _ in range(1500):

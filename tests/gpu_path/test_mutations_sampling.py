@@ -1,0 +1,395 @@
+"""Does the double notice? Each rule of sampling in graphs, broken in the engine, must make a run fail or differ.
+
+The load holds what the rules are about: lanes that are used again while a late row of the sequence before is under way
+(sequences end by a token), graphs captured between steps, lanes that need different things in one step, steps sampled
+eagerly among captured ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from cascade_llm import SamplingParams
+from cascade_llm.plan import LaneStart, StepPlan
+from cascade_llm.runner import graph_logprobs
+from cascade_llm.runner.cuda_graphs import CudaGraphs
+from cascade_llm.runner.graph_logprobs import GraphLogprobs
+from cascade_llm.runner.graph_sampler import GraphSampler
+from cascade_llm.runner.graph_sampling import SamplingGraphs
+from cascade_llm.runner.lane_lists import LaneLists
+from cascade_llm.runner.lanes import LaneState
+from cascade_llm.runner.sampling_features import LaneFeatures
+from cascade_llm.runner.step_arena import HostImage, StepArena
+from cascade_llm.runner.token_usage import UsageTable, is_penalized
+from tests.doubles.device import DoubleStream
+from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
+from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
+MUTATIONS: dict[str, Mutation] = {}
+Results = list[tuple[list[int], list[list[int]], list[int]]]
+
+ENDINGS = list(range(20, 60))
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0, "repetition_penalty": 1.8, "logprobs": 3},
+    {"temperature": 0, "presence_penalty": -2.0, "frequency_penalty": -2.0, "stop_token_ids": ENDINGS},
+    {"temperature": 0, "presence_penalty": -1.5, "repetition_penalty": 3.0},
+    {"temperature": 0.9, "frequency_penalty": 2.0, "repetition_penalty": 0.6, "stop_token_ids": ENDINGS},
+    {"temperature": 0, "logit_bias": {7: 3.0, 0: 1.0}, "min_tokens": 6, "stop_token_ids": ENDINGS},
+    {"temperature": 0.8, "top_k": 9, "min_tokens": 4, "stop_token_ids": ENDINGS},
+    {"temperature": 0, "stop_token_ids": ENDINGS},
+]
+PROMPTS = random_forest(2, 28, 90, 40)
+PARAMS = [SamplingParams(**{"seed": i, "max_tokens": 6 + 4 * (i % 4), **KINDS[i % 7]}) for i in range(28)]
+PARAMS[17] = SamplingParams(temperature=0, max_tokens=4, logprobs=30)
+"""More than graphs report: the steps of this one are sampled eagerly."""
+OPTIONS: dict[str, Any] = {"max_num_seqs": 5}
+
+
+def mutation(rule: str) -> Callable[[Mutation], Mutation]:
+    def add(function: Mutation) -> Mutation:
+        assert rule not in MUTATIONS
+        MUTATIONS[rule] = function
+        return function
+
+    return add
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"), "qwen3", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path) -> Results:
+    with tiny_llm(tiny, **OPTIONS) as llm:
+        return results(llm)
+
+
+def results(llm: Any) -> Results:
+    """Tokens, the most probable ones, and the ranks, of each request."""
+    outputs = [output.outputs[0] for output in llm.generate(PROMPTS, PARAMS)]
+    return [
+        (
+            list(output.token_ids),
+            [[token for token, _ in report.top] for report in output.logprobs or ()],
+            [report.rank for report in output.logprobs or ()],
+        )
+        for output in outputs
+    ]
+
+
+def run(folder: Path) -> Results:
+    with gpu_llm(folder, double_gpu(), **OPTIONS) as llm:
+        return results(llm)
+
+
+def test_unchanged(tiny: Path, expected: Results) -> None:
+    assert run(tiny) == expected
+
+
+# -- token counts -----------------------------------------------------------------------------------------------------
+
+
+@mutation("counts are updated from the token that was sampled")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(UsageTable, "note", lambda self, lanes, tokens: None)
+
+
+@mutation("a lane begins with the counts of its own sequence")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(UsageTable, "_start_row", lambda self, start: None)
+
+
+@mutation("a lane that is entered is cleared")
+def _(patch: pytest.MonkeyPatch) -> None:
+    def on_top(self: UsageTable, start: LaneStart) -> None:
+        self._table[start.lane][torch.tensor(sorted(set(start.prompt_token_ids)))] |= 1
+
+    patch.setattr(UsageTable, "_start_row", on_top)
+
+
+@mutation("a lane is entered behind the steps that used it before")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LaneState.start
+
+    def overtaking(self: LaneState, starts: Sequence[LaneStart]) -> None:
+        """As if on another stream: what is queued writes over it."""
+        assert isinstance(self.usage, UsageTable)
+        upload = self._upload
+        self._upload = self.usage._upload = lambda values: values
+        with _disable_current_modes(), torch.inference_mode():
+            original(self, starts)
+        self._upload = self.usage._upload = upload
+
+    patch.setattr(LaneState, "start", overtaking)
+
+
+@mutation("the prompt counts for repetition")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = UsageTable._start_row
+
+    def outputs_alone(self: UsageTable, start: LaneStart) -> None:
+        original(self, start)
+        self._table[start.lane] &= ~1
+
+    patch.setattr(UsageTable, "_start_row", outputs_alone)
+
+
+@mutation("the prompt does not count for presence and frequency")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = UsageTable._start_row
+
+    def prompt_too(self: UsageTable, start: LaneStart) -> None:
+        original(self, start)
+        self._table[start.lane] *= 2
+
+    patch.setattr(UsageTable, "_start_row", prompt_too)
+
+
+@mutation("penalties are those of the sequence in the lane")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = UsageTable.start
+
+    def penalized_alone(self: UsageTable, starts: Sequence[LaneStart]) -> None:
+        original(self, [start for start in starts if is_penalized(start)])
+
+    patch.setattr(UsageTable, "start", penalized_alone)
+
+
+@mutation("steps that are sampled eagerly are counted too")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(UsageTable, "record", lambda self, lanes, tokens: None)
+
+
+@mutation("repetition comes before presence and frequency")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = UsageTable.penalize_rows
+
+    def reversed_order(self: UsageTable, logits: torch.Tensor, lanes: torch.Tensor) -> None:
+        penalties = self._penalties.clone()
+        self._penalties[:, 2].fill_(1.0)
+        original(self, logits, lanes)
+        self._penalties.copy_(penalties)
+        self._penalties[:, :2].fill_(0.0)
+        original(self, logits, lanes)
+        self._penalties.copy_(penalties)
+
+    patch.setattr(UsageTable, "penalize_rows", reversed_order)
+
+
+# -- lists ------------------------------------------------------------------------------------------------------------
+
+
+@mutation("lists are set when a sequence enters its lane")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LaneLists, "start", lambda self, starts: None)
+
+
+@mutation("a lane's list goes with its sequence")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LaneLists.start
+
+    def kept(self: LaneLists, starts: Sequence[LaneStart]) -> None:
+        self._used.clear()
+        original(self, starts)
+
+    patch.setattr(LaneLists, "start", kept)
+
+
+@mutation("endings are hidden by the place of the token to come")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LaneLists.apply
+    patch.setattr(
+        LaneLists, "apply", lambda self, logits, lanes, positions: original(self, logits, lanes, positions - 1)
+    )
+
+
+@mutation("a list is padded by what changes nothing")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LaneLists._set
+
+    def by_token_0(self: LaneLists, start: LaneStart) -> None:
+        original(self, start)
+        self._bias_ids[start.lane, len(start.params.logit_bias or {}) :] = 0
+
+    patch.setattr(LaneLists, "_set", by_token_0)
+
+
+# -- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+@mutation("log-probabilities are the raw model's")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = GraphLogprobs.note_raw
+
+    def adjusted(self: GraphLogprobs, values: torch.Tensor, workspace: Any) -> torch.Tensor:
+        values[:, :50] -= 5.0
+        return original(self, values, workspace)
+
+    patch.setattr(GraphLogprobs, "note_raw", adjusted)
+
+
+@mutation("the rank is the chosen token's")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = GraphLogprobs.note_chosen
+    patch.setattr(
+        GraphLogprobs,
+        "note_chosen",
+        lambda self, logits, token_ids, normalizers: original(self, logits, logits.argmax(-1), normalizers),
+    )
+
+
+@mutation("the most probable come first")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = graph_logprobs.most_probable
+
+    def by_id(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, largest = original(values, count)
+        return ids.sort(-1).values, largest
+
+    patch.setattr(graph_logprobs, "most_probable", by_id)
+
+
+@mutation("reports are copied behind the graph that writes them")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = SamplingGraphs.replay
+
+    def before(
+        self: SamplingGraphs, plan: StepPlan, rows: int, features: Any, image: HostImage, places: Sequence[int]
+    ) -> Any:
+        read = image.logprobs, image.logprob_ids
+        self._stream.copy(read[0], self._logprobs.values)
+        self._stream.copy(read[1], self._logprobs.ids)
+        image.logprobs, image.logprob_ids = (self._stream.pinned(x.numel(), x.dtype).view_as(x) for x in read)
+        result = original(self, plan, rows, features, image, places)
+        image.logprobs, image.logprob_ids = read
+        return result
+
+    patch.setattr(SamplingGraphs, "replay", before)
+
+
+# -- which graph, and when --------------------------------------------------------------------------------------------
+
+
+@mutation("a step takes a graph that does what all its lanes need")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LaneFeatures.of
+    patch.setattr(LaneFeatures, "of", lambda self, lanes: original(self, lanes[:1]))
+
+
+@mutation("what one lane asks for beyond any graph is sampled eagerly")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LaneFeatures.of
+
+    def ignoring(self: LaneFeatures, lanes: Sequence[int]) -> Any:
+        return original(self, [lane for lane in lanes if not isinstance(self._features[lane], str)])
+
+    patch.setattr(LaneFeatures, "of", ignoring)
+
+
+@mutation("what a lane needs is noted anew with each sequence")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = LaneFeatures.start
+    seen: set[int] = set()
+
+    def once(self: LaneFeatures, starts: Sequence[LaneStart]) -> None:
+        original(self, [start for start in starts if start.lane not in seen])
+        seen.update(start.lane for start in starts)
+
+    patch.setattr(LaneFeatures, "start", once)
+
+
+@mutation("a late capture runs on rows of padding")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CudaGraphs, "_send_padding", lambda self, rows: None)
+
+
+@mutation("a late capture takes no image from the steps")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = StepArena.next_image
+
+    def taken(self: StepArena) -> HostImage:
+        image = original(self)
+        self._next = (self._next + 1) % 2
+        return image
+
+    def take_image(self: StepArena) -> HostImage:
+        return taken(self)
+
+    patch.setattr(StepArena, "take_image", take_image)
+    patch.setattr(StepArena, "next_image", taken)
+
+
+@mutation("a late capture comes before the step's columns are sent")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = SamplingGraphs.prepared
+    late: dict[int, tuple[StepPlan, int]] = {}
+
+    def unprepared(self: SamplingGraphs, plan: StepPlan, rows: int) -> Any:
+        late[id(self)] = plan, rows
+        return self._features.of(plan.sample_lanes.tolist())
+
+    replay = SamplingGraphs.replay
+
+    def preparing(
+        self: SamplingGraphs, plan: StepPlan, rows: int, features: Any, image: HostImage, places: Sequence[int]
+    ) -> Any:
+        original(self, plan, rows)
+        return replay(self, plan, rows, features, image, places)
+
+    patch.setattr(SamplingGraphs, "prepared", unprepared)
+    patch.setattr(SamplingGraphs, "replay", preparing)
+
+
+@mutation("everything runs once before a late capture")
+def _(patch: pytest.MonkeyPatch) -> None:
+    def cold(self: SamplingGraphs, rows: int, features: Any) -> None:
+        self._graphs[rows, features] = self._stream.capture(lambda: self._sample(rows, features))
+
+    patch.setattr(SamplingGraphs, "_capture", cold)
+
+
+@mutation("the host reads nothing while sampling is captured")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = GraphSampler.sample
+
+    def reading(self: GraphSampler, features: Any, logits: torch.Tensor, lanes: torch.Tensor, *rest: Any) -> None:
+        assert int(lanes.max()) >= 0
+        original(self, features, logits, lanes, *rest)
+
+    patch.setattr(GraphSampler, "sample", reading)
+
+
+@mutation("uploads are not written over while they are in flight")
+def _(patch: pytest.MonkeyPatch) -> None:
+    buffers: dict[torch.dtype, torch.Tensor] = {}
+
+    def through_one_buffer(self: DoubleStream, values: torch.Tensor) -> torch.Tensor:
+        host = buffers.setdefault(values.dtype, self.pinned(1 << 12, values.dtype))[: values.numel()]
+        host.copy_(values.flatten())
+        copy = torch.empty(values.shape, dtype=values.dtype)
+        self.copy(copy.view(-1), host)
+        return copy
+
+    patch.setattr(DoubleStream, "upload", through_one_buffer)
+
+
+@pytest.mark.parametrize("rule", MUTATIONS)
+def test_breaking_a_rule_is_noticed(rule: str, tiny: Path, expected: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    MUTATIONS[rule](monkeypatch)
+    assert _differs(tiny, expected), f"unnoticed: {rule}"
+
+
+def _differs(folder: Path, expected: Results) -> bool:
+    try:
+        return run(folder) != expected
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+        return True
