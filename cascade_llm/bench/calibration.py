@@ -30,7 +30,8 @@ from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.runner.device import resolve_device, resolve_dtype
 from cascade_llm.runner.device_name import last_level_cache_bytes
 from cascade_llm.scheduler.calibration import Calibration
-from cascade_llm.scheduler.cost_model import CostModel, DeviceCosts, PlanWork, plan_work
+from cascade_llm.scheduler.cost_model import CostModel, PlanWork, plan_work
+from cascade_llm.scheduler.device_costs import DeviceCosts
 
 __all__ = [
     "FIT_CASES",

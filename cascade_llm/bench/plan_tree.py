@@ -23,7 +23,8 @@ from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.plan import CascadePlan, CascadeReport, StepPlan, StepResult
 from cascade_llm.runner.device import resolve_device, resolve_dtype, resolve_kv_dtype
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, CostModel, plan_work
+from cascade_llm.scheduler.cost_model import CostModel, plan_work
+from cascade_llm.scheduler.device_costs import DEVICE_COSTS
 from cascade_llm.scheduler.prefix_forest import PlannedRows, Run, attach_nodes, shared_forest
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request

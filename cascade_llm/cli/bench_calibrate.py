@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cascade_llm.bench.calibration import CheckReport
     from cascade_llm.cli.charts import Lines
     from cascade_llm.scheduler.calibration import Calibration
-    from cascade_llm.scheduler.cost_model import DeviceCosts
+    from cascade_llm.scheduler.device_costs import DeviceCosts
 
 __all__ = ["calibrate"]
 

@@ -10,7 +10,8 @@ from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.engine.user_cache import cache_folder
 from cascade_llm.runner.device_name import device_name
 from cascade_llm.scheduler.calibration import CalibrationFileError, CalibrationKey, read_calibration, read_entries
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel, DeviceCosts, known_device
+from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
+from cascade_llm.scheduler.device_costs import DEVICE_COSTS, DeviceCosts, known_device
 
 __all__ = [
     "attention_shape",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_llm.errors import CascadeError
-from cascade_llm.scheduler.cost_model import DeviceCosts
+from cascade_llm.scheduler.device_costs import DeviceCosts
 
 __all__ = [
     "Calibration",

@@ -17,7 +17,8 @@ from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.engine.cost_setup import calibration_key, calibration_path
 from cascade_llm.errors import ConfigError, PromptError
 from cascade_llm.scheduler.calibration import Calibration, write_calibration
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel, PlanWork
+from cascade_llm.scheduler.cost_model import AttentionShape, CostModel, PlanWork
+from cascade_llm.scheduler.device_costs import DEVICE_COSTS
 
 MODEL = ModelConfig(
     architecture="llama",

@@ -1,4 +1,4 @@
-"""Plans whose segments were spread over levels by weight, and sequences with a segment of their own, on the GPU path."""
+"""Segments spread over levels by weight, and sequences with a segment of their own, on the GPU path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from cascade_llm import SamplingParams
 from cascade_llm.plan import CascadePlan
 from cascade_llm.plan_file.reader import PlanFileReader
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, plan_work
+from cascade_llm.scheduler.cost_model import plan_work
+from cascade_llm.scheduler.device_costs import DEVICE_COSTS
 from tests.engine.tiny_llm import save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 

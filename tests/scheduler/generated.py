@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from cascade_llm.config import CascadeConfig, SchedulerConfig
 from cascade_llm.plan import StepPlan
-from cascade_llm.scheduler.cost_model import AttentionShape, CostModel, DeviceCosts
+from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
+from cascade_llm.scheduler.device_costs import DeviceCosts
 from cascade_llm.scheduler.segment_choice import SegmentCosts, TokensRead
 from tests.scheduler.simulated_engine import SimulatedEngine
 

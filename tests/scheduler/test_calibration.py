@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cascade_llm.scheduler.calibration import Calibration, CalibrationKey, read_calibration, write_calibration
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS
+from cascade_llm.scheduler.device_costs import DEVICE_COSTS
 
 KEY = CalibrationKey(
     device="A processor",

@@ -10,7 +10,8 @@ from itertools import pairwise, product
 import pytest
 
 from cascade_llm.scheduler.carried_cost import CarriedCost, line_at
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel
+from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
+from cascade_llm.scheduler.device_costs import DEVICE_COSTS
 from cascade_llm.scheduler.prefix_forest import Run, preorder
 from cascade_llm.scheduler.segment_choice import SegmentCosts, TokensRead
 from tests.scheduler.forests import choose_segments

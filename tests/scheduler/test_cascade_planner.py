@@ -12,7 +12,8 @@ import pytest
 
 from cascade_llm.config import CascadeConfig
 from cascade_llm.plan import CascadePlan, StepPlan
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel
+from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
+from cascade_llm.scheduler.device_costs import DEVICE_COSTS
 from tests.scheduler.generated import generated_steps
 from tests.scheduler.simulated_engine import SimulatedEngine, small_config
 

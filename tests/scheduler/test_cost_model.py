@@ -7,16 +7,8 @@ from dataclasses import replace
 import pytest
 
 from cascade_llm.plan import CascadeLevel, CascadePlan, int_column
-from cascade_llm.scheduler.cost_model import (
-    DEVICE_COSTS,
-    AttentionShape,
-    CostModel,
-    DeviceCosts,
-    PlanWork,
-    known_device,
-    plan_work,
-    unit_s,
-)
+from cascade_llm.scheduler.cost_model import AttentionShape, CostModel, PlanWork, plan_work, unit_s
+from cascade_llm.scheduler.device_costs import DEVICE_COSTS, DeviceCosts, known_device
 
 SHAPE = AttentionShape(num_qo_heads=8, num_kv_heads=2, head_dim=64, kv_dtype_bytes=2)
 COSTS = DeviceCosts(

@@ -9,7 +9,8 @@ import pytest
 
 from cascade_llm.config import CascadeConfig
 from cascade_llm.plan import StepPlan
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel, plan_work
+from cascade_llm.scheduler.cost_model import AttentionShape, CostModel, plan_work
+from cascade_llm.scheduler.device_costs import DEVICE_COSTS
 from cascade_llm.scheduler.level_arrangement import arrangements, levels_by_depth, with_own_runs
 from cascade_llm.scheduler.prefix_forest import Run, preorder
 from tests.scheduler.forests import paths_to_sequences, random_forest

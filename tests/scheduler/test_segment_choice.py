@@ -8,7 +8,8 @@ from itertools import combinations
 
 import pytest
 
-from cascade_llm.scheduler.cost_model import DEVICE_COSTS, AttentionShape, CostModel
+from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
+from cascade_llm.scheduler.device_costs import DEVICE_COSTS
 from cascade_llm.scheduler.prefix_forest import Run
 from cascade_llm.scheduler.segment_choice import Choice, SegmentCosts, TokensRead
 from tests.scheduler.forests import all_runs, choose_segments, paths_to_sequences, random_forest
