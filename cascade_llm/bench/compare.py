@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from cascade_llm.bench.load import Load
 from cascade_llm.bench.peer_environment import PeerInterpreter
 from cascade_llm.bench.peer_side import PeerSide
 from cascade_llm.bench.setup import BenchModel
-from cascade_llm.bench.sides import EngineSide, Side
+from cascade_llm.bench.sides import RUNS, EngineSide, Run, Side
 from cascade_llm.bench.throughput import ThroughputReport, measure_sides
 
 __all__ = ["compare", "compare_each", "opened_sides"]
@@ -46,6 +46,7 @@ def compare_each(
     with_off: bool = True,
     peer: PeerInterpreter | None = None,
     repeat: int = 3,
+    runs: Sequence[Run] = RUNS,
     split_steps: bool = True,
     on_run: OnRun = lambda run: None,
 ) -> Iterator[tuple[str, ThroughputReport]]:
@@ -64,6 +65,7 @@ def compare_each(
                 sides,
                 shape,
                 repeat=repeat,
+                runs=runs,
                 split_steps=split_steps,
                 on_run=lambda run, name=name: on_run(f"{name}: {run}"),  # type: ignore[misc]
             )

@@ -173,10 +173,11 @@ def measure_sides(
     shape: ModelShape,
     *,
     repeat: int = 3,
+    runs: Sequence[Run] = RUNS,
     split_steps: bool = True,
     on_run: OnRun = lambda run: None,
 ) -> ThroughputReport:
-    """Fill a report: an uncounted cold run of each side, then `repeat` turns; the first side must be an `EngineSide`.
+    """Fill a report: an uncounted run of each side, then `repeat` turns; the first side must be an `EngineSide`.
 
     An interruption after the first whole turn ends the measurement and is noted in the report; before, it is raised.
 
@@ -184,6 +185,7 @@ def measure_sides(
         report: with no readings yet
         sides: they are not closed
         shape: of the model, for the limits
+        runs: of a turn; without "cold" prefixes that are cached from other loads may stay
         split_steps: make one more run of our sides on the CPU, for where a step's time goes
         on_run: called with a name before each of the `num_runs(...)` runs
     """
@@ -191,13 +193,13 @@ def measure_sides(
         raise ConfigError(f"repeat is {repeat}: it must be 1 or larger")
     main = sides[0]
     assert isinstance(main, EngineSide)
-    runs: tuple[Run, ...] = ("cold", "warm") if report.load.has_turns else RUNS
+    runs = _runs_of(report.load, runs)
     report.sides.update({side.name: side.flags for side in sides})
     unshared_before = Counter(main.llm.plan_report()["unshared_steps"])
     try:
         for side in sides:
             on_run(f"{side.name}, not counted")
-            side.run("cold")
+            side.run("cold" if "cold" in runs else "warm")
         for turn in range(repeat):
             _one_turn(report, sides if turn % 2 == 0 else sides[::-1], runs, on_run)
         for side in sides[1:]:
@@ -216,9 +218,9 @@ def measure_sides(
     return report
 
 
-def num_runs(num_sides: int, repeat: int, load: Load, *, with_off: bool) -> int:
+def num_runs(num_sides: int, repeat: int, load: Load, *, with_off: bool, runs: Sequence[Run] = RUNS) -> int:
     """Runs of `measure_sides`, the uncounted first ones and the short turns included, those for a step's parts not."""
-    return num_sides * (1 + repeat * (2 if load.has_turns else len(RUNS))) + with_off
+    return num_sides * (1 + repeat * len(_runs_of(load, runs))) + with_off
 
 
 def floors_of(side: EngineSide, limits: MachineLimits, shape: ModelShape) -> dict[Run, Floor]:
@@ -229,6 +231,11 @@ def floors_of(side: EngineSide, limits: MachineLimits, shape: ModelShape) -> dic
         seconds = floor_s(works, bytes_per_s=limits.bytes_per_s, flops_per_s=limits.flops_per_s)
         floors[run] = Floor(total_work(works), seconds)
     return floors
+
+
+def _runs_of(load: Load, runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Without "first" where turns go on from answers: one token of each would be another conversation."""
+    return tuple(run for run in runs if run != "first" or not load.has_turns)
 
 
 def _one_turn(report: ThroughputReport, sides: Sequence[Side], runs: Sequence[Run], on_run: OnRun) -> None:

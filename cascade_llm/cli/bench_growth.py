@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade_llm.cli.console import print_json, result_console
+from cascade_llm.cli.console import error_console, print_json, result_console
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
 from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
 from cascade_llm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from cascade_llm.bench.throughput import ThroughputReport
+    from cascade_llm.bench.growth import GrowthPoint, GrowthResult
+    from cascade_llm.bench.sides import Run
 
 __all__ = ["growth"]
+
+DECODE_RUNS: tuple[Run, ...] = ("first", "warm")
+"""Prefill is no part of what is drawn, and takes most of a long prefix's time."""
 
 
 @click.command(cls=SectionedCommand)
@@ -29,6 +33,7 @@ __all__ = ["growth"]
 @click.option("--suffix-len", type=int, default=32, show_default=True, help="Own prompt tokens of each request.")
 @click.option("--output-len", type=int, default=16, show_default=True, help="Generated tokens of each request.")
 @click.option("--repeat", type=click.IntRange(min=1), default=2, show_default=True, help="Turns for each point.")
+@click.option("--resume", is_flag=True, help="Keep the points that --output has already, and measure the others.")
 @output_options
 @engine_options(without=("enable_cascade_attention",))
 def growth(
@@ -40,51 +45,93 @@ def growth(
     suffix_len: int,
     output_len: int,
     repeat: int,
+    resume: bool,
     as_json: bool,
     output: Path | None,
     plot: Path | None,
     force: bool,
     **arguments: Any,
 ) -> None:
-    """Decode speed with cascade on and off, and planning time, over batch and prefix length."""
+    """Decode speed with cascade on and off, planning time and share of the limit, over batch and prefix length.
+
+    Engines are opened once for all points. Each point's result goes to --output as soon as it is there.
+    """
     options = take_engine(arguments)
-    check_output_files(output, plot, force=force)
-    points = [(batch, at_prefix) for batch in _numbers("--batches", batches, 1)]
-    points += [(at_batch, length) for length in _numbers("--prefix-lens", prefix_lens, 0)]
+    if resume and output is None:
+        raise click.UsageError("--resume needs --output, the file to go on with.")
+    check_output_files(output, plot, force=force or resume)
     from cascade_llm.bench.compare import compare_each
+    from cascade_llm.bench.growth import GrowthPoint, growth_loads, growth_result
+    from cascade_llm.bench.machine import describe_machine
     from cascade_llm.bench.setup import open_model
     from cascade_llm.bench.throughput import num_runs
-    from cascade_llm.bench.workloads import SharedPrefixWorkload
+    from cascade_llm.cli import growth_report as text
     from cascade_llm.cli.demo_runs import run_bar
 
+    points = [GrowthPoint(batch, at_prefix) for batch in _numbers("--batches", batches, 1)]
+    points += [GrowthPoint(at_batch, length) for length in _numbers("--prefix-lens", prefix_lens, 0)]
     bench = open_model(model, options)
-    loads = {
-        f"{batch} x {prefix_len}": bench.load(
-            SharedPrefixWorkload(
-                prefix_len=prefix_len, num_requests=batch, suffix_len=suffix_len, output_len=output_len
-            )
-        )
-        for batch, prefix_len in dict.fromkeys(points)
-    }
-    reports: dict[str, ThroughputReport] = {}
-    with run_bar(sum(num_runs(2, repeat, load, with_off=True) + 2 for load in loads.values())) as on_run:
+    settings = {"model": model, "suffix_len": suffix_len, "output_len": output_len, "options": options}
+    loads = growth_loads(bench, points, suffix_len=suffix_len, output_len=output_len)
+    done = _read_results(output, settings) if resume and output is not None and output.exists() else {}
+    wanted = {str(point): (point, load) for point, load in loads.items() if point not in done}
+    record: dict[str, Any] = {"settings": settings, "machine": describe_machine(), "sides": {}}
+    total = sum(num_runs(2, repeat, load, with_off=True, runs=DECODE_RUNS) + 2 for _, load in wanted.values())
+    with run_bar(total) as on_run:
         try:
-            for name, report in compare_each(bench, loads, repeat=repeat, on_run=on_run):
-                reports[name] = report
+            reports = compare_each(
+                bench,
+                {name: load for name, (_, load) in wanted.items()},
+                repeat=repeat,
+                runs=DECODE_RUNS,
+                on_run=on_run,
+            )
+            for name, report in reports if wanted else ():
+                if report.interrupted:
+                    break
+                point = wanted[name][0]
+                done[point] = growth_result(point, report)
+                record["sides"] = {side: dict(flags) for side, flags in report.sides.items()}
                 if output is not None:
-                    write_json_file(output, {name: report.as_dict() for name, report in reports.items()})
+                    write_json_file(output, {**record, "points": _as_dicts(done)})
+                error_console().print(text.result_line(done[point]), style="dim")
         except KeyboardInterrupt:
-            if not reports:
+            if not done:
                 raise
-    interrupted = len(reports) < len(loads) or any(report.interrupted for report in reports.values())
-    if plot is not None:
-        _draw(reports, points, at_batch, at_prefix, plot)
-    if as_json:
-        print_json({name: report.as_dict() for name, report in reports.items()}, indent=2)
-    else:
-        result_console().print(_table(reports))
-    if interrupted:
+    results = [done[point] for point in loads if point in done]
+    if not results:
         raise click.Abort
+    if plot is not None:
+        from cascade_llm.cli.charts import draw_charts
+
+        draw_charts(plot, text.charts(results, at_batch=at_batch, at_prefix=at_prefix), columns=4)
+    if as_json:
+        print_json({**record, "points": _as_dicts({result.point: result for result in results})}, indent=2)
+    else:
+        result_console().print(text.growth_table(results))
+    if len(results) < len(loads):
+        if output is not None:
+            error_console().print(f"{len(results)} of {len(loads)} points: --resume measures the others", style="dim")
+        raise click.Abort
+
+
+def _as_dicts(results: Mapping[GrowthPoint, GrowthResult]) -> dict[str, Any]:
+    return {str(point): result.as_dict() for point, result in results.items()}
+
+
+def _read_results(path: Path, settings: dict[str, Any]) -> dict[GrowthPoint, GrowthResult]:
+    from cascade_llm.bench.growth import GrowthResult
+
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        results = [GrowthResult.from_dict(result) for result in written["points"].values()]
+        before = written["settings"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} does not hold results of `bench growth` ({error}): leave out --resume") from None
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise ConfigError(f"{path} was measured with another {', '.join(changed)}: give the same, or another --output")
+    return {result.point: result for result in results}
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:
@@ -95,81 +142,3 @@ def _numbers(option: str, text: str, least: int) -> list[int]:
     if min(numbers) < least:
         raise ConfigError(f"{option} has {min(numbers)}: numbers must be {least} or larger")
     return numbers
-
-
-def _quantity(report: ThroughputReport) -> str:
-    return "decode" if "decode" in report.quantities() else "warm"
-
-
-def _planning_ms(report: ThroughputReport) -> float | None:
-    parts = report.step_parts_s.get(report.main)
-    return None if parts is None else parts["planning"] * 1e3
-
-
-def _table(reports: dict[str, ThroughputReport]) -> Table:
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("sequences x shared tokens")
-    for heading in ("on, tok/s", "off, tok/s", "speed-up", "share of limit", "planning, ms", "step, ms"):
-        table.add_column(heading, justify="right")
-    for name, report in reports.items():
-        quantity = _quantity(report)
-        on, off = (report.tokens_per_s(side, quantity).median for side in report.readings)
-        share, planning = report.share_of_limit(report.main, quantity), _planning_ms(report)
-        step_ms = sum(report.step_parts_s.get(report.main, {}).values()) * 1e3
-        table.add_row(
-            name,
-            f"{on:,.0f}",
-            f"{off:,.0f}",
-            f"{on / off:.2f}",
-            "" if share is None else f"{share:.0%}",
-            "" if planning is None else f"{planning:.2f}",
-            f"{step_ms:.1f}" if step_ms else "",
-        )
-    return table
-
-
-def _draw(
-    reports: dict[str, ThroughputReport], points: list[tuple[int, int]], at_batch: int, at_prefix: int, path: Path
-) -> None:
-    from cascade_llm.cli.charts import Lines, draw_charts
-
-    charts = []
-    for axis, fixed, by in (
-        ("sequences", f"{at_prefix} shared tokens", 0),
-        ("shared tokens", f"{at_batch} sequences", 1),
-    ):
-        held = at_prefix if by == 0 else at_batch
-        chosen = sorted({point for point in points if point[1 - by] == held and f"{point[0]} x {point[1]}" in reports})
-        along = [(point[by], reports[f"{point[0]} x {point[1]}"]) for point in chosen]
-        if not along:
-            continue
-        xs = [float(x) for x, _ in along]
-        speeds = {
-            side: (xs, [report.tokens_per_s(side, _quantity(report)).median for _, report in along])
-            for side in along[0][1].readings
-        }
-        ratio = [report.ratio("cascade off", _quantity(report)).median for _, report in along]
-        share = [report.share_of_limit(report.main, _quantity(report)) or 0.0 for _, report in along]
-        planning = [_planning_ms(report) or 0.0 for _, report in along]
-        is_log = by == 0
-        charts += [
-            Lines(title=f"decode, {fixed}", x_label=axis, y_label="tok/s", curves=speeds, log_x=is_log),
-            Lines(
-                title=f"speed-up and share of the limit, {fixed}",
-                x_label=axis,
-                y_label="",
-                curves={"on over off": (xs, ratio), "share of limit": (xs, share)},
-                log_x=is_log,
-                mark=1.0,
-            ),
-            Lines(
-                title=f"planning, {fixed}",
-                x_label=axis,
-                y_label="ms a step",
-                curves={"on": (xs, planning)},
-                log_x=is_log,
-            ),
-        ]
-    draw_charts(path, charts)

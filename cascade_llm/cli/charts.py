@@ -86,11 +86,11 @@ class Spans:
 Chart = Bars | Lines | Stacks | Spans
 
 
-def draw_charts(path: Path, charts: Sequence[Chart], *, caption: str = "") -> None:
-    """Draw charts side by side, at most three in a row, into one file; no display is needed."""
+def draw_charts(path: Path, charts: Sequence[Chart], *, caption: str = "", columns: int = 3) -> None:
+    """Draw charts side by side, at most so many in a row, into one file; no display is needed."""
     from matplotlib.figure import Figure
 
-    columns = min(3, len(charts))
+    columns = min(columns, len(charts))
     rows = -(-len(charts) // columns)
     width, height = WIDE_PANEL_INCHES if any(isinstance(chart, Spans) for chart in charts) else PANEL_INCHES
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,9 +133,71 @@ def test_growth_measures_every_point_once(run: Run, tiny: Path, tmp_path: Path) 
     small = ("--suffix-len", "4", "--output-len", "4", "--repeat", "1", "--plot", tmp_path / "growth.png")
     result = run("bench", "growth", "-m", tiny, *points, *small, *ENGINE, "--json")
     assert result.exit_code == 0, result.stderr
-    assert list(json.loads(result.stdout)) == ["1 x 16", "3 x 16", "3 x 0"]
+    measured = json.loads(result.stdout)["points"]
+    assert list(measured) == ["1 x 16", "3 x 16", "3 x 0"]
+    for point in measured.values():
+        assert point["planning_s"].keys() == point["share_of_limit"].keys() == {"cascade on", "cascade off"}
+        assert 0 < point["planning_s"]["cascade on"] < point["step_s"]["cascade on"]
+    assert [point["has_equal_plans"] for point in measured.values()] == [True, False, True]
+    assert "3 sequences, 16 shared tokens:" in result.stderr, "each point is told as it comes"
     assert (tmp_path / "growth.png").exists()
     assert "write integers" in run("bench", "growth", "-m", tiny, "--batches", "1,two").stderr
+
+
+def test_growth_keeps_points_and_goes_on_from_a_file(
+    run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cascade_llm.bench import setup
+
+    opened: list[str] = []
+    open_llm = setup.LLM
+
+    def counted(*args: Any, **options: Any) -> Any:
+        opened.append("engine")
+        return open_llm(*args, **options)
+
+    output = tmp_path / "growth.json"
+    args = ("bench", "growth", "-m", tiny, "--prefix-lens", "0,16", "--at-batch", "2", "--at-prefix", "8", *ENGINE)
+    args = (*args, "--suffix-len", "4", "--repeat", "1", "--output", output)
+    first = run(*args, "--batches", "1", "--output-len", "6")
+    assert first.exit_code == 0, first.stderr
+    written = json.loads(output.read_text())["points"]
+    assert list(written) == ["1 x 8", "2 x 0", "2 x 16"]
+    monkeypatch.setattr(setup, "LLM", counted)
+    second = run(*args, "--batches", "1,3,4", "--output-len", "6", "--resume")
+    assert second.exit_code == 0, second.stderr
+    resumed = json.loads(output.read_text())["points"]
+    assert {name: resumed[name] for name in written} == written
+    assert resumed.keys() - written.keys() == {"3 x 8", "4 x 8"}
+    assert opened == ["engine"] * 2, "one with cascade attention and one without, for all points"
+    assert "exists" in run(*args, "--batches", "1").stderr
+    assert "another output_len" in run(*args, "--batches", "1", "--resume").stderr
+    output.write_text("[]")
+    assert "does not hold results" in run(*args, "--batches", "1", "--resume").stderr
+    assert "--resume needs --output" in run("bench", "growth", "--resume").stderr
+
+
+def test_growth_shows_and_keeps_what_an_interruption_left(
+    run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cascade_llm.bench import growth
+
+    finish = growth.growth_result
+
+    def interrupted(point: growth.GrowthPoint, report: Any) -> growth.GrowthResult:
+        if point.batch == 2:
+            raise KeyboardInterrupt
+        return finish(point, report)
+
+    monkeypatch.setattr(growth, "growth_result", interrupted)
+    output, plot = tmp_path / "growth.json", tmp_path / "growth.png"
+    args = ("--batches", "1,2", "--prefix-lens", "8", "--at-batch", "1", "--at-prefix", "8", "--output-len", "6")
+    result = run("bench", "growth", "-m", tiny, *args, *ENGINE, "--repeat", "1", "--output", output, "--plot", plot)
+    assert result.exit_code != 0
+    assert "1 of 2 points: --resume measures the others" in " ".join(result.stderr.split())
+    assert list(json.loads(output.read_text())["points"]) == ["1 x 8"]
+    assert plot.exists()
+    assert "equal plans" in " ".join(result.stdout.replace("│", " ").split())
 
 
 def test_serve_measures_a_server(run: Run, tmp_path: Path) -> None:
