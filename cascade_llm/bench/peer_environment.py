@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,12 @@ __all__ = ["PEERS", "PeerInterpreter", "PeerKind", "find_peer", "install_peer"]
 DRIVERS = Path(__file__).parent / "peers"
 DONE = "complete"
 """A file in an environment whose installation came to its end."""
+LOOK_ONCE = ("--retries", "0", "--timeout", "15")
+"""For pip; the user's own patience is for the installation."""
+OTHER_PLACES = ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT")
+"""Settings that would install elsewhere than in the environment."""
+LAST_LINES, LINE_LEN = 4, 300
+BY_HAND = "Mend that, or install it by hand and give its interpreter by --peer-python"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +69,14 @@ class PeerInterpreter:
     driver: Path
 
 
-def find_peer(name: str, python: Path | None = None, *, install: bool = False, gpu: bool = False) -> PeerInterpreter:
+def find_peer(
+    name: str,
+    python: Path | None = None,
+    *,
+    install: bool = False,
+    gpu: bool = False,
+    on_install: Callable[[str], None] = lambda what: None,
+) -> PeerInterpreter:
     """The interpreter of a peer: the given one, its own environment, or ours where it is a dependency of ours.
 
     Args:
@@ -70,6 +84,7 @@ def find_peer(name: str, python: Path | None = None, *, install: bool = False, g
         python: an interpreter that has it
         install: make its environment where there is none; minutes, and a download
         gpu: whether it is for a GPU
+        on_install: told what is being done there
 
     Raises:
         ConfigError: an unknown name
@@ -77,45 +92,64 @@ def find_peer(name: str, python: Path | None = None, *, install: bool = False, g
     """
     if name not in PEERS:
         raise ConfigError(f"unknown engine {name!r}: {nearest_name_hint(name, PEERS)}")
-    kind = PEERS[name]
+    kind, folder = PEERS[name], _environment(name)
     if python is None:
         if not kind.requirements:
             python = Path(sys.executable)
-        elif (own := _environment(name) / "bin" / "python").exists() and (_environment(name) / DONE).exists():
+        elif (own := folder / "bin" / "python").exists() and (folder / DONE).exists():
             python = own
         elif install:
-            python = install_peer(_environment(name), kind, gpu=gpu)
+            python = install_peer(folder, kind, gpu=gpu, on_install=on_install)
         else:
             raise BackendError(
-                f"{name} has no environment here: --install-peer makes one in {_environment(name)} (minutes, and a "
-                f"download), or give an interpreter that has it by --peer-python"
+                f"{name} has no environment here: --install-peer makes one in {folder} (minutes, and a download), or "
+                "give an interpreter that has it by --peer-python"
             )
     _check_import(name, python, kind.module)
     return PeerInterpreter(name, python, DRIVERS / kind.driver)
 
 
-def install_peer(folder: Path, kind: PeerKind, *, gpu: bool = False) -> Path:
+def install_peer(
+    folder: Path, kind: PeerKind, *, gpu: bool = False, on_install: Callable[[str], None] = lambda what: None
+) -> Path:
     """Make a virtual environment with an engine; returns its interpreter. An unfinished one is made again.
 
-    Raises `BackendError` with pip's last words.
+    pip goes by the user's settings (indexes, proxies, constraints). Before it downloads and builds for minutes it looks
+    for the engine once, without trying again: no network and no release for this Python are told in seconds.
+
+    Raises `BackendError` with pip's last words, and leaves nothing.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    python = folder / "bin" / "python"
-    commands = [[sys.executable, "-m", "venv", str(folder)]]
-    if requirements := kind.gpu_requirements if gpu else kind.requirements:
-        commands.append([str(python), "-m", "pip", "install", "--disable-pip-version-check", *requirements])
-    if kind.unwanted and not gpu:
-        commands.append([str(python), "-m", "pip", "uninstall", "--yes", *kind.unwanted])
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=_plain_environment())
-        if done.returncode:
-            last = " ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
-            raise BackendError(
-                f"{' '.join(command[1:])} failed: {last}. Install it by hand and give its interpreter by --peer-python"
-            )
-    (folder / DONE).touch()
+    requirements = kind.gpu_requirements if gpu else kind.requirements
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        on_install(f"making an environment in {folder}")
+        _run([sys.executable, "-m", "venv", str(folder)])
+        pip = [str(python := folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+        if requirements:
+            on_install(f"looking for {', '.join(requirements)}")
+            _run([*pip, "install", "--dry-run", "--no-deps", *LOOK_ONCE, *requirements])
+            on_install(f"installing {', '.join(requirements)}: minutes, and a download")
+            _run([*pip, "install", *requirements])
+        if kind.unwanted and not gpu:
+            _run([*pip, "uninstall", "--yes", *kind.unwanted])
+        (folder / DONE).touch()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # gigabytes, as the case may be
+        raise
     return python
+
+
+def _run(command: Sequence[str]) -> None:
+    environment = {name: value for name, value in _plain_environment().items() if name not in OTHER_PLACES}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    except OSError as error:
+        raise BackendError(f"{command[0]} cannot be run ({error}): {BY_HAND}") from None
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()[-LAST_LINES:]
+        said = " | ".join(line.strip()[-LINE_LEN:] for line in lines)
+        raise BackendError(f"{shlex.join(command)} failed: {said or 'without a word'}. {BY_HAND}")
 
 
 def _environment(name: str) -> Path:

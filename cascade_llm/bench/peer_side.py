@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,19 @@ START_S, RUN_S = 900.0, 3600.0
 
 
 def peer_for(
-    name: str, model: BenchModel, load: Load, *, python: Path | None = None, install: bool = False
+    name: str,
+    model: BenchModel,
+    *,
+    python: Path | None = None,
+    install: bool = False,
+    on_install: Callable[[str], None] = lambda what: None,
 ) -> PeerInterpreter:
-    """The interpreter of a peer that can run this load with this model; raises before anything is started."""
+    """The interpreter of a peer that can run this model; raises before anything is started. See `find_peer`."""
     if model.checkpoint.is_dummy:
         raise ConfigError("another engine needs real weights: leave out load_format=dummy")
     if name == "llama.cpp" and _gguf_file(model.checkpoint) is None:
         raise ConfigError("llama.cpp reads .gguf files only: give one as the model")
-    return find_peer(name, python, install=install, gpu=model.device.type == "cuda")
+    return find_peer(name, python, install=install, gpu=model.device.type == "cuda", on_install=on_install)
 
 
 class PeerSide(Side):

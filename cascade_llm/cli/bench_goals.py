@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade_llm.cli.bench_throughput import peer_options
+from cascade_llm.cli.bench_throughput import choose_peer, peer_options
 from cascade_llm.cli.console import error_console, print_json, result_console
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
 from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
@@ -58,7 +58,6 @@ def goals(
     from cascade_llm.bench.compare import compare_each
     from cascade_llm.bench.goals import choose_goals, goal_loads, goal_result
     from cascade_llm.bench.machine import describe_machine
-    from cascade_llm.bench.peer_side import peer_for
     from cascade_llm.bench.setup import open_model
     from cascade_llm.bench.throughput import num_runs
     from cascade_llm.cli import goals_report as text
@@ -71,11 +70,7 @@ def goals(
     interrupted = False
     record: dict[str, Any] = {"model": model, "machine": describe_machine(), "sides": {}, "reports": {}}
     if wanted:
-        peer = None
-        if against is not None:
-            (peer, *_) = [
-                peer_for(against, bench, load, python=peer_python, install=install_peer) for load in wanted.values()
-            ]
+        peer = choose_peer(against, bench, python=peer_python, install=install_peer)
         num_sides = 1 + with_off + (peer is not None)
         total = sum(num_runs(num_sides, repeat, load, with_off=with_off) for load in wanted.values()) + (
             peer is not None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cascade_llm.cli.bench_throughput import load_options, peer_options
+from cascade_llm.cli.bench_throughput import choose_peer, load_options, peer_options
 from cascade_llm.cli.bench_workloads import WorkloadGroup
 from cascade_llm.cli.console import print_json, result_console
 from cascade_llm.cli.field_options import engine_options, model_option, take_engine
@@ -97,13 +97,12 @@ def _measure(
     arrivals = make_arrivals(request_rate, concurrency, arrival_seed)
     from cascade_llm.bench.compare import opened_sides
     from cascade_llm.bench.latency import LatencyReport, measure_latency
-    from cascade_llm.bench.peer_side import peer_for
     from cascade_llm.bench.setup import open_model
     from cascade_llm.cli.demo_runs import run_bar
 
     bench = open_model(model, options)
     load = with_history(bench.load(workload, temperature=temperature, top_p=top_p), history)
-    peer = peer_for(against, bench, load, python=peer_python, install=install_peer) if against else None
+    peer = choose_peer(against, bench, python=peer_python, install=install_peer)
     report = LatencyReport(model, load, arrivals)
     num_sides = 1 + with_off + (peer is not None)
     with (

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cascade_llm.cli.bench_workloads import WorkloadGroup
-from cascade_llm.cli.console import print_json, result_console
+from cascade_llm.cli.console import error_console, print_json, result_console
 from cascade_llm.cli.field_options import engine_options, model_option, take_engine
 from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
 
 if TYPE_CHECKING:
+    from cascade_llm.bench.peer_environment import PeerInterpreter
+    from cascade_llm.bench.setup import BenchModel
     from cascade_llm.bench.throughput import ThroughputReport
     from cascade_llm.bench.workloads import Workload
 
-__all__ = ["load_options", "peer_options", "throughput"]
+__all__ = ["choose_peer", "load_options", "peer_options", "throughput"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -46,6 +48,18 @@ def peer_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def choose_peer(name: str | None, model: BenchModel, *, python: Path | None, install: bool) -> PeerInterpreter | None:
+    """The interpreter of another engine; None where none is wanted. An installation says what it does."""
+    if name is None:
+        return None
+    from cascade_llm.bench.peer_side import peer_for
+
+    def say(what: str) -> None:
+        error_console().print(f"{name}: {what}", style="dim")
+
+    return peer_for(name, model, python=python, install=install, on_install=say)
 
 
 def _options(command: Command) -> Command:
@@ -80,14 +94,13 @@ def _measure(
 ) -> None:
     check_output_files(output, plot, force=force)
     from cascade_llm.bench.compare import compare
-    from cascade_llm.bench.peer_side import peer_for
     from cascade_llm.bench.setup import open_model
     from cascade_llm.bench.throughput import num_runs
     from cascade_llm.cli.demo_runs import run_bar
 
     bench = open_model(model, options)
     load = bench.load(workload, temperature=temperature, top_p=top_p)
-    peer = peer_for(against, bench, load, python=peer_python, install=install_peer) if against else None
+    peer = choose_peer(against, bench, python=peer_python, install=install_peer)
     num_sides = 1 + with_off + (peer is not None)
     with run_bar(num_runs(num_sides, repeat, load, with_off=with_off)) as on_run:
         report = compare(bench, load, with_off=with_off, peer=peer, repeat=repeat, split_steps=parts, on_run=on_run)

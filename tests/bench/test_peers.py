@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,15 @@ import pytest
 from cascade_llm.bench.compare import compare, opened_sides
 from cascade_llm.bench.latency import LatencyReport, measure_latency
 from cascade_llm.bench.online import AllAtOnce, AtConcurrency, AtRate
-from cascade_llm.bench.peer_environment import DRIVERS, PEERS, PeerInterpreter, PeerKind, find_peer, install_peer
+from cascade_llm.bench.peer_environment import (
+    DRIVERS,
+    PEERS,
+    PeerInterpreter,
+    PeerKind,
+    _check_import,
+    find_peer,
+    install_peer,
+)
 from cascade_llm.bench.peer_process import PeerProcess
 from cascade_llm.bench.peer_side import PeerSide, peer_for
 from cascade_llm.bench.setup import open_model
@@ -141,7 +150,7 @@ def test_a_side_takes_one_load_after_the_other(counting: PeerInterpreter, tiny: 
 def test_transformers_runs_and_every_quantity_is_compared(tiny: Path) -> None:
     model = open_model(str(tiny), OPTIONS)
     load = model.load(SHARED)
-    peer = peer_for("transformers", model, load)
+    peer = peer_for("transformers", model)
     assert peer.python == Path(sys.executable)
     report = compare(model, load, with_off=False, peer=peer, repeat=1, split_steps=False)
     assert list(report.readings) == ["cascade on", "transformers"]
@@ -154,7 +163,7 @@ def test_transformers_runs_and_every_quantity_is_compared(tiny: Path) -> None:
 def test_transformers_counts_each_rows_own_length(tiny: Path) -> None:
     model = open_model(str(tiny), OPTIONS)
     load = model.load(RandomWorkload(num_requests=4, min_len=3, max_len=9), temperature=0.8, top_p=0.95)
-    side = PeerSide(peer_for("transformers", model, load), model, load)
+    side = PeerSide(peer_for("transformers", model), model, load)
     assert side.run("cold").num_generated == load.num_generated
     assert side.run("first").num_generated == 4
     side.close()
@@ -163,7 +172,7 @@ def test_transformers_counts_each_rows_own_length(tiny: Path) -> None:
 def test_transformers_meets_the_same_arrivals_and_every_token_has_a_time(tiny: Path) -> None:
     model = open_model(str(tiny), OPTIONS)
     load = model.load(RolloutWorkload(prompts=3, samples=2, prompt_len=8, output_len=4))
-    peer = peer_for("transformers", model, load)
+    peer = peer_for("transformers", model)
     report = LatencyReport(model.name, load, AtRate(200.0, seed=1))
     with opened_sides(model, load, with_off=False, peer=peer, online=True) as sides:
         measure_latency(report, sides, repeat=2)
@@ -182,7 +191,7 @@ def test_transformers_meets_the_same_arrivals_and_every_token_has_a_time(tiny: P
 def test_conversations_run_on_a_peer_and_go_on_from_its_own_answers(tiny: Path) -> None:
     model = open_model(str(tiny), OPTIONS)
     chat = model.load(ChatWorkload(conversations=2, turns=3, system_len=8, user_len=4, output_len=4, think_s=0.01))
-    side = PeerSide(peer_for("transformers", model, chat), model, chat)
+    side = PeerSide(peer_for("transformers", model), model, chat)
     for load in (chat, chat.with_recorded_history()):
         side.use_load(load)
         run = side.run_online(AtRate(500.0))
@@ -208,12 +217,11 @@ def test_an_engine_that_hands_out_whole_answers_tells_no_times_of_tokens(countin
 
 def test_what_a_peer_cannot_do_is_refused_before_it_is_started(tiny: Path) -> None:
     model = open_model(str(tiny), OPTIONS)
-    load = model.load(SHARED)
     with pytest.raises(ConfigError, match=r"llama.cpp reads .gguf files only"):
-        peer_for("llama.cpp", model, load)
+        peer_for("llama.cpp", model)
     dummy = open_model(str(tiny), {**OPTIONS, "load_format": "dummy"})
     with pytest.raises(ConfigError, match="real weights"):
-        peer_for("transformers", dummy, load)
+        peer_for("transformers", dummy)
 
 
 def test_a_missing_peer_says_how_to_get_it(own_cache: Path) -> None:
@@ -232,20 +240,80 @@ def test_every_peer_has_its_driver() -> None:
         assert (DRIVERS / kind.driver).is_file()
 
 
-@pytest.mark.slow
-def test_an_environment_is_made_and_found(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = PeerKind(module="json", driver="vllm_driver.py", requirements=("pip",))
+def add_package(folder: Path, name: str) -> None:
+    """A wheel that holds one empty module."""
+    files = {
+        f"{name}.py": "",
+        f"{name}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{name}-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{name}-1.0.dist-info/RECORD"] = "".join(f"{file},,\n" for file in files)
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        for file, text in files.items():
+            wheel.writestr(file, text)
+
+
+@pytest.fixture
+def own_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that the user's settings name as the one place to find packages, and settings that would mislead."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "elsewhere"))
+    return folder
+
+
+def test_an_environment_is_made_once_by_the_users_own_settings(
+    own_cache: Path, own_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_package(own_index, "small_engine")
+    add_package(own_index, "unwanted_engine")
+    kind = PeerKind(
+        module="small_engine",
+        driver="vllm_driver.py",
+        requirements=("small_engine==1.0", "unwanted_engine"),
+        unwanted=("unwanted_engine",),
+    )
     monkeypatch.setitem(PEERS, "small", kind)
     with pytest.raises(BackendError, match="--install-peer"):
         find_peer("small")
-    made = find_peer("small", install=True)
+    told: list[str] = []
+    made = find_peer("small", install=True, on_install=told.append)
     assert made.python == own_cache / "peers" / "small" / "bin" / "python"
-    assert find_peer("small") == made
+    assert [what.split()[0] for what in told] == ["making", "looking", "installing"]
+    again = find_peer("small", install=True, on_install=told.append)
+    assert again == find_peer("small") == made
+    assert len(told) == 3, "the second call found it"
+    with pytest.raises(BackendError, match="cannot import unwanted_engine"):
+        _check_import("unwanted", made.python, "unwanted_engine")
 
 
-@pytest.mark.slow
-def test_a_failed_installation_says_why_and_counts_as_none(tmp_path: Path) -> None:
-    kind = PeerKind(module="x", driver="vllm_driver.py", requirements=("/no/such/wheel.whl",))
-    with pytest.raises(BackendError, match=r"wheel.*--peer-python"):
-        install_peer(tmp_path / "environment", kind)
-    assert not (tmp_path / "environment" / "complete").exists()
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, r"No matching distribution found for small_engine==2\.0"),
+        ({"PIP_NO_INDEX": "0", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}, "No matching distribution found"),
+    ],
+    ids=["no release", "no network"],
+)
+def test_what_cannot_be_installed_is_told_by_pips_words_before_anything_is(
+    own_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], words: str
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    add_package(own_index, "small_engine")
+    kind = PeerKind(module="x", driver="vllm_driver.py", requirements=("small_engine==2.0",))
+    told: list[str] = []
+    with pytest.raises(BackendError, match=rf"--dry-run.*{words}.*--peer-python"):
+        install_peer(tmp_path / "environment", kind, on_install=told.append)
+    assert [what.split()[0] for what in told] == ["making", "looking"]
+    assert not (tmp_path / "environment").exists()
+
+
+def test_an_unfinished_environment_counts_as_none(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "half", PeerKind(module="json", driver="vllm_driver.py", requirements=("half",)))
+    (own_cache / "peers" / "half" / "bin").mkdir(parents=True)
+    (own_cache / "peers" / "half" / "bin" / "python").symlink_to(sys.executable)
+    with pytest.raises(BackendError, match="--install-peer"):
+        find_peer("half")
