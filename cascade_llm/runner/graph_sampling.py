@@ -111,12 +111,15 @@ class SamplingGraphs:
         """Graphs that steps may make it capture."""
         return len(list(FeatureSet.every())) * len(self._row_counts) - self.num_at_start
 
-    def capture(self, on_graph: Callable[[], None]) -> None:
-        """Capture what every load may need, the largest first; the arena holds padding."""
+    def capture(self, on_graph: Callable[[bool], None]) -> None:
+        """Capture what every load may need, the largest first; the arena holds padding.
+
+        on_graph: told of each whether there was memory for it
+        """
         for rows in reversed(self._row_counts):
             for features in CAPTURED_AT_START:
                 self._capture(rows, features)
-                on_graph()
+                on_graph(self._graphs[rows, features] is not None)
 
     def prepared(self, plan: StepPlan, rows: int) -> FeatureSet | str:
         """What a step's samples need, its graph at hand; or why they are sampled eagerly.
@@ -135,19 +138,21 @@ class SamplingGraphs:
         return next((rows for rows in self._row_counts if rows >= num_samples), None)
 
     def _capture(self, rows: int, features: FeatureSet) -> None:
+        """Capture a graph; one that the memory has no room for is left out, said aloud."""
         work = partial(self._sample, rows, features)
-        work()
-        self._graphs[rows, features] = self._stream.capture(work)
+        try:
+            work()
+            self._graphs[rows, features] = self._stream.capture(work)
+        except torch.OutOfMemoryError:
+            self._graphs[rows, features] = None
+            log.warning("no memory to capture sampling of %d rows (%s): such steps wait for the device", rows, features)
 
     def _capture_late(self, rows: int, features: FeatureSet) -> None:
         """Capture between steps: nothing may be under way on a stream that is captured."""
         self._stream.mark().wait()
         self._send_padding(rows)
-        try:
-            self._capture(rows, features)
-        except torch.OutOfMemoryError:
-            self._graphs[rows, features] = None
-            log.warning("no memory to capture sampling of %d rows (%s): such steps wait for the device", rows, features)
+        self._capture(rows, features)
+        if self._graphs[rows, features] is None:
             return
         self._counters.late_captures += 1
         log.info("captured sampling for %d rows (%s), at the first step that needs it", rows, features)

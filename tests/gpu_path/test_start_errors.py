@@ -15,8 +15,10 @@ from cascade_llm.attention import flashinfer_kernels
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import BackendError, CapacityError, CascadeError, ConfigError
 from cascade_llm.runner import build, memory
-from tests.engine.tiny_llm import save_tiny, tiny_llm
-from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm
+from cascade_llm.runner.graph_sampling import NO_MEMORY
+from cascade_llm.sampling_params import SamplingParams
+from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
+from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
@@ -180,6 +182,29 @@ def test_no_memory_for_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None
     decoder: Any = SimpleNamespace(device=torch.device("cpu"), forward=without_memory)
     with pytest.raises(CapacityError, match=r"a step of 2,048 tokens beside the weights: lower max_num_batched_tokens"):
         memory.step_bytes(decoder, EngineOptions(max_num_batched_tokens=2048))
+
+
+def test_no_memory_for_sampling_graphs_is_said_and_served(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    double, params = double_gpu(), SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    capture = double.stream.capture
+
+    def forward_only(work: Any) -> Any:
+        return without_memory() if work.func.__name__ == "_sample" else capture(work)
+
+    monkeypatch.setattr(double.stream, "capture", forward_only)
+    prompts = random_forest(3, 8, 90, 40)
+    with tiny_llm(tiny) as twin:
+        expected = [output["token_ids"] for output in twin.generate(prompts, params)]
+    with gpu_llm(tiny, double) as llm:
+        assert [output["token_ids"] for output in llm.generate(prompts, params)] == expected
+        counters, report = graphs_of(llm).counters, llm.facts.capture
+        assert counters.graph_steps > 0
+        assert counters.eagerly_sampled_steps[NO_MEMORY] > 0
+        assert report is not None
+        assert (report.dropped, report.num_graphs) == ((), len(graphs_of(llm)._shapes))
+    assert any("no memory to capture sampling of 16 rows" in record.message for record in caplog.records)
 
 
 # -- a kernel that does not compile ------------------------------------------------------------------------------------
