@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table
 
-from cascade_llm.bench.latency import PERCENTILES, QUANTITIES, STATISTICS, LatencyReport, LatencyRun, summary_spread
+from cascade_llm.bench.latency import PERCENTILES, QUANTITIES, LatencyReport, LatencyRun, summary_spread
 from cascade_llm.bench.online import Arrivals, AtConcurrency, AtRate
 from cascade_llm.bench.reading import Spread
 from cascade_llm.cli.charts import Bars
@@ -58,12 +58,13 @@ def ratio_table(report: LatencyReport) -> Table:
     table = Table(title=f"times as long as {report.main}: median of the turns, lowest to highest", title_justify="left")
     table.add_column("engine")
     table.add_column("")
-    for name in STATISTICS:
+    shown = [f"p{percentile}" for percentile in PERCENTILES]  # the means are in the JSON
+    for name in shown:
         table.add_column(name, justify="right")
     for other, quantities in report.ratios().items():
         for quantity, ratios in quantities.items():
-            cells = [f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" for ratio in ratios.values()]
-            if cells:
+            if ratios:
+                cells = [f"{(r := ratios[name]).median:.2f} ({r.low:.2f} to {r.high:.2f})" for name in shown]
                 table.add_row(other, QUANTITIES[quantity], *cells)
     return table
 
