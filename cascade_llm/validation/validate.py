@@ -78,6 +78,8 @@ def validate(
     config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     engine_options = _engine_options(options, config, effort)
     device = resolve_device(engine_options.device)
+    progress(f"loading {checkpoint.name}", 0, 1)
+    runner, facts = build_runner(engine_options, checkpoint)  # first: what cannot be served is known at once
     sections: list[Section] = []
 
     def add(title: str, make: Callable[[], list[Check]]) -> None:
@@ -97,8 +99,6 @@ def validate(
             kv_dtype=KV_DTYPES.get(engine_options.kv_cache_dtype),
         ),
     )
-    progress(f"loading {checkpoint.name}", 0, 1)
-    runner, facts = build_runner(engine_options, checkpoint)
     token_ids = text_token_ids(load_tokenizer(checkpoint.tokenizer_source), config.vocab_size, seed)
     page_size, max_levels = engine_options.page_size, max(2, engine_options.cascade_max_levels)
     add(

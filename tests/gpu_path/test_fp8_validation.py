@@ -23,12 +23,13 @@ from cascade_llm.validation import attention_check, engine_replay, replay, repla
 from cascade_llm.validation.attention_check import FAMILIES, check_attention
 from cascade_llm.validation.engine_check import BATCH, EngineLoad
 from cascade_llm.validation.report import Check
-from cascade_llm.validation.validate import Effort, _engine_options
+from cascade_llm.validation.validate import Effort, _engine_options, validate
 from tests.engine.tiny_llm import random_forest, save_tiny
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm
 
 FP8 = torch.float8_e4m3fn
 PAGES = {"kv_cache_dtype": "fp8_e4m3"}
+LOAD = EngineLoad(prefix_len=24, num_places=6, num_settling=2, num_observed=2)
 
 
 class OnDouble(FlashInferAttentionBackend):
@@ -87,8 +88,7 @@ def test_a_scale_that_is_left_out_fails_it(tiny: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("options", "num_bytes"), [({}, 2), (PAGES, 1)])
 def test_the_pool_of_a_validation_is_as_large_as_its_pages(tiny: Path, options: dict[str, str], num_bytes: int) -> None:
     config = model_config_from_hf(open_checkpoint(tiny).hf_config())
-    load = EngineLoad(prefix_len=24, num_places=6, num_settling=2, num_observed=2)
-    effort = Effort(cases_per_family=1, load=load, prompt_lens=(4,), num_new=4)
+    effort = Effort(cases_per_family=1, load=LOAD, prompt_lens=(4,), num_new=4)
     found = _engine_options({"dtype": "bfloat16", "page_size": 4, **options}, config, effort)
     assert found.kv_cache_bytes == (BATCH + 1) * 8 * 4 * (2 * 2 * 2 * 128) * num_bytes
 
@@ -149,3 +149,11 @@ class ExactOnDouble(FlashInferAttentionBackend):
 
     def __init__(self, spec: AttentionSpec, kv_cache: PagedKVCache) -> None:
         super().__init__(spec, kv_cache, double_gpu().platform())
+
+
+def test_what_cannot_be_served_is_known_before_anything_is_compared(tiny: Path) -> None:
+    told: list[str] = []
+    effort = Effort(cases_per_family=1, load=LOAD, prompt_lens=(4,), num_new=4)
+    with pytest.raises(BackendError, match="leave out kv_cache_dtype"):
+        validate(tiny, PAGES, effort=effort, progress=lambda what, done, total: told.append(what))
+    assert len(told) == 1
