@@ -84,3 +84,10 @@ class Linear:
             return F.linear(x, self.weight, self.bias)
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return y
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """The product, into memory that is there: [rows, in_features] -> `out` [rows, out_features]."""
+        if self._int4 is None and self._packed is None and self.bias is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            out.copy_(self(x))

@@ -159,6 +159,10 @@ class Decoder:
         """[n, hidden] -> [n, vocab_size], the model's dtype; for the sampled rows only."""
         return self.lm_head(hidden)
 
+    def write_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """`logits` into memory that is there, [n, vocab_size]: a copy of them would be read and written once more."""
+        self.lm_head.write(hidden, out)
+
     def quantize(self) -> None:
         """Round the layers' weights to int4; call before `pack()`.
 

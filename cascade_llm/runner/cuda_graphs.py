@@ -24,7 +24,7 @@ from cascade_llm.plan import CascadeLevel, CascadePlan, StepPlan, StepResult
 from cascade_llm.runner.graph_logprobs import report_len
 from cascade_llm.runner.graph_sampling import GraphCounters, SamplingGraphs
 from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape, graph_shapes, needs_padding_segment
-from cascade_llm.runner.lanes import LaneState
+from cascade_llm.runner.lanes import NO_TOKEN, LaneState
 from cascade_llm.runner.sampling_features import FeatureSet
 from cascade_llm.runner.step_arena import HostImage, StepArena
 from cascade_llm.runner.step_attention import StepAttention
@@ -175,12 +175,15 @@ class CudaGraphs:
     def _forward(self, attention: GraphAttention, rows: int) -> None:
         """What a forward graph holds: from the arena's columns to logits in fixed memory."""
         columns = self._arena.columns
-        lanes = columns.token_lanes[:rows]
-        from_lanes = self._lanes.last_tokens[lanes.clamp(min=0)]
-        token_ids = torch.where(lanes >= 0, from_lanes, columns.token_ids[:rows])
         step = StepAttention(attention, self._backend, columns.slots[:rows])
-        hidden = self._decoder.forward(token_ids, columns.positions[:rows], step)
-        self._logits[:rows].copy_(self._decoder.logits(hidden))
+        hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
+        self._decoder.write_logits(hidden, self._logits[:rows])
+
+    def _input_tokens(self, rows: int) -> torch.Tensor:
+        """Of lane and host, the one that names a token: the other says -1."""
+        columns = self._arena.columns
+        from_lanes = self._lanes.last_tokens.index_select(0, columns.token_lanes[:rows])
+        return torch.maximum(from_lanes, columns.token_ids[:rows])
 
     def _stand_in_columns(self, room: _Room, rows: int, capacity: int) -> LevelColumns:
         """A level to capture with: all rows over the padding page."""
@@ -241,7 +244,7 @@ class CudaGraphs:
         image.columns.sample_lanes[:count] = column_tensor(plan.sample_lanes)
         self._arena.send(image, rows)
         sampled_rows = column_tensor(plan.sample_rows).to(hidden.device, torch.int64)
-        self._logits[:count].copy_(self._decoder.logits(hidden[sampled_rows]))
+        self._decoder.write_logits(hidden[sampled_rows], self._logits[:count])
         return self._sampling.replay(plan, rows, features, image, range(count))
 
     def _sampled(
@@ -284,8 +287,10 @@ class CudaGraphs:
         columns.token_ids[:count] = column_tensor(plan.token_ids)
         columns.positions[:count] = column_tensor(plan.positions)
         columns.slots[:count] = column_tensor(plan.slots)
-        columns.token_lanes[:count] = -1
-        columns.token_lanes[column_tensor(plan.lane_rows).long()] = column_tensor(plan.lane_row_lanes)
+        columns.token_lanes[:count] = self._lanes.no_lane
+        lane_rows = column_tensor(plan.lane_rows).long()
+        columns.token_ids[lane_rows] = NO_TOKEN
+        columns.token_lanes[lane_rows] = column_tensor(plan.lane_row_lanes)
         columns.sample_lanes[:count] = self._padding_lane
         columns.sample_lanes[column_tensor(plan.sample_rows).long()] = column_tensor(plan.sample_lanes)
         num_pages = len(leaf.kv_page_indices)
@@ -301,7 +306,7 @@ class CudaGraphs:
         columns.token_ids[first:rows] = 0
         columns.positions[first:rows] = 0
         columns.slots[first:rows] = self._padding_page * self._page_size
-        columns.token_lanes[first:rows] = -1
+        columns.token_lanes[first:rows] = self._lanes.no_lane
         columns.sample_lanes[first:rows] = self._padding_lane
         columns.leaf_indptr[0] = 0
         columns.leaf_indptr[first + 1 : rows + 1] = torch.arange(first_leaf_page + 1, first_leaf_page + count + 1)

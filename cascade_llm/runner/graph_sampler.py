@@ -58,7 +58,9 @@ class GraphSampler:
             results: [2, rows], int64: tokens, and whether their logits were finite
         """
         rows, vocab_size = logits.shape
-        values, index, places = self._values[:rows], lanes.long(), positions.long() + 1
+        values, index = self._values[:rows], lanes.long()
+        needs_places = features.choice > Choice.GREEDY or features.adjustment >= Adjustment.LISTS
+        places = positions.long() + 1 if needs_places else positions
         values[:, :vocab_size] = logits
         normalizers = self._logprobs.note_raw(values, self._workspace) if features.logprobs else None
         if features.adjustment >= Adjustment.PENALTIES:

@@ -18,8 +18,10 @@ from cascade_llm.runner.draw import Filters, draw_key
 from cascade_llm.runner.token_usage import TokenHistories, TokenUsage, Upload
 from cascade_llm.sampling_params import SamplingParams
 
-__all__ = ["LaneState"]
+__all__ = ["NO_TOKEN", "LaneState"]
 
+NO_TOKEN = -1
+"""Smaller than every token id: of two sources of which one has a token, the larger is it."""
 TEMPERATURE, TOP_P, MIN_P = range(3)
 
 
@@ -45,8 +47,9 @@ class LaneState:
             upload: brings host tensors to the device; the default waits until they are there
         """
         self.num_lanes, self.vocab_size, self.device = num_lanes, vocab_size, torch.device(device)
-        self.last_tokens = torch.zeros(num_lanes, dtype=torch.int64, device=device)
-        """[num_lanes], the token that a lane's next row reads when the plan leaves it to the lane"""
+        self.last_tokens = torch.zeros(num_lanes + 1, dtype=torch.int64, device=device)
+        """[num_lanes + 1], what a lane's next row reads when the plan leaves its token to the lane; see `no_lane`"""
+        self.last_tokens[self.no_lane] = NO_TOKEN
         self.draw_keys = torch.zeros(num_lanes, dtype=torch.int64, device=device)
         """[num_lanes], see `draw_key`"""
         self._top_k = torch.zeros(num_lanes, dtype=torch.int64, device=device)
@@ -56,6 +59,11 @@ class LaneState:
         self._starts: list[LaneStart | None] = [None] * num_lanes
         self._bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._ending: dict[int, torch.Tensor] = {}
+
+    @property
+    def no_lane(self) -> int:
+        """The place in `last_tokens` that never holds a token."""
+        return self.num_lanes
 
     def start(self, starts: Sequence[LaneStart]) -> None:
         """Set the state of lanes that a sequence enters, whatever they held before.

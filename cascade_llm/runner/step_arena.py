@@ -27,7 +27,7 @@ class StepColumns:
     positions: torch.Tensor
     slots: torch.Tensor
     token_lanes: torch.Tensor
-    """the lane that a row's token comes from; -1 takes it from `token_ids`"""
+    """the lane that a row's token comes from, `token_ids` then being -1; else `LaneState.no_lane`"""
     sample_lanes: torch.Tensor
     """the lane that a row's sampled token goes to; the padding lane for a row that is not sampled"""
     leaf_indptr: torch.Tensor

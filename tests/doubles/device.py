@@ -236,11 +236,14 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._stream = stream
         self.records: list[Callable[[], None]] = []
+        self.launches: list[str] = []
+        """what a device would run, by name: views and allocations are nothing"""
         self.touched: list[torch.Tensor] = []
         self.private: dict[int, torch.Tensor] = {}
 
     def record_kernel(self, run: Callable[[], None], touched: list[torch.Tensor]) -> None:
         self.records.append(run)
+        self.launches.append(run.__qualname__.split(".<locals>")[0])
         self.touched.extend(touched)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -261,6 +264,8 @@ class _Recorder(TorchDispatchMode):
         for output in fresh:
             self.private[_storage(output)] = output
         self.touched.extend([*tensors, *fresh])
+        if writes or (fresh and not name.startswith("empty")):
+            self.launches.append(f"aten.{name}")
         if writes:
             self.records.append(lambda: func(*args, **kwargs))
         elif fresh and name.startswith("empty"):
@@ -280,6 +285,7 @@ def _recompute(func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor], f
 class _FakeGraph(Graph):
     def __init__(self, stream: DoubleStream, recorder: _Recorder) -> None:
         self._stream, self._records, self._touched = stream, recorder.records, recorder.touched
+        self.launches = recorder.launches
         self.private = list(recorder.private.values())
         if not self._records:
             raise DoubleError("an empty graph")

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from cascade_llm.attention import flashinfer_backend, flashinfer_levels
+from cascade_llm.attention.columns import column_tensor
 from cascade_llm.attention.flashinfer_graph import GraphAttention
 from cascade_llm.attention.flashinfer_levels import LevelBuffers, LevelColumns, LevelKernel, LevelOutput, LevelRun
 from cascade_llm.plan import CascadePlan, StepResult
@@ -295,9 +296,8 @@ def _(patch: pytest.MonkeyPatch) -> None:
     def leave_in_pool(self: CudaGraphs, attention: Any, rows: int) -> None:
         columns = self._arena.columns
         step = StepAttention(attention, self._backend, columns.slots[:rows])
-        lanes = columns.token_lanes[:rows]
-        token_ids = torch.where(lanes >= 0, self._lanes.last_tokens[lanes.clamp(min=0)], columns.token_ids[:rows])
-        logits = self._decoder.logits(self._decoder.forward(token_ids, columns.positions[:rows], step))
+        hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
+        logits = self._decoder.logits(hidden)
         self._logits = torch.nn.functional.pad(logits, (0, 0, 0, len(self._logits) - rows))
 
     patch.setattr(CudaGraphs, "_forward", leave_in_pool)
@@ -438,7 +438,8 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
     def from_host(self: CudaGraphs, image: Any, plan: Any, rows: int) -> int:
         num_pages = original(self, image, plan, rows)
-        image.columns.token_lanes[:rows] = -1
+        image.columns.token_lanes[:rows] = self._lanes.no_lane
+        image.columns.token_ids[: plan.num_rows] = column_tensor(plan.token_ids)
         return num_pages
 
     patch.setattr(CudaGraphs, "_write_step", from_host)

@@ -387,6 +387,17 @@ def test_breaking_a_rule_is_noticed(rule: str, tiny: Path, expected: Results, mo
     assert _differs(tiny, expected), f"unnoticed: {rule}"
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_where_the_host_has_the_token_the_lane_has_none(
+    tiny: Path, expected: Results, broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without lag every token is known to the host. Broken: the lane that padding rows write to stands for no lane."""
+    if broken:
+        monkeypatch.setattr(LaneState, "no_lane", property(lambda self: self.num_lanes - 1))
+    with gpu_llm(tiny, double_gpu(), schedule_lag=0, **OPTIONS) as llm:
+        assert (results(llm) != expected) == broken
+
+
 def _differs(folder: Path, expected: Results) -> bool:
     try:
         return run(folder) != expected

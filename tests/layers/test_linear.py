@@ -82,3 +82,16 @@ def test_a_quantized_layer_gives_few_rows_and_many_the_same_product(bias: bool) 
     x = torch.randn(MAX_ROWS + 1, 64).bfloat16()
     torch.testing.assert_close(linear(x[:-1]), linear(x)[:-1], rtol=3e-2, atol=3e-2)
     torch.testing.assert_close(linear(x[:1]), linear(x)[:1], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_product_written_into_memory_that_is_there(bias: bool, packed: bool) -> None:
+    linear = random_linear(64, 48, torch.float32, bias)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    if packed:
+        linear.pack()
+    memory = torch.full((7, 48), torch.nan)
+    linear.write(x, memory[:5])
+    torch.testing.assert_close(memory[:5], linear(x))
+    assert memory[5:].isnan().all()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade_llm.plan import LaneStart
-from cascade_llm.runner.lanes import LaneState
+from cascade_llm.runner.lanes import NO_TOKEN, LaneState
 from cascade_llm.runner.token_usage import TokenHistories
 from cascade_llm.sampling_params import SamplingParams
 from tests.runner.reference_sampler import adjusted_logits
@@ -102,4 +102,4 @@ def test_nothing_to_do() -> None:
     lanes = LaneState(2, VOCAB_SIZE)
     lanes.start([])
     lanes.record([], torch.zeros(0, dtype=torch.int64))
-    assert lanes.last_tokens.tolist() == [0, 0]
+    assert lanes.last_tokens.tolist() == [0, 0, NO_TOKEN]

@@ -1,0 +1,90 @@
+"""What a captured decode step launches, by name: one kernel more in a layer is noticed here.
+
+The list is in claude_docs/flashinfer_cascade_spec.md too. A run of a FlashInfer wrapper counts as one; where it splits
+K/V, a kernel that merges the parts belongs to it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cascade_llm.runner.graph_shapes import GraphShape
+from cascade_llm.runner.sampling_features import Adjustment, Choice, FeatureSet
+from tests.engine.tiny_llm import save_tiny
+from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
+
+ROWS = 16
+BEFORE = ["aten.index_select", "aten.maximum", "aten.embedding", "aten.index_select"]
+"""The token of lane or host, its embedding, the rotations of the rows' positions."""
+HEAD = ["aten.mm"]
+PROJECTED = ["aten.linear"]
+NORMS_OF_HEADS = ["rmsnorm", "rmsnorm"]
+WRITTEN = ["apply_rope_with_cos_sin_cache_inplace", "append_paged_kv_cache"]
+SHARED = ["PrefillWrapper.run", "merge_state_in_place"]
+REST = ["aten.linear", "fused_add_rmsnorm", "aten.linear", "silu_and_mul", "aten.linear"]
+
+
+def save(folder: Path, architecture: str, num_layers: int, **changes: Any) -> Path:
+    return save_tiny(folder, architecture, **{**SHAPE, "num_hidden_layers": num_layers, **changes})
+
+
+def forward_launches(folder: Path, capacities: tuple[int, ...], **options: Any) -> list[str]:
+    with gpu_llm(folder, double_gpu(exact=False), dtype="bfloat16", max_num_seqs=ROWS, **options) as llm:
+        forward: Any = graphs_of(llm)._shapes[GraphShape(ROWS, capacities)].forward
+        return [name.removeprefix("FlashInferDouble.") for name in forward.launches]
+
+
+def layer_launches(first: bool, extra: list[str], num_shared: int, leaf: str = "DecodeWrapper.run") -> list[str]:
+    norm = ["rmsnorm"] if first else ["fused_add_rmsnorm"]
+    return norm + PROJECTED + extra + WRITTEN + [leaf] + SHARED * num_shared + REST
+
+
+@pytest.mark.parametrize("capacities", [(), (2,), (8, 8)], ids=str)
+@pytest.mark.parametrize(("architecture", "extra"), [("qwen3", NORMS_OF_HEADS), ("llama", []), ("qwen2", [])])
+def test_of_a_forward_pass(tmp_path: Path, architecture: str, extra: list[str], capacities: tuple[int, ...]) -> None:
+    found = forward_launches(save(tmp_path, architecture, 2), capacities)
+    layers = [layer_launches(first, extra, len(capacities)) for first in (True, False)]
+    assert found == [*BEFORE, *layers[0], *layers[1], "fused_add_rmsnorm", *HEAD]
+
+
+@pytest.mark.parametrize(("capacities", "per_layer"), [((), 12), ((2,), 14), ((8, 8), 16)])
+def test_of_a_layer_of_qwen3(tmp_path: Path, capacities: tuple[int, ...], per_layer: int) -> None:
+    lengths = [
+        len(forward_launches(save(tmp_path / str(num_layers), "qwen3", num_layers), capacities))
+        for num_layers in (1, 3)
+    ]
+    assert lengths[1] - lengths[0] == 2 * per_layer
+
+
+def test_of_8_bit_pages(tmp_path: Path) -> None:
+    """Without scales: K and V are clamped and converted before they are appended."""
+    folder = save(tmp_path, "llama", 1, head_dim=128)
+    found = forward_launches(folder, (), kv_cache_dtype="fp8_e4m3")
+    layer = layer_launches(True, [], 0)
+    append = layer.index("append_paged_kv_cache")
+    encoded = [*layer[:append], *["aten.clamp", "aten.to"] * 2, *layer[append:]]
+    assert found == [*BEFORE, *encoded, "fused_add_rmsnorm", *HEAD]
+
+
+def test_of_sampling(tmp_path: Path) -> None:
+    """Once a step, however many layers it has."""
+    with gpu_llm(save(tmp_path, "qwen3", 1), double_gpu(exact=False), dtype="bfloat16", max_num_seqs=ROWS) as llm:
+        sampling = graphs_of(llm)._sampling
+        wanted = [FeatureSet(choice) for choice in Choice]
+        wanted += [FeatureSet(adjustment=Adjustment.LISTS), FeatureSet(adjustment=Adjustment.PENALTIES)]
+        wanted.append(FeatureSet(logprobs=True))
+        with llm._engine.runner._running():
+            for features in wanted[3:]:
+                sampling._capture_late(ROWS, features)
+        graphs: list[Any] = [sampling._graphs[ROWS, features] for features in wanted]
+    assert {str(features): len(graph.launches) for features, graph in zip(wanted, graphs, strict=True)} == {
+        "greedy": 14,
+        "draw": 68,
+        "filtered draw": 87,
+        "greedy + lists": 27,
+        "greedy + penalties": 45,
+        "greedy + logprobs": 57,
+    }
