@@ -65,10 +65,13 @@ def goals(
 
     bench = open_model(model, options)
     chosen = choose_goals([name.strip() for name in loads.split(",") if name.strip()])
-    done = _read_results(output) if resume and output is not None and output.exists() else {}
+    record: dict[str, Any] = {"model": model, "machine": describe_machine(), "sides": {}, "reports": {}}
+    done: dict[str, GoalResult] = {}
+    if resume and output is not None and output.exists():
+        before, done = _read_results(output)
+        record |= {name: before.get(name, {}) for name in ("sides", "reports")}
     wanted = goal_loads(bench, {name: goal for name, goal in chosen.items() if name not in done})
     interrupted = False
-    record: dict[str, Any] = {"model": model, "machine": describe_machine(), "sides": {}, "reports": {}}
     if wanted:
         peer = choose_peer(against, bench, python=peer_python, install=install_peer)
         num_sides = 1 + with_off + (peer is not None)
@@ -115,11 +118,12 @@ def _save(output: Path | None, record: dict[str, Any], done: dict[str, GoalResul
         write_json_file(output, {**record, "results": {name: result.as_dict() for name, result in done.items()}})
 
 
-def _read_results(path: Path) -> dict[str, GoalResult]:
+def _read_results(path: Path) -> tuple[dict[str, Any], dict[str, GoalResult]]:
+    """The whole file, and the results in it."""
     from cascade_llm.bench.goals import GoalResult
 
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))["results"]
-        return {name: GoalResult.from_dict(result) for name, result in written.items()}
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return written, {name: GoalResult.from_dict(result) for name, result in written["results"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} does not hold results of `bench goals` ({error}): leave out --resume") from None

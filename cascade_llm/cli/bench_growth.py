@@ -73,9 +73,12 @@ def growth(
     bench = open_model(model, options)
     settings = {"model": model, "suffix_len": suffix_len, "output_len": output_len, "options": options}
     loads = growth_loads(bench, points, suffix_len=suffix_len, output_len=output_len)
-    done = _read_results(output, settings) if resume and output is not None and output.exists() else {}
-    wanted = {str(point): (point, load) for point, load in loads.items() if point not in done}
+    done: dict[GrowthPoint, GrowthResult] = {}
     record: dict[str, Any] = {"settings": settings, "machine": describe_machine(), "sides": {}}
+    if resume and output is not None and output.exists():
+        before, done = _read_results(output, settings)
+        record["sides"] = before.get("sides", {})
+    wanted = {str(point): (point, load) for point, load in loads.items() if point not in done}
     total = sum(num_runs(2, repeat, load, with_off=True, runs=DECODE_RUNS) + 2 for _, load in wanted.values())
     with run_bar(total) as on_run:
         try:
@@ -119,7 +122,8 @@ def _as_dicts(results: Mapping[GrowthPoint, GrowthResult]) -> dict[str, Any]:
     return {str(point): result.as_dict() for point, result in results.items()}
 
 
-def _read_results(path: Path, settings: dict[str, Any]) -> dict[GrowthPoint, GrowthResult]:
+def _read_results(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[GrowthPoint, GrowthResult]]:
+    """The whole file, and the results in it."""
     from cascade_llm.bench.growth import GrowthResult
 
     try:
@@ -131,7 +135,7 @@ def _read_results(path: Path, settings: dict[str, Any]) -> dict[GrowthPoint, Gro
     changed = [name for name, value in settings.items() if before.get(name) != value]
     if changed:
         raise ConfigError(f"{path} was measured with another {', '.join(changed)}: give the same, or another --output")
-    return {result.point: result for result in results}
+    return written, {result.point: result for result in results}
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:

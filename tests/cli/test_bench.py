@@ -249,6 +249,7 @@ def test_goals_save_each_load_and_go_on_from_a_file(
     assert both.exit_code == 0, both.stderr
     assert list(json.loads(output.read_text())["results"]) == ["short", "long"]
     assert json.loads(output.read_text())["results"]["short"] == written["results"]["short"]
+    assert list(json.loads(output.read_text())["reports"]) == ["short", "long"]
     lines = markdown.read_text().splitlines()
     assert any(line.startswith("| short |") for line in lines)
     assert any(line.startswith("| long |") for line in lines)
