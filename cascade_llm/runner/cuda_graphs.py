@@ -243,7 +243,7 @@ class CudaGraphs:
         image.columns.positions[:count] = column_tensor(plan.sample_positions) - 1
         image.columns.sample_lanes[:count] = column_tensor(plan.sample_lanes)
         self._arena.send(image, rows)
-        sampled_rows = column_tensor(plan.sample_rows).to(hidden.device, torch.int64)
+        sampled_rows = self._stream.upload(column_tensor(plan.sample_rows).long())
         self._decoder.write_logits(hidden[sampled_rows], self._logits[:count])
         return self._sampling.replay(plan, rows, features, image, range(count))
 

@@ -146,5 +146,7 @@ class ModelRunner:
         return hidden, observer.stage if observer else None
 
     def _index(self, column: IntColumn) -> torch.Tensor:
-        """A column on the device, int64; a copy."""
-        return column_tensor(column).to(self.decoder.device, torch.int64)
+        """A column on the device, int64; a copy, which is queued where there is a stream: a plain one would be waited
+        for, behind the step before."""
+        values = column_tensor(column).long()
+        return values.to(self.decoder.device) if self._stream is None else self._stream.upload(values)
