@@ -1,8 +1,8 @@
 """The sampling graphs: which there are, how a step's samples go through one, what comes back.
 
 There is a graph for each number of rows and each feature set. Greedy steps, plain and filtered draws are captured at
-the start; the others, fifteen sets that few loads use, at the first step that needs one, between steps. So the start is
-short, the number of graphs bounded, and whatever a request asks for slows one step at most.
+the start; the others, fifteen sets that few loads use, at the first step of so many rows that needs one, between steps.
+So the start is short, the number of graphs bounded, and what a request asks for slows one step for each capacity of rows.
 """
 
 from __future__ import annotations
