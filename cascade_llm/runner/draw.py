@@ -10,6 +10,7 @@ float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,11 @@ from cascade_llm.runner.candidates import BLOCK_LEN, Candidates, block_maxima, k
 from cascade_llm.runner.workspace import Workspace
 
 __all__ = [
+    "BlockMasses",
     "Filters",
+    "block_masses",
     "draw",
+    "draw_from_logits",
     "draw_key",
     "draw_min_p",
     "draw_top_k",
@@ -45,6 +49,10 @@ SMALLEST_WEIGHT = 2.0**-126
 """The smallest normal float32. What is less probable is never drawn by a filtered row."""
 LOWEST_TEMPERATURE = 1e-20
 """Below it float32 underflows; at it only exact ties of the maximum have weight already."""
+
+
+BlockMasses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Logits, row maxima and temperatures to the masses of blocks; see `block_masses`."""
 
 
 def draw_key(seed: int, sample_index: int) -> int:
@@ -131,16 +139,75 @@ def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     Returns:
         [n], int64, tokens of positive weight
     """
-    num_rows = weights.shape[0]
-    rows = torch.arange(num_rows, device=weights.device)
-    blocks = weights.view(num_rows, -1, BLOCK_LEN)
-    cdf = _block_sums(weights).cumsum(-1, dtype=torch.float64)
+    blocks = weights.view(weights.shape[0], -1, BLOCK_LEN)
+    return _by_blocks(_block_sums(weights), uniform, lambda rows, block: blocks[rows, block])
+
+
+def block_masses(logits: torch.Tensor, row_maxima: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """The sum of exp((logit - maximum) / temperature) over each block; one pass over the logits where it is compiled.
+
+    Args:
+        logits: [n, padded vocab], float32
+        row_maxima: [n], float32
+        temperature: [n]; 0 counts as the lowest there is
+
+    Returns:
+        [n, num_blocks], float32; NaN in rows that are not finite
+    """
+    blocks = logits.view(logits.shape[0], -1, BLOCK_LEN)
+    return _scaled(blocks, row_maxima[:, None, None], temperature[:, None, None]).exp().sum(-1)
+
+
+def draw_from_logits(
+    logits: torch.Tensor,
+    row_maxima: torch.Tensor,
+    temperature: torch.Tensor,
+    uniform: torch.Tensor,
+    masses_of: BlockMasses = block_masses,
+) -> torch.Tensor:
+    """`draw` at a temperature without weights in memory: of each row, blocks are summed and one is worked out.
+
+    Args:
+        logits: [n, padded vocab], float32
+        row_maxima: [n], float32
+        temperature: [n]; 0 counts as the lowest there is
+        uniform: [n], float64, in [0, 1)
+        masses_of: `block_masses`, or the same compiled
+
+    Returns:
+        [n], int64; of rows that are not finite, any token
+    """
+    blocks = logits.view(logits.shape[0], -1, BLOCK_LEN)
+    return _by_blocks(
+        masses_of(logits, row_maxima, temperature),
+        uniform,
+        lambda rows, block: _scaled(blocks[rows, block], row_maxima[:, None], temperature[:, None]).exp(),
+    )
+
+
+def _scaled(logits: torch.Tensor, row_maxima: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    return (logits - row_maxima) / temperature.float().clamp(min=LOWEST_TEMPERATURE)
+
+
+def _by_blocks(
+    block_sums: torch.Tensor, uniform: torch.Tensor, weights_in: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Inverse CDF: the block that the uniform number falls into, then the token in it.
+
+    Args:
+        block_sums: [n, num_blocks], float32
+        uniform: [n], float64
+        weights_in: gives the weights [n, BLOCK_LEN] of a block of each row, from rows and blocks [n]
+    """
+    num_rows, num_blocks = block_sums.shape
+    rows = torch.arange(num_rows, device=block_sums.device)
+    cdf = block_sums.cumsum(-1, dtype=torch.float64)
     target = uniform * cdf[:, -1]
-    block = (cdf <= target[:, None]).sum(-1)
+    block = (cdf <= target[:, None]).sum(-1).clamp(max=num_blocks - 1)  # more only where a row is not finite
     below = torch.where(block > 0, cdf[rows, block - 1], 0.0)
-    inside = blocks[rows, block]
+    inside = weights_in(rows, block)
     # Block sums are float32: the float64 sum of the last block may fall short of the target.
-    last = torch.where(inside > 0, torch.arange(BLOCK_LEN, device=weights.device), 0).amax(-1)
+    last = torch.where(inside > 0, torch.arange(BLOCK_LEN, device=inside.device), 0).amax(-1)
     offset = (inside.cumsum(-1, dtype=torch.float64) <= (target - below)[:, None]).sum(-1)
     return block * BLOCK_LEN + torch.minimum(offset, last)
 

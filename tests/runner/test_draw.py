@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 
 from cascade_llm.runner import draw as module
 from cascade_llm.runner.candidates import block_maxima
-from cascade_llm.runner.draw import Filters, draw, draw_key, draw_min_p, draw_top_k, draw_top_p, uniforms
+from cascade_llm.runner.draw import (
+    Filters,
+    block_masses,
+    draw,
+    draw_from_logits,
+    draw_key,
+    draw_min_p,
+    draw_top_k,
+    draw_top_p,
+    uniforms,
+)
 from cascade_llm.runner.native_draw import NativeDraw
 from cascade_llm.runner.workspace import Workspace
 
@@ -135,3 +145,40 @@ def test_ties_at_the_boundary_keep_the_lowest_ids(native: NativeDraw | None) -> 
     assert kept(all_rows(16, top_p=0.5)) == {3, 500}
     assert kept(all_rows(16, top_p=0.51)) == {3, 500, 1000}
     assert kept(all_rows(16, top_k=3, top_p=0.5)) == {3, 500}
+
+
+def test_a_draw_from_logits_is_a_draw_from_their_softmax() -> None:
+    generator = torch.Generator().manual_seed(5)
+    for scale in (0.1, 3.0, 30.0):
+        logits = torch.randn(400, VOCAB_SIZE, generator=generator) * scale
+        logits[:, 2500:] = -torch.inf
+        temperature = torch.rand(400, generator=generator, dtype=torch.float64) * 2 + 0.01
+        uniform = torch.rand(400, generator=generator, dtype=torch.float64)
+        weights = torch.softmax(logits.double() / temperature[:, None], -1)
+        token_ids = draw_from_logits(logits, logits.amax(-1), temperature, uniform)
+        cdf = weights.cumsum(-1)
+        high = cdf.gather(1, token_ids[:, None])[:, 0]
+        low = high - weights.gather(1, token_ids[:, None])[:, 0]
+        assert bool((uniform >= low - 1e-6).all())
+        assert bool((uniform <= high + 1e-6).all())
+        same = token_ids == draw(weights.float(), uniform)
+        assert same.float().mean() > 0.99, "but for rounding at the borders of tokens"
+
+
+def test_temperature_zero_draws_a_maximum_and_a_row_that_is_not_finite_any_token() -> None:
+    logits = torch.zeros(4, VOCAB_SIZE)
+    logits[0, 77] = logits[1, 2559] = 1.0
+    logits[2, 5], logits[3, 9] = torch.inf, torch.nan
+    uniform = torch.full((4,), 0.999, dtype=torch.float64)
+    token_ids = draw_from_logits(logits, logits.amax(-1), torch.zeros(4), uniform)
+    assert token_ids[:2].tolist() == [77, 2559]
+    assert all(0 <= token_id < VOCAB_SIZE for token_id in token_ids.tolist())
+
+
+@pytest.mark.slow
+def test_compiled_block_masses_are_the_plain_ones() -> None:
+    """As a GPU would run them: one kernel for what torch takes four for."""
+    logits = torch.randn(7, VOCAB_SIZE)
+    arguments = logits, logits.amax(-1), torch.rand(7) + 0.1
+    compiled = torch.compile(block_masses, dynamic=True)
+    torch.testing.assert_close(compiled(*arguments), block_masses(*arguments), rtol=1e-5, atol=1e-6)
