@@ -2,7 +2,7 @@
 
 There is a graph for each number of rows and each feature set. Greedy steps, plain and filtered draws are captured at
 the start; the others, fifteen sets that few loads use, at the first step of so many rows that needs one, between steps.
-So the start is short, the number of graphs bounded, and what a request asks for slows one step for each capacity of rows.
+So the start is short, the number of graphs bounded, and what a request asks for slows one step per capacity of rows.
 """
 
 from __future__ import annotations
