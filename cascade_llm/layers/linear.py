@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from cascade_llm.layers.few_rows import MAX_ROWS as MAX_FEW_ROWS
-from cascade_llm.layers.few_rows import FewRows
+from cascade_llm.layers.blocked_product import BlockedProduct
 from cascade_llm.quantization.int4 import MAX_ROWS as MAX_INT4_ROWS
 from cascade_llm.quantization.int4 import Int4Weight
 
@@ -50,7 +49,7 @@ class Linear:
         self.weight = torch.empty(out_features, in_features, dtype=loading_dtype or dtype, device=device)
         self.bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self._packed: torch.Tensor | None = None
-        self._few_rows: FewRows | None = None
+        self._blocked: BlockedProduct | None = None
         self._int4: Int4Weight | None = None
 
     @property
@@ -69,7 +68,7 @@ class Linear:
         if self.is_packed or not can_pack(self.weight):
             return
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-        self._few_rows = FewRows.for_weight(self._packed, self.weight)
+        self._blocked = BlockedProduct.for_weight(self._packed, self.weight)
         self.weight = self.weight.new_empty(0)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,8 +77,8 @@ class Linear:
         if self._int4 is not None and num_rows <= MAX_INT4_ROWS:
             few = self._int4.matmul(x.contiguous())
             return few if self.bias is None else few.add_(self.bias)
-        if self._few_rows is not None and num_rows <= MAX_FEW_ROWS:
-            return self._few_rows(x.contiguous(), self.bias)
+        if self._blocked is not None and self._blocked.serves(num_rows):
+            return self._blocked(x.contiguous(), self.bias)
         if self._packed is None:
             return F.linear(x, self.weight, self.bias)
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")

@@ -21,9 +21,9 @@ GROUP_LEN = 32
 """Inputs that share a scale and a zero point: the block of GGUF's Q4_0 and Q4_1, and a divisor of most layers."""
 OUTPUT_MULTIPLE = 16
 """The kernel takes outputs in vectors of this length."""
-MAX_ROWS = 8
-"""Up to here int4 beats dense bfloat16. All layers of SmolLM2 at 1, 4, 8 and 12 rows: 2.3, 3.3, 5.9, 8.5 ms against
-3.3, 4.7, 6.9, 7.5 ms."""
+MAX_ROWS = 4
+"""Up to here int4 beats dense bfloat16. All layers of SmolLM2 at 1, 4, 5 and 8 rows: 3.5, 4.3, 6.9, 7.6 ms against
+5.0, 6.1, 6.1, 6.5 ms."""
 
 MAX_CODE, MIDDLE_CODE = 15, 8
 CHUNK_ROWS = 4096

@@ -1,8 +1,9 @@
-"""The product of one to four rows by compiled C: what a decode step of one request spends its time on.
+"""x Wᵀ + b by compiled C, over a weight in oneDNN's own packed layout: most of a step on a CPU.
 
-oneDNN spends 9 µs on each call before it multiplies, a fifth of such a step, and reads the weight slower than memory
-gives it. This kernel reads oneDNN's own packed weight, so nothing is kept twice. Whether the weight lies as the kernel
-believes is compared, byte by byte, when it is packed; where it does not, oneDNN serves as it does for more rows.
+oneDNN spends 9 µs on each call before it multiplies, a fifth of a step of one request, and for some tens of rows it
+waits for memory and then computes, one after the other. This kernel computes with a block of weights while it asks for
+the next. It reads what oneDNN packed, so nothing is kept twice. Whether the weight lies as the kernel believes is
+compared, byte by byte, when it is packed; where it does not, oneDNN serves.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import torch
 from cascade_llm.errors import BackendError
 from cascade_llm.native.compiler import compile_library
 
-__all__ = ["MAX_ROWS", "FewRows"]
+__all__ = ["BlockedProduct"]
 
 SOURCE = Path(__file__).with_suffix(".c")
-MAX_ROWS = 4
+FEW_ROWS, LONG_INPUT = 64, 4096
+"""With more rows than the one and more inputs than the other, oneDNN is as fast or faster: a block of weights is then
+more than the second-level cache holds beside the rows."""
 BLOCK_LEN = 64
 """Outputs that lie together in oneDNN's layout for AVX512-BF16."""
 INPUT_MULTIPLE = 4
 
 
-class FewRows:
+class BlockedProduct:
     """x Wᵀ + b for bfloat16 rows, with a weight that oneDNN has packed and somebody else keeps alive."""
 
     def __init__(self, kernel: ctypes._NamedFuncPointer, address: int, in_features: int, out_features: int) -> None:
@@ -33,7 +36,7 @@ class FewRows:
         self._in_features, self._out_features = in_features, out_features
 
     @classmethod
-    def for_weight(cls, packed: torch.Tensor, weight: torch.Tensor) -> FewRows | None:
+    def for_weight(cls, packed: torch.Tensor, weight: torch.Tensor) -> BlockedProduct | None:
         """The kernel for a weight [out_features, in_features] and its packed copy; None where it cannot serve."""
         out_features, in_features = weight.shape
         if weight.dtype != torch.bfloat16 or out_features % BLOCK_LEN or in_features % INPUT_MULTIPLE:
@@ -44,12 +47,15 @@ class FewRows:
             return None
         return cls(kernel, address, in_features, out_features)
 
+    def serves(self, num_rows: int) -> bool:
+        """Whether it is faster than oneDNN for so many rows."""
+        return num_rows > 0 and (num_rows <= FEW_ROWS or self._in_features <= LONG_INPUT)
+
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[rows, in_features] -> [rows, out_features]; x contiguous, 1 to 4 rows."""
+        """[rows, in_features] -> [rows, out_features]; x contiguous, at least a row."""
         assert x.is_contiguous()
         assert x.dtype == torch.bfloat16
         rows, in_features = x.shape
-        assert rows <= MAX_ROWS
         assert in_features == self._in_features
         y = x.new_empty(rows, self._out_features)
         self._kernel(
@@ -78,7 +84,7 @@ def _is_blocked(address: int, weight: torch.Tensor) -> bool:
 def _compiled() -> ctypes._NamedFuncPointer | None:
     """The kernel, compiled once per process; None where there is no compiler or no AVX512-BF16."""
     try:
-        kernel = compile_library(SOURCE, ()).few_rows_linear
+        kernel = compile_library(SOURCE, ()).blocked_product
     except BackendError:
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long
