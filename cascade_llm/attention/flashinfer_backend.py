@@ -43,6 +43,10 @@ class GpuPlatform:
     stream: DeviceStream
     num_processors: int
     """Streaming multiprocessors, which FlashInfer's planner wants to fill."""
+    one_rotation_kernel: bool = False
+    """Norms of heads and rotation by one kernel of Triton. Off until a GPU has shown that it pays, as is the next."""
+    compiled_draws: bool = False
+    """Plain draws by torch.compile."""
 
     @classmethod
     def cuda(cls, device: torch.device) -> GpuPlatform:

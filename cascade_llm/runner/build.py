@@ -15,6 +15,7 @@ from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, KVScale, PagedKVCache
 from cascade_llm.layers.flashinfer_layer_ops import FlashInferLayerOps
+from cascade_llm.layers.triton_ops import TritonLayerOps
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
@@ -157,7 +158,10 @@ def _decoder(
     free = available_bytes(device)
     with memory_for(f"the weights: {free:,} bytes were free; take a smaller model, or end what else holds memory"):
         scales = KVScaleReader(model.num_layers)
-        ops = FlashInferLayerOps(platform.ops, device, options.max_num_batched_tokens) if platform else None
+        ops = None
+        if platform is not None:
+            kind = TritonLayerOps if platform.one_rotation_kernel else FlashInferLayerOps
+            ops = kind(platform.ops, device, options.max_num_batched_tokens)
         loading_dtype = DTYPES[model.dtype] if options.quantization else None
         decoder = Decoder(model, dtype, device, max_positions=max_model_len, ops=ops, loading_dtype=loading_dtype)
         if options.quantization:

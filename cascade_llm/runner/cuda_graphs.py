@@ -29,6 +29,7 @@ from cascade_llm.runner.sampling_features import FeatureSet
 from cascade_llm.runner.step_arena import HostImage, StepArena
 from cascade_llm.runner.step_attention import StepAttention
 from cascade_llm.runner.token_usage import UsageTable
+from cascade_llm.tiling import max_tiles
 
 __all__ = ["CaptureReport", "CudaGraphs", "OnCapture"]
 
@@ -92,6 +93,7 @@ class CudaGraphs:
         self._padding_lane = lanes.num_lanes - 1
         self._group_size = backend.spec.group_size
         self._all_shapes = graph_shapes(max_rows, self._group_size, max_shared_levels)
+        self._most_tiles = max_tiles(self._num_processors, backend.spec.num_kv_heads)
         self._row_counts = sorted({shape.rows for shape in self._all_shapes})
         max_segments = max((capacity for shape in self._all_shapes for capacity in shape.capacities), default=0)
         self._shared = [SharedColumns(max_segments, pool.num_pages, lanes.device) for _ in range(max_shared_levels)]
@@ -114,6 +116,7 @@ class CudaGraphs:
             row_counts=self._row_counts,
             send_padding=self._send_padding,
             counters=self.counters,
+            compiled_draws=backend.platform.compiled_draws,
         )
         self._usage_bytes = usage.num_bytes
         self._shapes: dict[GraphShape, _CapturedShape] = {}
@@ -276,7 +279,7 @@ class CudaGraphs:
         """The smallest graph that holds a plan; looked up anew when the shared levels are other objects."""
         key = plan.shared_levels, plan.num_rows
         if self._last_fit is None or self._last_fit[0] != key:
-            self._last_fit = key, fitting_shape(plan, list(self._shapes), self._group_size)
+            self._last_fit = key, fitting_shape(plan, list(self._shapes), self._group_size, self._most_tiles)
         return self._last_fit[1]
 
     # -- columns ----------------------------------------------------------------------------------------------------

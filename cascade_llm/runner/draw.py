@@ -19,13 +19,13 @@ from cascade_llm.runner.candidates import BLOCK_LEN, Candidates, block_maxima, k
 from cascade_llm.runner.workspace import Workspace
 
 __all__ = [
-    "BlockMasses",
     "Filters",
     "block_masses",
     "draw",
     "draw_from_logits",
     "draw_key",
     "draw_min_p",
+    "draw_tokens",
     "draw_top_k",
     "draw_top_p",
     "kept_weights",
@@ -49,10 +49,6 @@ SMALLEST_WEIGHT = 2.0**-126
 """The smallest normal float32. What is less probable is never drawn by a filtered row."""
 LOWEST_TEMPERATURE = 1e-20
 """Below it float32 underflows; at it only exact ties of the maximum have weight already."""
-
-
-BlockMasses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Logits, row maxima and temperatures to the masses of blocks; see `block_masses`."""
 
 
 def draw_key(seed: int, sample_index: int) -> int:
@@ -144,7 +140,7 @@ def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def block_masses(logits: torch.Tensor, row_maxima: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """The sum of exp((logit - maximum) / temperature) over each block; one pass over the logits where it is compiled.
+    """The sum of exp((logit - maximum) / temperature) over each block.
 
     Args:
         logits: [n, padded vocab], float32
@@ -163,7 +159,6 @@ def draw_from_logits(
     row_maxima: torch.Tensor,
     temperature: torch.Tensor,
     uniform: torch.Tensor,
-    masses_of: BlockMasses = block_masses,
 ) -> torch.Tensor:
     """`draw` at a temperature without weights in memory: of each row, blocks are summed and one is worked out.
 
@@ -172,17 +167,28 @@ def draw_from_logits(
         row_maxima: [n], float32
         temperature: [n]; 0 counts as the lowest there is
         uniform: [n], float64, in [0, 1)
-        masses_of: `block_masses`, or the same compiled
 
     Returns:
         [n], int64; of rows that are not finite, any token
     """
     blocks = logits.view(logits.shape[0], -1, BLOCK_LEN)
     return _by_blocks(
-        masses_of(logits, row_maxima, temperature),
+        block_masses(logits, row_maxima, temperature),
         uniform,
         lambda rows, block: _scaled(blocks[rows, block], row_maxima[:, None], temperature[:, None]).exp(),
     )
+
+
+def draw_tokens(
+    logits: torch.Tensor,
+    row_maxima: torch.Tensor,
+    temperature: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """`draw_from_logits` by the uniform numbers of these keys [n] and positions [n], int64: some forty small kernels,
+    or a few where it is compiled."""
+    return draw_from_logits(logits, row_maxima, temperature, uniforms(keys, positions))
 
 
 def _scaled(logits: torch.Tensor, row_maxima: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from cascade_llm.attention.flashinfer_ops import FlashInferOps
 from cascade_llm.runner.candidates import BLOCK_LEN, first_argmax
-from cascade_llm.runner.draw import Filters, draw, softmax_weights, uniforms
+from cascade_llm.runner.draw import Filters, draw, draw_tokens, softmax_weights, uniforms
 from cascade_llm.runner.graph_logprobs import GraphLogprobs
 from cascade_llm.runner.lane_lists import LaneLists
 from cascade_llm.runner.lanes import LaneState
@@ -31,10 +31,14 @@ class GraphSampler:
         logprobs: GraphLogprobs,
         max_rows: int,
         ops: FlashInferOps,
+        *,
+        compiled: bool = False,
     ) -> None:
+        """`compiled`: plain draws by torch.compile, which the first of each number of rows waits for."""
         self._lanes, self._usage, self._lists, self._logprobs, self._ops = lanes, usage, lists, logprobs, ops
         padded_len = lanes.vocab_size + -lanes.vocab_size % BLOCK_LEN
         self._values = torch.full((max_rows, padded_len), -torch.inf, device=lanes.device)
+        self._draw = torch.compile(draw_tokens, dynamic=True) if compiled else draw_tokens
         self._workspace = Workspace()
         self._weights = self._workspace.take(
             "weights", (max_rows, padded_len), dtype=torch.float32, device=lanes.device
@@ -84,12 +88,13 @@ class GraphSampler:
         finite = maxima.isfinite()
         if choice is Choice.GREEDY:
             return token_ids, finite
-        temperatures = self._lanes.temperatures(lanes)
-        bounded = torch.where(finite[:, None], values, 0.0)
-        weights = softmax_weights(bounded, torch.where(finite, maxima, 0.0), temperatures, self._workspace)
-        if choice is Choice.FILTERED_DRAW:
-            weights = self._filtered(weights, self._lanes.filters(lanes))
-        drawn = draw(weights, uniforms(self._lanes.draw_keys[lanes], places))
+        temperatures, keys = self._lanes.temperatures(lanes), self._lanes.draw_keys[lanes]
+        if choice is Choice.DRAW:
+            drawn = self._draw(values, maxima, temperatures, keys, places)
+        else:
+            bounded = torch.where(finite[:, None], values, 0.0)
+            weights = softmax_weights(bounded, torch.where(finite, maxima, 0.0), temperatures, self._workspace)
+            drawn = draw(self._filtered(weights, self._lanes.filters(lanes)), uniforms(keys, places))
         return torch.where((temperatures > 0) & finite, drawn, token_ids), finite
 
     def _filtered(self, weights: torch.Tensor, filters: Filters) -> torch.Tensor:

@@ -7,7 +7,7 @@ from enum import IntEnum
 from itertools import product
 from typing import NamedTuple
 
-from cascade_llm.plan import LaneStart
+from cascade_llm.plan import IntColumn, LaneStart
 from cascade_llm.runner.graph_logprobs import LOGPROBS_CAPACITY
 from cascade_llm.runner.lane_lists import BIAS_CAPACITY, ENDING_CAPACITY, has_lists, masked_endings
 from cascade_llm.runner.token_usage import is_penalized
@@ -61,21 +61,30 @@ class LaneFeatures:
         self._vocab_size = vocab_size
         self._features: list[FeatureSet | str] = [FeatureSet()] * num_lanes
         self._logprobs: list[int | None] = [None] * num_lanes
+        self._last: tuple[IntColumn | Sequence[int], FeatureSet | str] | None = None
 
     def start(self, starts: Iterable[LaneStart]) -> None:
         """Note the parameters of sequences that enter lanes."""
         for start in starts:
+            self._last = None
             self._features[start.lane] = _features(start, self._vocab_size)
             self._logprobs[start.lane] = start.params.logprobs
 
-    def of(self, lanes: Sequence[int]) -> FeatureSet | str:
-        """What these lanes need together, or what one of them asks for that no graph does."""
+    def of(self, lanes: IntColumn | Sequence[int]) -> FeatureSet | str:
+        """What these lanes need together, or what one of them asks for that no graph does.
+
+        Steps in which nobody comes or goes have the same object for their lanes, and the same answer.
+        """
+        if self._last is None or self._last[0] is not lanes:
+            self._last = lanes, self._joined(dict.fromkeys(self._features[lane] for lane in lanes))
+        return self._last[1]
+
+    def _joined(self, wanted: Iterable[FeatureSet | str]) -> FeatureSet | str:
         together = FeatureSet()
-        for features in map(self._features.__getitem__, lanes):
+        for features in wanted:
             if isinstance(features, str):
                 return features
-            if features is not together:
-                together = together.joined(features)
+            together = together.joined(features)
         return together
 
     def logprob_counts(self, lanes: Sequence[int]) -> list[int | None]:

@@ -20,6 +20,7 @@ from cascade_llm.attention.reference import reference_attention
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
 from cascade_llm.plan import CascadeLevel, CascadePlan
 from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape, graph_shapes
+from cascade_llm.tiling import max_tiles
 from scripts.gpu_suite.machine import Machine
 from scripts.gpu_suite.shapes import PAGE_SIZE, Sizes, Tree
 
@@ -109,7 +110,8 @@ class Setting:
     def captured(self, platform: GpuPlatform, plan: CascadePlan, table: KernelTable) -> Callable[[], object] | None:
         """Attention as graphs do it: fixed capacities, tiles chosen by them. None where no graph has that shape."""
         shapes = graph_shapes(self.tree.rows, self.spec.group_size, len(plan.shared_levels))
-        shape = fitting_shape(plan, [s for s in shapes if s.rows == self.tree.rows], self.spec.group_size)
+        most_tiles = max_tiles(platform.num_processors, self.spec.num_kv_heads)
+        shape = fitting_shape(plan, [s for s in shapes if s.rows == self.tree.rows], self.spec.group_size, most_tiles)
         if shape is None:
             return None
         backend = FlashInferAttentionBackend(self.spec, self.pool, platform, table)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from cascade_llm import LLM, SamplingParams
 from cascade_llm.attention.flashinfer_table import ChunkRule, KernelTable
+from cascade_llm.runner import graph_shapes
 from scripts.gpu_suite.machine import Machine
 from scripts.gpu_suite.rates import decode_floor_s
 from scripts.gpu_suite.shapes import PAGE_SIZE, ModelShape, Sizes
@@ -26,6 +28,8 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, Any] = field(default_factory=dict)
     """What differs in the table of kernels."""
+    choices: dict[str, bool] = field(default_factory=dict)
+    """Fields of `GpuPlatform` that no engine sets by itself."""
 
     def table(self, shape: ModelShape) -> KernelTable | None:
         """The kernels for a model; None leaves the choice to the engine."""
@@ -46,6 +50,7 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "graphs, cascade": Variant(),
     "graphs, one level": Variant({"enable_cascade_attention": False}),
+    "graphs, one rotation kernel": Variant(choices={"one_rotation_kernel": True}),
     "graphs, fa3 chunks": Variant(kernels={"shared": "prefill_fa3_chunks"}),
     "eager, cascade": Variant({"enforce_eager": True}),
     "eager, fused levels": Variant({"enforce_eager": True}, {"fused_levels": True}),
@@ -72,14 +77,16 @@ def measure_engine_steps(
             longest = max(sizes.prefixes) + sizes.own_len + sizes.decode_steps + PAGE_SIZE
             started = time.perf_counter()
             try:
-                llm = machine.llm(
-                    shape.write(folder / shape.name),
-                    max_num_seqs=max(sizes.batches),
-                    max_model_len=longest,
-                    page_size=PAGE_SIZE,
-                    kernels=variant.table(shape),
-                    **variant.options,
-                )
+                with patch.object(graph_shapes, "ROW_BUCKETS", sizes.batches):  # a third of the graphs to capture
+                    llm = machine.llm(
+                        shape.write(folder / shape.name),
+                        max_num_seqs=max(sizes.batches),
+                        max_model_len=longest,
+                        page_size=PAGE_SIZE,
+                        kernels=variant.table(shape),
+                        choices=variant.choices,
+                        **variant.options,
+                    )
             except Exception as error:
                 results.append(
                     {"model": shape.name, "variant": name, "error": f"{type(error).__name__}: {error}"[:500]}
@@ -147,6 +154,13 @@ def _seconds(machine: Machine, llm: LLM, prompts: list[list[int]], params: Sampl
     return time.perf_counter() - started
 
 
+LOAD_CHOICES: dict[str, dict[str, bool]] = {
+    "compiled draws": {"compiled_draws": True},
+    "compiled draws, one rotation kernel": {"compiled_draws": True, "one_rotation_kernel": True},
+}
+"""What the load is measured with too, where time is left."""
+
+
 def measure_load(machine: Machine, sizes: Sizes, folder: Path, has_time: Callable[[], bool]) -> dict[str, Any]:
     """nano-vLLM's bench.py: random prompts and lengths of seed 0, temperature 0.6, on the smallest shape."""
     if not has_time():
@@ -160,7 +174,25 @@ def measure_load(machine: Machine, sizes: Sizes, folder: Path, has_time: Callabl
         for _ in range(sizes.load_requests)
     ]
     config = shape.write(folder / shape.name)
-    with machine.llm(config, max_model_len=4 * high, max_num_seqs=sizes.load_requests) as llm:
+    entry = {"model": shape.name, "requests": len(prompts), "in_tokens": sum(map(len, prompts))}
+    entry |= _run_load(machine, config, prompts, params, {})
+    for name, choices in LOAD_CHOICES.items():
+        try:
+            entry[name] = _run_load(machine, config, prompts, params, choices) if has_time() else "out of time"
+        except Exception as error:
+            entry[name] = f"{type(error).__name__}: {error}"[:500]
+    return entry
+
+
+def _run_load(
+    machine: Machine,
+    config: Path,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    choices: dict[str, bool],
+) -> dict[str, Any]:
+    longest = max(len(prompt) + p.max_tokens for prompt, p in zip(prompts, params, strict=True))
+    with machine.llm(config, choices=choices, max_model_len=longest + 1, max_num_seqs=len(prompts)) as llm:
         llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2, ignore_eos=True))
         started = time.perf_counter()
         outputs = llm.generate(prompts, params)
@@ -168,9 +200,6 @@ def measure_load(machine: Machine, sizes: Sizes, folder: Path, has_time: Callabl
         counters = llm._engine.runner.graphs.counters if llm._engine.runner.graphs else None
     out_tokens = sum(len(output["token_ids"]) for output in outputs)
     return {
-        "model": shape.name,
-        "requests": len(prompts),
-        "in_tokens": sum(map(len, prompts)),
         "out_tokens": out_tokens,
         "seconds": seconds,
         "out_tokens_per_s": out_tokens / seconds,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,15 @@ class Machine(ABC):
         """What one call of `work` takes on the device: the median of several, from a graph where it can be captured."""
 
     @abstractmethod
-    def llm(self, config: Path, kernels: KernelTable | None = None, **options: Any) -> LLM:
-        """An engine on dummy weights of a configuration; `kernels` is no option of users, so it is passed beside."""
+    def llm(
+        self,
+        config: Path,
+        kernels: KernelTable | None = None,
+        choices: Mapping[str, bool] | None = None,
+        **options: Any,
+    ) -> LLM:
+        """An engine on dummy weights of a configuration; `kernels`, and `choices` for `GpuPlatform`, are no options of
+        users, so they are passed beside."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -76,9 +84,16 @@ class CudaMachine(Machine):
             readings.append(float(start.elapsed_time(end)) / 1000 / calls)
         return statistics.median(readings)
 
-    def llm(self, config: Path, kernels: KernelTable | None = None, **options: Any) -> LLM:
+    def llm(
+        self,
+        config: Path,
+        kernels: KernelTable | None = None,
+        choices: Mapping[str, bool] | None = None,
+        **options: Any,
+    ) -> LLM:
         """See `Machine`."""
-        with patch.object(cascade_llm.llm, "build_runner", partial(build_runner, kernels=kernels)):
+        platform = replace(self.platform(), **choices) if choices else None
+        with patch.object(cascade_llm.llm, "build_runner", partial(build_runner, platform=platform, kernels=kernels)):
             return LLM(config, load_format="dummy", device="cuda", dtype="bfloat16", **options)
 
     def synchronize(self) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,15 @@ class DoubleMachine(Machine):
         work()
         return time.perf_counter() - started
 
-    def llm(self, config: Path, kernels: KernelTable | None = None, **options: Any) -> LLM:
+    def llm(
+        self,
+        config: Path,
+        kernels: KernelTable | None = None,
+        choices: Mapping[str, bool] | None = None,
+        **options: Any,
+    ) -> LLM:
+        """Without `choices`: a capture of the double records neither Triton nor what torch.compile made."""
+        replace(self.platform(), **(choices or {}))
         with on_double(double_gpu(exact=False), kernels):
             return LLM(config, load_format="dummy", device="cpu", dtype="bfloat16", **options)
 

@@ -82,8 +82,8 @@ def test_of_sampling(tmp_path: Path) -> None:
         graphs: list[Any] = [sampling._graphs[ROWS, features] for features in wanted]
     assert {str(features): len(graph.launches) for features, graph in zip(wanted, graphs, strict=True)} == {
         "greedy": 14,
-        "draw": 68,
-        "filtered draw": 87,
+        "draw": 72,
+        "filtered draw": 88,
         "greedy + lists": 27,
         "greedy + penalties": 45,
         "greedy + logprobs": 57,

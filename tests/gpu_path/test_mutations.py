@@ -73,11 +73,11 @@ def alternating_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def alternating(self: CudaGraphs, plan: CascadePlan) -> GraphShape | None:
         shapes = list(self._shapes)
-        smallest = fitting_shape(plan, shapes, self._group_size)
+        smallest = fitting_shape(plan, shapes, self._group_size, self._most_tiles)
         if smallest is None or next(steps) % 2 == 0:
             return smallest
         larger = [shape for shape in shapes if shape.rows > smallest.rows]
-        return fitting_shape(plan, larger, self._group_size) or smallest
+        return fitting_shape(plan, larger, self._group_size, self._most_tiles) or smallest
 
     monkeypatch.setattr(CudaGraphs, "_fitting_shape", alternating)
 

@@ -334,7 +334,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
     def unprepared(self: SamplingGraphs, plan: StepPlan, rows: int) -> Any:
         late[id(self)] = plan, rows
-        return self._features.of(plan.sample_lanes.tolist())
+        return self._features.of(plan.sample_lanes)
 
     replay = SamplingGraphs.replay
 

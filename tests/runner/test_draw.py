@@ -9,11 +9,11 @@ from cascade_llm.runner import draw as module
 from cascade_llm.runner.candidates import block_maxima
 from cascade_llm.runner.draw import (
     Filters,
-    block_masses,
     draw,
     draw_from_logits,
     draw_key,
     draw_min_p,
+    draw_tokens,
     draw_top_k,
     draw_top_p,
     uniforms,
@@ -176,9 +176,12 @@ def test_temperature_zero_draws_a_maximum_and_a_row_that_is_not_finite_any_token
 
 
 @pytest.mark.slow
-def test_compiled_block_masses_are_the_plain_ones() -> None:
-    """As a GPU would run them: one kernel for what torch takes four for."""
-    logits = torch.randn(7, VOCAB_SIZE)
-    arguments = logits, logits.amax(-1), torch.rand(7) + 0.1
-    compiled = torch.compile(block_masses, dynamic=True)
-    torch.testing.assert_close(compiled(*arguments), block_masses(*arguments), rtol=1e-5, atol=1e-6)
+def test_compiled_draws_are_the_plain_ones() -> None:
+    """As a GPU would run them, where a measurement says so."""
+    compiled = torch.compile(draw_tokens, dynamic=True)
+    for rows in (300, 7):
+        logits = torch.randn(rows, VOCAB_SIZE)
+        keys = torch.tensor([draw_key(seed, 0) for seed in range(rows)])
+        arguments = logits, logits.amax(-1), torch.rand(rows).double() + 0.1, keys, torch.arange(rows)
+        same = compiled(*arguments) == draw_tokens(*arguments)
+        assert same.float().mean() > 0.99, "but for rounding at the borders of tokens"
