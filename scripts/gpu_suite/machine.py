@@ -41,7 +41,7 @@ class Machine(ABC):
         self,
         config: Path,
         kernels: KernelTable | None = None,
-        choices: Mapping[str, bool] | None = None,
+        choices: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> LLM:
         """An engine on dummy weights of a configuration; `kernels`, and `choices` for `GpuPlatform`, are no options of
@@ -88,7 +88,7 @@ class CudaMachine(Machine):
         self,
         config: Path,
         kernels: KernelTable | None = None,
-        choices: Mapping[str, bool] | None = None,
+        choices: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> LLM:
         """See `Machine`."""

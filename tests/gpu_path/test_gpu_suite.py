@@ -63,7 +63,7 @@ class DoubleMachine(Machine):
         self,
         config: Path,
         kernels: KernelTable | None = None,
-        choices: Mapping[str, bool] | None = None,
+        choices: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> LLM:
         """Without `choices`: a capture of the double records neither Triton nor what torch.compile made."""
