@@ -14,7 +14,7 @@ from cascade_llm.plan import CascadePlan
 from cascade_llm.plan_file.reader import PlanFileReader
 from cascade_llm.scheduler.cost_model import plan_work
 from cascade_llm.scheduler.device_costs import DEVICE_COSTS
-from tests.engine.tiny_llm import save_tiny, tiny_llm
+from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 
 NUM_SM = 4
@@ -63,3 +63,20 @@ def test_graphs_run_them_as_the_torch_backend_does(
     work = [plan_work(plan).shared for plan in decode_plans(recorded)]
     assert any(len(levels[0]) == 1 and levels[0][0][0] >= 160 for levels in work if levels), "by itself on its level"
     assert max(len(levels[-1]) for levels in work if levels) == widest_level
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("levels", [2, 4])
+def test_random_forests_give_the_tokens_of_plain_attention(tiny: Path, tmp_path: Path, seed: int, levels: int) -> None:
+    """Chunked prefill, mixed steps and preemption, with every level balanced that can be."""
+    prompts = random_forest(seed, 24, 80, 90) + LONG_AMONG_SHORT
+    params = [SamplingParams(temperature=0, max_tokens=3 + i % 9, ignore_eos=True) for i in range(len(prompts))]
+    options = {**OPTIONS, "max_num_batched_tokens": 64, "cascade_max_levels": levels}
+    with tiny_llm(tiny, **{**options, "enable_cascade_attention": False}) as twin:
+        expected = [output["token_ids"] for output in twin.generate(prompts, params)]
+    recorded = tmp_path / "plans.gz"
+    with tiny_llm(tiny, record_plans=recorded, **options) as llm:
+        assert [output["token_ids"] for output in llm.generate(prompts, params)] == expected
+    with PlanFileReader(recorded) as steps:
+        segments = [segment for step in steps for level in plan_work(step.plan.cascade).shared for segment in level]
+    assert len(segments) > 20
