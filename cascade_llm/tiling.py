@@ -83,16 +83,16 @@ def chunk_len(tiles: Sequence[int], lens: Sequence[int], most: int, least: int) 
     """The length of a chunk: the shortest with which there are not more than `most` items, if that is possible.
 
     Args:
-        tiles: of each segment; 1 and more
+        tiles: of each segment, of which there is one at least
         lens: of each segment, in whatever unit
         most: items, see `max_tiles`
         least: no chunk is shorter, in the same unit
     """
-    num_tiles, work = sum(tiles), sum([n * length for n, length in zip(tiles, lens, strict=True)])
+    fewest, work = sum(tiles), sum([n * length for n, length in zip(tiles, lens, strict=True)])
     longest = max(1, *lens)
     low, high = max(least, min(longest, -(-work // most))), longest
-    if num_tiles < most:
-        high = min(high, -(-work // (most - num_tiles)))  # each tile has less than one chunk more than its length says
+    if fewest < most:
+        high = min(high, -(-work // (most - fewest)))  # each tile has less than one chunk more than its length says
     while low < high:
         middle = (low + high) // 2
         if sum([n * -(-length // middle) for n, length in zip(tiles, lens, strict=True)]) > most:

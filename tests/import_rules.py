@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("layers",),
     ("attention", "quantization"),
     ("kv_cache", "distributed", "native"),
-    ("plan", "plan_file", "tiling", "config", "sampling_params", "outputs", "metrics", "errors"),
+    ("plan", "plan_file", "tiling", "user_cache", "config", "sampling_params", "outputs", "metrics", "errors"),
 )
 """Top to bottom. A part imports lower rows only, never its neighbours; the bottom row's modules may, without cycles."""
 

@@ -26,11 +26,9 @@ from cascade_llm.attention.flashinfer_levels import (
     attend_levels,
 )
 from cascade_llm.plan import CascadeLevel, IntColumn
+from cascade_llm.tiling import max_tiles
 
 __all__ = ["GraphAttention", "SharedColumns"]
-
-CTAS_PER_PROCESSOR = 2
-"""What FlashInfer's planner fills the device with before it stops splitting K/V."""
 
 
 class SharedColumns:
@@ -40,7 +38,6 @@ class SharedColumns:
         def column(length: int) -> torch.Tensor:
             return torch.zeros(length, dtype=torch.int32, device=device)
 
-        self.max_segments, self.max_pages = max_segments, max_pages
         self._buffers = LevelBuffers(
             column(max_segments + 1), column(max_segments + 1), column(max_pages), column(max_segments)
         )
@@ -152,4 +149,4 @@ def _shared_kernel(backend: FlashInferAttentionBackend, rows: int, buffers: Leve
 def splits_kv(rows: int, spec: AttentionSpec, num_processors: int) -> bool:
     """Whether a leaf of that many rows leaves processors idle unless K/V are split; with more rows FlashInfer never
     splits, and a plan without splits does not depend on lengths."""
-    return rows < CTAS_PER_PROCESSOR * num_processors // spec.num_kv_heads
+    return rows < max_tiles(num_processors, spec.num_kv_heads)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -33,6 +32,7 @@ from cascade_llm.attention.flashinfer_ops import (
 )
 from cascade_llm.attention.flashinfer_table import KernelTable
 from cascade_llm.errors import BackendError
+from cascade_llm.user_cache import cache_folder
 
 __all__ = [
     "BuiltKernel",
@@ -83,9 +83,7 @@ def reasons_against_flashinfer(spec: AttentionSpec) -> list[str]:
 
 def kernel_folder(arch: str) -> Path:
     """Where kernels for an architecture ("9.0a") are kept: below CASCADE_LLM_CACHE or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cascade-llm"
-    root = Path(os.environ.get("CASCADE_LLM_CACHE", default))
-    return root / "flashinfer" / TESTED_VERSIONS[0] / arch
+    return cache_folder() / "flashinfer" / TESTED_VERSIONS[0] / arch
 
 
 def device_arch(device: torch.device) -> str:

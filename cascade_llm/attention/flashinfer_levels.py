@@ -129,11 +129,6 @@ class LevelKernel:
         self._wrapper = self._decode_wrapper(kernel, buffers) if self._decodes else self._wrapper_of(kernel, buffers)
         self._planned: Mark | None = None
 
-    @property
-    def decodes(self) -> bool:
-        """Whether it takes one row per segment, and no `qo_indptr`."""
-        return self._decodes
-
     def arrange(self, columns: LevelColumns) -> LevelColumns:
         """A level's columns as `plan` takes them: as they are."""
         return columns

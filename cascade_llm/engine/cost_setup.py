@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.engine.user_cache import cache_folder
 from cascade_llm.runner.device_name import device_name
 from cascade_llm.scheduler.calibration import CalibrationFileError, CalibrationKey, read_calibration, read_entries
 from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
 from cascade_llm.scheduler.device_costs import DEVICE_COSTS, DeviceCosts, known_device
+from cascade_llm.user_cache import cache_folder
 
 __all__ = [
     "attention_shape",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -115,12 +115,17 @@ class PagedKVCache:
         scale = self.scales[layer]
         return k.view(self.dtype).float() * scale.k, v.view(self.dtype).float() * scale.v
 
-    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
-        """Copy whole pages in every layer; all sources are read before any target is written."""
+    def copy_pages(
+        self, copies: Sequence[PageCopy], upload: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
+        """Copy whole pages in every layer; all sources are read before any target is written.
+
+        upload: brings page ids [2, copies] to the device without waiting for it; default a plain copy, which waits
+        """
         if not copies:
             return
-        source = torch.tensor([copy.source for copy in copies], device=self.device)
-        target = torch.tensor([copy.target for copy in copies], device=self.device)
+        pages = torch.tensor([[copy.source for copy in copies], [copy.target for copy in copies]])
+        source, target = pages.to(self.device) if upload is None else upload(pages)
         for pool in map(_bytes_of, self._layers):
             pool[:, target] = pool[:, source]
 

@@ -22,7 +22,8 @@ static inline __m512 load(const bfloat16 *x) {
     return (__m512)_mm512_slli_epi32(wide, 16);
 }
 
-/* `vectors` * 16 outputs of 1 to 4 rows, whose time is that of the reading, from `out` on; both are constants where this is called. */
+/* `vectors` * 16 outputs of 1 to 4 rows, from `out` on, whose time is that of the reading; `vectors` and `rows` are
+ * constants where this is called. */
 static inline __attribute__((always_inline)) void outputs(const bfloat16 *x, const bfloat16 *weight,
                                                           const bfloat16 *bias, bfloat16 *y, long rows, long in_size,
                                                           long out_size, long out, int vectors) {
@@ -64,9 +65,9 @@ static inline __attribute__((always_inline)) void span(const bfloat16 *x, const 
     }
 }
 
-/* The same for a block of up to ROW_BLOCK rows: 24 sums, 4 vectors of weights and a pair of inputs are what the registers
- * hold, and 24 independent sums are more than the instruction's latency asks for. Meanwhile `ahead` lines are asked for in
- * each round, from `next` on. */
+/* The same for a block of up to ROW_BLOCK rows: 24 sums, 4 vectors of weights and a pair of inputs are what the
+ * registers hold, and 24 independent sums are more than the instruction's latency asks for. Meanwhile `ahead` lines are
+ * asked for in each round, from `next` on. */
 static inline __attribute__((always_inline)) void tile(const bfloat16 *x, const bfloat16 *w, const bfloat16 *bias,
                                                        bfloat16 *y, long rows, long in_size, long out_size, int vectors,
                                                        const bfloat16 *next, int ahead) {
@@ -119,8 +120,8 @@ static void span_of_many(const bfloat16 *x, const bfloat16 *weight, const bfloat
         const bfloat16 *later = after % BLOCK == 0 && after < end ? weight + after * in_size : 0;
         for (long block = 0; block < blocks; block++) {
             long first = rows * block / blocks, last = rows * (block + 1) / blocks;
-            const bfloat16 *next = later + block * ahead * (in_size / 2) * 2 * LANES;
-            int asks = later && (block + 1) * ahead <= 4 ? ahead : 0;
+            int asks = later && (block + 1) * ahead <= BLOCK / LANES ? ahead : 0;
+            const bfloat16 *next = asks ? later + block * ahead * in_size * LANES : 0;
             const bfloat16 *own_bias = bias ? bias + out : 0;
             if (whole)
                 row_block(x + first * in_size, w, own_bias, y + first * out_size + out, last - first, in_size, out_size,

@@ -102,7 +102,7 @@ def build_runner(
         padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
         num_lanes = options.max_num_seqs + padding
         has_graphs = platform is not None and not options.enforce_eager and not options.debug
-        reserved = 0 if device.type == "cpu" else step_bytes(decoder, options)
+        reserved = 0 if device.type == "cpu" else step_bytes(decoder, options, has_graphs=has_graphs)
         if has_graphs:
             reserved += UsageTable.bytes_needed(num_lanes, model.vocab_size, max_model_len)
         bytes_per_page = model.kv_bytes_per_token(kv_dtype.itemsize) * options.page_size

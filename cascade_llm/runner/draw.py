@@ -186,8 +186,10 @@ def draw_tokens(
     keys: torch.Tensor,
     positions: torch.Tensor,
 ) -> torch.Tensor:
-    """`draw_from_logits` by the uniform numbers of these keys [n] and positions [n], int64: some forty small kernels,
-    or a few where it is compiled."""
+    """`draw_from_logits` by the uniform numbers of these keys [n] and positions [n], int64.
+
+    Many small kernels, or a few where it is compiled.
+    """
     return draw_from_logits(logits, row_maxima, temperature, uniforms(keys, positions))
 
 

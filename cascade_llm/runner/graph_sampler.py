@@ -40,9 +40,8 @@ class GraphSampler:
         self._values = torch.full((max_rows, padded_len), -torch.inf, device=lanes.device)
         self._draw = torch.compile(draw_tokens, dynamic=True) if compiled else draw_tokens
         self._workspace = Workspace()
-        self._weights = self._workspace.take(
-            "weights", (max_rows, padded_len), dtype=torch.float32, device=lanes.device
-        )
+        # graphs keep addresses: this memory must not be replaced by a larger one when more rows are captured later
+        self._workspace.take("weights", (max_rows, padded_len), dtype=torch.float32, device=lanes.device)
 
     def sample(
         self,

@@ -15,6 +15,7 @@ import torch
 
 from cascade_llm.plan import LaneStart
 from cascade_llm.runner.draw import Filters, draw_key
+from cascade_llm.runner.lane_lists import masked_endings
 from cascade_llm.runner.token_usage import TokenHistories, TokenUsage, Upload
 from cascade_llm.sampling_params import SamplingParams
 
@@ -139,8 +140,7 @@ class LaneState:
 
     def _start_ending(self, start: LaneStart) -> None:
         self._ending.pop(start.lane, None)
-        ending = sorted(token_id for token_id in start.ending_token_ids if token_id < self.vocab_size)
-        if start.params.min_tokens and ending:
+        if ending := masked_endings(start, self.vocab_size):
             self._ending[start.lane] = self._index(ending)
 
     def _masks_ending(self, lane: int, position: int) -> bool:

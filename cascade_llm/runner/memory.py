@@ -27,7 +27,7 @@ def available_bytes(device: torch.device) -> int:
     return min([int(psutil.virtual_memory().available), *_cgroup_rooms(CGROUP)])
 
 
-def step_bytes(decoder: Decoder, options: EngineOptions) -> int:
+def step_bytes(decoder: Decoder, options: EngineOptions, *, has_graphs: bool) -> int:
     """Memory that steps take beside weights and KV pool, on CUDA: the measured peak of a forward pass over the largest
     step, and an estimate of what graphs keep."""
     device = decoder.device
@@ -39,7 +39,7 @@ def step_bytes(decoder: Decoder, options: EngineOptions) -> int:
         torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
-    graphs = 0 if options.enforce_eager else GRAPH_BYTES
+    graphs = GRAPH_BYTES if has_graphs else 0
     # logits in the model's dtype, and what the sampler makes of them in float32
     logits = options.max_num_seqs * decoder.config.vocab_size * (decoder.dtype.itemsize + 8 * 4)
     return peak + graphs + logits

@@ -68,7 +68,7 @@ class ModelRunner:
             plan.check()
         with self._running():
             self._lanes.start(plan.lane_starts)
-            self.kv_cache.copy_pages(plan.page_copies)
+            self._copy_pages(plan)
             if self.graphs is not None:
                 self.graphs.note_starts(plan)
                 result = self.graphs.submit(plan)
@@ -80,7 +80,7 @@ class ModelRunner:
         """Run a step without sampling and return the logits of `rows`, [len(rows), vocab]; for validation."""
         with self._running():
             self._lanes.start(plan.lane_starts)
-            self.kv_cache.copy_pages(plan.page_copies)
+            self._copy_pages(plan)
             hidden, _ = self._forward(plan)
             return self.decoder.logits(hidden[self._index(rows)])
 
@@ -144,6 +144,9 @@ class ModelRunner:
         observer = FirstNonFinite() if self._debug else None
         hidden = self.decoder.forward(token_ids, self._index(plan.positions), attention, observer)
         return hidden, observer.stage if observer else None
+
+    def _copy_pages(self, plan: StepPlan) -> None:
+        self.kv_cache.copy_pages(plan.page_copies, None if self._stream is None else self._stream.upload)
 
     def _index(self, column: IntColumn) -> torch.Tensor:
         """A column on the device, int64; a copy, which is queued where there is a stream: a plain one would be waited

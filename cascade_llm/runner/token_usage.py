@@ -8,7 +8,7 @@ float32 rounding: a frequency penalty is subtracted use by use from the one, tim
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -72,8 +72,8 @@ class TokenHistories(TokenUsage):
     def start(self, starts: Sequence[LaneStart]) -> None:
         """See `TokenUsage`."""
         for start in starts:
-            params, lane = start.params, start.lane
-            self._penalties[lane] = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
+            lane = start.lane
+            self._penalties[lane] = _penalties(start)
             if is_penalized(start):
                 tokens = [*start.prompt_token_ids, *start.output_token_ids]
                 self._with_room(len(tokens))[lane, : len(tokens)] = self._index(tokens)
@@ -242,7 +242,8 @@ def _less_likely(logits: torch.Tensor, repetition: torch.Tensor) -> torch.Tensor
     return torch.where(logits > 0, logits / repetition, logits * repetition)
 
 
-def _penalties(start: LaneStart) -> Iterable[float]:
+def _penalties(start: LaneStart) -> tuple[float, float, float]:
+    """Presence, frequency, repetition."""
     return start.params.presence_penalty, start.params.frequency_penalty, start.params.repetition_penalty
 
 

@@ -195,22 +195,11 @@ class CostModel:
         """How long processors wait for one of them, or compute rows that only fill tiles, in all levels together: what
         a better arrangement can gain at most."""
         num_rows, costs = _num_rows(work.leaf), self.costs
-        waiting = self.leaf_s(work.leaf) - max(_price(costs, option) for option in self._evenly("leaf", work.leaf))
-        for segments in work.shared:
-            evenly = max(_price(costs, option) for option in self._evenly("shared", segments))
-            waiting += _price(costs, self._level("shared", segments, num_rows)) - evenly
+        waiting = 0.0
+        for kind, segments in (("leaf", work.leaf), *(("shared", level) for level in work.shared)):
+            evenly = max(_price(costs, option) for option in self._evenly(kind, segments))
+            waiting += _price(costs, self._level(kind, segments, num_rows)) - evenly
         return waiting
-
-    def _evenly(self, kind: str, segments: Segments) -> list[Amounts]:
-        """What a level takes whose segments are each in the tile that suits them, spread evenly over the processors."""
-        padded = {
-            rows: float(rows) if kind == "leaf" else self._padded(rows) for rows in {rows for _, rows in segments}
-        }
-        row_tokens = sum([tokens * padded[rows] for tokens, rows in segments])
-        return [
-            self._bytes_of(kind, _total_len(segments)),
-            {f"{kind}_flops_per_s": self.shape.flops_per_row_token * row_tokens},
-        ]
 
     def amounts(self, work: PlanWork) -> Amounts:
         """How much a plan uses of what each constant stands for, as far as it decides the time."""
@@ -232,18 +221,8 @@ class CostModel:
 
     def _level(self, kind: str, segments: Segments, num_rows: int, reread: int = 0) -> Amounts:
         """What decides the time of a level: its bytes, its flops, or the longest item of work."""
-        tile, total_len = self._tile(kind, segments, num_rows), _total_len(segments)
-        if kind == "shared":
-            padded = {rows: self._padded(rows, tile) for rows in {rows for _, rows in segments}}
-            row_tokens = sum([tokens * padded[rows] for tokens, rows in segments])
-        elif num_rows == len(segments):
-            row_tokens = total_len
-        else:
-            row_tokens = sum([tokens * rows for tokens, rows in segments])
-        options = [
-            self._bytes_of(kind, total_len, reread),
-            {f"{kind}_flops_per_s": self.shape.flops_per_row_token * row_tokens},
-        ]
+        tile = self._tile(kind, segments, num_rows)
+        options = self._evenly(kind, segments, tile, reread)
         prices = [_price(self.costs, option) for option in options]
         if self.is_tiled and segments:
             whole = max(segments)[0]
@@ -253,9 +232,18 @@ class CostModel:
             return max([*zip(prices, options, strict=True), *items], key=itemgetter(0))[1]
         return options[prices.index(max(prices))]
 
-    def _bytes_of(self, kind: str, tokens: int, reread: int = 0) -> Amounts:
-        token_bytes = self.shape.kv_bytes_per_token
-        return {f"{kind}_bytes_per_s": token_bytes * (tokens - reread), "cached_bytes_per_s": token_bytes * reread}
+    def _evenly(self, kind: str, segments: Segments, tile: int | None = None, reread: int = 0) -> list[Amounts]:
+        """The bytes and the flops of a level, spread evenly over the processors; without a tile, each segment is in the
+        one that suits it."""
+        token_bytes, tokens = self.shape.kv_bytes_per_token, sum([tokens for tokens, _ in segments])
+        computed = {
+            rows: rows if kind == "leaf" else self._padded(rows, tile) for rows in {rows for _, rows in segments}
+        }
+        row_tokens = sum([tokens * computed[rows] for tokens, rows in segments])
+        return [
+            {f"{kind}_bytes_per_s": token_bytes * (tokens - reread), "cached_bytes_per_s": token_bytes * reread},
+            {f"{kind}_flops_per_s": self.shape.flops_per_row_token * row_tokens},
+        ]
 
     def _items(self, kind: str, segments: Segments, tile: int, length: int) -> list[tuple[float, Amounts]]:
         """Seconds and amounts of one item's bytes, and of its flops: on one processor, that is so many times as much
@@ -311,10 +299,6 @@ class CostModel:
 
 def _num_rows(segments: Segments) -> int:
     return sum([rows for _, rows in segments])
-
-
-def _total_len(segments: Segments) -> int:
-    return sum([tokens for tokens, _ in segments])
 
 
 def unit_s(costs: DeviceCosts, name: str) -> float:

@@ -107,7 +107,9 @@ class Setting:
         prepared = FlashInferAttentionBackend(self.spec, self.pool, platform, table).prepare(plan)
         return lambda: prepared.attend(0, self.q)
 
-    def captured(self, platform: GpuPlatform, plan: CascadePlan, table: KernelTable) -> Callable[[], object] | None:
+    def captured(
+        self, platform: GpuPlatform, plan: CascadePlan, table: KernelTable
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]] | None:
         """Attention as graphs do it: fixed capacities, tiles chosen by them. None where no graph has that shape."""
         shapes = graph_shapes(self.tree.rows, self.spec.group_size, len(plan.shared_levels))
         most_tiles = max_tiles(platform.num_processors, self.spec.num_kv_heads)
@@ -170,15 +172,22 @@ def validate_kernels(
         for name, table in kernel_tables():
             entry: dict[str, Any] = {"tree": str(tree), "heads": list(heads), "kernels": name}
             entry["pages"] = str(setting.spec.page_dtype).removeprefix("torch.")
-            try:
-                cutting = replace(table, chunks=VALIDATED_CHUNKS)
-                out, lse = setting.eager(machine.platform(), plan, cutting)()
-                machine.synchronize()
-                entry["max_error"] = float((out.double() - expected).abs().max())
-                entry["max_lse_error"] = float((lse.double() - expected_lse).abs().max())
-            except Exception as error:  # a kernel that cannot serve is a result too
-                entry["refused"] = f"{type(error).__name__}: {error}"[:300]
-            results.append(entry)
+            cutting = replace(table, chunks=VALIDATED_CHUNKS)
+            for mode, prepared in (("eager", setting.eager), ("graph", setting.captured)):
+                if mode == "graph" and table.fused_levels:
+                    continue  # graphs go the ordinary way
+                found = {**entry, "mode": mode}
+                try:
+                    work = prepared(machine.platform(), plan, cutting)
+                    if work is None:
+                        continue  # no graph has the plan's shape
+                    out, lse = work()
+                    machine.synchronize()
+                    found["max_error"] = float((out.double() - expected).abs().max())
+                    found["max_lse_error"] = float((lse.double() - expected_lse).abs().max())
+                except Exception as error:  # a kernel that cannot serve is a result too
+                    found["refused"] = f"{type(error).__name__}: {error}"[:300]
+                results.append(found)
     return results
 
 

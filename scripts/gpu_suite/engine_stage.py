@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
@@ -23,7 +24,7 @@ __all__ = ["measure_engine_steps", "measure_load"]
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the engine; where the kernels are not the model's own, only on sizes that they are meant for."""
+    """A way to run the engine; one with kernels of its own is measured on prefixes that `ChunkRule` takes only."""
 
     options: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, Any] = field(default_factory=dict)
@@ -55,7 +56,7 @@ VARIANTS: dict[str, Variant] = {
     "eager, cascade": Variant({"enforce_eager": True}),
     "eager, fused levels": Variant({"enforce_eager": True}, {"fused_levels": True}),
 }
-"""The first is measured at every size, the others where time is left."""
+"""Measured in this order, while time is left."""
 
 
 def measure_engine_steps(
@@ -135,14 +136,14 @@ def _decode_step(machine: Machine, llm: LLM, sizes: Sizes, batch: int, prefix: i
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     many = SamplingParams(temperature=0, max_tokens=1 + sizes.decode_steps, ignore_eos=True)
     llm.generate(prompts, one)  # the prompts are cached from here on
-    before = llm.stats()
+    graphs = llm._engine.runner.graphs
+    before, eager_before = llm.stats(), Counter(graphs.counters.eager_steps) if graphs else Counter[str]()
     prefill_s, decode_s = _seconds(machine, llm, prompts, one), _seconds(machine, llm, prompts, many)
     after = llm.stats()
-    counters = llm._engine.runner.graphs.counters if llm._engine.runner.graphs else None
     return {
         "step_ms": 1e3 * max(decode_s - prefill_s, 1e-9) / sizes.decode_steps,
         "cascade_steps": after["cascade_steps"] - before["cascade_steps"],
-        "eager_steps": dict(counters.eager_steps) if counters else None,
+        "eager_steps": dict(graphs.counters.eager_steps - eager_before) if graphs else None,
     }
 
 

@@ -99,6 +99,9 @@ def test_kernels_are_validated(out: Path) -> None:
         "prefill_fa3_chunks + decode_tensor_cores",
         "fused_levels",
     }
+    assert {entry["kernels"] for entry in entries if entry["mode"] == "graph"} == {
+        entry["kernels"] for entry in entries if entry["kernels"] != "fused_levels"
+    }
     for entry in entries:
         assert "refused" not in entry
         assert entry["max_error"] < 0.05
@@ -111,7 +114,10 @@ def test_refusals_are_results(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(attention_stage.Setting, "eager", refused)
     entries = attention_stage.validate_kernels(DoubleMachine(), TINY, lambda: True)
-    assert {entry["refused"] for entry in entries} == {"RuntimeError: not on this device"}
+    eager, graphs = ([entry for entry in entries if entry["mode"] == mode] for mode in ("eager", "graph"))
+    assert {entry["refused"] for entry in eager} == {"RuntimeError: not on this device"}
+    assert graphs
+    assert all(entry["max_error"] < 0.05 for entry in graphs), "one refusal leaves the others"
 
 
 def test_attention_is_measured_every_way(out: Path) -> None:

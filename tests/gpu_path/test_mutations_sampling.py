@@ -29,7 +29,7 @@ from cascade_llm.runner.step_arena import HostImage, StepArena
 from cascade_llm.runner.token_usage import UsageTable, is_penalized
 from tests.doubles.device import DoubleStream
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
-from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm
+from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, is_noticed
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 MUTATIONS: dict[str, Mutation] = {}
@@ -384,7 +384,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rule", MUTATIONS)
 def test_breaking_a_rule_is_noticed(rule: str, tiny: Path, expected: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTATIONS[rule](monkeypatch)
-    assert _differs(tiny, expected), f"unnoticed: {rule}"
+    assert is_noticed(lambda: run(tiny), expected), f"unnoticed: {rule}"
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -396,11 +396,3 @@ def test_where_the_host_has_the_token_the_lane_has_none(
         monkeypatch.setattr(LaneState, "no_lane", property(lambda self: self.num_lanes - 1))
     with gpu_llm(tiny, double_gpu(), schedule_lag=0, **OPTIONS) as llm:
         assert (results(llm) != expected) == broken
-
-
-def _differs(folder: Path, expected: Results) -> bool:
-    try:
-        return run(folder) != expected
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}")
-        return True

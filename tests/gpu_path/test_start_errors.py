@@ -181,7 +181,7 @@ def test_no_memory_for_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
     decoder: Any = SimpleNamespace(device=torch.device("cpu"), forward=without_memory)
     with pytest.raises(CapacityError, match=r"a step of 2,048 tokens beside the weights: lower max_num_batched_tokens"):
-        memory.step_bytes(decoder, EngineOptions(max_num_batched_tokens=2048))
+        memory.step_bytes(decoder, EngineOptions(max_num_batched_tokens=2048), has_graphs=True)
 
 
 def test_no_memory_for_sampling_graphs_is_said_and_served(
