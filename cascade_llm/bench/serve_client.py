@@ -73,10 +73,14 @@ class CompletionsServer:
             ConfigError: no URL
             BackendError: nothing answers there, or it has not that model
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            scheme, host, port = parts.scheme, parts.hostname, parts.port
+        except ValueError:  # a port that is none
+            scheme, host, port = "", None, None
+        if scheme not in ("http", "https") or not host:
             raise ConfigError(f"{url!r} is no URL of a server: write it as http://localhost:8000")
-        self._https, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
+        self._https, self._host, self._port = scheme == "https", host, port
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:

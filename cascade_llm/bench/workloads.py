@@ -273,7 +273,7 @@ class ChatWorkload(Workload):
     """Of token ids and times."""
 
     def _requests(self, vocabulary: Vocabulary) -> list[LoadRequest]:
-        if self.think_s < 0:
+        if not self.think_s >= 0:
             raise ConfigError(f"think_s is {self.think_s}: it must be 0 or larger")
         tokens, answers = _Tokens(vocabulary, self.seed), _Tokens(vocabulary, f"answers {self.seed}")
         system = tokens.draw(self.system_len)

@@ -28,7 +28,13 @@ __all__ = ["attention"]
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--backend", default="auto", show_default=True, help="The attention backend.")
 @click.option("--num-threads", type=int, help="CPU threads; default: torch's own number.")
-@click.option("--measure-s", type=float, default=0.5, show_default=True, help="Seconds for each of the two plans.")
+@click.option(
+    "--measure-s",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="Seconds for each of the two plans.",
+)
 @output_options
 def attention(
     trees: Sequence[str],
@@ -86,6 +92,8 @@ def attention(
             if not results:
                 raise
             interrupted = True
+    if not results:
+        raise ConfigError("no tree of the public list fits the memory: choose fewer heads, or give --tree")
     record: dict[str, Any] = {
         "results": [result.as_dict() for result in results],
         "limits": vars(limits),

@@ -55,7 +55,7 @@ def calibrate(
     Attention alone is timed: no weights are read. The machine should do nothing else.
     """
     options = EngineOptions(**take_engine(arguments))
-    if seconds <= 0:
+    if not seconds > 0:
         raise ConfigError(f"seconds is {seconds}: it must be positive")
     if not fit and not check:
         raise ConfigError("--no-fit with --no-check leaves nothing to do")

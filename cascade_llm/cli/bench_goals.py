@@ -11,7 +11,7 @@ import click
 from cascade_llm.cli.bench_throughput import choose_peer, peer_options
 from cascade_llm.cli.console import error_console, print_json, result_console
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
-from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
+from cascade_llm.cli.output_files import check_output_files, check_settings, output_options, write_json_file
 from cascade_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ def goals(
     options = take_engine(arguments)
     if resume and output is None:
         raise click.UsageError("--resume needs --output, the file to go on with.")
-    check_output_files(output, plot, force=force or resume)
-    check_output_files(markdown, None, force=force or resume)
+    check_output_files(output, plot, markdown, force=force or resume)
     from cascade_llm.bench.compare import compare_each
     from cascade_llm.bench.goals import choose_goals, goal_loads, goal_result
     from cascade_llm.bench.machine import describe_machine
@@ -65,10 +64,17 @@ def goals(
 
     bench = open_model(model, options)
     chosen = choose_goals([name.strip() for name in loads.split(",") if name.strip()])
-    record: dict[str, Any] = {"model": model, "machine": describe_machine(), "sides": {}, "reports": {}}
+    settings = {"model": model, "repeat": repeat, "options": options}
+    record: dict[str, Any] = {
+        "model": model,
+        "settings": settings,
+        "machine": describe_machine(),
+        "sides": {},
+        "reports": {},
+    }
     done: dict[str, GoalResult] = {}
     if resume and output is not None and output.exists():
-        before, done = _read_results(output)
+        before, done = _read_results(output, settings)
         record |= {name: before.get(name, {}) for name in ("sides", "reports")}
     wanted = goal_loads(bench, {name: goal for name, goal in chosen.items() if name not in done})
     interrupted = False
@@ -118,12 +124,16 @@ def _save(output: Path | None, record: dict[str, Any], done: dict[str, GoalResul
         write_json_file(output, {**record, "results": {name: result.as_dict() for name, result in done.items()}})
 
 
-def _read_results(path: Path) -> tuple[dict[str, Any], dict[str, GoalResult]]:
-    """The whole file, and the results in it."""
+def _read_results(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, GoalResult]]:
+    """The whole file, and the results in it that were not interrupted."""
     from cascade_llm.bench.goals import GoalResult
 
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-        return written, {name: GoalResult.from_dict(result) for name, result in written["results"].items()}
+        reports, results = written["reports"], written["results"]
+        whole = [name for name in results if not reports[name]["interrupted"]]
+        before, done = written["settings"], {name: GoalResult.from_dict(results[name]) for name in whole}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} does not hold results of `bench goals` ({error}): leave out --resume") from None
+    check_settings(path, before, settings)
+    return written, done

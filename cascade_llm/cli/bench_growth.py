@@ -11,7 +11,7 @@ import click
 
 from cascade_llm.cli.console import error_console, print_json, result_console
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
-from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
+from cascade_llm.cli.output_files import check_output_files, check_settings, output_options, write_json_file
 from cascade_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -132,9 +132,7 @@ def _read_results(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any],
         before = written["settings"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} does not hold results of `bench growth` ({error}): leave out --resume") from None
-    changed = [name for name, value in settings.items() if before.get(name) != value]
-    if changed:
-        raise ConfigError(f"{path} was measured with another {', '.join(changed)}: give the same, or another --output")
+    check_settings(path, before, settings)
     return written, {result.point: result for result in results}
 
 

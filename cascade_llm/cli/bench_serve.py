@@ -31,7 +31,13 @@ def _options(command: Command) -> Command:
             click.option("--served-model", help="The model's name at the server; default: its first."),
             click.option("--api-key", envvar="OPENAI_API_KEY", help="Sent as a bearer token."),
             click.option("--tokenizer", help="A model whose tokenizer reads texts: a folder, .gguf file or hub id."),
-            click.option("--vocab-size", type=int, default=10_000, show_default=True, help="Token ids are below it."),
+            click.option(
+                "--vocab-size",
+                type=click.IntRange(min=1),
+                default=10_000,
+                show_default=True,
+                help="Token ids are below it.",
+            ),
             click.option("--ignore-eos/--no-ignore-eos", default=True, help="Ask for outputs of full length."),
         )
     ):

@@ -52,6 +52,8 @@ def peer_options(command: Command) -> Command:
 
 def choose_peer(name: str | None, model: BenchModel, *, python: Path | None, install: bool) -> PeerInterpreter | None:
     """The interpreter of another engine; None where none is wanted. An installation says what it does."""
+    if name is None and (python is not None or install):
+        raise click.UsageError("--peer-python and --install-peer are for --against: name the engine.")
     if name is None:
         return None
     from cascade_llm.bench.peer_side import peer_for

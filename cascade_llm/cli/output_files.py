@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ import click
 
 from cascade_llm.errors import ConfigError
 
-__all__ = ["check_output_files", "output_options", "write_json_file"]
+__all__ = ["check_output_files", "check_settings", "output_options", "write_json_file"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,11 +33,12 @@ def output_options(command: Command) -> Command:
     return command
 
 
-def check_output_files(output: Path | None, plot: Path | None, *, force: bool) -> None:
+def check_output_files(output: Path | None, plot: Path | None, *others: Path | None, force: bool) -> None:
     """Raise `ConfigError` for a file that cannot be written, before anything is measured."""
-    for path in (output, plot):
-        if path is None:
-            continue
+    named = [path for path in (output, plot, *others) if path is not None]
+    for path in named:
+        if [other.absolute() for other in named].count(path.absolute()) > 1:
+            raise ConfigError(f"{path} is named twice: give each file a name of its own")
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ConfigError(f"{path} cannot be written: give a file name in a folder that exists")
         if path.exists() and not force:
@@ -47,6 +48,13 @@ def check_output_files(output: Path | None, plot: Path | None, *, force: bool) -
             raise ConfigError(f"{plot} has no known kind: end its name with {', '.join(PLOT_SUFFIXES)}")
         if find_spec("matplotlib") is None:
             raise ConfigError("charts need matplotlib: pip install 'cascade-llm[plot]'")
+
+
+def check_settings(path: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where a file that is to be gone on with was measured with other settings."""
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise ConfigError(f"{path} was measured with another {', '.join(changed)}: give the same, or another --output")
 
 
 def write_json_file(path: Path, value: Any) -> None:

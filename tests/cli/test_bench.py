@@ -273,3 +273,46 @@ def test_help_of_every_command_imports_nothing_heavy(run_python: Callable[[str],
     codes, modules = json.loads(printed)
     assert codes == [0] * len(paths)
     assert not {"torch", "numpy", "matplotlib", "transformers", "psutil"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("args", "cure"),
+    [
+        (("serve", "random", "--url", "http://localhost:abc"), "write it as http://localhost:8000"),
+        (("serve", "random", "--vocab-size", "0"), "0 is not in the range x>=1"),
+        (("throughput", "random", "--peer-python", "python3"), "are for --against: name the engine"),
+        (("goals", "--peer-python", "python3"), "are for --against: name the engine"),
+        (("growth", "--output", "both.png", "--plot", "both.png"), "named twice: give each file a name of its own"),
+        (("goals", "--output", "both.md", "--markdown", "both.md"), "named twice: give each file a name of its own"),
+        (("calibrate", "--seconds", "nan"), "seconds"),
+        (("attention", "--measure-s", "-1"), "-1.0 is not in the range x>=0"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_cure(run: Run, args: tuple[str, ...], cure: str) -> None:
+    result = run("bench", *args)
+    assert result.exit_code in (1, 2)
+    assert cure in " ".join(result.stderr.split())
+
+
+def test_goals_go_on_with_the_same_settings_only_and_measure_interrupted_loads_again(
+    run: Run,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from cascade_llm.bench import goals
+    from cascade_llm.bench.workloads import SharedPrefixWorkload
+
+    workload = SharedPrefixWorkload(prefix_len=8, num_requests=2, suffix_len=4, output_len=4)
+    monkeypatch.setattr(goals, "GOALS", {"short": goals.Goal(title="short", workload=workload, decode=None, cold=None)})
+    output = tmp_path / "goals.json"
+    args = ("bench", "goals", "-m", save_tiny(tmp_path_factory.mktemp("goals")), *ENGINE, "--output", output)
+    assert run(*args, "--repeat", "1").exit_code == 0
+    assert "another repeat" in run(*args, "--repeat", "2", "--resume").stderr
+    written = json.loads(output.read_text())
+    written["reports"]["short"]["interrupted"] = True
+    output.write_text(json.dumps(written))
+    assert run(*args, "--repeat", "1", "--resume").exit_code == 0
+    again = json.loads(output.read_text())
+    assert again["reports"]["short"]["interrupted"] is False
+    assert again["results"]["short"] != written["results"]["short"]
