@@ -28,10 +28,10 @@ from cascade_llm.errors import (
 )
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
-from cascade_llm.runner.build import RunnerFacts, build_runner
-from cascade_llm.runner.cuda_graphs import OnCapture
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
+from cascade_llm.worker.build import RunnerFacts, build_runner
+from cascade_llm.worker.cuda_graphs import OnCapture
 
 __all__ = ["LLM", "TokenStream"]
 

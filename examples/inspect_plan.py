@@ -5,8 +5,8 @@ from __future__ import annotations
 from cascade_llm import SamplingParams
 from cascade_llm.config import CascadeConfig, SchedulerConfig
 from cascade_llm.plan import StepResult
-from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
-from cascade_llm.scheduler.device_costs import DEVICE_COSTS
+from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
+from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request
 

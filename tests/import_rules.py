@@ -23,12 +23,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bench", "validation", "server"),
     ("llm",),
     ("engine",),
-    ("scheduler", "runner"),
-    ("models", "loader"),
-    ("layers",),
-    ("attention", "quantization"),
-    ("kv_cache", "distributed", "native"),
-    ("plan", "plan_file", "tiling", "user_cache", "config", "sampling_params", "outputs", "metrics", "errors"),
+    ("scheduler", "worker"),
+    ("sampling", "models", "loader"),
+    ("layers", "weights"),
+    ("attention",),
+    ("kv_cache", "device"),
+    ("plan", "plan_file", "tiling", "config", "sampling_params", "outputs", "metrics", "errors"),
 )
 """Top to bottom. A part imports lower rows only, never its neighbours; the bottom row's modules may, without cycles."""
 

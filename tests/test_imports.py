@@ -58,9 +58,9 @@ BROKEN: list[tuple[Rule, dict[str, str], str]] = [
     (rules.imports_not_downward, {"cascade_llm.layers.norm": "from cascade_llm.models import decoder"}, "up"),
     (rules.imports_not_downward, {"cascade_llm.layers.norm": "import cascade_llm.models.decoder"}, "up"),
     (rules.imports_not_downward, {"cascade_llm.plan": "from cascade_llm.kv_cache.pages import x"}, "up"),
-    (rules.imports_not_downward, {"cascade_llm.scheduler.queue": "from cascade_llm.runner import batch"}, "across"),
+    (rules.imports_not_downward, {"cascade_llm.scheduler.queue": "from cascade_llm.worker import batch"}, "across"),
     (rules.imports_not_downward, {"cascade_llm.bench.run": "from cascade_llm.server.http import app"}, "across"),
-    (rules.imports_not_downward, {"cascade_llm.runner.run": "def f():\n from cascade_llm.engine.step import x"}, ":2 "),
+    (rules.imports_not_downward, {"cascade_llm.worker.run": "def f():\n from cascade_llm.engine.step import x"}, ":2 "),
     (
         rules.imports_not_downward,
         {"cascade_llm.kv_cache.pages": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n import cascade_llm.llm"},
@@ -68,7 +68,7 @@ BROKEN: list[tuple[Rule, dict[str, str], str]] = [
     ),
     (
         rules.imports_not_downward,
-        {"cascade_llm": "_HOMES = {'LLM': 'cascade_llm.llm'}", "cascade_llm.runner.run": "from cascade_llm import LLM"},
+        {"cascade_llm": "_HOMES = {'LLM': 'cascade_llm.llm'}", "cascade_llm.worker.run": "from cascade_llm import LLM"},
         "imports cascade_llm.llm",
     ),
     (
@@ -100,7 +100,7 @@ BROKEN: list[tuple[Rule, dict[str, str], str]] = [
     (rules.closed_doors, {"cascade_llm.engine.step": "import huggingface_hub.utils"}, "cascade_llm.loader"),
     (
         rules.closed_doors,
-        {"cascade_llm.runner.run": "import importlib\nx = importlib.import_module('flashinfer.norm')"},
+        {"cascade_llm.worker.run": "import importlib\nx = importlib.import_module('flashinfer.norm')"},
         "cascade_llm.attention",
     ),
     (
@@ -128,8 +128,8 @@ def test_rule_can_fail(rule: Rule, made_up: dict[str, str], words: str) -> None:
 
 def test_declaration_rule_can_fail() -> None:
     pyproject = '[project]\ndependencies = ["torch>=2"]\noptional-dependencies = { cuda = ["flashinfer-python==1"] }'
-    made_up = {"cascade_llm.runner.run": "import json, torch, flashinfer, scipy.linalg"}
-    assert rules.undeclared_packages(made_up, pyproject) == ["cascade_llm.runner.run:1 imports scipy.linalg"]
+    made_up = {"cascade_llm.worker.run": "import json, torch, flashinfer, scipy.linalg"}
+    assert rules.undeclared_packages(made_up, pyproject) == ["cascade_llm.worker.run:1 imports scipy.linalg"]
 
 
 def test_rules_pass_a_good_source() -> None:

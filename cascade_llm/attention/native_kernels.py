@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.device.c_compiler import compile_library
 from cascade_llm.errors import BackendError
-from cascade_llm.native.compiler import compile_library
 
 __all__ = ["TASK_FIELDS", "LevelColumns", "PlanColumns", "kernels_for", "reasons_against_native"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
-from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
-from cascade_llm.attention.flashinfer_kernels import reasons_against_flashinfer
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
+from cascade_llm.attention.flashinfer.kernels import reasons_against_flashinfer
 from cascade_llm.attention.native_backend import NativeAttentionBackend
 from cascade_llm.attention.native_kernels import reasons_against_native
 from cascade_llm.attention.torch_backend import TorchAttentionBackend

@@ -9,11 +9,11 @@ from itertools import combinations, pairwise
 
 from cascade_llm.errors import ConfigError
 from cascade_llm.plan import CascadeLevel, CascadePlan, int_column
-from cascade_llm.scheduler.cascade_layout import Placement, level_columns, place_segments
-from cascade_llm.scheduler.cost_model import plan_work
-from cascade_llm.scheduler.level_arrangement import levels_by_depth
-from cascade_llm.scheduler.prefix_forest import Run, preorder
-from cascade_llm.scheduler.segment_choice import Choice, SegmentCosts, choices_by_levels
+from cascade_llm.scheduler.cascade.balance import levels_by_depth
+from cascade_llm.scheduler.cascade.choice import Choice, SegmentCosts, choices_by_levels
+from cascade_llm.scheduler.cascade.cost_model import plan_work
+from cascade_llm.scheduler.cascade.layout import Placement, level_columns, place_segments
+from cascade_llm.scheduler.cascade.tree import Run, preorder
 
 __all__ = ["AttentionCase"]
 

@@ -13,7 +13,7 @@ from cascade_llm.bench.attention_cases import PAGE_SIZE, AttentionCase
 from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadePlan
-from cascade_llm.runner.memory import available_bytes
+from cascade_llm.worker.memory import available_bytes
 
 __all__ = ["time_plans"]
 

@@ -18,21 +18,21 @@ from typing import Any
 import torch
 
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec, PreparedAttention
-from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend, GpuPlatform
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend, GpuPlatform
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.bench.machine_limits import MachineLimits
 from cascade_llm.bench.step_work import ModelShape, floor_s, step_work
 from cascade_llm.config import CascadeConfig, SchedulerConfig
+from cascade_llm.device.devices import thread_limit
 from cascade_llm.engine.cost_setup import choose_cost_model
 from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadePlan, StepPlan, StepResult
-from cascade_llm.runner.device import thread_limit
-from cascade_llm.runner.memory import available_bytes
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
+from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request
+from cascade_llm.worker.memory import available_bytes
 
 __all__ = ["PUBLIC_TREES", "HeadLayout", "PrefixTreeShape", "TreeResult", "measure_tree", "parse_trees", "tree_plan"]
 

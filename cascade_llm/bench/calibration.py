@@ -24,14 +24,14 @@ from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.bench.attention_cases import AttentionCase
 from cascade_llm.bench.attention_timing import time_plans
 from cascade_llm.config import EngineOptions
+from cascade_llm.device.device_name import last_level_cache_bytes
+from cascade_llm.device.devices import resolve_device, resolve_dtype
 from cascade_llm.engine.cost_setup import attention_shape, calibration_key, table_costs
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
-from cascade_llm.runner.device import resolve_device, resolve_dtype
-from cascade_llm.runner.device_name import last_level_cache_bytes
-from cascade_llm.scheduler.calibration import Calibration
-from cascade_llm.scheduler.cost_model import CostModel, PlanWork, plan_work
-from cascade_llm.scheduler.device_costs import DeviceCosts
+from cascade_llm.scheduler.cascade.calibration import Calibration
+from cascade_llm.scheduler.cascade.cost_model import CostModel, PlanWork, plan_work
+from cascade_llm.scheduler.cascade.device_costs import DeviceCosts
 
 __all__ = [
     "FIT_CASES",

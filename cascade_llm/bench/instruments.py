@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from cascade_llm.attention.backend import PreparedAttention
-from cascade_llm.layers.linear import Linear
 from cascade_llm.llm import LLM
 from cascade_llm.plan import CascadePlan, StepPlan
+from cascade_llm.weights.linear import Linear
 
 __all__ = ["STEP_PARTS", "StepClock", "recorded_plans", "timed_parts"]
 

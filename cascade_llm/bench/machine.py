@@ -13,13 +13,13 @@ import torch
 from cascade_llm import __version__
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.select import BACKENDS, select_backend
+from cascade_llm.device.device_name import device_name
+from cascade_llm.device.devices import resolve_device, resolve_dtype
 from cascade_llm.errors import BackendError
 from cascade_llm.layers.select_ops import select_fused_ops
 from cascade_llm.layers.torch_ops import TorchOps
-from cascade_llm.runner.device import resolve_device, resolve_dtype
-from cascade_llm.runner.device_name import device_name
-from cascade_llm.runner.memory import available_bytes
-from cascade_llm.runner.native_draw import reason_against_native_draw
+from cascade_llm.sampling.native_draw import reason_against_native_draw
+from cascade_llm.worker.memory import available_bytes
 
 __all__ = ["backend_reasons", "describe_machine"]
 

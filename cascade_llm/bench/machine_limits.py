@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from cascade_llm.layers.linear import Linear
-from cascade_llm.runner.device import thread_limit
-from cascade_llm.runner.device_name import device_name
-from cascade_llm.runner.memory import available_bytes
-from cascade_llm.user_cache import cache_folder
+from cascade_llm.device.device_name import device_name
+from cascade_llm.device.devices import thread_limit
+from cascade_llm.device.user_cache import cache_folder
+from cascade_llm.weights.linear import Linear
+from cascade_llm.worker.memory import available_bytes
 
 __all__ = ["MachineLimits", "machine_limits", "measure_limits"]
 

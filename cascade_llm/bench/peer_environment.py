@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cascade_llm.device.user_cache import cache_folder
 from cascade_llm.errors import BackendError, ConfigError, nearest_name_hint
-from cascade_llm.user_cache import cache_folder
 
 __all__ = ["PEERS", "PeerInterpreter", "PeerKind", "find_peer", "install_peer"]
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.select import select_backend
 from cascade_llm.config import CascadeConfig, EngineOptions, ModelConfig, SchedulerConfig
+from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_kv_dtype
 from cascade_llm.engine.cost_setup import attention_shape, choose_cost_model
 from cascade_llm.engine.intake import Intake, Prompt
 from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
@@ -21,11 +22,10 @@ from cascade_llm.errors import ConfigError, PromptError, RequestError, nearest_n
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.plan import CascadePlan, CascadeReport, StepPlan, StepResult
-from cascade_llm.runner.device import resolve_device, resolve_dtype, resolve_kv_dtype
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.cost_model import CostModel, plan_work
-from cascade_llm.scheduler.device_costs import DEVICE_COSTS
-from cascade_llm.scheduler.prefix_forest import PlannedRows, Run, attach_nodes, shared_forest
+from cascade_llm.scheduler.cascade.cost_model import CostModel, plan_work
+from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
+from cascade_llm.scheduler.cascade.tree import PlannedRows, Run, attach_nodes, shared_forest
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request
 from cascade_llm.scheduler.sequence import Sequence as TokenSequence

@@ -20,12 +20,12 @@ from cascade_llm.config import MAX_CASCADE_LEVELS, CascadeConfig, SchedulerConfi
 from cascade_llm.errors import ConfigError
 from cascade_llm.plan import CascadeReport, StepResult
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.cascade_planner import CascadePlanner
-from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
-from cascade_llm.scheduler.device_costs import DEVICE_COSTS
+from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
+from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
+from cascade_llm.scheduler.cascade.planner import CascadePlanner
+from cascade_llm.scheduler.cascade.tree import PlannedRows
 from cascade_llm.scheduler.page_keys import root_key
 from cascade_llm.scheduler.page_tables import PageTables
-from cascade_llm.scheduler.prefix_forest import PlannedRows
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request
 from cascade_llm.scheduler.sequence import Sequence as TokenSequence

@@ -13,14 +13,14 @@ from cascade_llm.bench.machine_limits import MachineLimits, machine_limits
 from cascade_llm.bench.step_work import ModelShape
 from cascade_llm.bench.workloads import Vocabulary, Workload
 from cascade_llm.config import EngineOptions, ModelConfig
+from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_kv_dtype
 from cascade_llm.engine.tokenizer import load_tokenizer
 from cascade_llm.errors import CapacityError
 from cascade_llm.llm import LLM
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
-from cascade_llm.runner.device import resolve_device, resolve_dtype, resolve_kv_dtype
-from cascade_llm.runner.memory import available_bytes
+from cascade_llm.worker.memory import available_bytes
 
 __all__ = ["BenchModel", "open_model", "options_for"]
 

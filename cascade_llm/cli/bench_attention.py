@@ -57,7 +57,7 @@ def attention(
     from cascade_llm.bench.machine_limits import machine_limits
     from cascade_llm.cli.demo_runs import run_bar
     from cascade_llm.config import EngineOptions
-    from cascade_llm.runner.device import resolve_device, resolve_dtype
+    from cascade_llm.device.devices import resolve_device, resolve_dtype
 
     EngineOptions(device=device, dtype=dtype, num_threads=num_threads)
     shapes, layouts = parse_trees(trees), [HeadLayout.parse(text, head_dim) for text in heads]

@@ -19,8 +19,8 @@ from cascade_llm.errors import ConfigError
 if TYPE_CHECKING:
     from cascade_llm.bench.calibration import CheckReport
     from cascade_llm.cli.charts import Lines
-    from cascade_llm.scheduler.calibration import Calibration
-    from cascade_llm.scheduler.device_costs import DeviceCosts
+    from cascade_llm.scheduler.cascade.calibration import Calibration
+    from cascade_llm.scheduler.cascade.device_costs import DeviceCosts
 
 __all__ = ["calibrate"]
 
@@ -64,10 +64,10 @@ def calibrate(
     from cascade_llm.bench.calibration import FIT_CASES, HELD_OUT_CASES, attention_of, check_choices
     from cascade_llm.bench.calibration import calibrate as measure
     from cascade_llm.cli.demo_runs import run_bar
+    from cascade_llm.device.devices import thread_limit
     from cascade_llm.engine.cost_setup import attention_shape, calibration_path, choose_cost_model
-    from cascade_llm.runner.device import thread_limit
-    from cascade_llm.scheduler.calibration import write_calibration
-    from cascade_llm.scheduler.cost_model import CostModel
+    from cascade_llm.scheduler.cascade.calibration import write_calibration
+    from cascade_llm.scheduler.cascade.cost_model import CostModel
 
     for name in cases:
         AttentionCase.parse(name)

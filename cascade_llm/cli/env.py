@@ -35,7 +35,7 @@ def _describe_kernels(model: str) -> dict[str, Any]:
     """Which FlashInfer modules the model would load here, or on Hopper where there is no GPU, and which are there."""
     import torch
 
-    from cascade_llm.attention.flashinfer_kernels import device_arch, kernel_states
+    from cascade_llm.attention.flashinfer.kernels import device_arch, kernel_states
 
     arch = device_arch(torch.device("cuda")) if torch.cuda.is_available() else DEFAULT_ARCH
     states = kernel_states(attention_spec(model, "bfloat16"), arch)

@@ -13,7 +13,7 @@ from cascade_llm.cli.console import error_console, format_bytes, print_json, res
 
 if TYPE_CHECKING:
     from cascade_llm.attention.backend import AttentionSpec
-    from cascade_llm.attention.flashinfer_kernels import BuiltKernel
+    from cascade_llm.attention.flashinfer.kernels import BuiltKernel
 
 __all__ = ["DEFAULT_ARCH", "attention_spec", "kernels"]
 
@@ -40,8 +40,8 @@ def build(
 
     Takes minutes, an nvcc, and of PyPI nvidia-cublas and nvidia-curand where the CUDA toolkit lacks their headers.
     """
-    from cascade_llm.attention.flashinfer_kernels import build_kernels, kernel_folder
-    from cascade_llm.attention.flashinfer_table import KernelTable
+    from cascade_llm.attention.flashinfer.kernels import build_kernels, kernel_folder
+    from cascade_llm.attention.flashinfer.table import KernelTable
 
     folder = output or kernel_folder(arch)
     console = error_console()
@@ -67,7 +67,7 @@ def build(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_command(arch: str, output: Path | None, as_json: bool) -> None:
     """Show the kernels that were compiled."""
-    from cascade_llm.attention.flashinfer_kernels import kernel_folder, list_kernels
+    from cascade_llm.attention.flashinfer.kernels import kernel_folder, list_kernels
 
     folder = output or kernel_folder(arch)
     _print(list_kernels(folder), folder, as_json)
@@ -78,9 +78,9 @@ def attention_spec(model: str, dtype: str, kv_cache_dtype: str = "auto") -> Atte
     import torch
 
     from cascade_llm.attention.backend import AttentionSpec
+    from cascade_llm.device.devices import resolve_kv_dtype
     from cascade_llm.loader.resolve import open_checkpoint
     from cascade_llm.models.architectures import model_config_from_hf
-    from cascade_llm.runner.device import resolve_kv_dtype
 
     config = model_config_from_hf(open_checkpoint(model, load_format="dummy").hf_config())
     return AttentionSpec(

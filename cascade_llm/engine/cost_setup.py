@@ -7,11 +7,16 @@ from pathlib import Path
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.runner.device_name import device_name
-from cascade_llm.scheduler.calibration import CalibrationFileError, CalibrationKey, read_calibration, read_entries
-from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
-from cascade_llm.scheduler.device_costs import DEVICE_COSTS, DeviceCosts, known_device
-from cascade_llm.user_cache import cache_folder
+from cascade_llm.device.device_name import device_name
+from cascade_llm.device.user_cache import cache_folder
+from cascade_llm.scheduler.cascade.calibration import (
+    CalibrationFileError,
+    CalibrationKey,
+    read_calibration,
+    read_entries,
+)
+from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
+from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS, DeviceCosts, known_device
 
 __all__ = [
     "attention_shape",

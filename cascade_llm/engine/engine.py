@@ -14,9 +14,9 @@ from cascade_llm.errors import GenerationError
 from cascade_llm.metrics import CascadeLog
 from cascade_llm.plan import StepResult
 from cascade_llm.plan_file.writer import PlanFileWriter
-from cascade_llm.runner.model_runner import ModelRunner, PendingStep
 from cascade_llm.scheduler.scheduler import FlashInferScheduler, SequenceUpdate
 from cascade_llm.scheduler.sequence import Request
+from cascade_llm.worker.model_runner import ModelRunner, PendingStep
 
 __all__ = ["Engine"]
 

@@ -6,7 +6,7 @@ from cascade_llm import __version__
 from cascade_llm.config import EngineOptions
 from cascade_llm.plan_file.header import PlanFileHeader
 from cascade_llm.plan_file.writer import PlanFileWriter
-from cascade_llm.runner.build import RunnerFacts
+from cascade_llm.worker.build import RunnerFacts
 
 __all__ = ["begin_recording", "open_recorder"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cascade_llm.attention.flashinfer_ops import FlashInferOps
+from cascade_llm.attention.flashinfer.ops import FlashInferOps
 from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm
 from cascade_llm.layers.rope import Rotation
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from cascade_llm.device.c_compiler import compile_library
 from cascade_llm.errors import BackendError
 from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm
 from cascade_llm.layers.rope import Rotation
-from cascade_llm.native.compiler import compile_library
 
 __all__ = ["NativeOps"]
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from cascade_llm.attention.backend import Attention
 from cascade_llm.config import ModelConfig
 from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm
-from cascade_llm.layers.linear import Linear
 from cascade_llm.layers.rope import Rotation, cos_sin_cache, rotation_at
 from cascade_llm.layers.select_ops import select_fused_ops
+from cascade_llm.weights.linear import Linear
 
 __all__ = ["Decoder", "DecoderLayer", "Observer"]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cascade_llm.plan import EMPTY, StepPlan, int_column
-from cascade_llm.scheduler.cascade_planner import CascadePlanner
+from cascade_llm.scheduler.cascade.planner import CascadePlanner
+from cascade_llm.scheduler.cascade.tree import PlannedRows
 from cascade_llm.scheduler.page_tables import PageTables
-from cascade_llm.scheduler.prefix_forest import PlannedRows
 from cascade_llm.scheduler.sequence import Sequence
 
 __all__ = ["DecodeRun", "InFlightStep", "is_decode"]

@@ -20,14 +20,14 @@ from cascade_llm.config import SchedulerConfig
 from cascade_llm.metrics import PageCounts, SchedulerCounters
 from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import StepPlan, StepResult
-from cascade_llm.scheduler.cascade_planner import CascadePlanner
+from cascade_llm.scheduler.cascade.choice import SegmentCosts
+from cascade_llm.scheduler.cascade.planner import CascadePlanner
+from cascade_llm.scheduler.cascade.tree import PlannedRows
 from cascade_llm.scheduler.decode_run import DecodeRun, InFlightStep, is_decode
 from cascade_llm.scheduler.lane_pool import LanePool
 from cascade_llm.scheduler.page_keys import root_key
 from cascade_llm.scheduler.page_tables import PageTables
 from cascade_llm.scheduler.prefix_cache import PrefixMatch
-from cascade_llm.scheduler.prefix_forest import PlannedRows
-from cascade_llm.scheduler.segment_choice import SegmentCosts
 from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus
 from cascade_llm.scheduler.sequence_update import SequenceUpdate
 from cascade_llm.scheduler.step_draft import StepDraft, build_step_plan

@@ -7,8 +7,8 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
 from cascade_llm.plan import LaneStart, PageCopy, StepPlan, int_column
-from cascade_llm.scheduler.cascade_planner import PlannedCascade
-from cascade_llm.scheduler.prefix_forest import PlannedRows
+from cascade_llm.scheduler.cascade.planner import PlannedCascade
+from cascade_llm.scheduler.cascade.tree import PlannedRows
 
 __all__ = ["StepDraft", "build_step_plan"]
 

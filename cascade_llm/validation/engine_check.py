@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from cascade_llm.config import CascadeConfig
-from cascade_llm.runner.build import RunnerFacts
-from cascade_llm.runner.model_runner import ModelRunner
 from cascade_llm.validation.report import Check, Progress
 from cascade_llm.validation.teacher_forcing import ForcedReader, ForcedText, Reading
+from cascade_llm.worker.build import RunnerFacts
+from cascade_llm.worker.model_runner import ModelRunner
 
 __all__ = ["BATCH", "EngineLoad", "check_engine"]
 

@@ -17,18 +17,18 @@ from typing import Any
 import torch
 
 from cascade_llm.config import EngineOptions
+from cascade_llm.device.devices import DTYPES, resolve_kv_dtype
 from cascade_llm.errors import PlanError
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.plan import StepPlan, int_column
 from cascade_llm.plan_file.header import PlanFileHeader
 from cascade_llm.plan_file.reader import PlanFileReader, RecordedStep
-from cascade_llm.runner.build import build_runner
-from cascade_llm.runner.device import DTYPES, resolve_kv_dtype
-from cascade_llm.runner.model_runner import ModelRunner
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.validation.replay import truncation_check
 from cascade_llm.validation.report import Check, Progress
+from cascade_llm.worker.build import build_runner
+from cascade_llm.worker.model_runner import ModelRunner
 
 __all__ = ["NEAR_TIES", "replay_engine"]
 

@@ -16,16 +16,16 @@ import torch
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.select import BACKENDS, select_backend
+from cascade_llm.device.devices import DTYPES, resolve_kv_dtype
 from cascade_llm.errors import BackendError, CapacityError, PlanError
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadePlan
 from cascade_llm.plan_file.header import PlanFileHeader
 from cascade_llm.plan_file.reader import PlanFileReader
-from cascade_llm.runner.device import DTYPES, resolve_kv_dtype
-from cascade_llm.runner.memory import available_bytes
 from cascade_llm.validation.attention_error import TOLERANCES, AttentionError
 from cascade_llm.validation.cases import single_level_plan
 from cascade_llm.validation.report import Check, Progress
+from cascade_llm.worker.memory import available_bytes
 
 __all__ = ["replay_attention", "truncation_check"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from cascade_llm import __version__
 from cascade_llm.config import EngineOptions
+from cascade_llm.device.devices import resolve_device, thread_limit
 from cascade_llm.errors import ConfigError
-from cascade_llm.runner.device import resolve_device, thread_limit
 from cascade_llm.validation.engine_replay import replay_engine
 from cascade_llm.validation.options import REPLAY_OPTIONS
 from cascade_llm.validation.replay import replay_attention

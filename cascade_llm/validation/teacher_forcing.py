@@ -14,12 +14,12 @@ import torch
 from cascade_llm.config import CascadeConfig, SchedulerConfig
 from cascade_llm.metrics import SchedulerCounters
 from cascade_llm.plan import StepPlan, StepResult
-from cascade_llm.runner.build import RunnerFacts
-from cascade_llm.runner.model_runner import ModelRunner
 from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.cascade.choice import TokensRead
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
-from cascade_llm.scheduler.segment_choice import TokensRead
 from cascade_llm.scheduler.sequence import Request
+from cascade_llm.worker.build import RunnerFacts
+from cascade_llm.worker.model_runner import ModelRunner
 
 __all__ = ["ForcedReader", "ForcedText", "Reading"]
 

@@ -16,15 +16,15 @@ from cascade_llm.engine.engine import Engine
 from cascade_llm.errors import UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.outputs import TokenLogprob
-from cascade_llm.runner.build import RunnerFacts
-from cascade_llm.runner.model_runner import ModelRunner
 from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.cascade.choice import TokensRead
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
-from cascade_llm.scheduler.segment_choice import TokensRead
 from cascade_llm.scheduler.sequence import Request
 from cascade_llm.validation.attention_error import largest_difference
 from cascade_llm.validation.report import Check, Progress
 from cascade_llm.validation.transformers_model import TransformersModel
+from cascade_llm.worker.build import RunnerFacts
+from cascade_llm.worker.model_runner import ModelRunner
 
 __all__ = ["check_transformers"]
 

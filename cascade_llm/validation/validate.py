@@ -13,19 +13,19 @@ import torch
 
 from cascade_llm import __version__
 from cascade_llm.config import CascadeConfig, EngineOptions, ModelConfig
+from cascade_llm.device.devices import KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
 from cascade_llm.engine.tokenizer import load_tokenizer
 from cascade_llm.errors import ConfigError
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
-from cascade_llm.runner.build import RunnerFacts, build_runner
-from cascade_llm.runner.device import KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
 from cascade_llm.validation.attention_check import check_attention
 from cascade_llm.validation.engine_check import BATCH, EngineLoad, check_engine
 from cascade_llm.validation.options import OPTIONS
 from cascade_llm.validation.report import Check, Progress, Section, ValidationReport
 from cascade_llm.validation.text import text_token_ids
 from cascade_llm.validation.transformers_check import check_transformers
+from cascade_llm.worker.build import RunnerFacts, build_runner
 
 __all__ = ["FULL", "QUICK", "Effort", "validate"]
 

@@ -12,15 +12,15 @@ import torch
 
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.columns import column_tensor
-from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend, GpuPlatform
-from cascade_llm.attention.flashinfer_graph import GraphAttention, SharedColumns
-from cascade_llm.attention.flashinfer_levels import LevelBuffers, LevelColumns
-from cascade_llm.attention.flashinfer_table import ChunkRule, DecodeKernel, KernelTable, SharedKernel
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend, GpuPlatform
+from cascade_llm.attention.flashinfer.graph import GraphAttention, SharedColumns
+from cascade_llm.attention.flashinfer.levels import LevelBuffers, LevelColumns
+from cascade_llm.attention.flashinfer.table import ChunkRule, DecodeKernel, KernelTable, SharedKernel
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
 from cascade_llm.plan import CascadeLevel, CascadePlan
-from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape, graph_shapes
 from cascade_llm.tiling import max_tiles
+from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape, graph_shapes
 from scripts.gpu_suite.machine import Machine
 from scripts.gpu_suite.shapes import PAGE_SIZE, Sizes, Tree
 

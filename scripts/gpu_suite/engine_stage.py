@@ -13,8 +13,8 @@ from typing import Any
 from unittest.mock import patch
 
 from cascade_llm import LLM, SamplingParams
-from cascade_llm.attention.flashinfer_table import ChunkRule, KernelTable
-from cascade_llm.runner import graph_shapes
+from cascade_llm.attention.flashinfer.table import ChunkRule, KernelTable
+from cascade_llm.worker import graph_shapes
 from scripts.gpu_suite.machine import Machine
 from scripts.gpu_suite.rates import decode_floor_s
 from scripts.gpu_suite.shapes import PAGE_SIZE, ModelShape, Sizes

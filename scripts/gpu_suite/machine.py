@@ -15,9 +15,9 @@ import torch
 
 import cascade_llm.llm
 from cascade_llm import LLM
-from cascade_llm.attention.flashinfer_backend import GpuPlatform
-from cascade_llm.attention.flashinfer_table import KernelTable
-from cascade_llm.runner.build import build_runner
+from cascade_llm.attention.flashinfer.backend import GpuPlatform
+from cascade_llm.attention.flashinfer.table import KernelTable
+from cascade_llm.worker.build import build_runner
 
 __all__ = ["CudaMachine", "Machine"]
 

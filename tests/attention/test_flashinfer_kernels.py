@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from cascade_llm.attention import cuda_toolkit, flashinfer_kernels
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer_kernels import (
+from cascade_llm.attention.flashinfer import kernels as flashinfer_kernels
+from cascade_llm.attention.flashinfer.kernels import (
     build_kernels,
     kernel_folder,
     list_kernels,
     reasons_against_flashinfer,
 )
-from cascade_llm.attention.flashinfer_module_names import module_purposes
-from cascade_llm.attention.flashinfer_ops import JitModule, jit_modules
-from cascade_llm.attention.flashinfer_table import KernelTable
+from cascade_llm.attention.flashinfer.module_names import module_purposes
+from cascade_llm.attention.flashinfer.ops import JitModule, jit_modules
+from cascade_llm.attention.flashinfer.table import KernelTable
+from cascade_llm.device import cuda_toolkit
 from cascade_llm.errors import BackendError
 
 SPEC = AttentionSpec(

@@ -13,9 +13,9 @@ from cascade_llm.attention.native_backend import NativeAttentionBackend, Sharing
 from cascade_llm.attention.native_kernels import kernels_for
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
+from cascade_llm.device import c_compiler as compiler
 from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
-from cascade_llm.native import compiler
 from cascade_llm.plan import CascadePlan
 from cascade_llm.validation.cases import single_level_plan
 from tests.attention.test_torch_backend import NUM_CASES, TOLERANCE, random_q, spec_for, worst

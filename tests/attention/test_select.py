@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cascade_llm.attention import flashinfer_ops
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer_ops import shape_reasons
+from cascade_llm.attention.flashinfer import ops as flashinfer_ops
+from cascade_llm.attention.flashinfer.ops import shape_reasons
 from cascade_llm.attention.native_backend import NativeAttentionBackend
 from cascade_llm.attention.native_kernels import kernels_for
 from cascade_llm.attention.select import select_backend

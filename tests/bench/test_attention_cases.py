@@ -7,9 +7,9 @@ import pytest
 from cascade_llm.bench.attention_cases import PAGE_SIZE, AttentionCase
 from cascade_llm.bench.calibration import FIT_CASES, HELD_OUT_CASES
 from cascade_llm.errors import ConfigError
-from cascade_llm.scheduler.cost_model import AttentionShape, CostModel, plan_work
-from cascade_llm.scheduler.device_costs import DEVICE_COSTS
-from cascade_llm.scheduler.segment_choice import TokensRead
+from cascade_llm.scheduler.cascade.choice import TokensRead
+from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel, plan_work
+from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
 
 SHAPE = AttentionShape(num_qo_heads=9, num_kv_heads=3, head_dim=64, kv_dtype_bytes=2)
 

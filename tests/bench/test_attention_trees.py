@@ -18,8 +18,8 @@ from cascade_llm.bench.attention_trees import (
 from cascade_llm.bench.machine_limits import MachineLimits
 from cascade_llm.config import CascadeConfig
 from cascade_llm.errors import ConfigError
-from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
-from cascade_llm.scheduler.device_costs import DEVICE_COSTS
+from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
+from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
 
 LIMITS = MachineLimits(
     device="test", dtype="float32", num_threads=1, bytes_per_s=1e10, flops_per_s=1e11, torch_version=torch.__version__

@@ -16,8 +16,8 @@ from cascade_llm.bench.attention_timing import time_plans
 from cascade_llm.bench.calibration import CheckedCase, CheckReport, calibrate, check_choices, fit_costs
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import ConfigError
-from cascade_llm.scheduler.cost_model import AttentionShape, CostModel, PlanWork, plan_work
-from cascade_llm.scheduler.device_costs import DEVICE_COSTS, DeviceCosts
+from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel, PlanWork, plan_work
+from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS, DeviceCosts
 
 SHAPE = AttentionShape(num_qo_heads=9, num_kv_heads=3, head_dim=64, kv_dtype_bytes=2)
 TRUE = DeviceCosts(

@@ -12,7 +12,7 @@ from cascade_llm import __version__
 from cascade_llm.attention.select import BACKENDS
 from cascade_llm.bench.machine import describe_machine
 from cascade_llm.layers import native_ops
-from cascade_llm.runner import native_draw
+from cascade_llm.sampling import native_draw
 
 
 def test_everything_is_there_and_is_json() -> None:

@@ -16,9 +16,9 @@ from cascade_llm.bench.plan_tree import PrefixNode, PrefixTree, plan_prompts, pl
 from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.engine.cost_setup import calibration_key, calibration_path
 from cascade_llm.errors import ConfigError, PromptError
-from cascade_llm.scheduler.calibration import Calibration, write_calibration
-from cascade_llm.scheduler.cost_model import AttentionShape, CostModel, PlanWork
-from cascade_llm.scheduler.device_costs import DEVICE_COSTS
+from cascade_llm.scheduler.cascade.calibration import Calibration, write_calibration
+from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel, PlanWork
+from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
 
 MODEL = ModelConfig(
     architecture="llama",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade_llm.attention.flashinfer_kernels import kernel_folder
+from cascade_llm.attention.flashinfer.kernels import kernel_folder
 from cascade_llm.cli.demo import QUESTIONS, demo_conversations, demo_system_prompt
 from cascade_llm.engine.tokenizer import load_tokenizer
 from cascade_llm.loader.resolve import open_checkpoint

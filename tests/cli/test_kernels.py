@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cascade_llm.attention import flashinfer_kernels
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer_kernels import BuiltKernel
-from cascade_llm.attention.flashinfer_table import KernelTable
+from cascade_llm.attention.flashinfer import kernels as flashinfer_kernels
+from cascade_llm.attention.flashinfer.kernels import BuiltKernel
+from cascade_llm.attention.flashinfer.table import KernelTable
 from tests.cli.conftest import Run
 from tests.engine.tiny_llm import save_tiny
 

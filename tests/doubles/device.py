@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from cascade_llm.attention.device_stream import DeviceStream, Graph, Mark
+from cascade_llm.device.stream import DeviceStream, Graph, Mark
 from tests.doubles.planner import DoubleError
 
 __all__ = ["DoubleStream", "poison"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from cascade_llm.attention.flashinfer_backend import GpuPlatform
-from cascade_llm.attention.flashinfer_ops import FlashInferOps
+from cascade_llm.attention.flashinfer.backend import GpuPlatform
+from cascade_llm.attention.flashinfer.ops import FlashInferOps
 from tests.doubles.batch_attention import BatchAttentionDouble
 from tests.doubles.device import DoubleStream
 from tests.doubles.kernels import assign, joined_states, merge_states_in_place, normalized, renormalized

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.device.user_cache import cache_folder
 from cascade_llm.engine import cost_setup
 from cascade_llm.llm import LLM
-from cascade_llm.scheduler.calibration import Calibration, write_calibration
-from cascade_llm.scheduler.device_costs import DEVICE_COSTS, DeviceCosts
-from cascade_llm.user_cache import cache_folder
+from cascade_llm.scheduler.cascade.calibration import Calibration, write_calibration
+from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS, DeviceCosts
 from tests.engine.tiny_llm import save_tiny
 
 SPEC = AttentionSpec(

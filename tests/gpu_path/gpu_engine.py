@@ -11,9 +11,9 @@ from unittest.mock import patch
 
 import cascade_llm.llm
 from cascade_llm import LLM, SamplingParams
-from cascade_llm.attention.flashinfer_table import KernelTable
-from cascade_llm.runner.build import build_runner
-from cascade_llm.runner.cuda_graphs import CudaGraphs
+from cascade_llm.attention.flashinfer.table import KernelTable
+from cascade_llm.worker.build import build_runner
+from cascade_llm.worker.cuda_graphs import CudaGraphs
 from tests.doubles.device import DoubleStream
 from tests.doubles.flashinfer import FlashInferDouble
 from tests.engine.tiny_llm import tiny_llm

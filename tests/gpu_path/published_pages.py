@@ -12,7 +12,7 @@ from typing import Any
 
 from cascade_llm import LLM
 from cascade_llm.plan import StepPlan
-from cascade_llm.runner.model_runner import PendingStep
+from cascade_llm.worker.model_runner import PendingStep
 from tests.doubles.flashinfer import FlashInferDouble
 from tests.doubles.planner import DoubleError
 

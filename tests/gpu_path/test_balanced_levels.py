@@ -12,8 +12,8 @@ import pytest
 from cascade_llm import SamplingParams
 from cascade_llm.plan import CascadePlan
 from cascade_llm.plan_file.reader import PlanFileReader
-from cascade_llm.scheduler.cost_model import plan_work
-from cascade_llm.scheduler.device_costs import DEVICE_COSTS
+from cascade_llm.scheduler.cascade.cost_model import plan_work
+from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from cascade_llm import SamplingParams
-from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend, level_columns
-from cascade_llm.attention.flashinfer_chunks import ChunkedLevelKernel, cut_level
-from cascade_llm.attention.flashinfer_graph import SharedColumns
-from cascade_llm.attention.flashinfer_levels import LevelColumns, LevelKernel, LevelOutput
-from cascade_llm.attention.flashinfer_table import ChunkRule, KernelTable
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend, level_columns
+from cascade_llm.attention.flashinfer.chunks import ChunkedLevelKernel, cut_level
+from cascade_llm.attention.flashinfer.graph import SharedColumns
+from cascade_llm.attention.flashinfer.levels import LevelColumns, LevelKernel, LevelOutput
+from cascade_llm.attention.flashinfer.table import ChunkRule, KernelTable
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.errors import BackendError
 from cascade_llm.plan import CascadePlan

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cascade_llm.attention.flashinfer_ops import FlashInferOps
+from cascade_llm.attention.flashinfer.ops import FlashInferOps
 from scripts.flashinfer_signatures import describe
 from tests.doubles.batch_attention import BatchAttentionDouble, holistic_works
 from tests.doubles.device import DoubleStream

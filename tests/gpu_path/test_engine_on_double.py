@@ -12,7 +12,7 @@ from cascade_llm import SamplingParams
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import CapacityError
 from cascade_llm.loader.resolve import open_checkpoint
-from cascade_llm.runner import build
+from cascade_llm.worker import build
 from tests.engine.tiny_llm import assert_equal_outputs, random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
-from cascade_llm.attention.flashinfer_table import KernelTable
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
+from cascade_llm.attention.flashinfer.table import KernelTable
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadePlan

@@ -10,7 +10,7 @@ import torch
 
 from cascade_llm import SamplingParams
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.select import select_backend
 from cascade_llm.errors import BackendError, CheckpointError, ConfigError

@@ -10,20 +10,20 @@ import torch
 
 from cascade_llm import SamplingParams
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
-from cascade_llm.attention.flashinfer_ops import shape_reasons
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
+from cascade_llm.attention.flashinfer.ops import shape_reasons
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.plan_file.reader import PlanFileReader
-from cascade_llm.runner.build import build_runner
 from cascade_llm.validation import attention_check, engine_replay, replay, replay_file
 from cascade_llm.validation.attention_check import FAMILIES, check_attention
 from cascade_llm.validation.engine_check import BATCH, EngineLoad
 from cascade_llm.validation.report import Check
 from cascade_llm.validation.validate import Effort, _engine_options, validate
+from cascade_llm.worker.build import build_runner
 from tests.engine.tiny_llm import random_forest, save_tiny
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm
 

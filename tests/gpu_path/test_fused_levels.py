@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
-from cascade_llm.attention.flashinfer_fused import FusedLevels, fused_workspace_bytes
-from cascade_llm.attention.flashinfer_levels import FlashInferDevice
-from cascade_llm.attention.flashinfer_table import KernelTable
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
+from cascade_llm.attention.flashinfer.fused import FusedLevels, fused_workspace_bytes
+from cascade_llm.attention.flashinfer.levels import FlashInferDevice
+from cascade_llm.attention.flashinfer.table import KernelTable
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.errors import BackendError, CapacityError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from cascade_llm import LLM
-from cascade_llm.attention.flashinfer_backend import GpuPlatform
-from cascade_llm.attention.flashinfer_table import KernelTable
+from cascade_llm.attention.flashinfer.backend import GpuPlatform
+from cascade_llm.attention.flashinfer.table import KernelTable
 from scripts.gpu_suite import __main__ as gpu_suite_module
 from scripts.gpu_suite import attention_stage, imports, suite
 from scripts.gpu_suite.__main__ import main as gpu_suite_main

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade_llm.plan import LaneStart
-from cascade_llm.runner.candidates import BLOCK_LEN
-from cascade_llm.runner.graph_logprobs import LOGPROBS_CAPACITY, GraphLogprobs, most_probable, read_logprobs
-from cascade_llm.runner.graph_sampler import GraphSampler
-from cascade_llm.runner.lane_lists import BIAS_CAPACITY, ENDING_CAPACITY, LaneLists
-from cascade_llm.runner.lanes import LaneState
-from cascade_llm.runner.sampler import Sampler
-from cascade_llm.runner.sampling_features import Adjustment, Choice, FeatureSet, LaneFeatures
-from cascade_llm.runner.token_usage import UsageTable
+from cascade_llm.sampling.candidates import BLOCK_LEN
+from cascade_llm.sampling.graph_logprobs import LOGPROBS_CAPACITY, GraphLogprobs, most_probable, read_logprobs
+from cascade_llm.sampling.graph_sampler import GraphSampler
+from cascade_llm.sampling.lane_lists import BIAS_CAPACITY, ENDING_CAPACITY, LaneLists
+from cascade_llm.sampling.lanes import LaneState
+from cascade_llm.sampling.sampler import Sampler
+from cascade_llm.sampling.sampling_features import Adjustment, Choice, FeatureSet, LaneFeatures
+from cascade_llm.sampling.token_usage import UsageTable
 from cascade_llm.sampling_params import SamplingParams
 from tests.gpu_path.gpu_engine import double_gpu
-from tests.runner.sampling_cases import lane_start, random_logits, starts
+from tests.sampling.sampling_cases import lane_start, random_logits, starts
 
 VOCAB_SIZE = 300
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cascade_llm import LLM, SamplingParams
-from cascade_llm.runner.graph_sampling import NO_MEMORY
-from cascade_llm.runner.sampling_features import Adjustment, FeatureSet
+from cascade_llm.sampling.sampling_features import Adjustment, FeatureSet
+from cascade_llm.worker.graph_sampling import NO_MEMORY
 from tests.engine.tiny_llm import assert_equal_outputs, random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 from tests.gpu_path.test_engine_on_double import tokens
@@ -150,7 +150,7 @@ def test_what_graphs_do_not_hold_is_sampled_behind_them(
 ) -> None:
     """Eager and captured steps take turns, and penalties know the tokens of both."""
     if "logit_bias" in params:
-        monkeypatch.setattr("cascade_llm.runner.sampling_features.BIAS_CAPACITY", 0)
+        monkeypatch.setattr("cascade_llm.sampling.sampling_features.BIAS_CAPACITY", 0)
     prompts = random_forest(5, 6, VOCAB, 30)
     beside = SamplingParams(temperature=0.7, max_tokens=16, ignore_eos=True, frequency_penalty=1.0, seed=3)
     short = SamplingParams(temperature=0, max_tokens=6, **params)

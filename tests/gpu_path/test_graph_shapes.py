@@ -7,7 +7,7 @@ import random
 import pytest
 
 from cascade_llm.plan import CascadePlan
-from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape, graph_shapes, row_buckets
+from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape, graph_shapes, row_buckets
 from tests.cascade_cases import make_level
 from tests.doubles.planner import cta_tile_q
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from cascade_llm.runner.graph_shapes import GraphShape
-from cascade_llm.runner.sampling_features import Adjustment, Choice, FeatureSet
+from cascade_llm.sampling.sampling_features import Adjustment, Choice, FeatureSet
+from cascade_llm.worker.graph_shapes import GraphShape
 from tests.engine.tiny_llm import save_tiny
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 

@@ -14,17 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from cascade_llm.attention import flashinfer_backend, flashinfer_levels
 from cascade_llm.attention.columns import column_tensor
-from cascade_llm.attention.flashinfer_graph import GraphAttention
-from cascade_llm.attention.flashinfer_levels import LevelBuffers, LevelColumns, LevelKernel, LevelOutput, LevelRun
+from cascade_llm.attention.flashinfer import backend as flashinfer_backend
+from cascade_llm.attention.flashinfer import levels as flashinfer_levels
+from cascade_llm.attention.flashinfer.graph import GraphAttention
+from cascade_llm.attention.flashinfer.levels import LevelBuffers, LevelColumns, LevelKernel, LevelOutput, LevelRun
 from cascade_llm.plan import CascadePlan, StepResult
-from cascade_llm.runner import graph_sampler
-from cascade_llm.runner.cuda_graphs import CudaGraphs
-from cascade_llm.runner.graph_shapes import GraphShape, fitting_shape
-from cascade_llm.runner.step_arena import StepArena
-from cascade_llm.runner.step_attention import StepAttention
+from cascade_llm.sampling import graph_sampler
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
+from cascade_llm.worker.cuda_graphs import CudaGraphs
+from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape
+from cascade_llm.worker.step_attention import StepAttention
+from cascade_llm.worker.step_buffers import StepArena
 from tests.engine.tiny_llm import save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import OPTIONS, PARAMS, PROMPTS, SHAPE, double_gpu, gpu_llm, is_noticed
 

@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from cascade_llm.attention import flashinfer_chunks, flashinfer_fused, flashinfer_levels
 from cascade_llm.attention.columns import column_tensor
-from cascade_llm.attention.flashinfer_chunks import ChunkedLevelKernel, cut_level
-from cascade_llm.attention.flashinfer_fused import FusedLevels, _PreparedFusedAttention, _read_levels
-from cascade_llm.attention.flashinfer_graph import GraphAttention
-from cascade_llm.attention.flashinfer_levels import LevelColumns, LevelKernel, LevelOutput
-from cascade_llm.attention.flashinfer_table import ChunkRule, KernelTable
+from cascade_llm.attention.flashinfer import chunks as flashinfer_chunks
+from cascade_llm.attention.flashinfer import fused as flashinfer_fused
+from cascade_llm.attention.flashinfer import levels as flashinfer_levels
+from cascade_llm.attention.flashinfer.chunks import ChunkedLevelKernel, cut_level
+from cascade_llm.attention.flashinfer.fused import FusedLevels, _PreparedFusedAttention, _read_levels
+from cascade_llm.attention.flashinfer.graph import GraphAttention
+from cascade_llm.attention.flashinfer.levels import LevelColumns, LevelKernel, LevelOutput
+from cascade_llm.attention.flashinfer.table import ChunkRule, KernelTable
 from cascade_llm.plan import CascadePlan
-from cascade_llm.runner.cuda_graphs import CudaGraphs
+from cascade_llm.worker.cuda_graphs import CudaGraphs
 from tests.engine.tiny_llm import save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import OPTIONS, PARAMS, PROMPTS, SHAPE, double_gpu, gpu_llm, is_noticed
 

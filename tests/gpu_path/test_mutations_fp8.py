@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascade_llm import SamplingParams
-from cascade_llm.attention import flashinfer_backend, flashinfer_graph, flashinfer_levels
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer_backend import FlashInferAttentionBackend
-from cascade_llm.attention.flashinfer_levels import FlashInferDevice, LevelKernel, LevelOutput, LevelRun
+from cascade_llm.attention.flashinfer import backend as flashinfer_backend
+from cascade_llm.attention.flashinfer import graph as flashinfer_graph
+from cascade_llm.attention.flashinfer import levels as flashinfer_levels
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
+from cascade_llm.attention.flashinfer.levels import FlashInferDevice, LevelKernel, LevelOutput, LevelRun
 from cascade_llm.errors import GenerationError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
 from cascade_llm.models.kv_scales import KVScaleReader

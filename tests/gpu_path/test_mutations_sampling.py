@@ -17,16 +17,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from cascade_llm import SamplingParams
 from cascade_llm.plan import LaneStart, StepPlan
-from cascade_llm.runner import graph_logprobs
-from cascade_llm.runner.cuda_graphs import CudaGraphs
-from cascade_llm.runner.graph_logprobs import GraphLogprobs
-from cascade_llm.runner.graph_sampler import GraphSampler
-from cascade_llm.runner.graph_sampling import SamplingGraphs
-from cascade_llm.runner.lane_lists import LaneLists
-from cascade_llm.runner.lanes import LaneState
-from cascade_llm.runner.sampling_features import LaneFeatures
-from cascade_llm.runner.step_arena import HostImage, StepArena
-from cascade_llm.runner.token_usage import UsageTable, is_penalized
+from cascade_llm.sampling import graph_logprobs
+from cascade_llm.sampling.graph_logprobs import GraphLogprobs
+from cascade_llm.sampling.graph_sampler import GraphSampler
+from cascade_llm.sampling.lane_lists import LaneLists
+from cascade_llm.sampling.lanes import LaneState
+from cascade_llm.sampling.sampling_features import LaneFeatures
+from cascade_llm.sampling.token_usage import UsageTable, is_penalized
+from cascade_llm.worker.cuda_graphs import CudaGraphs
+from cascade_llm.worker.graph_sampling import SamplingGraphs
+from cascade_llm.worker.step_buffers import HostImage, StepArena
 from tests.doubles.device import DoubleStream
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, is_noticed

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from cascade_llm.attention import flashinfer_kernels
+from cascade_llm.attention.flashinfer import kernels as flashinfer_kernels
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import BackendError, CapacityError, CascadeError, ConfigError
-from cascade_llm.runner import build, memory
-from cascade_llm.runner.graph_sampling import NO_MEMORY
 from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.worker import build, memory
+from cascade_llm.worker.graph_sampling import NO_MEMORY
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from cascade_llm.layers.linear import can_pack
 from cascade_llm.layers.torch_ops import TorchOps
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.models.finite_check import FirstNonFinite
 from cascade_llm.models.weights import init_dummy
+from cascade_llm.weights.linear import can_pack
 from tests.models.checkpoints import TINY, Replay, decoder_of, tiny_model
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}

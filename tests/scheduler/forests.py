@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Rows
 
-from cascade_llm.scheduler.prefix_forest import Run, preorder
-from cascade_llm.scheduler.segment_choice import Choice, SegmentCosts, choices_by_levels
+from cascade_llm.scheduler.cascade.choice import Choice, SegmentCosts, choices_by_levels
+from cascade_llm.scheduler.cascade.tree import Run, preorder
 
 __all__ = ["all_runs", "choose_segments", "paths_to_sequences", "random_forest"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from cascade_llm.config import CascadeConfig, SchedulerConfig
 from cascade_llm.plan import StepPlan
-from cascade_llm.scheduler.cost_model import AttentionShape, CostModel
-from cascade_llm.scheduler.device_costs import DeviceCosts
-from cascade_llm.scheduler.segment_choice import SegmentCosts, TokensRead
+from cascade_llm.scheduler.cascade.choice import SegmentCosts, TokensRead
+from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
+from cascade_llm.scheduler.cascade.device_costs import DeviceCosts
 from tests.scheduler.simulated_engine import SimulatedEngine
 
 __all__ = ["RandomLoad", "generated_steps", "random_config", "random_costs", "random_engine"]

@@ -17,8 +17,8 @@ from cascade_llm.config import CascadeConfig, SchedulerConfig
 from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import CascadeLevel, LaneStart, StepPlan, StepResult
 from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.cascade.choice import SegmentCosts, TokensRead
 from cascade_llm.scheduler.scheduler import FlashInferScheduler, SequenceUpdate
-from cascade_llm.scheduler.segment_choice import SegmentCosts, TokensRead
 from cascade_llm.scheduler.sequence import Request, SequenceStatus
 
 __all__ = ["Output", "SimulatedDevice", "SimulatedEngine", "check_report", "expected_output", "small_config"]

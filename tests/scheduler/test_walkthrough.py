@@ -5,8 +5,8 @@ from __future__ import annotations
 from cascade_llm.config import CascadeConfig, SchedulerConfig
 from cascade_llm.plan import CascadeLevel, StepPlan, StepResult
 from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.cascade.choice import TokensRead
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
-from cascade_llm.scheduler.segment_choice import TokensRead
 from cascade_llm.scheduler.sequence import Request
 
 SYSTEM, DOCUMENT = list(range(100, 108)), list(range(200, 204))

@@ -11,11 +11,11 @@ import torch
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.config import CascadeConfig, EngineOptions
 from cascade_llm.loader.resolve import open_checkpoint
-from cascade_llm.runner.build import RunnerFacts, build_runner
-from cascade_llm.runner.model_runner import ModelRunner
 from cascade_llm.validation.engine_check import BATCH, EngineLoad, check_engine
 from cascade_llm.validation.report import Check
 from cascade_llm.validation.teacher_forcing import ForcedReader, ForcedText
+from cascade_llm.worker.build import RunnerFacts, build_runner
+from cascade_llm.worker.model_runner import ModelRunner
 from tests.engine.tiny_llm import save_tiny
 from tests.models.checkpoints import Replay, decoder_of, tiny_model
 from tests.validation.faults import ForgetsALevel, ReadsTooMuch, install

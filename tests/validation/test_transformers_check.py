@@ -13,10 +13,10 @@ from cascade_llm.errors import UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.dummy import DummyCheckpoint
 from cascade_llm.loader.resolve import open_checkpoint
-from cascade_llm.runner.build import build_runner
 from cascade_llm.validation.report import Check
 from cascade_llm.validation.transformers_check import check_transformers
 from cascade_llm.validation.transformers_model import TransformersModel
+from cascade_llm.worker.build import build_runner
 from tests.engine.tiny_llm import save_tiny
 from tests.models.checkpoints import CLASSES, tiny_model
 

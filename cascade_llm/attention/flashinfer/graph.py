@@ -1,0 +1,152 @@
+"""Cascade attention inside CUDA graphs: fixed buffers, padding, and plans that are made as rarely as kernels allow.
+
+A captured kernel reads two things at each replay: its plan (which tile does what), written by FlashInfer's planner,
+and the level's columns (which rows, which pages), in buffers whose addresses never change. Every graph owns its plans.
+The columns of a level position are one set of buffers for all graphs, of which each uses as much as it has segments.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cascade_llm.attention.backend import AttentionSpec, PreparedAttention
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
+from cascade_llm.attention.flashinfer.chunks import ChunkedLevelKernel
+from cascade_llm.attention.flashinfer.levels import (
+    LevelBuffers,
+    LevelColumns,
+    LevelKernel,
+    LevelOutput,
+    LevelRun,
+    SharedLevelKernel,
+    attend_levels,
+)
+from cascade_llm.plan import CascadeLevel, IntColumn
+from cascade_llm.tiling import max_tiles
+
+__all__ = ["GraphAttention", "SharedColumns"]
+
+
+class SharedColumns:
+    """The columns of one level position on the device, and whose they are now."""
+
+    def __init__(self, max_segments: int, max_pages: int, device: torch.device) -> None:
+        def column(length: int) -> torch.Tensor:
+            return torch.zeros(length, dtype=torch.int32, device=device)
+
+        self._buffers = LevelBuffers(
+            column(max_segments + 1), column(max_segments + 1), column(max_pages), column(max_segments)
+        )
+        self.owner: GraphAttention | None = None
+        """the graph whose columns are in the buffers"""
+
+    def first(self, segments: int) -> LevelBuffers:
+        """The buffers of a graph with that many segments."""
+        qo_indptr, kv_page_indptr, kv_page_indices, kv_last_page_len = self._buffers
+        return LevelBuffers(
+            qo_indptr[: segments + 1], kv_page_indptr[: segments + 1], kv_page_indices, kv_last_page_len[:segments]
+        )
+
+
+@dataclass(slots=True)
+class _SharedLevel:
+    kernel: SharedLevelKernel
+    columns: SharedColumns
+    level: weakref.ref[CascadeLevel] | None = None
+
+
+class GraphAttention(PreparedAttention):
+    """Attention of one graph: what it captured, and how its buffers and plans follow the steps."""
+
+    def __init__(
+        self,
+        backend: FlashInferAttentionBackend,
+        rows: int,
+        capacities: Sequence[int],
+        leaf_buffers: LevelBuffers,
+        shared_columns: Sequence[SharedColumns],
+        num_processors: int,
+    ) -> None:
+        """`leaf_buffers`: of exactly `rows` segments; their memory is filled by the caller before each replay."""
+        self._device, self._kv_cache, spec = backend.device, backend.kv_cache, backend.spec
+        self.rows, self.capacities = rows, tuple(capacities)
+        table, page_size = backend.kernels, backend.kv_cache.page_size
+        splits = splits_kv(rows, spec, num_processors)
+        self._leaf_indices = leaf_buffers.kv_page_indices
+        self._leaf = LevelKernel(
+            self._device, spec, page_size, table.decode_leaf, buffers=leaf_buffers, split_kv=splits
+        )
+        self._leaf_follows_pages = splits or table.decode_leaf == "decode_cuda_cores"
+        self._leaf_pages: IntColumn | None = None
+        self._shared = [
+            _SharedLevel(_shared_kernel(backend, rows, columns.first(capacity)), columns)
+            for capacity, columns in zip(self.capacities, shared_columns, strict=False)
+        ]
+        self._result = LevelOutput.empty(rows, spec)
+        self._partial = LevelOutput.empty(rows, spec) if self._shared else None
+
+    def attend(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `PreparedAttention`; q has as many rows as the graph."""
+        k_pool, v_pool = self._kv_cache.layer(layer)
+        runs = [LevelRun(shared.kernel, self.rows) for shared in self._shared]
+        scale = self._kv_cache.scales[layer]
+        attend_levels(self._device, q, (k_pool, v_pool), self._leaf, runs, self._result, self._partial, scale)
+        return self._result
+
+    def plan_leaf(self, columns: LevelColumns, pages: IntColumn | None) -> None:
+        """Plan the leaf where its kernel's plan depends on page counts and these are not the ones planned last.
+
+        Without split K/V a plan holds for all lengths: then the first is the last.
+
+        Args:
+            columns: padded, on pinned host memory; the page indices are in the leaf's buffer already
+            pages: the plan's `kv_page_indptr` before padding, compared by identity; None plans in any case
+        """
+        if pages is None or (self._leaf_follows_pages and pages is not self._leaf_pages):
+            self._leaf.plan(columns._replace(kv_page_indices=self._leaf_indices[:0]))
+            self._leaf_pages = pages
+
+    def holds(self, position: int, level: CascadeLevel) -> bool:
+        """Whether a shared level is planned and its columns are in place."""
+        shared = self._shared[position]
+        return shared.columns.owner is self and shared.level is not None and shared.level() is level
+
+    def plan_shared(self, position: int, level: CascadeLevel | None, columns: LevelColumns) -> None:
+        """Plan a shared level.
+
+        Args:
+            position: 0 is the coarsest
+            level: what is planned; None for a stand-in
+            columns: padded to the capacity, on pinned host memory, which is the kernel's from here on
+        """
+        shared = self._shared[position]
+        columns = shared.kernel.arrange(columns)
+        num_pages = len(columns.kv_page_indices)
+        indices = shared.columns.first(self.capacities[position]).kv_page_indices
+        if num_pages:
+            self._device.stream.copy(indices[:num_pages], columns.kv_page_indices)
+        # the page indices are where they belong already: the wrapper has none left to copy
+        shared.kernel.plan(columns._replace(kv_page_indices=indices[:0]))
+        shared.columns.owner, shared.level = self, weakref.ref(level) if level is not None else None
+
+
+def _shared_kernel(backend: FlashInferAttentionBackend, rows: int, buffers: LevelBuffers) -> SharedLevelKernel:
+    """The kernel of a captured level; what is captured for large segments is cut where the table says so."""
+    table, spec, page_size = backend.kernels, backend.spec, backend.kv_cache.page_size
+    wide = table.chunks.takes_shape(rows, len(buffers.kv_last_page_len), spec.group_size)
+    if table.shared == "prefill_fa3_chunks" and wide:
+        num_processors = backend.platform.num_processors
+        return ChunkedLevelKernel(
+            backend.device, spec, page_size, table.chunks, num_processors, rows=rows, buffers=buffers
+        )
+    return LevelKernel(backend.device, spec, page_size, table.whole_shared, buffers=buffers)
+
+
+def splits_kv(rows: int, spec: AttentionSpec, num_processors: int) -> bool:
+    """Whether a leaf of that many rows leaves processors idle unless K/V are split; with more rows FlashInfer never
+    splits, and a plan without splits does not depend on lengths."""
+    return rows < max_tiles(num_processors, spec.num_kv_heads)

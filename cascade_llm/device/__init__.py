@@ -1,0 +1,1 @@
+"""Streams, memory, devices, and compiling kernels for them."""

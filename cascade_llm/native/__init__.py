@@ -1,1 +1,0 @@
-"""C that the machine's own compiler builds when an engine starts."""

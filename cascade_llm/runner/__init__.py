@@ -1,1 +1,0 @@
-"""One process, one device: runs step plans."""

@@ -1,0 +1,1 @@
+"""What sequences share, and which of it becomes a level."""

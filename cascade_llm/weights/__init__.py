@@ -1,0 +1,1 @@
+"""What a matrix is stored as, and how it multiplies."""

@@ -1,0 +1,1 @@
+"""One rank: runs step plans on one device."""

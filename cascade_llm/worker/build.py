@@ -1,0 +1,256 @@
+"""From options and a checkpoint to a model runner."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend, GpuPlatform
+from cascade_llm.attention.flashinfer.table import KernelTable
+from cascade_llm.attention.select import BackendChoice, select_backend
+from cascade_llm.config import EngineOptions, ModelConfig
+from cascade_llm.device.devices import DTYPES, KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
+from cascade_llm.device.start_errors import compiled_kernels, memory_for
+from cascade_llm.errors import ConfigError
+from cascade_llm.kv_cache.paged_kv_cache import KVLayout, KVScale, PagedKVCache
+from cascade_llm.layers.flashinfer_layer_ops import FlashInferLayerOps
+from cascade_llm.layers.triton_ops import TritonLayerOps
+from cascade_llm.loader.checkpoint import Checkpoint
+from cascade_llm.models.architectures import model_config_from_hf
+from cascade_llm.models.decoder import Decoder
+from cascade_llm.models.kv_scales import KVScaleReader
+from cascade_llm.models.weights import init_dummy, load_weights
+from cascade_llm.sampling.lanes import LaneState
+from cascade_llm.sampling.token_usage import UsageTable
+from cascade_llm.weights.int4 import reasons_against_int4
+from cascade_llm.worker.cuda_graphs import CaptureReport, CudaGraphs, OnCapture
+from cascade_llm.worker.memory import available_bytes, pool_pages, step_bytes
+from cascade_llm.worker.model_runner import ModelRunner
+
+__all__ = ["RunnerFacts", "build_runner"]
+
+log = logging.getLogger("cascade_llm")
+
+BESIDE_THE_POOL = "lanes and workspaces beside the KV pool: lower gpu_memory_utilization or max_num_seqs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerFacts:
+    """What was found out at start; never changed afterwards."""
+
+    model: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    total_pages: int
+    max_model_len: int
+    backend: BackendChoice
+    capture: CaptureReport | None = None
+    """What capturing graphs took; None where there are none."""
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one token over all layers."""
+        return self.model.kv_bytes_per_token(self.kv_dtype.itemsize)
+
+
+def build_runner(
+    options: EngineOptions,
+    checkpoint: Checkpoint,
+    *,
+    platform: GpuPlatform | None = None,
+    kernels: KernelTable | None = None,
+    on_capture: OnCapture | None = None,
+) -> tuple[ModelRunner, RunnerFacts]:
+    """Load the weights, size the KV pool, choose the backend, capture graphs.
+
+    Args:
+        options: the user's
+        checkpoint: the model's files
+        platform: the GPU and FlashInfer, taken without asking; default the CUDA device where FlashInfer can serve
+        kernels: which of FlashInfer's kernels serve; default the choice for this model
+        on_capture: told of the progress of capturing
+    """
+    model = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, model.dtype, device)
+    kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
+    max_model_len = _max_model_len(options, model)
+    spec = AttentionSpec(
+        num_layers=model.num_layers,
+        num_qo_heads=model.num_qo_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        sm_scale=model.sm_scale,
+        dtype=dtype,
+        device=device,
+        kv_dtype=kv_dtype,
+    )
+    if platform is not None:
+        choice = BackendChoice(name="flashinfer", backend=FlashInferAttentionBackend, refused=())
+    else:
+        choice = select_backend(options.attention_backend, spec)
+        is_slow = device.type == "cuda" and choice.name != "flashinfer" and options.attention_backend == "auto"
+        log.log(logging.WARNING if is_slow else logging.INFO, choice.describe())
+        if choice.name == "flashinfer":
+            platform = GpuPlatform.cuda(device)
+    with torch.inference_mode(), thread_limit(options.num_threads), compiled_kernels(), memory_for(BESIDE_THE_POOL):
+        decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, platform)
+        padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
+        num_lanes = options.max_num_seqs + padding
+        has_graphs = platform is not None and not options.enforce_eager and not options.debug
+        reserved = 0 if device.type == "cpu" else step_bytes(decoder, options, has_graphs=has_graphs)
+        if has_graphs:
+            reserved += UsageTable.bytes_needed(num_lanes, model.vocab_size, max_model_len)
+        bytes_per_page = model.kv_bytes_per_token(kv_dtype.itemsize) * options.page_size
+        total_pages = pool_pages(options, max_model_len, bytes_per_page, device, reserved)
+        layout = choice.backend.preferred_layout(device)
+        kv_cache = _kv_cache(options, model, kv_dtype, device, total_pages + padding, layout, scales)
+        upload = platform.stream.upload if platform else None
+        usage = None
+        if upload is not None and has_graphs:
+            usage = UsageTable(num_lanes, model.vocab_size, max_model_len, device, upload)
+        lanes = LaneState(num_lanes, model.vocab_size, device, usage=usage, upload=upload)
+        backend: AttentionBackend
+        graphs = report = None
+        if platform is None:
+            backend = choice.backend(spec, kv_cache)
+        else:
+            backend = FlashInferAttentionBackend(spec, kv_cache, platform, kernels)
+            if usage is not None:
+                graphs, report = _capture(options, decoder, backend, lanes, usage, max_model_len, on_capture)
+    runner = ModelRunner(
+        decoder,
+        backend,
+        kv_cache,
+        lanes,
+        num_threads=options.num_threads,
+        debug=options.debug,
+        stream=platform.stream if platform else None,
+        graphs=graphs,
+    )
+    facts = RunnerFacts(
+        model=model,
+        device=device,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        total_pages=total_pages,
+        max_model_len=max_model_len,
+        backend=choice,
+        capture=report,
+    )
+    return runner, facts
+
+
+def _decoder(
+    options: EngineOptions,
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    platform: GpuPlatform | None,
+) -> tuple[Decoder, list[KVScale] | None]:
+    """The model with its weights, and the scales of 8-bit pages."""
+    free = available_bytes(device)
+    with memory_for(f"the weights: {free:,} bytes were free; take a smaller model, or end what else holds memory"):
+        scales = KVScaleReader(model.num_layers)
+        ops = None
+        if platform is not None:
+            kind = TritonLayerOps if platform.one_rotation_kernel else FlashInferLayerOps
+            ops = kind(platform.ops, device, options.max_num_batched_tokens)
+        loading_dtype = DTYPES[model.dtype] if options.quantization else None
+        decoder = Decoder(model, dtype, device, max_positions=max_model_len, ops=ops, loading_dtype=loading_dtype)
+        if options.quantization:
+            _check_int4(decoder)
+        if checkpoint.is_dummy:
+            init_dummy(decoder, options.seed)
+        else:
+            load_weights(decoder, scales.without_scales(checkpoint.tensors()))
+        if options.quantization:
+            decoder.quantize()
+        if platform is None:
+            decoder.pack()
+    return decoder, scales.scales() if options.kv_cache_dtype in KV_DTYPES else None
+
+
+def _kv_cache(
+    options: EngineOptions,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_pages: int,
+    layout: KVLayout,
+    scales: list[KVScale] | None,
+) -> PagedKVCache:
+    """The pool; memory that was free a moment ago may have gone to another process."""
+    with memory_for(
+        f"the KV pool of {num_pages:,} pages: another process has taken memory since it was measured; lower "
+        "gpu_memory_utilization, or give kv_cache_bytes"
+    ):
+        return PagedKVCache(
+            num_layers=model.num_layers,
+            num_pages=num_pages,
+            page_size=options.page_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=dtype,
+            device=device,
+            layout=layout,
+            scales=scales,
+        )
+
+
+def _check_int4(decoder: Decoder) -> None:
+    """Refuse what int4 cannot serve, before weights are loaded; layers are alike, so the first stands for all."""
+    names = ("qkv", "attention_out", "gate_up", "down")
+    shapes = ((name, x.in_features, x.out_features) for name, x in zip(names, decoder.layers[0].linears, strict=True))
+    reasons = reasons_against_int4(decoder.dtype, decoder.device, shapes)
+    if reasons:
+        raise ConfigError(f"quantization='int4' cannot serve this model: {'; '.join(reasons)}; or leave it out")
+
+
+def _capture(
+    options: EngineOptions,
+    decoder: Decoder,
+    backend: FlashInferAttentionBackend,
+    lanes: LaneState,
+    usage: UsageTable,
+    max_model_len: int,
+    on_capture: OnCapture | None,
+) -> tuple[CudaGraphs, CaptureReport]:
+    """Capture the decode steps."""
+    with backend.device.stream.active():
+        graphs = CudaGraphs(
+            decoder,
+            backend,
+            lanes,
+            usage,
+            max_rows=options.max_num_seqs,
+            max_model_len=max_model_len,
+            max_shared_levels=options.cascade.max_shared_levels,
+        )
+        report = graphs.capture(on_capture)
+    log.info(
+        "captured %d graphs in %.1f s, %.0f MiB; %.0f MiB of token counts for penalties",
+        report.num_graphs,
+        report.seconds,
+        report.num_bytes / (1 << 20),
+        report.usage_bytes / (1 << 20),
+    )
+    return graphs, report
+
+
+def _max_model_len(options: EngineOptions, model: ModelConfig) -> int:
+    wanted = options.max_model_len
+    if wanted is None:
+        return model.max_position_embeddings
+    if wanted > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len is {wanted}: the model was made for {model.max_position_embeddings} positions, "
+            "use that or less"
+        )
+    return wanted

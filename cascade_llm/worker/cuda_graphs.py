@@ -1,0 +1,361 @@
+"""Decode steps as CUDA graphs: captured once for each shape, replayed with new integers in fixed memory.
+
+A step goes: write its integers into a pinned image, queue one copy, plan what changed, replay the forward graph, replay
+the sampling graph, queue the copy of the results. The host waits for nothing but, two steps later, its own image.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
+from cascade_llm.attention.flashinfer.graph import GraphAttention, SharedColumns
+from cascade_llm.attention.flashinfer.levels import LevelColumns
+from cascade_llm.device.stream import DeviceStream, Graph
+from cascade_llm.models.decoder import Decoder
+from cascade_llm.plan import CascadeLevel, CascadePlan, StepPlan, StepResult
+from cascade_llm.sampling.graph_logprobs import report_len
+from cascade_llm.sampling.lanes import NO_TOKEN, LaneState
+from cascade_llm.sampling.sampling_features import FeatureSet
+from cascade_llm.sampling.token_usage import UsageTable
+from cascade_llm.tiling import max_tiles
+from cascade_llm.worker.graph_sampling import GraphCounters, SamplingGraphs
+from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape, graph_shapes, needs_padding_segment
+from cascade_llm.worker.step_attention import StepAttention
+from cascade_llm.worker.step_buffers import HostImage, StepArena
+
+__all__ = ["CaptureReport", "CudaGraphs", "OnCapture"]
+
+log = logging.getLogger("cascade_llm")
+
+OnCapture = Callable[[int, int], None]
+"""Told how many graphs are captured, and of how many."""
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """What capturing took."""
+
+    num_graphs: int
+    seconds: float
+    num_bytes: int
+    dropped: tuple[GraphShape, ...] = ()
+    """Shapes that the memory had no room for; their steps run eagerly."""
+    num_later_at_most: int = 0
+    """Sampling graphs that are captured when a step first needs them, at most."""
+    usage_bytes: int = 0
+    """Counts of used tokens, for penalties: allocated before, and no part of `num_bytes`."""
+
+
+@dataclass(frozen=True)
+class _CapturedShape:
+    attention: GraphAttention
+    forward: Graph
+
+
+class CudaGraphs:
+    """The graphs of one runner. Owns the fixed memory that they read and write."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        backend: FlashInferAttentionBackend,
+        lanes: LaneState,
+        usage: UsageTable,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        max_shared_levels: int,
+    ) -> None:
+        """Set memory aside; `capture` fills it.
+
+        Args:
+            decoder: the model
+            backend: its pool's last page belongs to no sequence: padding rows write to it
+            lanes: its last lane belongs to no sequence: the tokens of padding rows go there
+            usage: of these lanes
+            max_rows: sequences of the largest step
+            max_model_len: tokens of the longest sequence
+            max_shared_levels: levels above the leaf
+        """
+        self._decoder, self._backend, self._lanes = decoder, backend, lanes
+        self._stream: DeviceStream = backend.device.stream
+        self._num_processors = backend.platform.num_processors
+        pool = backend.kv_cache
+        self._page_size, self._padding_page = pool.page_size, pool.num_pages - 1
+        self._padding_lane = lanes.num_lanes - 1
+        self._group_size = backend.spec.group_size
+        self._all_shapes = graph_shapes(max_rows, self._group_size, max_shared_levels)
+        self._most_tiles = max_tiles(self._num_processors, backend.spec.num_kv_heads)
+        self._row_counts = sorted({shape.rows for shape in self._all_shapes})
+        max_segments = max((capacity for shape in self._all_shapes for capacity in shape.capacities), default=0)
+        self._shared = [SharedColumns(max_segments, pool.num_pages, lanes.device) for _ in range(max_shared_levels)]
+        self._arena = StepArena(
+            self._stream,
+            max_rows=max_rows,
+            max_leaf_pages=max_rows * -(-max_model_len // pool.page_size),
+            shared_len=max_shared_levels * (3 * (max_segments + 1) + pool.num_pages),
+            num_logprobs=report_len(lanes.vocab_size),
+        )
+        self._logits = torch.zeros(max_rows, lanes.vocab_size, dtype=decoder.dtype, device=lanes.device)
+        self.counters = GraphCounters()
+        self._sampling = SamplingGraphs(
+            self._stream,
+            self._arena,
+            lanes,
+            usage,
+            backend.device.ops,
+            logits=self._logits,
+            row_counts=self._row_counts,
+            send_padding=self._send_padding,
+            counters=self.counters,
+            compiled_draws=backend.platform.compiled_draws,
+        )
+        self._usage_bytes = usage.num_bytes
+        self._shapes: dict[GraphShape, _CapturedShape] = {}
+        self._last_fit: tuple[tuple[tuple[CascadeLevel, ...], int], GraphShape | None] | None = None
+
+    # -- capture ----------------------------------------------------------------------------------------------------
+
+    def capture(self, on_capture: OnCapture | None = None) -> CaptureReport:
+        """Capture all graphs, the largest first; one that does not fit into memory is left out, said aloud."""
+        started, bytes_before = time.perf_counter(), self._stream.pool_bytes()
+        dropped: list[GraphShape] = []
+        num_captured, total = 0, len(self._all_shapes) + self._sampling.num_at_start
+
+        def count(captured: int = 1) -> None:
+            nonlocal num_captured
+            num_captured += captured
+            if on_capture is not None:
+                on_capture(num_captured, total)
+
+        for shape in self._all_shapes:
+            try:
+                self._capture_forward(shape)
+            except torch.OutOfMemoryError:
+                dropped.append(shape)
+                log.warning("no memory to capture the graph of %s: such steps will run eagerly", shape)
+            count(shape in self._shapes)
+        self._sampling.capture(count)
+        self._stream.mark().wait()
+        return CaptureReport(
+            num_captured,
+            time.perf_counter() - started,
+            self._stream.pool_bytes() - bytes_before,
+            tuple(dropped),
+            self._sampling.num_later_at_most,
+            self._usage_bytes,
+        )
+
+    def _capture_forward(self, shape: GraphShape) -> None:
+        attention = GraphAttention(
+            self._backend,
+            shape.rows,
+            shape.capacities,
+            self._arena.leaf_buffers(shape.rows),
+            self._shared,
+            self._num_processors,
+        )
+        image = self._arena.take_image()
+        self._write_padding(image, 0, shape.rows, first_leaf_page=0)
+        self._arena.send(image, shape.rows)
+        attention.plan_leaf(self._leaf_columns(image, shape.rows), None)
+        room = _Room(image.shared)
+        for position, capacity in enumerate(shape.capacities):
+            attention.plan_shared(position, None, self._stand_in_columns(room, shape.rows, capacity))
+        image.in_use = self._stream.mark()
+        work = partial(self._forward, attention, shape.rows)
+        work()
+        self._shapes[shape] = _CapturedShape(attention, self._stream.capture(work))
+
+    def _forward(self, attention: GraphAttention, rows: int) -> None:
+        """What a forward graph holds: from the arena's columns to logits in fixed memory."""
+        columns = self._arena.columns
+        step = StepAttention(attention, self._backend, columns.slots[:rows])
+        hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
+        self._decoder.write_logits(hidden, self._logits[:rows])
+
+    def _input_tokens(self, rows: int) -> torch.Tensor:
+        """Of lane and host, the one that names a token: the other says -1."""
+        columns = self._arena.columns
+        from_lanes = self._lanes.last_tokens.index_select(0, columns.token_lanes[:rows])
+        return torch.maximum(from_lanes, columns.token_ids[:rows])
+
+    def _stand_in_columns(self, room: _Room, rows: int, capacity: int) -> LevelColumns:
+        """A level to capture with: all rows over the padding page."""
+        return LevelColumns(
+            room.put([0] + [rows] * capacity),
+            room.put([0] + [1] * capacity),
+            room.put([self._padding_page]),
+            room.put([self._page_size] + [0] * (capacity - 1)),
+        )
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def note_starts(self, plan: StepPlan) -> None:
+        """Take note of sequences that enter lanes; for every step, whoever runs it."""
+        self._sampling.start(plan.lane_starts)
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult] | None:
+        """Queue a step; returns what waits for its result, or None where no graph holds the step (counted)."""
+        shape = self._shape_of(plan)
+        if isinstance(shape, str):
+            self.counters.eager_steps[shape] += 1
+            return None
+        captured, features = self._shapes[shape], self._sampling.prepared(plan, shape.rows)
+        self.counters.graph_steps += 1
+        self.counters.padding_rows += shape.rows - plan.num_rows
+        image = self._arena.take_image()
+        num_leaf_pages = self._write_step(image, plan, shape.rows)
+        self._arena.send(image, num_leaf_pages)
+        captured.attention.plan_leaf(self._leaf_columns(image, shape.rows), plan.cascade.leaf.kv_page_indptr)
+        room = _Room(image.shared)
+        for position, level in enumerate(plan.cascade.shared_levels):
+            if not captured.attention.holds(position, level):
+                columns = self._shared_columns(room, level, shape, shape.capacities[position])
+                captured.attention.plan_shared(position, level, columns)
+        captured.forward.replay()
+        return self._sampled(plan, shape.rows, features, image)
+
+    def sample(self, plan: StepPlan, hidden: torch.Tensor) -> Callable[[], StepResult] | None:
+        """Sample a step whose forward pass was eager, without waiting for it; None where no graph does what it needs.
+
+        hidden: [rows, hidden], on the device
+        """
+        count = len(plan.sample_rows)
+        if not count:
+            return None
+        rows = self._sampling.capacity(count)
+        if rows is None or len(plan.prompt_logprob_rows):
+            reason = "prompt log-probabilities" if rows else "more samples than a graph has rows"
+            self.counters.eagerly_sampled_steps[reason] += 1
+            return None
+        features = self._sampling.prepared(plan, rows)
+        if isinstance(features, str):
+            self.counters.eagerly_sampled_steps[features] += 1
+            return None
+        image = self._arena.take_image()
+        self._write_padding(image, 0, rows, first_leaf_page=0)
+        image.columns.positions[:count] = column_tensor(plan.sample_positions) - 1
+        image.columns.sample_lanes[:count] = column_tensor(plan.sample_lanes)
+        self._arena.send(image, rows)
+        sampled_rows = self._stream.upload(column_tensor(plan.sample_rows).long())
+        self._decoder.write_logits(hidden[sampled_rows], self._logits[:count])
+        return self._sampling.replay(plan, rows, features, image, range(count))
+
+    def _sampled(
+        self, plan: StepPlan, rows: int, features: FeatureSet | str, image: HostImage
+    ) -> Callable[[], StepResult]:
+        """Queue the sampling of a step whose logits are under way; `features` may be why it has to be eager."""
+        if not len(plan.sample_rows):
+            image.in_use = self._stream.mark()
+            return lambda: StepResult(step_id=plan.step_id)
+        if isinstance(features, str):
+            image.in_use = self._stream.mark()
+            result = self._sampling.sample_eagerly(plan, features)
+            return lambda: result
+        return self._sampling.replay(plan, rows, features, image, plan.sample_rows.tolist())
+
+    def _shape_of(self, plan: StepPlan) -> GraphShape | str:
+        """The graph that serves a step, or why none does."""
+        if plan.num_rows != plan.num_sequences:
+            return "a sequence has several rows"
+        if len(plan.cascades) > 1:
+            return "a sliding window"
+        if len(plan.prompt_logprob_rows):
+            return "prompt log-probabilities"
+        if len(set(plan.sample_rows)) != len(plan.sample_rows):
+            return "several samples of one row"
+        return self._fitting_shape(plan.cascade) or "no graph of that shape"
+
+    def _fitting_shape(self, plan: CascadePlan) -> GraphShape | None:
+        """The smallest graph that holds a plan; looked up anew when the shared levels are other objects."""
+        key = plan.shared_levels, plan.num_rows
+        if self._last_fit is None or self._last_fit[0] != key:
+            self._last_fit = key, fitting_shape(plan, list(self._shapes), self._group_size, self._most_tiles)
+        return self._last_fit[1]
+
+    # -- columns ----------------------------------------------------------------------------------------------------
+
+    def _write_step(self, image: HostImage, plan: StepPlan, rows: int) -> int:
+        """Write a step's columns, padded to `rows`; returns how many page indices the leaf has."""
+        columns, count, leaf = image.columns, plan.num_rows, plan.cascade.leaf
+        columns.token_ids[:count] = column_tensor(plan.token_ids)
+        columns.positions[:count] = column_tensor(plan.positions)
+        columns.slots[:count] = column_tensor(plan.slots)
+        columns.token_lanes[:count] = self._lanes.no_lane
+        lane_rows = column_tensor(plan.lane_rows).long()
+        columns.token_ids[lane_rows] = NO_TOKEN
+        columns.token_lanes[lane_rows] = column_tensor(plan.lane_row_lanes)
+        columns.sample_lanes[:count] = self._padding_lane
+        columns.sample_lanes[column_tensor(plan.sample_rows).long()] = column_tensor(plan.sample_lanes)
+        num_pages = len(leaf.kv_page_indices)
+        columns.leaf_indptr[: count + 1] = column_tensor(leaf.kv_page_indptr)
+        columns.leaf_last_page_len[:count] = column_tensor(leaf.kv_last_page_len)
+        columns.leaf_indices[:num_pages] = column_tensor(leaf.kv_page_indices)
+        self._write_padding(image, count, rows, first_leaf_page=num_pages)
+        return num_pages + rows - count
+
+    def _write_padding(self, image: HostImage, first: int, rows: int, *, first_leaf_page: int) -> None:
+        """Rows that nobody asked for: token 0 on the padding page, each with that one page and one token."""
+        columns, count = image.columns, rows - first
+        columns.token_ids[first:rows] = 0
+        columns.positions[first:rows] = 0
+        columns.slots[first:rows] = self._padding_page * self._page_size
+        columns.token_lanes[first:rows] = self._lanes.no_lane
+        columns.sample_lanes[first:rows] = self._padding_lane
+        columns.leaf_indptr[0] = 0
+        columns.leaf_indptr[first + 1 : rows + 1] = torch.arange(first_leaf_page + 1, first_leaf_page + count + 1)
+        columns.leaf_last_page_len[first:rows] = 1
+        columns.leaf_indices[first_leaf_page : first_leaf_page + count] = self._padding_page
+
+    def _send_padding(self, rows: int) -> None:
+        """Queue the columns of a step that nobody asked for, between two steps."""
+        image = self._arena.next_image()
+        self._write_padding(image, 0, rows, first_leaf_page=0)
+        self._arena.send(image, rows)
+        image.in_use = self._stream.mark()
+
+    def _leaf_columns(self, image: HostImage, rows: int) -> LevelColumns:
+        columns = image.columns
+        return LevelColumns(
+            torch.arange(rows + 1, dtype=torch.int32),
+            columns.leaf_indptr[: rows + 1],
+            columns.leaf_indices[:0],
+            columns.leaf_last_page_len[:rows],
+        )
+
+    def _shared_columns(self, room: _Room, level: CascadeLevel, shape: GraphShape, capacity: int) -> LevelColumns:
+        """A shared level padded to its capacity: padding rows in an empty segment, the rest without rows."""
+        own = level.num_segments
+        num_rows, num_pages = level.num_rows, len(level.kv_page_indices)
+        qo_indptr, kv_page_indptr = level.qo_indptr.tolist(), level.kv_page_indptr.tolist()
+        if not needs_padding_segment(level, num_rows, shape.rows):
+            qo_indptr[-1] = shape.rows  # the last segment is empty, or there are no padding rows
+        return LevelColumns(
+            room.put(qo_indptr + [shape.rows] * (capacity - own)),
+            room.put(kv_page_indptr + [num_pages] * (capacity - own)),
+            room.put(level.kv_page_indices.tolist()),
+            room.put(level.kv_last_page_len.tolist() + [0] * (capacity - own)),
+        )
+
+
+class _Room:
+    """Hands out pinned memory, piece by piece."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory, self._used = memory, 0
+
+    def put(self, values: list[int]) -> torch.Tensor:
+        """The values, in the next free piece."""
+        piece = self._memory[self._used : self._used + len(values)]
+        piece.copy_(torch.tensor(values, dtype=torch.int32))
+        self._used += len(values)
+        return piece

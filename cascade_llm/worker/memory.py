@@ -1,0 +1,95 @@
+"""How many pages of K/V fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from cascade_llm.config import EngineOptions
+from cascade_llm.device.start_errors import memory_for
+from cascade_llm.errors import CapacityError
+from cascade_llm.models.decoder import Decoder
+
+__all__ = ["available_bytes", "pool_pages", "step_bytes"]
+
+CGROUP = Path("/sys/fs/cgroup")
+GRAPH_BYTES = 1 << 30
+"""An estimate of all graphs' memory: 5 to 15 MB each, and FlashInfer's workspace."""
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a new allocation can count on: free on the GPU; on the CPU what neither system nor cgroup holds."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return min([int(psutil.virtual_memory().available), *_cgroup_rooms(CGROUP)])
+
+
+def step_bytes(decoder: Decoder, options: EngineOptions, *, has_graphs: bool) -> int:
+    """Memory that steps take beside weights and KV pool, on CUDA: the measured peak of a forward pass over the largest
+    step, and an estimate of what graphs keep."""
+    device = decoder.device
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    rows = torch.zeros(options.max_num_batched_tokens, dtype=torch.int64, device=device)
+    with memory_for(f"a step of {len(rows):,} tokens beside the weights: lower max_num_batched_tokens"):
+        decoder.forward(rows, rows, lambda layer, q, k, v: torch.zeros_like(q))
+        torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    graphs = GRAPH_BYTES if has_graphs else 0
+    # logits in the model's dtype, and what the sampler makes of them in float32
+    logits = options.max_num_seqs * decoder.config.vocab_size * (decoder.dtype.itemsize + 8 * 4)
+    return peak + graphs + logits
+
+
+def pool_pages(
+    options: EngineOptions, max_model_len: int, bytes_per_page: int, device: torch.device, reserved_bytes: int = 0
+) -> int:
+    """Pages of the KV pool: what `kv_cache_bytes` says, else what the sequences could need and the memory gives.
+
+    On the CPU the memory gives a quarter of what is free; on CUDA the share that `gpu_memory_utilization` names, less
+    `reserved_bytes`, which steps need for themselves.
+
+    Raises:
+        CapacityError: not one sequence of `max_model_len` fits; says which number to change
+    """
+    pages_per_sequence = -(-max_model_len // options.page_size)
+    wanted = options.max_num_seqs * pages_per_sequence
+    free_bytes = available_bytes(device)
+    if options.kv_cache_bytes is not None:
+        pool_bytes, cure = options.kv_cache_bytes, "raise kv_cache_bytes"
+    else:
+        share = options.gpu_memory_utilization if device.type == "cuda" else 0.25
+        pool_bytes = max(0, int(free_bytes * share) - reserved_bytes)
+        cure = "raise gpu_memory_utilization" if device.type == "cuda" else "give kv_cache_bytes"
+    pages = min(wanted, pool_bytes // bytes_per_page)
+    if pages < pages_per_sequence:
+        needed = pages_per_sequence * bytes_per_page
+        raise CapacityError(
+            f"the KV pool of {pool_bytes:,} bytes holds {pages * options.page_size:,} tokens, one sequence of "
+            f"max_model_len {max_model_len:,} needs {needed:,} bytes: {cure}, or set max_model_len to "
+            f"{pages * options.page_size:,} or less"
+        )
+    if pages * bytes_per_page > free_bytes:
+        raise CapacityError(
+            f"kv_cache_bytes asks for {pages * bytes_per_page:,} bytes, {free_bytes:,} are free: lower it, or "
+            "max_num_seqs or max_model_len"
+        )
+    return pages
+
+
+def _cgroup_rooms(root: Path) -> list[int]:
+    """What the cgroup (version 2, then 1) lets this process take beside what is used; nothing without a limit."""
+    rooms = []
+    for limit_file, used_file in (
+        (root / "memory.max", root / "memory.current"),
+        (root / "memory" / "memory.limit_in_bytes", root / "memory" / "memory.usage_in_bytes"),
+    ):
+        try:
+            rooms.append(max(0, int(limit_file.read_text()) - int(used_file.read_text())))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return rooms

@@ -1,0 +1,155 @@
+"""Runs step plans: one process, one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from cascade_llm.attention.backend import AttentionBackend
+from cascade_llm.attention.columns import column_tensor
+from cascade_llm.device.devices import thread_limit
+from cascade_llm.device.stream import DeviceStream
+from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
+from cascade_llm.models.decoder import Decoder
+from cascade_llm.models.finite_check import FirstNonFinite
+from cascade_llm.outputs import TokenLogprob
+from cascade_llm.plan import IntColumn, StepPlan, StepResult
+from cascade_llm.sampling.lanes import LaneState
+from cascade_llm.sampling.sampler import Sampler
+from cascade_llm.worker.cuda_graphs import CudaGraphs
+from cascade_llm.worker.step_attention import StepAttention
+
+__all__ = ["ModelRunner", "PendingStep"]
+
+LOGPROB_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A step that was handed to the device."""
+
+    plan: StepPlan
+    result: Callable[[], StepResult]
+    """Waits for the device, once."""
+
+
+class ModelRunner:
+    """Turns a `StepPlan` into a `StepResult`; owns the weights, the KV pool and the lanes.
+
+    It knows nothing of requests: a step is rows, pages, lanes and samples.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        backend: AttentionBackend,
+        kv_cache: PagedKVCache,
+        lanes: LaneState,
+        *,
+        num_threads: int | None = None,
+        debug: bool = False,
+        stream: DeviceStream | None = None,
+        graphs: CudaGraphs | None = None,
+    ) -> None:
+        """`stream`: what a GPU's work is queued on; `graphs`: captured decode steps, tried before eager ones."""
+        self.decoder, self.backend, self.kv_cache = decoder, backend, kv_cache
+        self.graphs = graphs
+        self._stream = stream
+        self._lanes = lanes
+        self._sampler = Sampler(lanes, compiled=stream is None)  # a kernel of the host's would not wait for a stream
+        self._num_threads, self._debug = num_threads, debug
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """Start a step. Its result is there when `result()` returns; steps run in the order of submission."""
+        if self._debug:
+            plan.check()
+        with self._running():
+            self._lanes.start(plan.lane_starts)
+            self._copy_pages(plan)
+            if self.graphs is not None:
+                self.graphs.note_starts(plan)
+                result = self.graphs.submit(plan)
+                if result is not None:
+                    return PendingStep(plan, result)
+            return PendingStep(plan, self._run(plan))
+
+    def logits(self, plan: StepPlan, rows: IntColumn) -> torch.Tensor:
+        """Run a step without sampling and return the logits of `rows`, [len(rows), vocab]; for validation."""
+        with self._running():
+            self._lanes.start(plan.lane_starts)
+            self._copy_pages(plan)
+            hidden, _ = self._forward(plan)
+            return self.decoder.logits(hidden[self._index(rows)])
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(thread_limit(self._num_threads))
+            if self._stream is not None:
+                stack.enter_context(self._stream.active())
+            yield
+
+    def _run(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Run a step eagerly; where graphs can sample it, the host does not wait for the device."""
+        hidden, broken_stage = self._forward(plan)
+        sampled_later = self.graphs.sample(plan, hidden) if self.graphs is not None else None
+        if sampled_later is not None:
+            return sampled_later
+        result = self._sampled(plan, hidden, broken_stage)
+        return lambda: result
+
+    def _sampled(self, plan: StepPlan, hidden: torch.Tensor, broken_stage: str | None) -> StepResult:
+        prompt_logprobs = self._prompt_logprobs(plan, hidden)
+        if not len(plan.sample_rows):
+            return StepResult(step_id=plan.step_id, prompt_logprobs=prompt_logprobs)
+        rows = list(dict.fromkeys(plan.sample_rows))  # n samples of one prompt share a row
+        place = {row: i for i, row in enumerate(rows)}
+        logits = self.decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
+        sampled = self._sampler.sample(
+            logits, plan.sample_lanes, plan.sample_positions, [place[row] for row in plan.sample_rows]
+        )
+        self._lanes.record(plan.sample_lanes, sampled.token_ids)
+        return StepResult(
+            step_id=plan.step_id,
+            token_ids=sampled.token_ids.tolist(),
+            logprobs=sampled.logprobs,
+            prompt_logprobs=prompt_logprobs,
+            failed_samples=frozenset((~sampled.finite).nonzero().flatten().tolist()),
+            failure_detail=broken_stage,
+        )
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> list[TokenLogprob]:
+        """What prompts asked for, some rows at a time: logits of a long prompt would fill the memory."""
+        reports: list[TokenLogprob] = []
+        for begin in range(0, len(plan.prompt_logprob_rows), LOGPROB_ROWS):
+            part = slice(begin, begin + LOGPROB_ROWS)
+            logits = self.decoder.logits(hidden[self._index(plan.prompt_logprob_rows[part])])
+            reports += self._sampler.prompt_logprobs(
+                logits, range(len(logits)), plan.prompt_logprob_token_ids[part], plan.prompt_logprob_counts[part]
+            )
+        return reports
+
+    def _forward(self, plan: StepPlan) -> tuple[torch.Tensor, str | None]:
+        """Hidden states [rows, hidden], and with `debug` the first stage that was not finite."""
+        token_ids = self._index(plan.token_ids)
+        if len(plan.lane_rows):
+            token_ids[self._index(plan.lane_rows)] = self._lanes.last_tokens[self._index(plan.lane_row_lanes)]
+        prepared = self.backend.prepare(plan.cascade)
+        slots = self._index(plan.slots).to(self.backend.slot_dtype)
+        attention = StepAttention(prepared, self.backend, slots)
+        observer = FirstNonFinite() if self._debug else None
+        hidden = self.decoder.forward(token_ids, self._index(plan.positions), attention, observer)
+        return hidden, observer.stage if observer else None
+
+    def _copy_pages(self, plan: StepPlan) -> None:
+        self.kv_cache.copy_pages(plan.page_copies, None if self._stream is None else self._stream.upload)
+
+    def _index(self, column: IntColumn) -> torch.Tensor:
+        """A column on the device, int64; a copy, which is queued where there is a stream: a plain one would be waited
+        for, behind the step before."""
+        values = column_tensor(column).long()
+        return values.to(self.decoder.device) if self._stream is None else self._stream.upload(values)

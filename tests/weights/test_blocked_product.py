@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cascade_llm.weights.blocked_product import BlockedProduct
+from cascade_llm.weights.linear import can_pack
+
+pytestmark = pytest.mark.skipif(
+    not can_pack(torch.empty(1, dtype=torch.bfloat16)) or not torch.cpu._is_avx512_bf16_supported(),
+    reason="the kernel is for processors with AVX512-BF16",
+)
+
+
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return result
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [*range(1, 20), 24, 25, 47, 64, 130])
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 960), (1536, 576), (64, 64), (96, 192)])
+def test_the_kernel_equals_the_product_in_float64(inputs: int, outputs: int, rows: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(rows, inputs).bfloat16()
+    b = torch.randn(outputs).bfloat16() if bias else None
+    blocked = packed(weight)
+    kernel = BlockedProduct.for_weight(blocked, weight)
+    assert kernel is not None
+    expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    magnitude = x.double().abs() @ weight.double().abs().T + 4
+    assert ((kernel(x, b) - expected).abs() <= 2**-8 * expected.abs() + 1e-6 * magnitude).all()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_rows", [3, 13])
+def test_any_number_of_threads_gives_the_same(num_rows: int, num_threads: int) -> None:
+    weight, x = torch.randn(320, 96).bfloat16(), torch.randn(num_rows, 96).bfloat16()
+    blocked = packed(weight)
+    kernel = BlockedProduct.for_weight(blocked, weight)
+    assert kernel is not None
+    expected, before = kernel(x, None), torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        assert torch.equal(kernel(x, None), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def test_nan_comes_through() -> None:
+    weight, x = torch.randn(64, 64).bfloat16(), torch.randn(2, 64).bfloat16()
+    x[1, 7] = torch.nan
+    blocked = packed(weight)
+    kernel = BlockedProduct.for_weight(blocked, weight)
+    assert kernel is not None
+    y = kernel(x, None)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "dtype"), [(48, 64, torch.bfloat16), (192, 100, torch.bfloat16), (64, 64, torch.float32)]
+)
+def test_a_weight_that_is_packed_otherwise_is_left_to_onednn(outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(outputs, inputs).to(dtype)
+    assert BlockedProduct.for_weight(packed(weight), weight) is None
+
+
+def test_memory_that_does_not_hold_the_weight_is_noticed() -> None:
+    weight = torch.randn(128, 64).bfloat16()
+    other = weight.clone()
+    other[77, 3] += 1
+    assert BlockedProduct.for_weight(packed(other), weight) is None
+    assert BlockedProduct.for_weight(packed(weight), weight) is not None
+
+
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_how_many_there_are() -> None:
+    """Beyond four rows, which have two sums each in place of one."""
+    weight, x = torch.randn(192, 576).bfloat16(), torch.randn(40, 576).bfloat16()
+    blocked = packed(weight)
+    kernel = BlockedProduct.for_weight(blocked, weight)
+    assert kernel is not None
+    together = kernel(x, None)
+    for rows in (5, 6, 7, 12, 13, 39):
+        assert torch.equal(kernel(x[:rows].contiguous(), None), together[:rows])
+
+
+def test_long_inputs_of_many_rows_are_left_to_onednn() -> None:
+    weights = torch.randn(64, 4096).bfloat16(), torch.randn(64, 4160).bfloat16()
+    short, long = (BlockedProduct.for_weight(packed(weight), weight) for weight in weights)
+    assert short is not None
+    assert long is not None
+    assert [short.serves(rows) for rows in (0, 1, 64, 65, 5000)] == [False, True, True, True, True]
+    assert [long.serves(rows) for rows in (0, 1, 64, 65, 5000)] == [False, True, True, False, False]
