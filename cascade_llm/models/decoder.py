@@ -73,15 +73,24 @@ class DecoderLayer:
             rotation: of these rows
             attention: over this step's rows
         """
-        ops = self._ops
+        q, k, v = self.before_attention(residual, delta, rotation)
+        return self.after_attention(residual, attention(self.index, q, k, v))
+
+    def before_attention(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [rows, num_qo_heads, head_dim], k and v [rows, num_kv_heads, head_dim]; `delta` is added to `residual`."""
         if delta is None:
-            x = ops.rms_norm(residual, self.input_norm)
+            x = self._ops.rms_norm(residual, self.input_norm)
         else:
-            x = ops.add_rms_norm(residual, delta, self.input_norm)
-        q, k, v = ops.rotate(self.qkv(x), self._layout, rotation, self.qk_norms)
-        attended = self.attention_out(attention(self.index, q, k, v).flatten(1))
-        x = ops.add_rms_norm(residual, attended, self.feed_forward_norm)
-        return self.down(ops.silu_and_mul(self.gate_up(x)))
+            x = self._ops.add_rms_norm(residual, delta, self.input_norm)
+        return self._ops.rotate(self.qkv(x), self._layout, rotation, self.qk_norms)
+
+    def after_attention(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What is left to add, [rows, hidden], after attention's output [rows, num_qo_heads, head_dim]."""
+        delta = self.attention_out(attended.flatten(1))
+        x = self._ops.add_rms_norm(residual, delta, self.feed_forward_norm)
+        return self.down(self._ops.silu_and_mul(self.gate_up(x)))
 
 
 class Decoder:
