@@ -12,13 +12,17 @@ last level has one segment per sequence. Six invariants hold:
 1. Partition: at every level the segments cover all rows, in order, without gaps. A row with nothing to share sits in
    an empty segment (no pages, `kv_last_page_len` 0).
 2. Refinement: a level's boundaries are boundaries of the next.
-3. Exactness: the pages a row meets from root to leaf are those it may read, each once, in order.
+3. Exactness: the pages a row meets from root to leaf are those its attention kind may read, each once, in order.
 4. Fullness: a shared segment holds full pages only, or nothing.
 5. Causality: a leaf segment holds at least its sequence's new tokens, so masking the leaf alone is right.
 6. Write before read: in each layer every row's K/V is written before any segment is read. So a segment may hold pages
    that another sequence fills in this very step.
 
 A level that did not change since the last step is the same object, so that what was derived from it can be kept.
+
+A kind with a window reads the last `window_len` tokens before and at each row. What a sequence meets is one stretch
+that ends at its last token, so that the window masks the leaf alone, counted from the leaf's end. A segment is shared
+only where it lies inside the window of every row in it; pages that no row's window reaches need not be read.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from enum import IntEnum
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 from cascade_llm.errors import PlanError
@@ -43,6 +48,7 @@ __all__ = [
     "PageCopy",
     "StepPlan",
     "StepResult",
+    "Tier",
     "int_column",
 ]
 
@@ -129,7 +135,7 @@ class CascadePlan:
     page_size: int
     """Tokens per page."""
     window_len: int | None = None
-    """The attention kind: None reads all earlier tokens, a number the last so many (sliding window)."""
+    """The attention kind: None reads all earlier tokens, a number the last so many, the row's own counted."""
 
     @property
     def leaf(self) -> CascadeLevel:
@@ -155,21 +161,20 @@ class CascadePlan:
                     cursors[depth] += 1
             yield tuple(cursors)
 
+    def path_len(self, path: Sequence[int]) -> int:
+        """Tokens on one of `paths()`, the sequence's new ones counted."""
+        return sum(level.kv_len(segment, self.page_size) for level, segment in zip(self.levels, path, strict=True))
+
     def page_table(self, sequence: int) -> list[int]:
         """All pages that the rows of one leaf segment meet, root to leaf. Slow; for checks and twins."""
-        first_row = self.leaf.qo_indptr[sequence]
-        table: list[int] = []
-        for level in self.shared_levels:
-            segment = next(i for i in range(level.num_segments) if first_row in level.rows(i))
-            table.extend(level.pages(segment))
-        table.extend(self.leaf.pages(sequence))
-        return table
+        path = next(islice(self.paths(), sequence, None))
+        return [page for level, segment in zip(self.levels, path, strict=True) for page in level.pages(segment)]
 
     def check(self, page_tables: Sequence[Sequence[int]] | None = None) -> None:
         """Raise `PlanError` unless invariants 1-5 hold.
 
-        `page_tables`: the pages that each leaf segment's sequence may read, for a full check of exactness; without
-        them only repeated pages are found.
+        `page_tables`: all pages of each leaf segment's sequence, for a full check of exactness, whose end alone a
+        kind with a window has to meet; without them only repeated pages are found.
         """
         if self.page_size < 1:
             raise PlanError(f"page_size is {self.page_size}: it must be 1 or larger")
@@ -214,15 +219,31 @@ class CascadePlan:
             met = [page for level, segment in zip(self.levels, path, strict=True) for page in level.pages(segment)]
             if len(set(met)) != len(met):
                 raise PlanError(f"sequence {sequence} meets a page twice (exactness)")
-            if page_tables is not None and met != list(page_tables[sequence]):
-                raise PlanError(f"sequence {sequence} meets pages {met}, its own are {list(page_tables[sequence])}")
+            table = met if page_tables is None else list(page_tables[sequence])
+            if met != (table if self.window_len is None else table[max(0, len(table) - len(met)) :]):
+                raise PlanError(f"sequence {sequence} meets pages {met}, its own are {table}")
+            own_len, met_len = self.leaf.kv_len(sequence, self.page_size), self.path_len(path)
+            if self.window_len is not None and own_len < met_len > self.window_len:
+                raise PlanError(f"sequence {sequence} shares pages outside its window of {self.window_len} (exactness)")
+
+
+class Tier(IntEnum):
+    """Where a page lies; each tier has page ids of its own."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+    REMOTE = 3
 
 
 class PageCopy(NamedTuple):
-    """A whole page to copy, in every layer, before the step's first write."""
+    """A page to copy in every layer before the step's first write; all sources are read before a target is written."""
 
     source: int
+    """Page id in the source's tier."""
     target: int
+    source_tier: Tier = Tier.DEVICE
+    target_tier: Tier = Tier.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,14 +258,14 @@ class LaneStart:
     sample_index: int
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
-    """Generated before, by a sequence that was preempted and resumes; else empty."""
+    """Generated before a preemption; else empty."""
     ending_token_ids: frozenset[int]
     """What the min_tokens mask hides: the model's ending ids (unless ignored) and the request's stop ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class CascadeReport:
-    """What a step's plan shares, or why it shares nothing."""
+    """What a step's plan shares, or why it shares nothing; of the kind that reads all earlier tokens."""
 
     num_levels: int = 1
     """Levels of the plan, the leaf counted."""
@@ -275,10 +296,12 @@ class StepPlan:
     step_id: int
     cascades: tuple[CascadePlan, ...]
     """One per attention kind of the model, all over the same rows; kind 0 reads all earlier tokens."""
+    layer_kinds: tuple[int, ...] = ()
+    """[layers] which of `cascades` a layer reads, the same object every step; empty: all layers the first."""
     token_ids: IntColumn
-    """[rows] input tokens; 0 where the token comes from a lane."""
+    """[rows] input tokens, proposed ones among them; 0 where the token comes from a lane."""
     positions: IntColumn
-    """[rows] place of the token in its sequence, from 0."""
+    """[rows] position of the token in its sequence, from 0."""
     slots: IntColumn
     """[rows] where the row's K/V are written: page id * page_size + offset."""
     lane_rows: IntColumn = EMPTY
@@ -294,7 +317,15 @@ class StepPlan:
     sample_lanes: IntColumn = EMPTY
     """[samples] the lane that each drawn token goes to."""
     sample_positions: IntColumn = EMPTY
-    """[samples] the place that the drawn token will have in its sequence."""
+    """[samples] the position that the drawn token will have in its sequence."""
+    sample_mask_rows: IntColumn = EMPTY
+    """[samples] entry of `token_bitmasks` that says what may be drawn, or -1 for any token; empty: all -1."""
+    token_bitmasks: tuple[IntColumn, ...] = ()
+    """Each [ceil(vocab_size / 32)] words: bit i of word w is set where token 32 * w + i is allowed."""
+    draft_samples: IntColumn = EMPTY
+    """[drafts] the first sample of each sequence with proposed tokens: its last rows hold its last token and these."""
+    draft_lens: IntColumn = EMPTY
+    """[drafts] proposed tokens; one more than these are the lane's samples, from rows that follow each other."""
     prompt_logprob_rows: IntColumn = EMPTY
     """[prompt logprobs] rows whose logits are reported for the prompt token after them."""
     prompt_logprob_token_ids: IntColumn = EMPTY
@@ -309,6 +340,10 @@ class StepPlan:
     def cascade(self) -> CascadePlan:
         """The plan of the kind that reads all earlier tokens."""
         return self.cascades[0]
+
+    def cascade_of(self, layer: int) -> CascadePlan:
+        """The plan of a layer's kind."""
+        return self.cascades[self.layer_kinds[layer] if self.layer_kinds else 0]
 
     @property
     def num_rows(self) -> int:
@@ -325,14 +360,18 @@ class StepPlan:
         if not self.cascades or self.cascade.window_len is not None:
             raise PlanError("the first cascade of a step must be there and read all earlier tokens (window_len None)")
         for cascade in self.cascades:
-            cascade.check(page_tables if cascade.window_len is None else None)
+            cascade.check(page_tables)
             if cascade.num_rows != self.num_rows:
                 raise PlanError(f"the cascade covers {cascade.num_rows} rows, the step has {self.num_rows}")
             if cascade.leaf.num_segments != self.num_sequences:
                 raise PlanError(f"{cascade.leaf.num_segments} leaf segments for {self.num_sequences} sequences")
+        if any(not 0 <= kind < len(self.cascades) for kind in self.layer_kinds):
+            raise PlanError(f"layer_kinds names kinds {sorted(set(self.layer_kinds))}, there are {len(self.cascades)}")
         self._check_columns()
-        self._check_lanes()
-        self._check_slots()
+        self._check_masks()
+        self._check_lanes(self._check_drafts())
+        for cascade in self.cascades:
+            self._check_slots(cascade)
 
     def _check_columns(self) -> None:
         groups = (
@@ -340,6 +379,7 @@ class StepPlan:
             ("lane inputs", ("lane_rows", "lane_row_lanes"), ("lane_rows",)),
             ("sequences", ("sequence_lanes", "sequence_epochs"), ()),
             ("samples", ("sample_rows", "sample_lanes", "sample_positions"), ("sample_rows",)),
+            ("drafts", ("draft_samples", "draft_lens"), ()),
             (
                 "prompt logprobs",
                 ("prompt_logprob_rows", "prompt_logprob_token_ids", "prompt_logprob_counts"),
@@ -358,12 +398,42 @@ class StepPlan:
             if position != self.positions[row] + 1:
                 raise PlanError(f"row {row} has position {self.positions[row]}, the token drawn from it {position}")
 
-    def _check_lanes(self) -> None:
+    def _check_masks(self) -> None:
+        for row, words in enumerate(self.token_bitmasks):
+            _check_column("token_bitmasks", words)
+            if not any(words) or len(words) != len(self.token_bitmasks[0]):
+                raise PlanError(f"token_bitmasks row {row} allows no token, or is not as long as the first")
+        _check_column("sample_mask_rows", self.sample_mask_rows)
+        if self.sample_mask_rows and len(self.sample_mask_rows) != len(self.sample_rows):
+            raise PlanError(f"{len(self.sample_mask_rows)} sample_mask_rows for {len(self.sample_rows)} samples")
+        if any(not -1 <= row < len(self.token_bitmasks) for row in self.sample_mask_rows):
+            raise PlanError("sample_mask_rows names a row outside token_bitmasks")
+
+    def _check_drafts(self) -> set[int]:
+        """The samples that are drawn from rows of proposed tokens."""
+        proposed: set[int] = set()
+        row_ends, on_device = self.cascade.leaf.qo_indptr, set(self.lane_rows)
+        for first, length in zip(self.draft_samples, self.draft_lens, strict=True):
+            end = first + length + 1
+            if length < 1 or not 0 <= first < end <= len(self.sample_rows):
+                raise PlanError(f"a draft of {length} tokens from sample {first} on, of {len(self.sample_rows)}")
+            start = self.sample_rows[first]
+            sequence = bisect_right(row_ends, start) - 1
+            if list(self.sample_rows[first:end]) != list(range(start, row_ends[sequence + 1])):
+                raise PlanError(f"the draft from sample {first} on is not drawn from its sequence's last rows")
+            if set(self.sample_lanes[first:end]) != {self.sequence_lanes[sequence]}:
+                raise PlanError(f"the draft from sample {first} on is not drawn for its own lane")
+            if not on_device.isdisjoint(range(start + 1, row_ends[sequence + 1])):
+                raise PlanError(f"the draft from sample {first} on takes a proposed token from a lane")
+            proposed.update(range(first + 1, end))
+        return proposed
+
+    def _check_lanes(self, proposed: set[int]) -> None:
         for what, lanes in (
             ("two sequences of a step are in one lane", self.sequence_lanes),
-            ("a lane is sampled twice in one step", self.sample_lanes),
+            ("a lane is sampled twice in one step", [n for i, n in enumerate(self.sample_lanes) if i not in proposed]),
             ("two sequences enter one lane", [start.lane for start in self.lane_starts]),
-            ("a page is copied to twice", [copy.target for copy in self.page_copies]),
+            ("a page is copied to twice", [(copy.target, copy.target_tier) for copy in self.page_copies]),
         ):
             if len(set(lanes)) != len(lanes):
                 raise PlanError(what)
@@ -372,20 +442,21 @@ class StepPlan:
             if lane != own:
                 raise PlanError(f"row {row} takes its token from lane {lane}, its sequence is in lane {own}")
 
-    def _check_slots(self) -> None:
+    def _check_slots(self, cascade: CascadePlan) -> None:
         """Each row writes where its own leaf segment reads it last, at its position, and no slot is written twice."""
-        leaf, page_size = self.cascade.leaf, self.cascade.page_size
+        leaf, page_size, window_len = cascade.leaf, cascade.page_size, cascade.window_len
         if len(set(self.slots)) != self.num_rows:
             raise PlanError("two rows write one slot")
-        for sequence, path in enumerate(self.cascade.paths()):
-            rows, pages = leaf.rows(sequence), leaf.pages(sequence)
-            shared = zip(self.cascade.shared_levels, path, strict=False)
-            shared_len = sum(level.kv_len(segment, page_size) for level, segment in shared)
-            first = leaf.kv_len(sequence, page_size) - len(rows)
-            for offset, row in enumerate(rows, start=first):
+        for sequence, path in enumerate(cascade.paths()):
+            rows, pages, met_len = leaf.rows(sequence), leaf.pages(sequence), cascade.path_len(path)
+            unread_len = 0 if window_len is None else self.positions[rows[-1]] + 1 - met_len
+            if unread_len > 0 and window_len is not None and met_len < window_len + len(rows) - 1:
+                raise PlanError(f"sequence {sequence} meets {met_len} tokens, its window reaches further (exactness)")
+            shared_len = unread_len + met_len - leaf.kv_len(sequence, page_size)
+            for offset, row in enumerate(rows, start=leaf.kv_len(sequence, page_size) - len(rows)):
                 if self.slots[row] != pages[offset // page_size] * page_size + offset % page_size:
                     raise PlanError(f"row {row} writes slot {self.slots[row]}, outside its place in its leaf segment")
-                if self.positions[row] != shared_len + offset:
+                if unread_len < 0 or self.positions[row] != shared_len + offset:
                     raise PlanError(
                         f"row {row} has position {self.positions[row]}, but meets {shared_len + offset} earlier tokens"
                     )
@@ -397,7 +468,9 @@ class StepResult:
 
     step_id: int
     token_ids: Sequence[int] = ()
-    """[samples]"""
+    """[samples]; of a draft the first `accepted_counts + 1` mean something"""
+    accepted_counts: Sequence[int] = ()
+    """[drafts] proposed tokens that the model drew itself, up to the first that it did not"""
     logprobs: Sequence[TokenLogprob | None] = ()
     """[samples]; empty where no sequence of the step asked."""
     prompt_logprobs: Sequence[TokenLogprob] = ()
@@ -416,8 +489,11 @@ class StepResult:
             ("token_ids", len(self.token_ids), num_samples),
             ("logprobs", len(self.logprobs) or num_samples, num_samples),
             ("prompt_logprobs", len(self.prompt_logprobs), num_prompt_logprobs),
+            ("accepted_counts", len(self.accepted_counts), len(plan.draft_lens)),
         ):
             if found != expected:
                 raise PlanError(f"{found} {what} for a plan that asks for {expected}")
+        if any(not 0 <= n <= length for n, length in zip(self.accepted_counts, plan.draft_lens, strict=True)):
+            raise PlanError(f"accepted_counts {list(self.accepted_counts)} for drafts of {plan.draft_lens.tolist()}")
         if not self.failed_samples <= set(range(num_samples)):
             raise PlanError(f"failed_samples {sorted(self.failed_samples)} for {num_samples} samples")

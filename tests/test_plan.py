@@ -23,6 +23,7 @@ from cascade_llm.plan import (
     PageCopy,
     StepPlan,
     StepResult,
+    Tier,
     int_column,
 )
 from cascade_llm.sampling_params import SamplingParams
@@ -278,6 +279,13 @@ BROKEN_STEPS: list[tuple[Callable[[StepPlan], dict[str, Any]], str]] = [
     ),
     (lambda s: {"lane_starts": (LANE_START, LANE_START)}, "two sequences enter one lane"),
     (lambda s: {"page_copies": (PageCopy(0, 9), PageCopy(1, 9))}, "a page is copied to twice"),
+    (lambda s: {"layer_kinds": (0, 1)}, r"layer_kinds names kinds \[0, 1\], there are 1"),
+    (lambda s: {"sample_mask_rows": int_column([0, -1])}, "2 sample_mask_rows for 3 samples"),
+    (lambda s: {"sample_mask_rows": int_column([0, -1, -1])}, "names a row outside token_bitmasks"),
+    (lambda s: {"token_bitmasks": ((1, 2),)}, "token_bitmasks must be a read-only int32 view"),
+    (lambda s: {"token_bitmasks": (int_column([1]), int_column([0]))}, "token_bitmasks row 1 allows no token"),
+    (lambda s: {"token_bitmasks": (int_column([1]), int_column([1, 0]))}, "row 1 .* is not as long as the first"),
+    (lambda s: {"draft_samples": int_column([0])}, "columns over drafts differ in length"),
     (lambda s: {"lane_row_lanes": int_column([12])}, "row 0 takes its token from lane 12, its sequence is in lane 10"),
     (lambda s: {"slots": edited(s.slots, 1, s.slots[0])}, "two rows write one slot"),
     (lambda s: {"slots": edited(s.slots, 1, 0)}, "row 1 writes slot 0, outside its place"),
@@ -319,13 +327,130 @@ def test_several_samples_may_name_one_row(step: StepPlan) -> None:
     ).check()
 
 
-def test_a_windowed_kind_lies_over_the_same_rows(step: StepPlan) -> None:
-    windowed = CascadePlan((level_of([(1, (2,), 2), (1, (3,), 1), (1, (6,), 3)]),), PAGE_SIZE, window_len=3)
-    both = replace(step, cascades=(step.cascade, windowed))
-    both.check([[0, 1, 2], [0, 1, 3], [5, 6]])
-    fewer = CascadePlan((level_of([(1, (2,), 2)]),), PAGE_SIZE, window_len=3)
+def test_pages_of_two_tiers_may_have_one_id(step: StepPlan) -> None:
+    copies = (PageCopy(0, 9), PageCopy(0, 9, target_tier=Tier.HOST), PageCopy(3, 4, source_tier=Tier.HOST))
+    replace(step, page_copies=copies).check()
+    assert copies[0].source_tier is copies[0].target_tier is Tier.DEVICE
+
+
+def test_a_mask_for_some_samples(step: StepPlan) -> None:
+    words = int_column([0b101, -(2**31)])
+    masked = replace(step, sample_mask_rows=int_column([-1, 0, 0]), token_bitmasks=(words,))
+    masked.check()
+    allowed = [32 * w + bit for w, word in enumerate(words) for bit in range(32) if word >> bit & 1]
+    assert allowed == [0, 2, 63]
+
+
+# drafts
+
+
+def drafting_step(changes: dict[str, Any]) -> StepPlan:
+    """A sequence in lane 10 with its last token and two proposed ones in rows 0 to 2, and one that decodes in row 3."""
+    sequences = (replace(DRAWN[2], num_new=3), DRAWN[0].__class__(((2, ()),), leaf_pages=(9,), leaf_len=2, num_new=1))
+    columns = {
+        "lane_rows": [],
+        "lane_row_lanes": [],
+        "sample_rows": [0, 1, 2, 3],
+        "sample_lanes": [10, 10, 10, 11],
+        "sample_positions": [5, 6, 7, 2],
+        "draft_samples": [0],
+        "draft_lens": [2],
+    }
+    step = step_of(sequences, PAGE_SIZE)
+    return replace(step, **{name: int_column(values) for name, values in {**columns, **changes}.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"draft_samples": [], "draft_lens": []}, "a lane is sampled twice in one step"),
+        ({"draft_lens": [0]}, "a draft of 0 tokens from sample 0 on, of 4"),
+        ({"draft_lens": [4]}, "a draft of 4 tokens from sample 0 on, of 4"),
+        ({"draft_samples": [-1]}, "a draft of 2 tokens from sample -1 on"),
+        ({"draft_lens": [1]}, "from sample 0 on is not drawn from its sequence's last rows"),
+        ({"draft_samples": [1]}, "from sample 1 on is not drawn from its sequence's last rows"),
+        (
+            {"sample_rows": [0, 2, 1, 3], "sample_positions": [5, 7, 6, 2]},
+            "from sample 0 on is not drawn from its sequence's last rows",
+        ),
+        ({"sample_lanes": [10, 10, 20, 11]}, "from sample 0 on is not drawn for its own lane"),
+        ({"sample_lanes": [20, 20, 20, 11]}, "from sample 0 on is not drawn for its own lane"),
+        ({"lane_rows": [1], "lane_row_lanes": [10]}, "takes a proposed token from a lane"),
+        ({"draft_samples": [0, 0], "draft_lens": [2, 2], "sample_lanes": [10, 10, 10, 10]}, "sampled twice"),
+    ],
+)
+def test_a_draft_is_a_lanes_last_rows(changes: dict[str, Any], words: str) -> None:
+    drafting_step({}).check()
+    drafting_step({"lane_rows": [0], "lane_row_lanes": [10]}).check()
+    with pytest.raises(PlanError, match=words):
+        drafting_step(changes).check()
+
+
+def test_a_result_says_how_much_of_each_draft_was_drawn() -> None:
+    step = drafting_step({})
+    result = StepResult(step_id=7, token_ids=(4, 5, 6, 7), accepted_counts=(2,))
+    result.check(step)
+    replace(result, accepted_counts=(0,)).check(step)
+    for counts, words in (((), "0 accepted_counts for a plan that asks for 1"), ((3,), r"\[3\] for drafts of \[2\]")):
+        with pytest.raises(PlanError, match=words):
+            replace(result, accepted_counts=counts).check(step)
+
+
+# kinds
+
+TABLES = [[0, 1, 2], [0, 1, 3], [5, 6]]
+WINDOWED = [(1, (1, 2), 2), (1, (1, 3), 1), (1, (5, 6), 3)]
+
+
+def with_window(step: StepPlan, window_len: int, *levels: list[tuple[int, tuple[int, ...], int]]) -> StepPlan:
+    windowed = CascadePlan(tuple(level_of(level) for level in levels), PAGE_SIZE, window_len)
+    return replace(step, cascades=(step.cascade, windowed), layer_kinds=(0, 1, 1))
+
+
+def test_a_windowed_kind_reads_the_end_of_what_the_first_reads(step: StepPlan) -> None:
+    both = with_window(step, 5, WINDOWED)
+    both.check(TABLES)
+    assert [both.cascade_of(layer) for layer in range(3)] == [both.cascade, both.cascades[1], both.cascades[1]]
+    assert step.cascade_of(2) is step.cascade
+    with_window(step, 100, SHARED, LEAF).check(TABLES)
     with pytest.raises(PlanError, match="covers 1 rows"):
-        replace(step, cascades=(step.cascade, fewer)).check()
+        with_window(step, 5, WINDOWED[:1]).check()
+
+
+@pytest.mark.parametrize(
+    ("window_len", "levels", "words"),
+    [
+        (9, [SHARED, LEAF], "sequence 0 shares pages outside its window of 9"),
+        (6, [WINDOWED], "sequence 1 meets 5 tokens, its window reaches further"),
+        (5, [[(1, (0, 2), 2), *WINDOWED[1:]]], r"sequence 0 meets pages \[0, 2\], its own are \[0, 1, 2\]"),
+        (5, [[*WINDOWED[:2], (1, (5, 6), 4)]], "row 2 writes slot"),
+        (100, [[(1, (7, 0, 1, 2), 2), *LEAF[1:]]], "sequence 0 meets pages"),
+    ],
+)
+def test_a_windowed_kind_that_reads_something_else(
+    step: StepPlan, window_len: int, levels: list[list[tuple[int, tuple[int, ...], int]]], words: str
+) -> None:
+    with pytest.raises(PlanError, match=words):
+        with_window(step, window_len, *levels).check(TABLES)
+
+
+@given(data=st.data(), window_len=st.integers(1, 30))
+def test_plain_windows_of_generated_plans_are_whole(data: st.DataObject, window_len: int) -> None:
+    """Each sequence by itself, without the pages that none of its rows reaches; a page less is too few."""
+    sequences = data.draw(sequence_lists(PAGE_SIZE))
+    step = step_of(sequences, PAGE_SIZE)
+    leaf = []
+    for sequence, end_row in zip(sequences, step.cascade.leaf.qo_indptr[1:], strict=True):
+        end = step.positions[end_row - 1] + 1
+        first_page = max(0, end - sequence.num_new - window_len + 1) // PAGE_SIZE
+        leaf.append((sequence.num_new, tuple(sequence.page_table[first_page:]), (end - 1) % PAGE_SIZE + 1))
+    tables = [sequence.page_table for sequence in sequences]
+    with_window(step, window_len, leaf).check(tables)
+    rows, pages, last = leaf[0]
+    assume(len(pages) > 1)
+    leaf[0] = rows, pages[1:], last
+    with pytest.raises(PlanError, match=r"its window reaches further|causality|earlier tokens"):
+        with_window(step, window_len, leaf).check(tables)
 
 
 # identity, records

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from cascade_llm.errors import PlanError
 from cascade_llm.plan import PageCopy
 
 __all__ = ["KVLayout", "KVScale", "PagedKVCache"]
@@ -124,6 +125,8 @@ class PagedKVCache:
         """
         if not copies:
             return
+        if any(copy.source_tier or copy.target_tier for copy in copies):
+            raise PlanError("a plan copies pages of another tier than the device, and this pool has no other")
         pages = torch.tensor([[copy.source for copy in copies], [copy.target for copy in copies]])
         source, target = pages.to(self.device) if upload is None else upload(pages)
         for pool in map(_bytes_of, self._layers):

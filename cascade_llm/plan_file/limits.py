@@ -23,7 +23,7 @@ class PlanLimits:
         for cascade in plan.cascades:
             self._check_pages(cascade)
         for copy in plan.page_copies:
-            if not all(0 <= page < self._header.total_pages for page in copy):
+            if not 0 <= copy.source < self._header.total_pages > copy.target >= 0:
                 raise PlanError(f"it copies page {copy.source} to {copy.target}, {self._pool}")
         if any(position >= self._header.max_model_len for position in plan.positions):
             raise PlanError(f"a position is beyond max_model_len {self._header.max_model_len}")

@@ -24,6 +24,7 @@ from cascade_llm.plan import (
     LaneStart,
     PageCopy,
     StepPlan,
+    Tier,
     int_column,
 )
 from cascade_llm.sampling_params import SamplingParams
@@ -132,7 +133,7 @@ class StepDecoder:
     def _step(self, line: Json) -> StepPlan:
         cascades = tuple(self._cascade(cascade) for cascade in line["cascades"])
         self._previous = [level for cascade in cascades for level in cascade.levels]
-        columns = {name: _column(line[name]) for name in STEP_COLUMNS}
+        columns: dict[str, Any] = {name: _column(line[name]) for name in STEP_COLUMNS}
         for name, alike in TOKEN_COLUMNS.items():
             columns[name] = _column(line[name]) if self._token_ids else int_column([0] * len(columns[alike]))
         return StepPlan(
@@ -140,7 +141,10 @@ class StepDecoder:
             cascades=cascades,
             **columns,
             lane_starts=tuple(self._lane_start(start) for start in line["lane_starts"]),
-            page_copies=tuple(PageCopy(*map(_integer, copy)) for copy in line["page_copies"]),
+            page_copies=tuple(
+                PageCopy(_integer(source), _integer(target), Tier(source_tier), Tier(target_tier))
+                for source, target, source_tier, target_tier in line["page_copies"]
+            ),
             report=CascadeReport(**line["report"]),
         )
 

@@ -185,7 +185,7 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("no prompt", lambda s: s["lane_starts"][0].update(prompt=[]), "has no prompt"),
     ("parameter", lambda s: s["lane_starts"][0]["params"].update(top_p=7), "sampling parameters of a lane: top_p"),
     ("unknown", lambda s: s["lane_starts"][0]["params"].update(hello=7), "unknown sampling parameter 'hello'"),
-    ("copy", lambda s: s.update(page_copies=[[0, 400]]), "copies page 0 to 400"),
+    ("copy", lambda s: s.update(page_copies=[[0, 400, 0, 0]]), "copies page 0 to 400"),
     ("copy of three", lambda s: s.update(page_copies=[[0, 1, 2]]), "wrong form"),
     ("field missing", lambda s: s.pop("slots"), "the field 'slots' is missing"),
     ("report", lambda s: s["report"].update(hello=1), "wrong form"),

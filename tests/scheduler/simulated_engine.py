@@ -138,9 +138,9 @@ class SimulatedDevice:
 
     def _copy_pages(self, plan: StepPlan) -> None:
         size = self._config.page_size
-        sources = [self._slots[source * size : (source + 1) * size] for source, _ in plan.page_copies]
-        for (_, target), texts in zip(plan.page_copies, sources, strict=True):
-            self._slots[target * size : (target + 1) * size] = texts
+        sources = [self._slots[copy.source * size : (copy.source + 1) * size] for copy in plan.page_copies]
+        for copy, texts in zip(plan.page_copies, sources, strict=True):
+            self._slots[copy.target * size : (copy.target + 1) * size] = texts
 
     def _write_rows(self, plan: StepPlan) -> None:
         from_lane = set(plan.lane_rows)
