@@ -11,13 +11,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast
 
-from cascade_llm.config import EngineOptions, SchedulerConfig
-from cascade_llm.engine.cost_setup import choose_cost_model
+from cascade_llm.config import EngineOptions
+from cascade_llm.engine.assembly import assemble
 from cascade_llm.engine.engine import Engine
-from cascade_llm.engine.intake import Intake, Prompt, ReadPrompt
-from cascade_llm.engine.plan_recording import begin_recording, open_recorder
-from cascade_llm.engine.request_state import RequestState
-from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
+from cascade_llm.engine.input_processor import Prompt, ReadPrompt
+from cascade_llm.engine.requests import RequestState
 from cascade_llm.errors import (
     ConfigError,
     EngineClosedError,
@@ -26,11 +24,8 @@ from cascade_llm.errors import (
     RequestError,
     SamplingParamsError,
 )
-from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.scheduler import FlashInferScheduler
-from cascade_llm.worker.build import RunnerFacts, build_runner
 from cascade_llm.worker.cuda_graphs import OnCapture
 
 __all__ = ["LLM", "TokenStream"]
@@ -56,41 +51,11 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         self.options = EngineOptions(**options)
-        checkpoint = open_checkpoint(model, load_format=self.options.load_format)
-        recorder = open_recorder(self.options)  # before the weights: a wrong path is known at once
-        self.tokenizer: Tokenizer | None = load_tokenizer(checkpoint.tokenizer_source)
         with _capture_bar() as on_capture:
-            runner, self.facts = build_runner(self.options, checkpoint, on_capture=on_capture)
-        self._graph_counters = runner.graphs.counters if runner.graphs else None
-        self.model_name = checkpoint.name
-        config = SchedulerConfig(
-            page_size=self.options.page_size,
-            total_pages=self.facts.total_pages,
-            max_model_len=self.facts.max_model_len,
-            max_num_seqs=self.options.max_num_seqs,
-            max_num_batched_tokens=self.options.max_num_batched_tokens,
-            enable_prefix_caching=self.options.enable_prefix_caching,
-            cascade=self.options.cascade,
-            cache_salt=checkpoint.name.encode(),
-        )
-        costs, self.cost_source = choose_cost_model(
-            runner.backend.spec,
-            self.facts.backend.name,
-            kv_dtype=self.facts.kv_dtype,
-            num_threads=self.options.num_threads,
-        )
-        scheduler = FlashInferScheduler(config, costs)
-        lag = _default_lag(self.facts) if self.options.schedule_lag is None else self.options.schedule_lag
-        if recorder is not None:
-            begin_recording(recorder, self.options, checkpoint.name, self.facts)
-        self._engine = Engine(scheduler, runner, self.tokenizer, lag=lag, recorder=recorder)
-        self._intake = Intake(
-            self.tokenizer,
-            vocab_size=self.facts.model.vocab_size,
-            max_model_len=self.facts.max_model_len,
-            ending_token_ids=self.facts.model.ending_token_ids,
-            seed=self.options.seed,
-        )
+            parts = assemble(model, self.options, on_capture=on_capture)
+        self.tokenizer, self.facts = parts.tokenizer, parts.facts
+        self.model_name, self.cost_source = parts.model_name, parts.cost_source
+        self._engine, self._input, self._resources = parts.engine, parts.input_processor, parts.resources
         self._lock = threading.RLock()
         self._closed = False
 
@@ -119,7 +84,7 @@ class LLM:
             RequestError: prompts or parameters that cannot be served
             GenerationError: a request ended early; the others were finished, see its `outputs`
         """
-        readers = [partial(self._intake.read_prompt, prompt) for prompt in _as_many(prompts)]
+        readers = [partial(self._input.read_prompt, prompt) for prompt in _as_many(prompts)]
         return self._serve(readers, params, priority, on_error, progress)
 
     def chat(
@@ -132,7 +97,7 @@ class LLM:
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, each a list of {"role": ..., "content": ...}; otherwise as `generate`."""
-        readers = [partial(self._intake.read_chat, conversation) for conversation in _as_conversations(messages)]
+        readers = [partial(self._input.read_chat, conversation) for conversation in _as_conversations(messages)]
         return self._serve(readers, params, priority, on_error, progress)
 
     def stream(
@@ -142,13 +107,13 @@ class LLM:
         with self._lock:
             self._check_open()
             params = params or SamplingParams()
-            self._intake.check_params(params)
+            self._input.check_params(params)
             is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
             if is_chat:
-                read = self._intake.read_chat(cast(Messages, prompt))
+                read = self._input.read_chat(cast(Messages, prompt))
             else:
-                read = self._intake.read_prompt(cast(Prompt, prompt))
-            return TokenStream(self, self._engine.add(self._intake.request(read, params, priority), read.text))
+                read = self._input.read_prompt(cast(Prompt, prompt))
+            return TokenStream(self, self._engine.add(self._input.request(read, params, priority), read.text))
 
     def _serve(
         self,
@@ -168,7 +133,7 @@ class LLM:
             states = [
                 prompt
                 if isinstance(prompt, RequestError)
-                else self._engine.add(self._intake.request(prompt, p, rank), prompt.text)
+                else self._engine.add(self._input.request(prompt, p, rank), prompt.text)
                 for prompt, p, rank in zip(prompts, all_params, priorities, strict=True)
             ]
             self._run([state for state in states if isinstance(state, RequestState)], progress)
@@ -183,7 +148,7 @@ class LLM:
         read: list[ReadPrompt | RequestError] = []
         for reader, params in zip(readers, all_params, strict=True):
             try:
-                self._intake.check_params(params)
+                self._input.check_params(params)
                 read.append(reader())
             except RequestError as error:
                 read.append(error)
@@ -215,7 +180,7 @@ class LLM:
             counts.update(asdict(scheduler.page_counts))
             counts["running_sequences"] = scheduler.num_running
             counts["waiting_sequences"] = scheduler.num_waiting
-            return counts if self._graph_counters is None else {**counts, **self._graph_counters.as_dict()}
+            return {**counts, **self._engine.executor.counters()}
 
     def plan_report(self) -> dict[str, Any]:
         """What the last step shared, and how many steps shared nothing for which reason.
@@ -224,7 +189,7 @@ class LLM:
             {"last_step": the fields of `CascadeReport`, None before the first step, "unshared_steps": {reason: steps}}
         """
         with self._lock:
-            return self._engine.cascade_log.as_dict()
+            return self._engine.scheduler.counters.sharing()
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix that no running request holds."""
@@ -237,7 +202,8 @@ class LLM:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._engine.close()
+                with self._resources:
+                    self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -328,10 +294,6 @@ class TokenStream:
 
     def __del__(self) -> None:
         self.close()
-
-
-def _default_lag(facts: RunnerFacts) -> int:
-    return 1 if facts.device.type == "cuda" else 0
 
 
 def _as_many(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

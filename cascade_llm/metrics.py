@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from cascade_llm.plan import CascadeReport
 
-__all__ = ["CascadeLog", "PageCounts", "SchedulerCounters"]
+__all__ = ["PageCounts", "SchedulerCounters"]
 
 
 @dataclass(slots=True)
@@ -36,6 +36,10 @@ class SchedulerCounters:
     """What one-level plans of the same steps would have read beside."""
     grouped_rows: int = 0
     shared_groups: int = 0
+    last_report: CascadeReport | None = None
+    """Of the step planned last."""
+    unshared_steps: Counter[str] = field(default_factory=Counter)
+    """Steps by the reason why they shared nothing; the reasons are few."""
 
     def count_step(self, report: CascadeReport) -> None:
         """Add one planned step."""
@@ -45,33 +49,22 @@ class SchedulerCounters:
         self.kv_tokens_saved += report.kv_tokens_saved
         self.grouped_rows += report.grouped_rows
         self.shared_groups += report.num_groups
-
-    def as_dict(self, kv_bytes_per_token: int) -> dict[str, int]:
-        """All counters, K/V in bytes over all layers."""
-        counts = asdict(self)
-        counts["kv_bytes_read"] = counts.pop("kv_tokens_read") * kv_bytes_per_token
-        counts["kv_bytes_saved"] = counts.pop("kv_tokens_saved") * kv_bytes_per_token
-        return counts
-
-
-@dataclass(slots=True)
-class CascadeLog:
-    """The last step's report, and why steps shared nothing; the reasons are few, so the log is bounded."""
-
-    last: CascadeReport | None = None
-    unshared_steps: Counter[str] = field(default_factory=Counter)
-    """Steps by the reason why they shared nothing."""
-
-    def note(self, report: CascadeReport) -> None:
-        """Add one planned step."""
-        self.last = report
+        self.last_report = report
         if report.reason is not None:
             self.unshared_steps[report.reason] += 1
 
-    def as_dict(self) -> dict[str, Any]:
+    def sharing(self) -> dict[str, Any]:
         """{"last_step": report or None, "unshared_steps": {reason: steps}}, the commonest reason first."""
-        last = None if self.last is None else {**asdict(self.last), "kv_tokens_saved": self.last.kv_tokens_saved}
+        report = self.last_report
+        last = None if report is None else {**asdict(report), "kv_tokens_saved": report.kv_tokens_saved}
         return {"last_step": last, "unshared_steps": dict(self.unshared_steps.most_common())}
+
+    def as_dict(self, kv_bytes_per_token: int) -> dict[str, int]:
+        """All counters, K/V in bytes over all layers."""
+        counts = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
+        counts["kv_bytes_read"] = counts.pop("kv_tokens_read") * kv_bytes_per_token
+        counts["kv_bytes_saved"] = counts.pop("kv_tokens_saved") * kv_bytes_per_token
+        return counts
 
 
 @dataclass(frozen=True, slots=True)

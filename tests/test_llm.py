@@ -360,7 +360,7 @@ def test_a_step_that_raises_ends_its_requests_and_no_other(
     tiny: Path, lag: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tiny_llm(tiny, schedule_lag=lag, max_num_seqs=2) as llm:
-        runner = llm._engine.runner
+        runner = llm._engine.executor.runner
         original, calls = type(runner).submit, []
 
         def submit(self: Any, plan: Any) -> Any:
@@ -380,7 +380,7 @@ def test_a_step_that_raises_ends_its_requests_and_no_other(
 
 def test_an_interruption_leaves_a_clean_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tiny_llm(tiny) as llm:
-        runner = llm._engine.runner
+        runner = llm._engine.executor.runner
         original, calls = type(runner).submit, []
 
         def submit(self: Any, plan: Any) -> Any:

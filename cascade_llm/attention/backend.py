@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from cascade_llm.config import ModelConfig
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
 from cascade_llm.plan import CascadePlan
 
@@ -33,6 +34,22 @@ class AttentionSpec:
     device: torch.device
     kv_dtype: torch.dtype | None = None
     """Of the pages, where it is not `dtype`."""
+
+    @classmethod
+    def for_model(
+        cls, model: ModelConfig, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
+    ) -> AttentionSpec:
+        """The attention of a model that computes in `dtype` on `device`."""
+        return cls(
+            num_layers=model.num_layers,
+            num_qo_heads=model.num_qo_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            sm_scale=model.sm_scale,
+            dtype=dtype,
+            device=device,
+            kv_dtype=kv_dtype,
+        )
 
     @property
     def page_dtype(self) -> torch.dtype:

@@ -187,7 +187,7 @@ def measure_tree(
         device=device,
     )
     choice = select_backend(backend, spec)
-    costs, source = choose_cost_model(spec, choice.name, kv_dtype=dtype, num_threads=num_threads)
+    costs, source = choose_cost_model(spec, choice.name, num_threads=num_threads)
     chosen, planning_s = tree_plan(tree, costs, CascadeConfig())
     single, _ = tree_plan(tree, costs, CascadeConfig(enabled=False))
     with torch.inference_mode(), thread_limit(num_threads):

@@ -238,7 +238,7 @@ def calibrate(
         measured += [(plan_work(plans[depths]), seconds) for depths, seconds in times.items()]
     _, start = table_costs(spec.device)
     start = replace(start, llc_bytes=last_level_cache_bytes(spec.device) // 2)
-    model = fit_costs(CostModel(attention_shape(spec, spec.dtype), start), measured)
+    model = fit_costs(CostModel(attention_shape(spec), start), measured)
     errors = [abs(model.plan_s(work) / seconds - 1) for work, seconds in measured]
     return Calibration(
         key=calibration_key(spec, backend_name),

@@ -15,6 +15,7 @@ from cascade_llm.attention.backend import PreparedAttention
 from cascade_llm.llm import LLM
 from cascade_llm.plan import CascadePlan, StepPlan
 from cascade_llm.weights.linear import Linear
+from cascade_llm.worker.executor import LocalExecutor
 
 __all__ = ["STEP_PARTS", "StepClock", "recorded_plans", "timed_parts"]
 
@@ -93,7 +94,8 @@ def timed_parts(llm: LLM) -> Iterator[StepClock]:
     The clock itself costs about a microsecond a lap, some twenty laps a layer.
     """
     clock, engine = StepClock(), llm.engine
-    runner, scheduler = engine.runner, engine.scheduler
+    assert isinstance(engine.executor, LocalExecutor)
+    runner, scheduler = engine.executor.runner, engine.scheduler
     step, submit = engine.step, runner.submit
 
     def timed_step() -> Any:

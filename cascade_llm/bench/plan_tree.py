@@ -16,7 +16,7 @@ from cascade_llm.attention.select import select_backend
 from cascade_llm.config import CascadeConfig, EngineOptions, ModelConfig, SchedulerConfig
 from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_kv_dtype
 from cascade_llm.engine.cost_setup import attention_shape, choose_cost_model
-from cascade_llm.engine.intake import Intake, Prompt
+from cascade_llm.engine.input_processor import InputProcessor, Prompt
 from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
 from cascade_llm.errors import ConfigError, PromptError, RequestError, nearest_name_hint
 from cascade_llm.loader.resolve import open_checkpoint
@@ -133,14 +133,14 @@ def plan_prompts(
     checkpoint = open_checkpoint(model, load_format=options.load_format)
     config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-    intake = Intake(
+    processor = InputProcessor(
         tokenizer,
         vocab_size=config.vocab_size,
         max_model_len=_max_model_len(config, options),
         ending_token_ids=config.ending_token_ids,
         seed=options.seed,
     )
-    return plan_tree(_read_all(intake, prompts), config, options, tokenizer=tokenizer, costs=costs)
+    return plan_tree(_read_all(processor, prompts), config, options, tokenizer=tokenizer, costs=costs)
 
 
 def plan_tree(
@@ -197,17 +197,17 @@ def _cost_model(spec: AttentionSpec, options: EngineOptions, device: str | None)
     """The named device's, or the engine's own choice on this machine; and where its constants come from."""
     if device is None:
         backend = select_backend(options.attention_backend, spec).name
-        return choose_cost_model(spec, backend, kv_dtype=spec.page_dtype, num_threads=options.num_threads)
+        return choose_cost_model(spec, backend, num_threads=options.num_threads)
     if device not in DEVICE_COSTS:
         raise ConfigError(f"no cost model for the device {device!r}: {nearest_name_hint(device, DEVICE_COSTS)}")
-    return CostModel(attention_shape(spec, spec.page_dtype), DEVICE_COSTS[device]), f"table entry {device!r}, as asked"
+    return CostModel(attention_shape(spec), DEVICE_COSTS[device]), f"table entry {device!r}, as asked"
 
 
 def _max_model_len(config: ModelConfig, options: EngineOptions) -> int:
     return min(options.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
 
 
-def _read_all(intake: Intake, prompts: Sequence[Prompt | Messages]) -> list[list[int]]:
+def _read_all(processor: InputProcessor, prompts: Sequence[Prompt | Messages]) -> list[list[int]]:
     """Token ids of all prompts, or one error that names every bad one."""
     read: list[list[int]] = []
     bad: list[str] = []
@@ -215,9 +215,9 @@ def _read_all(intake: Intake, prompts: Sequence[Prompt | Messages]) -> list[list
         is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         try:
             if is_chat:
-                read.append(intake.read_chat(cast(Messages, prompt)).token_ids)
+                read.append(processor.read_chat(cast(Messages, prompt)).token_ids)
             else:
-                read.append(intake.read_prompt(cast(Prompt, prompt)).token_ids)
+                read.append(processor.read_prompt(cast(Prompt, prompt)).token_ids)
         except RequestError as error:
             bad.append(f"prompt {index}: {error}")
     if bad:

@@ -77,7 +77,7 @@ def calibrate(
     total = (len(FIT_CASES) if fit else 0) + (len(held_out) if check else 0)
     calibration = report = None
     with thread_limit(options.num_threads), run_bar(total) as on_case:
-        cost_model, source = choose_cost_model(spec, choice.name, kv_dtype=spec.dtype)
+        cost_model, source = choose_cost_model(spec, choice.name)
         if fit:
             calibration = measure(
                 spec,
@@ -88,7 +88,7 @@ def calibrate(
                 measure_s=seconds,
                 on_case=on_case,
             )
-            cost_model, source = CostModel(attention_shape(spec, spec.dtype), calibration.costs), "measured now"
+            cost_model, source = CostModel(attention_shape(spec), calibration.costs), "measured now"
             if keep:
                 write_calibration(calibration_path(), calibration)
         if check:

@@ -28,12 +28,10 @@ __all__ = [
 ]
 
 
-def choose_cost_model(
-    spec: AttentionSpec, backend: str, *, kv_dtype: torch.dtype, num_threads: int | None = None
-) -> tuple[CostModel, str]:
+def choose_cost_model(spec: AttentionSpec, backend: str, *, num_threads: int | None = None) -> tuple[CostModel, str]:
     """The cost model for attention of this kind on this machine, and where its constants come from."""
     calibration, found = read_calibration(calibration_path(), calibration_key(spec, backend, num_threads))
-    shape = attention_shape(spec, kv_dtype)
+    shape = attention_shape(spec)
     if calibration is not None:
         return CostModel(shape, calibration.costs), found
     name, costs = table_costs(spec.device)
@@ -80,13 +78,13 @@ def calibration_key(spec: AttentionSpec, backend: str, num_threads: int | None =
     )
 
 
-def attention_shape(spec: AttentionSpec, kv_dtype: torch.dtype) -> AttentionShape:
+def attention_shape(spec: AttentionSpec) -> AttentionShape:
     """One layer, as the cost model takes it."""
     return AttentionShape(
         num_qo_heads=spec.num_qo_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        kv_dtype_bytes=kv_dtype.itemsize,
+        kv_dtype_bytes=spec.page_dtype.itemsize,
     )
 
 

@@ -1,43 +1,74 @@
 """The loop: plan, execute, commit, emit.
 
 With a lag of 0 a step's result is committed before the next step is planned. With a lag of 1 the host plans step n + 1
-while the device runs step n; its tokens are not known then, only their places.
+while the device runs step n; its tokens are not known then, only their positions.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from cascade_llm.engine.request_state import RequestState
+from cascade_llm.engine.requests import RequestState
 from cascade_llm.engine.tokenizer import Tokenizer
 from cascade_llm.errors import GenerationError
-from cascade_llm.metrics import CascadeLog
-from cascade_llm.plan import StepResult
-from cascade_llm.plan_file.writer import PlanFileWriter
+from cascade_llm.plan import StepPlan, StepResult
 from cascade_llm.scheduler.scheduler import FlashInferScheduler, SequenceUpdate
 from cascade_llm.scheduler.sequence import Request
-from cascade_llm.worker.model_runner import ModelRunner, PendingStep
+from cascade_llm.worker.executor import Executor, PendingStep
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "StepEvent", "StepObserver"]
+
+
+class StepEvent(NamedTuple):
+    """What an observer is told of a step: once when it is planned, and once when its result is committed."""
+
+    plan: StepPlan
+    result: StepResult | None = None
+    """None when the step has only been planned."""
+    schedule_s: float = 0.0
+    """Host time that planning took."""
+    submit_s: float = 0.0
+    """Host time until the executor had the step; on the CPU the step runs meanwhile."""
+    wait_s: float = 0.0
+    """Host time that the result was waited for."""
+    commit_s: float = 0.0
+    """Host time that the scheduler took for the result, and the text for its tokens."""
+
+
+StepObserver = Callable[[StepEvent], None]
+"""Called in the loop, between steps: it must be quick, and must not call the engine."""
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A step in flight, and the host time that it has taken so far."""
+
+    step: PendingStep
+    schedule_s: float
+    submit_s: float = 0.0
 
 
 class Engine:
-    """One scheduler and one runner, and the states of the requests that are on their way."""
+    """One scheduler and one executor, and the states of the requests that are on their way."""
 
     def __init__(
         self,
         scheduler: FlashInferScheduler,
-        runner: ModelRunner,
+        executor: Executor,
         tokenizer: Tokenizer | None,
         *,
         lag: int,
-        recorder: PlanFileWriter | None = None,
+        on_step: Iterable[StepObserver] = (),
     ) -> None:
-        """`lag`: steps that may be planned beyond the last committed one; `recorder` is closed with the engine."""
-        self.scheduler, self.runner = scheduler, runner
-        self.cascade_log = CascadeLog()
-        self._tokenizer, self._lag, self._recorder = tokenizer, lag, recorder
-        self._pending: deque[PendingStep] = deque()
+        """`lag`: steps that may be planned beyond the last committed one; `on_step`: who is told of each step."""
+        self.scheduler, self.executor = scheduler, executor
+        self.on_step = list(on_step)
+        self._tokenizer, self._lag = tokenizer, lag
+        self._in_flight: deque[_InFlight] = deque()
         self._states: dict[str, RequestState] = {}
 
     @property
@@ -60,13 +91,11 @@ class Engine:
             state.end("abort")
 
     def close(self) -> None:
-        """End every request, and let go of the runner with its weights and pages."""
+        """End every request, and let go of the executor with its weights and pages."""
         for request_id in list(self._states):
             self.abort(request_id)
-        self._pending.clear()
-        if self._recorder is not None:
-            self._recorder.close()
-        del self.runner
+        self._in_flight.clear()
+        self.executor.close()
 
     def step(self) -> list[RequestState]:
         """Plan a step and commit the oldest that is due; returns the requests that changed.
@@ -74,35 +103,56 @@ class Engine:
         A step that raises ends the requests in it with a `GenerationError`; the others go on.
         """
         try:
-            plan = self.scheduler.schedule()
-            if plan is not None:
-                self.cascade_log.note(plan.report)
-                self._pending.append(PendingStep(plan, _not_submitted))
-                if self._recorder is not None:
-                    self._recorder.write_step(plan)
-                self._pending[-1] = self.runner.submit(plan)
-                if len(self._pending) <= self._lag:
-                    return []
-            if not self._pending:
+            if self._plan_next() and len(self._in_flight) <= self._lag:
                 return []
-            oldest = self._pending[0]
-            result = oldest.result()
+            if not self._in_flight:
+                return []
+            oldest, started = self._in_flight[0], time.perf_counter()
+            result = oldest.step.result()
         except BaseException as error:
             changed = self._fail(error)
             if not isinstance(error, Exception):
                 raise
             return changed
-        self._pending.popleft()
-        if self._recorder is not None:
-            self._recorder.write_result(result)
-        return self._emit(self.scheduler.commit(oldest.plan, result), result)
+        return self._commit(oldest, result, started)
+
+    def _plan_next(self) -> bool:
+        """Plan a step and hand it to the executor; False where none can be planned now."""
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return False
+        planned = time.perf_counter()
+        step = _InFlight(PendingStep(plan, _not_submitted), planned - started)
+        self._in_flight.append(step)
+        self._tell(StepEvent(plan, schedule_s=step.schedule_s))
+        submitted = time.perf_counter()
+        step.step = self.executor.submit(plan)
+        step.submit_s = time.perf_counter() - submitted
+        return True
+
+    def _commit(self, oldest: _InFlight, result: StepResult, wait_started: float) -> list[RequestState]:
+        """Take in a result, hand out what it brings, and tell the observers."""
+        waited, plan = time.perf_counter(), oldest.step.plan
+        self._in_flight.popleft()
+        changed = self._emit(self.scheduler.commit(plan, result), result)
+        if self.on_step:
+            commit_s = time.perf_counter() - waited
+            self._tell(
+                StepEvent(plan, result, oldest.schedule_s, oldest.submit_s, waited - wait_started, commit_s),
+            )
+        return changed
+
+    def _tell(self, event: StepEvent) -> None:
+        for observer in self.on_step:
+            observer(event)
 
     def _fail(self, error: BaseException) -> list[RequestState]:
         """End what the steps in flight were for; without one in flight the scheduler itself is at fault."""
-        if not self._pending:
+        if not self._in_flight:
             raise error
-        plan = self._pending[0].plan
-        self._pending.clear()
+        plan = self._in_flight[0].step.plan
+        self._in_flight.clear()
         updates = self.scheduler.fail(plan)
         reason = GenerationError(f"the step failed: {type(error).__name__}: {error}")
         reason.__cause__ = error

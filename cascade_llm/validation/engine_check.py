@@ -22,8 +22,8 @@ import torch
 from cascade_llm.config import CascadeConfig
 from cascade_llm.validation.report import Check, Progress
 from cascade_llm.validation.teacher_forcing import ForcedReader, ForcedText, Reading
-from cascade_llm.worker.build import RunnerFacts
 from cascade_llm.worker.model_runner import ModelRunner
+from cascade_llm.worker.worker import WorkerFacts
 
 __all__ = ["BATCH", "EngineLoad", "check_engine"]
 
@@ -90,7 +90,7 @@ ALWAYS_ALLOWED = {
 
 def check_engine(
     runner: ModelRunner,
-    facts: RunnerFacts,
+    facts: WorkerFacts,
     token_ids: Sequence[int],
     load: EngineLoad,
     *,

@@ -27,8 +27,8 @@ from cascade_llm.plan_file.reader import PlanFileReader, RecordedStep
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.validation.replay import truncation_check
 from cascade_llm.validation.report import Check, Progress
-from cascade_llm.worker.build import build_runner
 from cascade_llm.worker.model_runner import ModelRunner
+from cascade_llm.worker.worker import build_worker
 
 __all__ = ["NEAR_TIES", "replay_engine"]
 
@@ -87,7 +87,7 @@ def replay_engine(
         kv_dtype = resolve_kv_dtype(header.kv_cache_dtype, dtype)
         progress(f"loading {checkpoint.name}", 0, 0)
         bytes_per_token = config.kv_bytes_per_token(kv_dtype.itemsize)
-        runner, facts = build_runner(_options(options, header, bytes_per_token), checkpoint)
+        runner, facts = build_worker(_options(options, header, bytes_per_token), checkpoint)
         replay, num_steps = _Replay(runner), 0
         for step in islice(reader, max_steps):
             progress(f"{reader.path.name}, line {step.line}", num_steps, 0)
@@ -123,7 +123,7 @@ class _Replay:
     def step(self, step: RecordedStep) -> None:
         """Run one step and compare what it samples."""
         plan = self._with_recorded_inputs(step.plan)
-        result = self._runner.submit(plan).result()
+        result = self._runner.submit(plan)()
         self._plainly_greedy.update((start.lane, _is_plainly_greedy(start.params)) for start in plan.lane_starts)
         if step.token_ids is None:  # the step failed, or the recording ends before its result
             return

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from cascade_llm.config import CascadeConfig, SchedulerConfig
+from cascade_llm.config import CascadeConfig
+from cascade_llm.engine.assembly import build_scheduler
 from cascade_llm.metrics import SchedulerCounters
 from cascade_llm.plan import StepPlan, StepResult
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.cascade.choice import TokensRead
-from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request
-from cascade_llm.worker.build import RunnerFacts
 from cascade_llm.worker.model_runner import ModelRunner
+from cascade_llm.worker.worker import WorkerFacts
 
 __all__ = ["ForcedReader", "ForcedText", "Reading"]
 
@@ -48,20 +48,19 @@ class ForcedReader:
     """A scheduler over a runner; texts that are read twice are found in its prefix cache the second time."""
 
     def __init__(
-        self, runner: ModelRunner, facts: RunnerFacts, *, page_size: int, max_num_seqs: int, share: CascadeConfig | None
+        self, runner: ModelRunner, facts: WorkerFacts, *, page_size: int, max_num_seqs: int, share: CascadeConfig | None
     ) -> None:
         """share: None stores and reads every sequence by itself; else prefixes are stored once, and read as it says."""
         self._runner, self._page_size = runner, page_size
-        config = SchedulerConfig(
+        self._scheduler = build_scheduler(
+            facts,
+            TokensRead(),
             page_size=page_size,
-            total_pages=facts.total_pages,
-            max_model_len=facts.max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max(1024, max_num_seqs),
             enable_prefix_caching=share is not None,
             cascade=share or CascadeConfig(enabled=False),
         )
-        self._scheduler = FlashInferScheduler(config, TokensRead())
         self._num_read = 0
 
     @property

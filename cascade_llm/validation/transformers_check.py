@@ -11,20 +11,20 @@ from collections.abc import Sequence
 
 import torch
 
-from cascade_llm.config import SchedulerConfig
+from cascade_llm.engine.assembly import build_scheduler
 from cascade_llm.engine.engine import Engine
 from cascade_llm.errors import UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.outputs import TokenLogprob
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.cascade.choice import TokensRead
-from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request
 from cascade_llm.validation.attention_error import largest_difference
 from cascade_llm.validation.report import Check, Progress
 from cascade_llm.validation.transformers_model import TransformersModel
-from cascade_llm.worker.build import RunnerFacts
+from cascade_llm.worker.executor import LocalExecutor
 from cascade_llm.worker.model_runner import ModelRunner
+from cascade_llm.worker.worker import WorkerFacts
 
 __all__ = ["check_transformers"]
 
@@ -42,7 +42,7 @@ DTYPE_ALLOWANCE = 2.0
 
 def check_transformers(
     runner: ModelRunner,
-    facts: RunnerFacts,
+    facts: WorkerFacts,
     checkpoint: Checkpoint,
     prompts: Sequence[Sequence[int]],
     *,
@@ -79,18 +79,14 @@ def check_transformers(
 
 
 def _continue_greedily(
-    runner: ModelRunner, facts: RunnerFacts, prompts: Sequence[Sequence[int]], page_size: int, num_new: int
+    runner: ModelRunner, facts: WorkerFacts, prompts: Sequence[Sequence[int]], page_size: int, num_new: int
 ) -> list[Report]:
     """What the whole engine chose and reported for each prompt, the prompts being one batch."""
-    config = SchedulerConfig(
-        page_size=page_size,
-        total_pages=facts.total_pages,
-        max_model_len=facts.max_model_len,
-        max_num_seqs=len(prompts),
-        max_num_batched_tokens=1024,
+    scheduler = build_scheduler(
+        facts, TokensRead(), page_size=page_size, max_num_seqs=len(prompts), max_num_batched_tokens=1024
     )
     params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True, logprobs=NUM_COMPARED)
-    engine = Engine(FlashInferScheduler(config, TokensRead()), runner, None, lag=0)
+    engine = Engine(scheduler, LocalExecutor(runner, facts), None, lag=0)
     states = [
         engine.add(Request(request_id=str(index), prompt_token_ids=list(prompt), params=params, seed=0))
         for index, prompt in enumerate(prompts)
@@ -133,7 +129,7 @@ def _check_logprobs(
     places: slice,
     own_error: float,
     tolerance: float,
-    facts: RunnerFacts,
+    facts: WorkerFacts,
 ) -> Check:
     error = _largest_difference([each[places] for each in found], [each[places] for each in wanted])
     rounding = f"transformers in {_name(facts.dtype)} is off by {own_error:.2g}"

@@ -25,7 +25,7 @@ from cascade_llm.validation.options import OPTIONS
 from cascade_llm.validation.report import Check, Progress, Section, ValidationReport
 from cascade_llm.validation.text import text_token_ids
 from cascade_llm.validation.transformers_check import check_transformers
-from cascade_llm.worker.build import RunnerFacts, build_runner
+from cascade_llm.worker.worker import WorkerFacts, build_worker
 
 __all__ = ["FULL", "QUICK", "Effort", "validate"]
 
@@ -79,7 +79,7 @@ def validate(
     engine_options = _engine_options(options, config, effort)
     device = resolve_device(engine_options.device)
     progress(f"loading {checkpoint.name}", 0, 1)
-    runner, facts = build_runner(engine_options, checkpoint)  # first: what cannot be served is known at once
+    runner, facts = build_worker(engine_options, checkpoint)  # first: what cannot be served is known at once
     sections: list[Section] = []
 
     def add(title: str, make: Callable[[], list[Check]]) -> None:
@@ -145,7 +145,7 @@ def _engine_options(options: Mapping[str, Any], config: ModelConfig, effort: Eff
     )
 
 
-def _subject(checkpoint: Checkpoint, facts: RunnerFacts, options: EngineOptions, seed: int) -> dict[str, Any]:
+def _subject(checkpoint: Checkpoint, facts: WorkerFacts, options: EngineOptions, seed: int) -> dict[str, Any]:
     cascade: CascadeConfig = options.cascade
     return {
         "cascade_llm": __version__,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -22,18 +21,9 @@ from cascade_llm.sampling.sampler import Sampler
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.step_attention import StepAttention
 
-__all__ = ["ModelRunner", "PendingStep"]
+__all__ = ["ModelRunner"]
 
 LOGPROB_ROWS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class PendingStep:
-    """A step that was handed to the device."""
-
-    plan: StepPlan
-    result: Callable[[], StepResult]
-    """Waits for the device, once."""
 
 
 class ModelRunner:
@@ -62,8 +52,8 @@ class ModelRunner:
         self._sampler = Sampler(lanes, compiled=stream is None)  # a kernel of the host's would not wait for a stream
         self._num_threads, self._debug = num_threads, debug
 
-    def submit(self, plan: StepPlan) -> PendingStep:
-        """Start a step. Its result is there when `result()` returns; steps run in the order of submission."""
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Start a step; returns what waits for its result, once. Steps run in the order of submission."""
         if self._debug:
             plan.check()
         with self._running():
@@ -73,8 +63,8 @@ class ModelRunner:
                 self.graphs.note_starts(plan)
                 result = self.graphs.submit(plan)
                 if result is not None:
-                    return PendingStep(plan, result)
-            return PendingStep(plan, self._run(plan))
+                    return result
+            return self._run(plan)
 
     def logits(self, plan: StepPlan, rows: IntColumn) -> torch.Tensor:
         """Run a step without sampling and return the logits of `rows`, [len(rows), vocab]; for validation."""

@@ -15,6 +15,8 @@ from unittest.mock import patch
 from cascade_llm import LLM, SamplingParams
 from cascade_llm.attention.flashinfer.table import ChunkRule, KernelTable
 from cascade_llm.worker import graph_shapes
+from cascade_llm.worker.cuda_graphs import CudaGraphs
+from cascade_llm.worker.executor import LocalExecutor
 from scripts.gpu_suite.machine import Machine
 from scripts.gpu_suite.rates import decode_floor_s
 from scripts.gpu_suite.shapes import PAGE_SIZE, ModelShape, Sizes
@@ -136,7 +138,7 @@ def _decode_step(machine: Machine, llm: LLM, sizes: Sizes, batch: int, prefix: i
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     many = SamplingParams(temperature=0, max_tokens=1 + sizes.decode_steps, ignore_eos=True)
     llm.generate(prompts, one)  # the prompts are cached from here on
-    graphs = llm._engine.runner.graphs
+    graphs = _graphs(llm)
     before, eager_before = llm.stats(), Counter(graphs.counters.eager_steps) if graphs else Counter[str]()
     prefill_s, decode_s = _seconds(machine, llm, prompts, one), _seconds(machine, llm, prompts, many)
     after = llm.stats()
@@ -198,7 +200,7 @@ def _run_load(
         started = time.perf_counter()
         outputs = llm.generate(prompts, params)
         seconds = time.perf_counter() - started
-        counters = llm._engine.runner.graphs.counters if llm._engine.runner.graphs else None
+        counters = graphs.counters if (graphs := _graphs(llm)) else None
     out_tokens = sum(len(output["token_ids"]) for output in outputs)
     return {
         "out_tokens": out_tokens,
@@ -208,3 +210,9 @@ def _run_load(
         "eager_steps": dict(counters.eager_steps) if counters else None,
         "eagerly_sampled_steps": dict(counters.eagerly_sampled_steps) if counters else None,
     }
+
+
+def _graphs(llm: LLM) -> CudaGraphs | None:
+    """The captured graphs of an engine."""
+    assert isinstance(llm.engine.executor, LocalExecutor)
+    return llm.engine.executor.runner.graphs

@@ -13,11 +13,11 @@ from unittest.mock import patch
 
 import torch
 
-import cascade_llm.llm
+import cascade_llm.engine.assembly
 from cascade_llm import LLM
 from cascade_llm.attention.flashinfer.backend import GpuPlatform
 from cascade_llm.attention.flashinfer.table import KernelTable
-from cascade_llm.worker.build import build_runner
+from cascade_llm.worker.worker import build_worker
 
 __all__ = ["CudaMachine", "Machine"]
 
@@ -93,7 +93,9 @@ class CudaMachine(Machine):
     ) -> LLM:
         """See `Machine`."""
         platform = replace(self.platform(), **choices) if choices else None
-        with patch.object(cascade_llm.llm, "build_runner", partial(build_runner, platform=platform, kernels=kernels)):
+        with patch.object(
+            cascade_llm.engine.assembly, "build_worker", partial(build_worker, platform=platform, kernels=kernels)
+        ):
             return LLM(config, load_format="dummy", device="cuda", dtype="bfloat16", **options)
 
     def synchronize(self) -> None:

@@ -86,10 +86,18 @@ def test_the_clock_covers_the_step_and_leaves_the_engine_as_it_was(tiny: Path) -
     prompts = [[*range(3, 30), 40 + i] for i in range(3)]
     with tiny_llm(tiny) as llm:
         expected = [output["token_ids"] for output in llm.generate(prompts, params)]
-        before = dict(vars(llm.engine)), dict(vars(llm.engine.runner)), dict(vars(llm.engine.runner.decoder))
+        before = (
+            dict(vars(llm.engine)),
+            dict(vars(llm.engine.executor.runner)),
+            dict(vars(llm.engine.executor.runner.decoder)),
+        )
         with timed_parts(llm) as clock:
             outputs = llm.generate(prompts, params)
-        after = dict(vars(llm.engine)), dict(vars(llm.engine.runner)), dict(vars(llm.engine.runner.decoder))
+        after = (
+            dict(vars(llm.engine)),
+            dict(vars(llm.engine.executor.runner)),
+            dict(vars(llm.engine.executor.runner.decoder)),
+        )
     assert [output["token_ids"] for output in outputs] == expected
     assert [parts.keys() for parts in before] == [parts.keys() for parts in after]
     assert after[2]["lm_head"] is before[2]["lm_head"]

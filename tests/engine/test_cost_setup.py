@@ -47,13 +47,13 @@ def keep(costs: DeviceCosts, spec: AttentionSpec, backend: str) -> None:
 
 
 def test_the_table_serves_until_something_was_measured(folder: Path) -> None:
-    model, source = cost_setup.choose_cost_model(SPEC, "torch", kv_dtype=torch.float32)
+    model, source = cost_setup.choose_cost_model(SPEC, "torch")
     assert model.costs == DEVICE_COSTS["cpu"]
     assert model.shape.kv_bytes_per_token == 2 * 2 * 16 * 4
     assert source == "table entry 'cpu'; not calibrated on this machine (cascade-llm bench calibrate)"
     costs = replace(DEVICE_COSTS["cpu"], level_s=0.25)
     keep(costs, SPEC, "torch")
-    model, source = cost_setup.choose_cost_model(SPEC, "torch", kv_dtype=torch.float32)
+    model, source = cost_setup.choose_cost_model(SPEC, "torch")
     assert model.costs == costs
     assert source == "measured here at 2026-11-20, median error 5%"
     for spec, backend, threads in (
@@ -61,14 +61,14 @@ def test_the_table_serves_until_something_was_measured(folder: Path) -> None:
         (replace(SPEC, head_dim=32), "torch", None),
         (SPEC, "torch", torch.get_num_threads() + 1),
     ):
-        model, source = cost_setup.choose_cost_model(spec, backend, kv_dtype=torch.float32, num_threads=threads)
+        model, source = cost_setup.choose_cost_model(spec, backend, num_threads=threads)
         assert model.costs == DEVICE_COSTS["cpu"]
         assert "calibrated for something else" in source
 
 
 def test_a_broken_file_does_not_stop_an_engine(folder: Path) -> None:
     cost_setup.calibration_path().write_text("{")
-    model, source = cost_setup.choose_cost_model(SPEC, "torch", kv_dtype=torch.float32)
+    model, source = cost_setup.choose_cost_model(SPEC, "torch")
     assert model.costs == DEVICE_COSTS["cpu"]
     assert "cannot be used" in source
     assert "cannot be used" in cost_setup.describe_calibrations()[0]
@@ -91,7 +91,7 @@ def test_an_engine_decides_by_what_was_measured(folder: Path, tmp_path_factory: 
     reasons = []
     for level_s in (0.0, 1e3):
         with LLM(model, attention_backend="torch", dtype="float32", kv_cache_bytes=1 << 22) as probe:
-            spec = probe.engine.runner.backend.spec
+            spec = probe.engine.executor.runner.backend.spec
         keep(replace(DEVICE_COSTS["cpu"], level_s=level_s, segment_s=0.0), spec, "torch")
         with LLM(model, attention_backend="torch", dtype="float32", kv_cache_bytes=1 << 22) as llm:
             assert llm.cost_source == "measured here at 2026-11-20, median error 5%"

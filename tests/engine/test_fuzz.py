@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cascade_llm import LLM, SamplingParams
-from cascade_llm.engine.request_state import RequestState
+from cascade_llm.engine.requests import RequestState
 from tests.engine.tiny_llm import assert_equal_outputs, random_forest, save_tiny, tiny_llm
 
 CONTEXT = 64
@@ -35,8 +35,8 @@ def drive(llm: LLM, rng: random.Random, num_requests: int) -> list[RequestState]
     idle = 0
     while len(states) < num_requests or engine.has_unfinished:
         if len(states) < num_requests and rng.random() < 0.5:
-            read = llm._intake.read_prompt(prompts[len(states)])
-            states.append(engine.add(llm._intake.request(read, random_params(rng), rng.choice([0, 0, 1]))))
+            read = llm._input.read_prompt(prompts[len(states)])
+            states.append(engine.add(llm._input.request(read, random_params(rng), rng.choice([0, 0, 1]))))
         if states and rng.random() < 0.02:
             engine.abort(rng.choice(states).request.request_id)
         before = scheduler.counters.steps

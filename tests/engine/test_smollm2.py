@@ -40,11 +40,11 @@ def reference() -> LlamaForCausalLM:
 def test_last_position_logits_are_within_a_thousandth(llm: LLM, reference: LlamaForCausalLM) -> None:
     engine = llm._engine
     for prompt in PROMPTS:
-        read = llm._intake.read_prompt(prompt)
-        state = engine.add(llm._intake.request(read, SamplingParams(max_tokens=1)))
+        read = llm._input.read_prompt(prompt)
+        state = engine.add(llm._input.request(read, SamplingParams(max_tokens=1)))
         plan = engine.scheduler.schedule()
         assert plan is not None
-        ours = engine.runner.logits(plan, plan.sample_rows)[0]
+        ours = engine.executor.runner.logits(plan, plan.sample_rows)[0]
         engine.scheduler.fail(plan)  # the step was run by hand: nothing of it is to be committed
         with torch.inference_mode():
             theirs = reference(torch.tensor([read.token_ids])).logits[0, -1]

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade_llm.engine.stop_strings import StopStrings
+from cascade_llm.engine.text import StopStrings
 
 
 def reference_cut(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import cascade_llm.llm
+import cascade_llm.engine.assembly
 from cascade_llm import LLM, SamplingParams
 from cascade_llm.attention.flashinfer.table import KernelTable
-from cascade_llm.worker.build import build_runner
 from cascade_llm.worker.cuda_graphs import CudaGraphs
+from cascade_llm.worker.worker import build_worker
 from tests.doubles.device import DoubleStream
 from tests.doubles.flashinfer import FlashInferDouble
 from tests.engine.tiny_llm import tiny_llm
@@ -40,8 +40,8 @@ def double_gpu(*, num_sm: int = 8, exact: bool = True) -> FlashInferDouble:
 @contextmanager
 def on_double(double: FlashInferDouble, kernels: KernelTable | None = None) -> Iterator[None]:
     """What is built inside takes the double for its GPU."""
-    built = partial(build_runner, platform=double.platform(), kernels=kernels)
-    with patch.object(cascade_llm.llm, "build_runner", built):
+    built = partial(build_worker, platform=double.platform(), kernels=kernels)
+    with patch.object(cascade_llm.engine.assembly, "build_worker", built):
         yield
 
 
@@ -55,7 +55,7 @@ def gpu_llm(folder: Path, double: FlashInferDouble, kernels: KernelTable | None 
 
 def graphs_of(llm: LLM) -> CudaGraphs:
     """The captured graphs of an engine."""
-    graphs = llm._engine.runner.graphs
+    graphs = llm._engine.executor.runner.graphs
     assert graphs is not None
     return graphs
 

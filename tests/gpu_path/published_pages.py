@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cascade_llm import LLM
-from cascade_llm.plan import StepPlan
-from cascade_llm.worker.model_runner import PendingStep
+from cascade_llm.plan import StepPlan, StepResult
 from tests.doubles.flashinfer import FlashInferDouble
 from tests.doubles.planner import DoubleError
 
@@ -21,7 +20,7 @@ __all__ = ["watch_published_pages"]
 
 def watch_published_pages(llm: LLM, double: FlashInferDouble) -> None:
     """Watch an engine's prefix cache, and let the double check every append of every step against it."""
-    scheduler, runner = llm.engine.scheduler, llm.engine.runner
+    scheduler, runner = llm.engine.scheduler, llm.engine.executor.runner
     cache = scheduler._tables.cache
     published, new = set[int](), set[int]()
     schedule, submit, append = scheduler.schedule, runner.submit, cache.append
@@ -47,7 +46,7 @@ def watch_published_pages(llm: LLM, double: FlashInferDouble) -> None:
 
         return watched
 
-    def submit_watched(plan: StepPlan) -> PendingStep:
+    def submit_watched(plan: StepPlan) -> Callable[[], StepResult]:
         copied_to = published & {copy.target for copy in plan.page_copies}
         if copied_to:
             raise DoubleError(f"copies to published pages {sorted(copied_to)}")

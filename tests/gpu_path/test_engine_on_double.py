@@ -12,7 +12,7 @@ from cascade_llm import SamplingParams
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import CapacityError
 from cascade_llm.loader.resolve import open_checkpoint
-from cascade_llm.worker import build
+from cascade_llm.worker import worker
 from tests.engine.tiny_llm import assert_equal_outputs, random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 
@@ -153,7 +153,7 @@ def test_plans_are_made_rarely(tiny: Path) -> None:
 def test_the_capture_report_and_progress(tiny: Path) -> None:
     seen: list[tuple[int, int]] = []
     options = EngineOptions(dtype="float32", page_size=4, max_num_seqs=16, max_num_batched_tokens=64)
-    _, facts = build.build_runner(
+    _, facts = worker.build_worker(
         options, open_checkpoint(tiny), platform=double_gpu().platform(), on_capture=lambda *counts: seen.append(counts)
     )
     report = facts.capture
@@ -197,7 +197,7 @@ def test_graphs_that_do_not_fit_into_memory_are_left_out(
 
 def test_debug_does_without_graphs(tiny: Path) -> None:
     with gpu_llm(tiny, double_gpu(), debug=True) as llm:
-        assert llm._engine.runner.graphs is None
+        assert llm._engine.executor.runner.graphs is None
         assert llm.facts.capture is None
         assert len(llm.generate([[5, 6, 7]], GREEDY)[0]["token_ids"]) == 12
 
@@ -245,6 +245,6 @@ def test_memory_that_another_process_took_is_a_clear_error(tiny: Path, monkeypat
     def taken(**arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(build, "PagedKVCache", taken)
+    monkeypatch.setattr(worker, "PagedKVCache", taken)
     with pytest.raises(CapacityError, match="gpu_memory_utilization"):
         gpu_llm(tiny, double_gpu())

@@ -23,7 +23,7 @@ from cascade_llm.validation.attention_check import FAMILIES, check_attention
 from cascade_llm.validation.engine_check import BATCH, EngineLoad
 from cascade_llm.validation.report import Check
 from cascade_llm.validation.validate import Effort, _engine_options, validate
-from cascade_llm.worker.build import build_runner
+from cascade_llm.worker.worker import build_worker
 from tests.engine.tiny_llm import random_forest, save_tiny
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm
 
@@ -112,10 +112,10 @@ def test_a_replay_of_the_engine_has_the_recorded_pages(
     found = []
 
     def build(*arguments: Any) -> Any:
-        found.append(build_runner(*arguments, platform=double_gpu().platform()))
+        found.append(build_worker(*arguments, platform=double_gpu().platform()))
         return found[-1]
 
-    monkeypatch.setattr(engine_replay, "build_runner", build)
+    monkeypatch.setattr(engine_replay, "build_worker", build)
     (check,) = engine_replay.replay_engine(recording, tiny, {"enforce_eager": True})
     runner, facts = found[0]
     assert check.passed

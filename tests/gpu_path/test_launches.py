@@ -76,7 +76,7 @@ def test_of_sampling(tmp_path: Path) -> None:
         wanted = [FeatureSet(choice) for choice in Choice]
         wanted += [FeatureSet(adjustment=Adjustment.LISTS), FeatureSet(adjustment=Adjustment.PENALTIES)]
         wanted.append(FeatureSet(logprobs=True))
-        with llm._engine.runner._running():
+        with llm._engine.executor.runner._running():
             for features in wanted[3:]:
                 sampling._capture_late(ROWS, features)
         graphs: list[Any] = [sampling._graphs[ROWS, features] for features in wanted]

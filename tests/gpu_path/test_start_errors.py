@@ -15,7 +15,7 @@ from cascade_llm.attention.flashinfer import kernels as flashinfer_kernels
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import BackendError, CapacityError, CascadeError, ConfigError
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.worker import build, memory
+from cascade_llm.worker import memory, worker
 from cascade_llm.worker.graph_sampling import NO_MEMORY
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
@@ -55,7 +55,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine with a GPU and a package, as far as they are asked before anything is allocated."""
     monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(build, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(worker, "resolve_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(flashinfer_kernels, "package_reasons", list)
     monkeypatch.setattr(flashinfer_kernels, "find_nvcc", lambda: Path("nvcc"))
     monkeypatch.setattr(flashinfer_kernels, "load_flashinfer_ops", lambda prebuilt: None)
@@ -125,8 +125,8 @@ def test_auto_warns_where_a_gpu_is_served_without_flashinfer(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     no_compiler(monkeypatch)
-    monkeypatch.setattr(build, "_decoder", without_memory)  # there is no GPU to go on with
-    monkeypatch.setattr(build, "available_bytes", lambda device: 5)
+    monkeypatch.setattr(worker, "_decoder", without_memory)  # there is no GPU to go on with
+    monkeypatch.setattr(worker, "available_bytes", lambda device: 5)
     with pytest.raises(CapacityError):
         tiny_llm(tiny, dtype="bfloat16")
     (record,) = [record for record in caplog.records if record.name == "cascade_llm"]
@@ -158,13 +158,13 @@ def test_auto_says_once_what_it_chose_and_why_not_the_others(tiny: Path, caplog:
     ],
 )
 def test_no_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch, part: str, words: str) -> None:
-    original = getattr(build, part)
+    original = getattr(worker, part)
 
     class Without(original if isinstance(original, type) else object):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             without_memory()
 
-    monkeypatch.setattr(build, part, Without if isinstance(original, type) else without_memory)
+    monkeypatch.setattr(worker, part, Without if isinstance(original, type) else without_memory)
     with pytest.raises(CapacityError, match=words):
         gpu_llm(tiny, double_gpu())
 
@@ -231,6 +231,6 @@ def test_a_kernel_that_does_not_compile(
 
 
 def test_other_errors_stay_what_they_are(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "load_weights", lambda *arguments: (_ for _ in ()).throw(RuntimeError("a fault")))
+    monkeypatch.setattr(worker, "load_weights", lambda *arguments: (_ for _ in ()).throw(RuntimeError("a fault")))
     with pytest.raises(RuntimeError, match=r"^a fault$"):
         gpu_llm(tiny, double_gpu())

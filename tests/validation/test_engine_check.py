@@ -14,8 +14,8 @@ from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.validation.engine_check import BATCH, EngineLoad, check_engine
 from cascade_llm.validation.report import Check
 from cascade_llm.validation.teacher_forcing import ForcedReader, ForcedText
-from cascade_llm.worker.build import RunnerFacts, build_runner
 from cascade_llm.worker.model_runner import ModelRunner
+from cascade_llm.worker.worker import WorkerFacts, build_worker
 from tests.engine.tiny_llm import save_tiny
 from tests.models.checkpoints import Replay, decoder_of, tiny_model
 from tests.validation.faults import ForgetsALevel, ReadsTooMuch, install
@@ -29,11 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def build(folder: Path, dtype: str = "float32") -> tuple[ModelRunner, RunnerFacts]:
+def build(folder: Path, dtype: str = "float32") -> tuple[ModelRunner, WorkerFacts]:
     options = EngineOptions(
         dtype=dtype, page_size=PAGE_SIZE, max_num_seqs=BATCH + 1, max_model_len=40, attention_backend="torch"
     )
-    return build_runner(options, open_checkpoint(folder))
+    return build_worker(options, open_checkpoint(folder))
 
 
 def token_ids() -> list[int]:

@@ -12,7 +12,7 @@ from cascade_llm.errors import PromptError, SamplingParamsError
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.sequence import Request
 
-__all__ = ["Intake", "Prompt"]
+__all__ = ["InputProcessor", "Prompt"]
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
@@ -26,7 +26,7 @@ class ReadPrompt:
     token_ids: list[int]
 
 
-class Intake:
+class InputProcessor:
     """Tokenizes and checks requests; numbers them and gives them their seeds."""
 
     def __init__(

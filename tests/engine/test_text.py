@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models
 
-from cascade_llm.engine.detokenizer import DetokenizedDelta, IncrementalDetokenizer, TextDecoder
+from cascade_llm.engine.text import DetokenizedDelta, IncrementalDetokenizer, TextDecoder
 from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.sampling_params import SamplingParams

@@ -1,4 +1,4 @@
-"""From options and a checkpoint to a model runner."""
+"""One rank: from options and a checkpoint to a model runner on a device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cascade_llm.worker.cuda_graphs import CaptureReport, CudaGraphs, OnCapture
 from cascade_llm.worker.memory import available_bytes, pool_pages, step_bytes
 from cascade_llm.worker.model_runner import ModelRunner
 
-__all__ = ["RunnerFacts", "build_runner"]
+__all__ = ["WorkerFacts", "build_worker"]
 
 log = logging.getLogger("cascade_llm")
 
@@ -38,13 +38,11 @@ BESIDE_THE_POOL = "lanes and workspaces beside the KV pool: lower gpu_memory_uti
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunnerFacts:
+class WorkerFacts:
     """What was found out at start; never changed afterwards."""
 
     model: ModelConfig
-    device: torch.device
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
+    attention: AttentionSpec
     total_pages: int
     max_model_len: int
     backend: BackendChoice
@@ -52,19 +50,34 @@ class RunnerFacts:
     """What capturing graphs took; None where there are none."""
 
     @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.attention.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.attention.dtype
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What K and V are stored in."""
+        return self.attention.page_dtype
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token over all layers."""
         return self.model.kv_bytes_per_token(self.kv_dtype.itemsize)
 
 
-def build_runner(
+def build_worker(
     options: EngineOptions,
     checkpoint: Checkpoint,
     *,
     platform: GpuPlatform | None = None,
     kernels: KernelTable | None = None,
     on_capture: OnCapture | None = None,
-) -> tuple[ModelRunner, RunnerFacts]:
+) -> tuple[ModelRunner, WorkerFacts]:
     """Load the weights, size the KV pool, choose the backend, capture graphs.
 
     Args:
@@ -79,16 +92,7 @@ def build_runner(
     dtype = resolve_dtype(options.dtype, model.dtype, device)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     max_model_len = _max_model_len(options, model)
-    spec = AttentionSpec(
-        num_layers=model.num_layers,
-        num_qo_heads=model.num_qo_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        sm_scale=model.sm_scale,
-        dtype=dtype,
-        device=device,
-        kv_dtype=kv_dtype,
-    )
+    spec = AttentionSpec.for_model(model, dtype, device, kv_dtype)
     if platform is not None:
         choice = BackendChoice(name="flashinfer", backend=FlashInferAttentionBackend, refused=())
     else:
@@ -132,11 +136,9 @@ def build_runner(
         stream=platform.stream if platform else None,
         graphs=graphs,
     )
-    facts = RunnerFacts(
+    facts = WorkerFacts(
         model=model,
-        device=device,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
+        attention=spec,
         total_pages=total_pages,
         max_model_len=max_model_len,
         backend=choice,

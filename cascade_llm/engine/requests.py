@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cascade_llm.engine.detokenizer import IncrementalDetokenizer
+from cascade_llm.engine.text import IncrementalDetokenizer
 from cascade_llm.engine.tokenizer import Tokenizer
 from cascade_llm.errors import GenerationError
 from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
