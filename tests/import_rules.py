@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("layers", "weights"),
     ("attention",),
     ("kv_cache", "device"),
-    ("plan", "plan_file", "tiling", "config", "sampling_params", "outputs", "metrics", "errors"),
+    ("plan", "plan_codec", "plan_file", "tiling", "config", "sampling_params", "outputs", "metrics", "errors"),
 )
 """Top to bottom. A part imports lower rows only, never its neighbours; the bottom row's modules may, without cycles."""
 
