@@ -177,6 +177,8 @@ class EngineOptions:
     """None | int4: 4-bit weights for steps of few rows, beside dense ones for the others; on a CPU in bfloat16."""
     tensor_parallel_size: int = 1
     """Only 1 is implemented so far."""
+    distributed_executor_backend: str = "uni"
+    """uni: steps run in this process | mp: in a spawned process of their own"""
     enforce_eager: bool = False
     """Never capture CUDA graphs."""
     schedule_lag: int | None = None
@@ -206,6 +208,7 @@ class EngineOptions:
         self._choice("kv_cache_dtype", ("auto", "float32", "bfloat16", "float16", "fp8_e4m3"))
         self._choice("quantization", (None, "int4"))
         self._choice("load_format", ("auto", "dummy"))
+        self._choice("distributed_executor_backend", ("uni", "mp"))
         for name in ("page_size", "max_num_seqs", "max_num_batched_tokens"):
             self._positive(name)
         for name in ("num_threads", "max_model_len", "kv_cache_bytes"):

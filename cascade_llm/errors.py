@@ -12,6 +12,7 @@ CascadeError
 ├── CapacityError          memory or page pool too small for what was asked
 ├── BackendError           an attention backend or a device that cannot be used
 ├── PlanError              a plan breaks an invariant of `cascade_llm.plan`
+├── WorkerError            a process that runs steps has ended, or a step failed in it
 ├── GenerationError        a running request had to be ended (non-finite logits, a failed step)
 └── EngineClosedError      the engine was used after `close()`
 
@@ -38,6 +39,7 @@ __all__ = [
     "RequestError",
     "SamplingParamsError",
     "UnsupportedModelError",
+    "WorkerError",
     "nearest_name_hint",
 ]
 
@@ -88,6 +90,10 @@ class BackendError(CascadeError, RuntimeError):
 
 class PlanError(CascadeError, ValueError):
     """A plan breaks an invariant; it must not reach a kernel."""
+
+
+class WorkerError(CascadeError, RuntimeError):
+    """A process that runs steps has ended, or a step failed in it; the message says which and how."""
 
 
 class GenerationError(CascadeError, RuntimeError):

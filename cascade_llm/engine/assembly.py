@@ -20,6 +20,7 @@ from cascade_llm.scheduler.cascade.choice import SegmentCosts
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.worker.cuda_graphs import OnCapture
 from cascade_llm.worker.executor import Executor, LocalExecutor
+from cascade_llm.worker.process_executor import ProcessExecutor
 from cascade_llm.worker.worker import WorkerFacts, build_worker
 
 __all__ = ["EngineParts", "assemble", "build_scheduler"]
@@ -57,7 +58,7 @@ def assemble(
     with ExitStack() as resources:
         writer = _open_recording(options, resources)  # before the weights: a wrong path is known at once
         tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-        executor = _start_executor(options, checkpoint, on_capture)
+        executor = _start_executor(model, options, checkpoint, on_capture)
         resources.callback(executor.close)
         facts = executor.facts
         costs, cost_source = choose_cost_model(facts.attention, facts.backend.name, num_threads=options.num_threads)
@@ -116,7 +117,11 @@ def build_scheduler(
     return FlashInferScheduler(config, costs)
 
 
-def _start_executor(options: EngineOptions, checkpoint: Checkpoint, on_capture: OnCapture | None) -> Executor:
+def _start_executor(
+    model: str | os.PathLike[str], options: EngineOptions, checkpoint: Checkpoint, on_capture: OnCapture | None
+) -> Executor:
+    if options.distributed_executor_backend == "mp":
+        return ProcessExecutor(model, options, on_capture=on_capture)
     return LocalExecutor(*build_worker(options, checkpoint, on_capture=on_capture))
 
 

@@ -178,7 +178,7 @@ class CudaGraphs:
     def _forward(self, attention: GraphAttention, rows: int) -> None:
         """What a forward graph holds: from the arena's columns to logits in fixed memory."""
         columns = self._arena.columns
-        step = StepAttention(attention, self._backend, columns.slots[:rows])
+        step = StepAttention([attention], self._backend, columns.slots[:rows])
         hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
         self._decoder.write_logits(hidden, self._logits[:rows])
 

@@ -128,9 +128,9 @@ class ModelRunner:
         token_ids = self._index(plan.token_ids)
         if len(plan.lane_rows):
             token_ids[self._index(plan.lane_rows)] = self._lanes.last_tokens[self._index(plan.lane_row_lanes)]
-        prepared = self.backend.prepare(plan.cascade)
+        prepared = [self.backend.prepare(cascade) for cascade in plan.cascades]
         slots = self._index(plan.slots).to(self.backend.slot_dtype)
-        attention = StepAttention(prepared, self.backend, slots)
+        attention = StepAttention(prepared, self.backend, slots, plan.layer_kinds)
         observer = FirstNonFinite() if self._debug else None
         hidden = self.decoder.forward(token_ids, self._index(plan.positions), attention, observer)
         return hidden, observer.stage if observer else None

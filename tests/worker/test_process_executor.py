@@ -1,0 +1,145 @@
+"""Steps in a process of their own: the same outputs, and a rank that dies is an error for everybody who waits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cascade_llm import LLM, SamplingParams
+from cascade_llm.errors import CapacityError, GenerationError, PlanError, WorkerError
+from cascade_llm.plan import int_column
+from cascade_llm.worker.process_executor import ProcessExecutor
+from tests.engine.tiny_llm import assert_equal_outputs, save_tiny, tiny_llm
+
+SHARED = [3 + (i * 7) % 80 for i in range(40)]
+PROMPTS = [[*SHARED, *range(50 + 5 * i, 53 + 5 * i)] for i in range(5)] + [[9, 8, 7]]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=0.8, seed=5, n=3, max_tokens=9, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=2, presence_penalty=0.5),
+    SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2, prompt_logprobs=1),
+    SamplingParams(temperature=1.0, seed=1, top_p=0.9, max_tokens=15, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=2, logit_bias={5: 1.0}),
+]
+LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def remote(tiny: Path) -> Iterator[LLM]:
+    with tiny_llm(tiny, distributed_executor_backend="mp", schedule_lag=1) as llm:
+        yield llm
+
+
+def executor_of(llm: LLM) -> ProcessExecutor:
+    assert isinstance(llm.engine.executor, ProcessExecutor)
+    return llm.engine.executor
+
+
+def is_gone(pid: int, within_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_outputs_are_those_of_this_process(tiny: Path, remote: LLM) -> None:
+    with tiny_llm(tiny) as local:
+        expected = local.generate(PROMPTS, PARAMS)
+    found = remote.generate(PROMPTS, PARAMS)
+    assert_equal_outputs(found, expected)
+    assert found[3].prompt_logprobs is not None
+    assert len(found[3].prompt_logprobs) == len(PROMPTS[3])
+    assert remote.stats()["cascade_steps"] > 0
+    assert remote.stats()["held_pages"] == 0
+
+
+def test_a_plan_that_is_refused_there_is_an_error_here(remote: LLM) -> None:
+    plans = []
+    remote.engine.on_step.append(lambda event: plans.append(event.plan))
+    remote.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    remote.engine.on_step.clear()
+    broken = replace(plans[-1], step_id=plans[-1].step_id + 1, slots=int_column([0] * len(plans[-1].slots)))
+    executor = executor_of(remote)
+    with pytest.raises(PlanError, match="writes slot 0"):
+        executor.submit(broken).result()
+    (again,) = remote.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    assert again.error is None
+
+
+def test_what_a_start_refuses_comes_as_itself(tiny: Path) -> None:
+    with pytest.raises(CapacityError, match="one sequence of max_model_len"):
+        tiny_llm(tiny, distributed_executor_backend="mp", kv_cache_bytes=100)
+
+
+def test_a_rank_that_is_killed_ends_all_that_wait(tiny: Path) -> None:
+    with tiny_llm(tiny, distributed_executor_backend="mp", max_num_seqs=2) as llm:
+        (pid,) = executor_of(llm).pids
+        assert pid is not None
+        streams = [llm.stream([5, 6, 7 + i], LONG) for i in range(5)]
+        next(streams[0])
+        os.kill(pid, signal.SIGKILL)
+        for stream in streams:
+            with pytest.raises(GenerationError, match=r"rank 0 \(process \d+\) ended by signal 9 \(SIGKILL\)"):
+                for _ in stream:
+                    pass
+        with pytest.raises(GenerationError, match="create another LLM"):
+            llm.generate([5, 6], LONG)
+        assert llm.stats()["running_sequences"] == llm.stats()["waiting_sequences"] == 0
+        assert is_gone(pid)
+
+
+def test_closing_ends_the_process(tiny: Path) -> None:
+    llm = tiny_llm(tiny, distributed_executor_backend="mp")
+    (pid,) = executor_of(llm).pids
+    assert pid is not None
+    llm.close()
+    assert is_gone(pid, within_s=1.0)
+    llm.close()
+
+
+ORPHAN = """
+import os, sys
+from cascade_llm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], dtype="float32", distributed_executor_backend="mp", max_num_seqs=4)
+    stream = llm.stream([5, 6, 7], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
+    next(stream)
+    print(*llm.engine.executor.pids, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_rank_does_not_outlive_its_engine(tiny: Path, tmp_path: Path) -> None:
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    done = subprocess.run([sys.executable, str(script), str(tiny)], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert is_gone(int(done.stdout))
+
+
+def test_a_script_without_a_main_guard_is_told(tiny: Path, tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(f"from cascade_llm import LLM\nLLM({str(tiny)!r}, distributed_executor_backend='mp')\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert WorkerError.__name__ in done.stderr
+    assert 'if __name__ == "__main__"' in done.stderr
