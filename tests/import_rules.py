@@ -53,7 +53,6 @@ DOORS: Mapping[str, Door] = {
     "safetensors": Door(("loader",)),
     "huggingface_hub": Door(("loader",)),
     "flashinfer": Door(("attention",), one_module=True),
-    "triton": Door(("layers",), one_module=True),
     "matplotlib": Door(("cli", "bench", "validation"), one_module=True),
     "xxhash": Door(("scheduler",)),
     "click": Door(("cli",)),

@@ -30,18 +30,14 @@ def kernels() -> None:
 @click.option("--arch", default=DEFAULT_ARCH, show_default=True, help="GPU architecture; 9.0a is Hopper.")
 @click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16"]))
 @click.option("--kv-cache-dtype", default="auto", show_default=True, type=click.Choice(["auto", "fp8_e4m3"]))
-@click.option("--all-kernels", is_flag=True, help="Also those that only a measurement would choose (minutes more).")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder; default: where the engine looks.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def build(
-    model: str, arch: str, dtype: str, kv_cache_dtype: str, all_kernels: bool, output: Path | None, as_json: bool
-) -> None:
+def build(model: str, arch: str, dtype: str, kv_cache_dtype: str, output: Path | None, as_json: bool) -> None:
     """Compile the kernels that MODEL needs (a folder with a config.json is enough).
 
     Takes minutes, an nvcc, and of PyPI nvidia-cublas and nvidia-curand where the CUDA toolkit lacks their headers.
     """
     from cascade_llm.attention.flashinfer.kernels import build_kernels, kernel_folder
-    from cascade_llm.attention.flashinfer.table import KernelTable
 
     folder = output or kernel_folder(arch)
     console = error_console()
@@ -51,8 +47,7 @@ def build(
             status.update(f"compiling {done + 1} of {total}: {purpose}")
 
         spec = attention_spec(model, dtype, kv_cache_dtype)
-        table = KernelTable.of_all_kernels(spec, arch) if all_kernels else KernelTable.for_model(spec)
-        built = build_kernels(spec, arch, folder, table, on_kernel=show)
+        built = build_kernels(spec, arch, folder, on_kernel=show)
     _print(built, folder, as_json)
     failed = [kernel for kernel in built if kernel.error]
     for kernel in failed:

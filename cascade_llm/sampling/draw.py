@@ -25,7 +25,6 @@ __all__ = [
     "draw_from_logits",
     "draw_key",
     "draw_min_p",
-    "draw_tokens",
     "draw_top_k",
     "draw_top_p",
     "kept_weights",
@@ -177,20 +176,6 @@ def draw_from_logits(
         uniform,
         lambda rows, block: _scaled(blocks[rows, block], row_maxima[:, None], temperature[:, None]).exp(),
     )
-
-
-def draw_tokens(
-    logits: torch.Tensor,
-    row_maxima: torch.Tensor,
-    temperature: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-) -> torch.Tensor:
-    """`draw_from_logits` by the uniform numbers of these keys [n] and positions [n], int64.
-
-    Many small kernels, or a few where it is compiled.
-    """
-    return draw_from_logits(logits, row_maxima, temperature, uniforms(keys, positions))
 
 
 def _scaled(logits: torch.Tensor, row_maxima: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

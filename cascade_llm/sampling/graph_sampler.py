@@ -9,7 +9,7 @@ import torch
 
 from cascade_llm.attention.flashinfer.ops import FlashInferOps
 from cascade_llm.sampling.candidates import BLOCK_LEN, first_argmax
-from cascade_llm.sampling.draw import Filters, draw, draw_tokens, softmax_weights, uniforms
+from cascade_llm.sampling.draw import Filters, draw, draw_from_logits, softmax_weights, uniforms
 from cascade_llm.sampling.graph_logprobs import GraphLogprobs
 from cascade_llm.sampling.lane_lists import LaneLists
 from cascade_llm.sampling.lanes import LaneState
@@ -31,14 +31,10 @@ class GraphSampler:
         logprobs: GraphLogprobs,
         max_rows: int,
         ops: FlashInferOps,
-        *,
-        compiled: bool = False,
     ) -> None:
-        """`compiled`: plain draws by torch.compile, which the first of each number of rows waits for."""
         self._lanes, self._usage, self._lists, self._logprobs, self._ops = lanes, usage, lists, logprobs, ops
         padded_len = lanes.vocab_size + -lanes.vocab_size % BLOCK_LEN
         self._values = torch.full((max_rows, padded_len), -torch.inf, device=lanes.device)
-        self._draw = torch.compile(draw_tokens, dynamic=True) if compiled else draw_tokens
         self._workspace = Workspace()
         # graphs keep addresses: this memory must not be replaced by a larger one when more rows are captured later
         self._workspace.take("weights", (max_rows, padded_len), dtype=torch.float32, device=lanes.device)
@@ -89,7 +85,7 @@ class GraphSampler:
             return token_ids, finite
         temperatures, keys = self._lanes.temperatures(lanes), self._lanes.draw_keys[lanes]
         if choice is Choice.DRAW:
-            drawn = self._draw(values, maxima, temperatures, keys, places)
+            drawn = draw_from_logits(values, maxima, temperatures, uniforms(keys, places))
         else:
             bounded = torch.where(finite[:, None], values, 0.0)
             weights = softmax_weights(bounded, torch.where(finite, maxima, 0.0), temperatures, self._workspace)

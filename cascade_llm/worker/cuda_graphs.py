@@ -116,7 +116,6 @@ class CudaGraphs:
             row_counts=self._row_counts,
             send_padding=self._send_padding,
             counters=self.counters,
-            compiled_draws=backend.platform.compiled_draws,
         )
         self._usage_bytes = usage.num_bytes
         self._shapes: dict[GraphShape, _CapturedShape] = {}

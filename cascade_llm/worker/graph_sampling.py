@@ -74,7 +74,6 @@ class SamplingGraphs:
         row_counts: Sequence[int],
         send_padding: Callable[[int], None],
         counters: GraphCounters,
-        compiled_draws: bool = False,
     ) -> None:
         """Set memory aside.
 
@@ -88,7 +87,6 @@ class SamplingGraphs:
             row_counts: ascending; one graph each
             send_padding: queues a step of so many rows that nobody asked for, to run graphs on before they are captured
             counters: what happened
-            compiled_draws: see `GraphSampler`
         """
         self._stream, self._arena, self._logits, self._row_counts = stream, arena, logits, tuple(row_counts)
         self._lanes, self._send_padding, self._counters = lanes, send_padding, counters
@@ -96,7 +94,7 @@ class SamplingGraphs:
         self._features = LaneFeatures(lanes.num_lanes, vocab_size)
         self._lists = LaneLists(lanes.num_lanes, vocab_size, lanes.device, stream.upload)
         self._logprobs = GraphLogprobs(max_rows, vocab_size, lanes.device)
-        self._sampler = GraphSampler(lanes, usage, self._lists, self._logprobs, max_rows, ops, compiled=compiled_draws)
+        self._sampler = GraphSampler(lanes, usage, self._lists, self._logprobs, max_rows, ops)
         self._results = torch.zeros(2, max_rows, dtype=torch.int64, device=lanes.device)
         self._eager = Sampler(lanes, compiled=False)  # a kernel of the host's would not wait for the stream
         self._graphs: dict[tuple[int, FeatureSet], Graph | None] = {}

@@ -9,7 +9,6 @@ import torch
 
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend, GpuPlatform
-from cascade_llm.attention.flashinfer.table import KernelTable
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.device.devices import DTYPES, KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
@@ -17,7 +16,6 @@ from cascade_llm.device.start_errors import compiled_kernels, memory_for
 from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, KVScale, PagedKVCache
 from cascade_llm.layers.flashinfer_layer_ops import FlashInferLayerOps
-from cascade_llm.layers.triton_ops import TritonLayerOps
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
@@ -75,7 +73,6 @@ def build_worker(
     checkpoint: Checkpoint,
     *,
     platform: GpuPlatform | None = None,
-    kernels: KernelTable | None = None,
     on_capture: OnCapture | None = None,
 ) -> tuple[ModelRunner, WorkerFacts]:
     """Load the weights, size the KV pool, choose the backend, capture graphs.
@@ -84,7 +81,6 @@ def build_worker(
         options: the user's
         checkpoint: the model's files
         platform: the GPU and FlashInfer, taken without asking; default the CUDA device where FlashInfer can serve
-        kernels: which of FlashInfer's kernels serve; default the choice for this model
         on_capture: told of the progress of capturing
     """
     model = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
@@ -123,7 +119,7 @@ def build_worker(
         if platform is None:
             backend = choice.backend(spec, kv_cache)
         else:
-            backend = FlashInferAttentionBackend(spec, kv_cache, platform, kernels)
+            backend = FlashInferAttentionBackend(spec, kv_cache, platform)
             if usage is not None:
                 graphs, report = _capture(options, decoder, backend, lanes, usage, max_model_len, on_capture)
     runner = ModelRunner(
@@ -162,8 +158,7 @@ def _decoder(
         scales = KVScaleReader(model.num_layers)
         ops = None
         if platform is not None:
-            kind = TritonLayerOps if platform.one_rotation_kernel else FlashInferLayerOps
-            ops = kind(platform.ops, device, options.max_num_batched_tokens)
+            ops = FlashInferLayerOps(platform.ops, device, options.max_num_batched_tokens)
         loading_dtype = DTYPES[model.dtype] if options.quantization else None
         decoder = Decoder(model, dtype, device, max_positions=max_model_len, ops=ops, loading_dtype=loading_dtype)
         if options.quantization:

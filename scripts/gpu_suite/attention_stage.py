@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -14,8 +13,7 @@ from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.columns import column_tensor
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend, GpuPlatform
 from cascade_llm.attention.flashinfer.graph import GraphAttention, SharedColumns
-from cascade_llm.attention.flashinfer.levels import LevelBuffers, LevelColumns
-from cascade_llm.attention.flashinfer.table import ChunkRule, DecodeKernel, KernelTable, SharedKernel
+from cascade_llm.attention.flashinfer.levels import DecodeKernel, LevelBuffers, LevelColumns, decode_kernel
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
 from cascade_llm.plan import CascadeLevel, CascadePlan
@@ -32,22 +30,8 @@ MAX_SHARED = 3
 FP8, SCALE = torch.float8_e4m3fn, KVScale(0.5, 0.75)
 """Pages of 8 bits, and scales that show when one is left out."""
 
-
-VALIDATED_CHUNKS = ChunkRule(min_packed_rows=1, min_tokens=1, chunk_tokens=16)
-"""Cuts the small trees too."""
-
-DECODE_LEAVES: tuple[DecodeKernel, ...] = ("decode_tensor_cores", "decode_cuda_cores", "prefill_fa2")
-SHARED_BESIDE_FA2: tuple[SharedKernel, ...] = ("prefill_fa3", "prefill_fa3_chunks")
-
-
-def kernel_tables() -> Iterator[tuple[str, KernelTable]]:
-    """What can serve decode: every leaf below fa2, then what may take fa2's place, then all levels in one launch."""
-    for leaf in DECODE_LEAVES:
-        yield f"prefill_fa2 + {leaf}", KernelTable(shared="prefill_fa2", decode_leaf=leaf, row_leaf="prefill_fa2")
-    base = KernelTable(shared="prefill_fa2", decode_leaf=DECODE_LEAVES[0], row_leaf="prefill_fa2")
-    for shared in SHARED_BESIDE_FA2:
-        yield f"{shared} + {base.decode_leaf}", replace(base, shared=shared)
-    yield "fused_levels", replace(base, fused_levels=True)
+DECODE_LEAVES: tuple[DecodeKernel, ...] = ("decode_tensor_cores", "decode_cuda_cores")
+"""What can serve the leaf below fa2's shared levels."""
 
 
 class Way(NamedTuple):
@@ -101,14 +85,14 @@ class Setting:
         self.q = torch.randn(tree.rows, num_qo_heads, head_dim, device=machine.device).to(machine.dtype)
 
     def eager(
-        self, platform: GpuPlatform, plan: CascadePlan, table: KernelTable
+        self, platform: GpuPlatform, plan: CascadePlan, leaf: DecodeKernel
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """Attention planned as eager steps do."""
-        prepared = FlashInferAttentionBackend(self.spec, self.pool, platform, table).prepare(plan)
+        prepared = FlashInferAttentionBackend(self.spec, self.pool, platform, leaf).prepare(plan)
         return lambda: prepared.attend(0, self.q)
 
     def captured(
-        self, platform: GpuPlatform, plan: CascadePlan, table: KernelTable
+        self, platform: GpuPlatform, plan: CascadePlan, leaf: DecodeKernel
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]] | None:
         """Attention as graphs do it: fixed capacities, tiles chosen by them. None where no graph has that shape."""
         shapes = graph_shapes(self.tree.rows, self.spec.group_size, len(plan.shared_levels))
@@ -116,7 +100,7 @@ class Setting:
         shape = fitting_shape(plan, [s for s in shapes if s.rows == self.tree.rows], self.spec.group_size, most_tiles)
         if shape is None:
             return None
-        backend = FlashInferAttentionBackend(self.spec, self.pool, platform, table)
+        backend = FlashInferAttentionBackend(self.spec, self.pool, platform, leaf)
         attention = _graph_attention(backend, plan, shape)
         return lambda: attention.attend(0, self.q)
 
@@ -169,16 +153,13 @@ def validate_kernels(
         setting = Setting(machine, tree, heads, sizes.head_dim, kv_dtype)
         plan = tree.plan(MAX_SHARED)
         expected, expected_lse = reference_attention(plan, setting.pool, 0, setting.q, setting.spec.sm_scale)
-        for name, table in kernel_tables():
-            entry: dict[str, Any] = {"tree": str(tree), "heads": list(heads), "kernels": name}
+        for leaf in DECODE_LEAVES:
+            entry: dict[str, Any] = {"tree": str(tree), "heads": list(heads), "kernels": leaf}
             entry["pages"] = str(setting.spec.page_dtype).removeprefix("torch.")
-            cutting = replace(table, chunks=VALIDATED_CHUNKS)
             for mode, prepared in (("eager", setting.eager), ("graph", setting.captured)):
-                if mode == "graph" and table.fused_levels:
-                    continue  # graphs go the ordinary way
                 found = {**entry, "mode": mode}
                 try:
-                    work = prepared(machine.platform(), plan, cutting)
+                    work = prepared(machine.platform(), plan, leaf)
                     if work is None:
                         continue  # no graph has the plan's shape
                     out, lse = work()
@@ -213,32 +194,26 @@ def measure_attention(
 
 
 def _ways(machine: Machine, setting: Setting) -> Iterator[Way]:
-    tree, own = setting.tree, KernelTable.for_model(setting.spec)
+    tree, own = setting.tree, decode_kernel(setting.spec)
 
-    def captured(plan: CascadePlan, table: KernelTable) -> Callable[[], Callable[[], object]]:
+    def captured(plan: CascadePlan, leaf: DecodeKernel) -> Callable[[], Callable[[], object]]:
         def make() -> Callable[[], object]:
-            work = setting.captured(machine.platform(), plan, table)
+            work = setting.captured(machine.platform(), plan, leaf)
             if work is None:
                 raise ValueError("no graph of that shape")
             return work
 
         return make
 
-    def eager(table: KernelTable) -> Callable[[], Callable[[], object]]:
-        return lambda: setting.eager(machine.platform(), tree.plan(MAX_SHARED), table)
-
     yield Way("plain", captured(tree.plan(0), own))
     if len(tree.nodes) > 1:
         yield Way("flashinfer_cascade", lambda: _flashinfer_cascade(machine, setting))
         yield Way("ours_one_level", captured(tree.plan(1), own))
         yield Way("ours", captured(tree.plan(MAX_SHARED), own))
-        yield Way("ours, eager", eager(own), captured=False)
-        for name, table in kernel_tables():
-            if table.fused_levels:  # the engine runs it eagerly; from a graph the kernels are timed without the host
-                yield Way(f"ours, {name}", eager(table))
-                yield Way(f"ours, {name}, eager", eager(table), captured=False)
-            elif table != own:
-                yield Way(f"ours, {name}", captured(tree.plan(MAX_SHARED), table))
+        yield Way("ours, eager", lambda: setting.eager(machine.platform(), tree.plan(MAX_SHARED), own), captured=False)
+        for leaf in DECODE_LEAVES:
+            if leaf != own:
+                yield Way(f"ours, {leaf}", captured(tree.plan(MAX_SHARED), leaf))
 
 
 def _flashinfer_cascade(machine: Machine, setting: Setting) -> Callable[[], object]:
@@ -268,7 +243,7 @@ def _floor_s(tree: Tree, spec: AttentionSpec, bytes_per_s: float, flops_per_s: f
 
 
 def measure_plans(machine: Machine, sizes: Sizes, has_time: Callable[[], bool]) -> list[dict[str, Any]]:
-    """Microseconds that the host spends in planning a leaf and the shared levels of each tree, or all in one launch."""
+    """Microseconds that the host spends in planning a leaf and the shared levels of each tree."""
     results: list[dict[str, Any]] = []
     for tree in sizes.trees:
         if not has_time():
@@ -280,11 +255,6 @@ def measure_plans(machine: Machine, sizes: Sizes, has_time: Callable[[], bool]) 
         first, again = tree.plan(MAX_SHARED), tree.plan(MAX_SHARED)
         for name, plan in (("first", first), ("all_levels", again), ("leaf_alone", again)):
             entry[f"{name}_us"] = _planning_us(machine, backend, plan)
-        if len(tree.nodes) > 1:
-            table = replace(backend.kernels, fused_levels=True)
-            fused = FlashInferAttentionBackend(setting.spec, setting.pool, machine.platform(), table)
-            for name in ("first_fused", "fused"):
-                entry[f"{name}_us"] = _planning_us(machine, fused, again)
         results.append(entry)
     return results
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from cascade_llm import LLM, SamplingParams
-from cascade_llm.attention.flashinfer.table import ChunkRule, KernelTable
 from cascade_llm.worker import graph_shapes
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.executor import LocalExecutor
@@ -24,39 +22,10 @@ from scripts.gpu_suite.shapes import PAGE_SIZE, ModelShape, Sizes
 __all__ = ["measure_engine_steps", "measure_load"]
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way to run the engine; one with kernels of its own is measured on prefixes that `ChunkRule` takes only."""
-
-    options: dict[str, Any] = field(default_factory=dict)
-    kernels: dict[str, Any] = field(default_factory=dict)
-    """What differs in the table of kernels."""
-    choices: dict[str, bool] = field(default_factory=dict)
-    """Fields of `GpuPlatform` that no engine sets by itself."""
-
-    def table(self, shape: ModelShape) -> KernelTable | None:
-        """The kernels for a model; None leaves the choice to the engine."""
-        if not self.kernels:
-            return None
-        grouped = shape.num_qo_heads > shape.num_kv_heads
-        leaf: Any = "decode_tensor_cores" if grouped else "decode_cuda_cores"
-        return KernelTable(**{"shared": "prefill_fa2", "decode_leaf": leaf, "row_leaf": "prefill_fa2", **self.kernels})
-
-    def sizes(self, shape: ModelShape, sizes: Sizes) -> Iterator[tuple[int, int]]:
-        """(prefix, batch) to measure."""
-        group = shape.num_qo_heads // shape.num_kv_heads
-        for prefix, batch in product(sizes.prefixes, sizes.batches):
-            if not self.kernels or ChunkRule().takes(batch, prefix, group) or sizes.small:
-                yield prefix, batch
-
-
-VARIANTS: dict[str, Variant] = {
-    "graphs, cascade": Variant(),
-    "graphs, one level": Variant({"enable_cascade_attention": False}),
-    "graphs, one rotation kernel": Variant(choices={"one_rotation_kernel": True}),
-    "graphs, fa3 chunks": Variant(kernels={"shared": "prefill_fa3_chunks"}),
-    "eager, cascade": Variant({"enforce_eager": True}),
-    "eager, fused levels": Variant({"enforce_eager": True}, {"fused_levels": True}),
+VARIANTS: dict[str, dict[str, Any]] = {
+    "graphs, cascade": {},
+    "graphs, one level": {"enable_cascade_attention": False},
+    "eager, cascade": {"enforce_eager": True},
 }
 """Measured in this order, while time is left."""
 
@@ -72,7 +41,7 @@ def measure_engine_steps(
 ) -> list[dict[str, Any]]:
     """Milliseconds of a decode step by batch, prefix and variant; one prefix for the whole batch."""
     results: list[dict[str, Any]] = []
-    for name, variant in VARIANTS.items():
+    for name, options in VARIANTS.items():
         for shape in sizes.models:
             if not has_time():
                 results.append({"skipped": f"{shape.name}, {name}: out of time"})
@@ -86,9 +55,7 @@ def measure_engine_steps(
                         max_num_seqs=max(sizes.batches),
                         max_model_len=longest,
                         page_size=PAGE_SIZE,
-                        kernels=variant.table(shape),
-                        choices=variant.choices,
-                        **variant.options,
+                        **options,
                     )
             except Exception as error:
                 results.append(
@@ -98,7 +65,7 @@ def measure_engine_steps(
                 continue
             with llm:
                 results.append(_start_entry(shape, name, llm, time.perf_counter() - started))
-                for prefix, batch in variant.sizes(shape, sizes):
+                for prefix, batch in product(sizes.prefixes, sizes.batches):
                     if not has_time():
                         results.append({"skipped": f"{shape.name}, {name}, {batch} x {prefix}: out of time"})
                         continue
@@ -157,13 +124,6 @@ def _seconds(machine: Machine, llm: LLM, prompts: list[list[int]], params: Sampl
     return time.perf_counter() - started
 
 
-LOAD_CHOICES: dict[str, dict[str, bool]] = {
-    "compiled draws": {"compiled_draws": True},
-    "compiled draws, one rotation kernel": {"compiled_draws": True, "one_rotation_kernel": True},
-}
-"""What the load is measured with too, where time is left."""
-
-
 def measure_load(machine: Machine, sizes: Sizes, folder: Path, has_time: Callable[[], bool]) -> dict[str, Any]:
     """nano-vLLM's bench.py: random prompts and lengths of seed 0, temperature 0.6, on the smallest shape."""
     if not has_time():
@@ -178,24 +138,12 @@ def measure_load(machine: Machine, sizes: Sizes, folder: Path, has_time: Callabl
     ]
     config = shape.write(folder / shape.name)
     entry = {"model": shape.name, "requests": len(prompts), "in_tokens": sum(map(len, prompts))}
-    entry |= _run_load(machine, config, prompts, params, {})
-    for name, choices in LOAD_CHOICES.items():
-        try:
-            entry[name] = _run_load(machine, config, prompts, params, choices) if has_time() else "out of time"
-        except Exception as error:
-            entry[name] = f"{type(error).__name__}: {error}"[:500]
-    return entry
+    return entry | _run_load(machine, config, prompts, params)
 
 
-def _run_load(
-    machine: Machine,
-    config: Path,
-    prompts: list[list[int]],
-    params: list[SamplingParams],
-    choices: dict[str, bool],
-) -> dict[str, Any]:
+def _run_load(machine: Machine, config: Path, prompts: list[list[int]], params: list[SamplingParams]) -> dict[str, Any]:
     longest = max(len(prompt) + p.max_tokens for prompt, p in zip(prompts, params, strict=True))
-    with machine.llm(config, choices=choices, max_model_len=longest + 1, max_num_seqs=len(prompts)) as llm:
+    with machine.llm(config, max_model_len=longest + 1, max_num_seqs=len(prompts)) as llm:
         llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2, ignore_eos=True))
         started = time.perf_counter()
         outputs = llm.generate(prompts, params)

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
-import cascade_llm.engine.assembly
 from cascade_llm import LLM
 from cascade_llm.attention.flashinfer.backend import GpuPlatform
-from cascade_llm.attention.flashinfer.table import KernelTable
-from cascade_llm.worker.worker import build_worker
 
 __all__ = ["CudaMachine", "Machine"]
 
@@ -37,15 +31,8 @@ class Machine(ABC):
         """What one call of `work` takes on the device: the median of several, from a graph where it can be captured."""
 
     @abstractmethod
-    def llm(
-        self,
-        config: Path,
-        kernels: KernelTable | None = None,
-        choices: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> LLM:
-        """An engine on dummy weights of a configuration; `kernels`, and `choices` for `GpuPlatform`, are no options of
-        users, so they are passed beside."""
+    def llm(self, config: Path, **options: Any) -> LLM:
+        """An engine on dummy weights of a configuration."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -84,19 +71,9 @@ class CudaMachine(Machine):
             readings.append(float(start.elapsed_time(end)) / 1000 / calls)
         return statistics.median(readings)
 
-    def llm(
-        self,
-        config: Path,
-        kernels: KernelTable | None = None,
-        choices: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> LLM:
+    def llm(self, config: Path, **options: Any) -> LLM:
         """See `Machine`."""
-        platform = replace(self.platform(), **choices) if choices else None
-        with patch.object(
-            cascade_llm.engine.assembly, "build_worker", partial(build_worker, platform=platform, kernels=kernels)
-        ):
-            return LLM(config, load_format="dummy", device="cuda", dtype="bfloat16", **options)
+        return LLM(config, load_format="dummy", device="cuda", dtype="bfloat16", **options)
 
     def synchronize(self) -> None:
         """See `Machine`."""

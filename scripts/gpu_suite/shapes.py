@@ -155,8 +155,6 @@ class Sizes:
     matrix_size: int = 8192
     load_requests: int = 256
     load_range: tuple[int, int] = (100, 1024)
-    small: bool = False
-    """For a trial: nothing is left out because it is too small to gain."""
 
 
 FULL = Sizes()

@@ -17,11 +17,10 @@ from cascade_llm.attention.flashinfer.kernels import (
     build_kernels,
     kernel_folder,
     list_kernels,
+    module_purposes,
     reasons_against_flashinfer,
 )
-from cascade_llm.attention.flashinfer.module_names import module_purposes
 from cascade_llm.attention.flashinfer.ops import JitModule, jit_modules
-from cascade_llm.attention.flashinfer.table import KernelTable
 from cascade_llm.device import cuda_toolkit
 from cascade_llm.errors import BackendError
 
@@ -72,12 +71,11 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return found
 
 
-def test_builds_what_the_kernel_table_names_and_keeps_the_environment(compiler: Compiler, tmp_path: Path) -> None:
+def test_builds_what_serves_the_model_and_keeps_the_environment(compiler: Compiler, tmp_path: Path) -> None:
     before, seen = dict(os.environ), []
     folder = tmp_path / "out"
     kernels = build_kernels(SPEC, "9.0a", folder, on_kernel=lambda *progress: seen.append(progress))
-    table = ("prefill_fa2", "decode_tensor_cores", "prefill_fa2")
-    assert compiler.asked == [(torch.bfloat16, torch.bfloat16, 128, table)]
+    assert compiler.asked == [(torch.bfloat16, torch.bfloat16, 128, ("prefill_fa2", "decode_tensor_cores"))]
     assert compiler.arch == "9.0a"
     assert dict(os.environ) == before
     assert seen == [("for a", 0, 2), ("for b", 1, 2)]
@@ -104,16 +102,6 @@ def test_a_second_run_builds_only_what_is_missing(compiler: Compiler, tmp_path: 
     assert list_kernels(folder) == kernels
     assert {kernel.num_bytes for kernel in kernels} == {len(b"code of a")}
     assert list_kernels(tmp_path / "nowhere") == []
-
-
-def test_a_table_that_the_model_rules_out_is_not_compiled(compiler: Compiler, tmp_path: Path) -> None:
-    table = KernelTable(shared="prefill_fa3_chunks", decode_leaf="decode_tensor_cores", row_leaf="prefill_fa2")
-    with pytest.raises(BackendError, match=r"prefill_fa3_chunks: fa3 reads float8_e4m3fn"):
-        build_kernels(replace(SPEC, kv_dtype=torch.float8_e4m3fn), "9.0a", tmp_path / "out", table)
-    build_kernels(SPEC, "9.0a", tmp_path / "out", table)
-    assert [asked[3] for asked in compiler.asked] == [
-        ("prefill_fa3_chunks", "decode_tensor_cores", "prefill_fa2", "prefill_fa2")
-    ]
 
 
 def test_every_reason_is_named_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -198,7 +186,6 @@ def test_names_are_those_of_the_installed_package(
     head_dim: int, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
-    kernels = KernelTable.of_all_kernels(replace(SPEC, head_dim=head_dim, kv_dtype=kv_dtype), "9.0a").names
-    kernels = (*kernels, "prefill_fa3", "decode_tensor_cores")
+    kernels = ("prefill_fa2", "decode_tensor_cores", "decode_cuda_cores")
     theirs = {module.name: module.purpose for module in jit_modules(torch.bfloat16, kv_dtype, head_dim, kernels)}
     assert module_purposes(torch.bfloat16, kv_dtype, head_dim, kernels) == theirs

@@ -82,7 +82,7 @@ def _change_default(snapshot: dict[str, Any]) -> None:
 
 
 def _lose_call(snapshot: dict[str, Any]) -> None:
-    snapshot["calls"]["flashinfer:merge_states"] = None
+    snapshot["calls"]["flashinfer:append_paged_kv_cache"] = None
 
 
 def _add_call(snapshot: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ def _change_version(snapshot: dict[str, Any]) -> None:
     [
         (_drop_parameter, ["flashinfer:merge_state\n", "s_b"]),
         (_change_default, ["flashinfer:merge_state_in_place", "mask=None", "mask=0"]),
-        (_lose_call, ["flashinfer:merge_states", "not there"]),
+        (_lose_call, ["flashinfer:append_paged_kv_cache", "not there"]),
         (_add_call, ["flashinfer:merge_more", "not there"]),
         (_change_version, ["version", "0.0"]),
     ],

@@ -10,7 +10,6 @@ import pytest
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer import kernels as flashinfer_kernels
 from cascade_llm.attention.flashinfer.kernels import BuiltKernel
-from cascade_llm.attention.flashinfer.table import KernelTable
 from tests.cli.conftest import Run
 from tests.engine.tiny_llm import save_tiny
 
@@ -31,21 +30,16 @@ def test_list_as_json(run: Run, tmp_path: Path) -> None:
 def test_build_reads_the_model_and_fails_where_a_kernel_does(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, tables = [], list[KernelTable]()
+    asked = []
 
-    def build(spec: AttentionSpec, arch: str, folder: Path, table: KernelTable, on_kernel: object) -> list[BuiltKernel]:
+    def build(spec: AttentionSpec, arch: str, folder: Path, on_kernel: object) -> list[BuiltKernel]:
         asked.append((spec.head_dim, spec.num_qo_heads, spec.num_kv_heads, str(spec.dtype), arch, folder))
-        tables.append(table)
         return [BuiltKernel("page", "appending", 2.0, 1000), BuiltKernel("norm", "norms", 1.0, error="no header")]
 
     monkeypatch.setattr(flashinfer_kernels, "build_kernels", build)
     model = save_tiny(tmp_path / "model", "qwen3", head_dim=64)
-    arguments = ["kernels", "build", model, "--dtype", "float16", "--output", tmp_path / "out"]
-    result = run(*arguments)
+    result = run("kernels", "build", model, "--dtype", "float16", "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert asked == [(64, 6, 2, "torch.float16", "9.0a", tmp_path / "out")]
-    assert tables[0].shared == "prefill_fa2"
     assert "no header" in result.stderr
     assert "1 kB" in result.stdout
-    run(*arguments, "--all-kernels")
-    assert set(tables[1].names) == {"prefill_fa3_chunks", "prefill_fa2", "decode_cuda_cores", "fused_levels"}

@@ -15,9 +15,8 @@ import torch
 
 from cascade_llm.attention.flashinfer.backend import GpuPlatform
 from cascade_llm.attention.flashinfer.ops import FlashInferOps
-from tests.doubles.batch_attention import BatchAttentionDouble
 from tests.doubles.device import DoubleStream
-from tests.doubles.kernels import assign, joined_states, merge_states_in_place, normalized, renormalized
+from tests.doubles.kernels import assign, merge_states_in_place, normalized, renormalized
 from tests.doubles.planner import DoubleError
 from tests.doubles.wrappers import HEAD_DIMS, DecodeWrapper, PrefillWrapper
 
@@ -37,8 +36,6 @@ class FlashInferDouble:
         self.num_runs = 0
         self.published_pages: frozenset[int] = frozenset()
         self._own_slots: frozenset[int] | None = None
-        self.max_pool_elements = 1 << 32
-        """of K of a layer, which BatchAttention reaches"""
         self._variants: set[tuple[Any, ...]] = set()
         self._workspaces: dict[int, DoubleStream] = {}
 
@@ -47,9 +44,7 @@ class FlashInferDouble:
         return FlashInferOps(
             BatchPrefillWithPagedKVCacheWrapper=functools.partial(PrefillWrapper, self),
             BatchDecodeWithPagedKVCacheWrapper=functools.partial(DecodeWrapper, self),
-            BatchAttention=functools.partial(BatchAttentionDouble, self),
             merge_state_in_place=self.merge_state_in_place,
-            merge_states=self.merge_states,
             append_paged_kv_cache=self.append_paged_kv_cache,
             rmsnorm=self.rmsnorm,
             fused_add_rmsnorm=self.fused_add_rmsnorm,
@@ -114,30 +109,6 @@ class FlashInferDouble:
             raise DoubleError(f"merge_state of {heads} heads of {head_dim}")
         self.use("merge_state", v.dtype, head_dim)
         self.stream.launch(lambda: merge_states_in_place(v, s, v_other, s_other), [v, s, v_other, s_other])
-
-    def merge_states(self, v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.check_dtype(v, "v")
-        if v.dim() != 4 or s.shape != v.shape[:3]:
-            raise DoubleError(f"merge_states of {tuple(v.shape)} and {tuple(s.shape)}")
-        if not v.is_contiguous() or not s.is_contiguous():
-            raise DoubleError("merge_states reads v and s as contiguous memory, rows first")
-        rows, states, heads, head_dim = v.shape
-        if s.dtype != torch.float32:
-            raise DoubleError("s is converted by another kernel unless it is float32")
-        if head_dim not in (*HEAD_DIMS, 512) or head_dim // 8 * heads > 1024:
-            raise DoubleError(f"merge_states of {heads} heads of {head_dim}")
-        self.use("merge_states", v.dtype, head_dim, states >= rows)
-        merged, total = v.new_empty(rows, heads, head_dim), s.new_empty(rows, heads)
-
-        def run() -> None:
-            pair = v[:, 0].double(), s[:, 0].double()
-            for state in range(1, states):
-                pair = joined_states(*pair, v[:, state].double(), s[:, state].double())
-            merged.copy_(pair[0])
-            total.copy_(pair[1])
-
-        self.stream.launch(run, [v, s, merged, total])
-        return merged, total
 
     def append_paged_kv_cache(
         self,

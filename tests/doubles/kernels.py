@@ -12,7 +12,6 @@ from tests.doubles.planner import HEADER, MAGIC, DoubleError
 __all__ = [
     "assign",
     "attend_rows",
-    "joined_states",
     "merge_states_in_place",
     "normalized",
     "readable_keys",

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tests.doubles.fa3 import Fa3Plan, fa3_plan, run_fa3
 from tests.doubles.kernels import assign, run_tiles
 from tests.doubles.planner import HEADER, MAGIC, DoubleError, KernelPlan, decode_plan, prefill_plan
 
 if TYPE_CHECKING:
     from tests.doubles.flashinfer import FlashInferDouble
 
-__all__ = ["FP8", "HEAD_DIMS", "INT_WORKSPACE_BYTES", "SIGNATURES", "DecodeWrapper", "PrefillWrapper", "bind_recorded"]
+__all__ = ["FP8", "HEAD_DIMS", "INT_WORKSPACE_BYTES", "SIGNATURES", "DecodeWrapper", "PrefillWrapper"]
 
 SIGNATURES = Path(__file__).parents[1] / "attention" / "flashinfer_signatures.json"
 HEAD_DIMS = (64, 128, 256)
@@ -115,6 +114,7 @@ class _Wrapper:
         return buffer
 
     def _store_plan(self, plan: KernelPlan, num_segments: int, num_rows: int) -> None:
+        """Write a plan to the pinned workspace, and queue its copy to the device."""
         header = [
             MAGIC,
             len(plan.tiles),
@@ -125,23 +125,18 @@ class _Wrapper:
             num_segments,
             num_rows,
         ]
-        numbers = [*header, *(number for tile in plan.tiles for number in tile)]
-        self._store_numbers(numbers, plan.layout, _plan_bytes(plan, num_segments, num_rows))
-
-    def _store_numbers(self, numbers: list[int], layout: tuple[Any, ...], num_bytes: int) -> None:
-        """Write a plan to the pinned workspace, and queue its copy to the device."""
         self._double.num_plans += 1
-        if self._captured_layout is not None and layout != self._captured_layout:
-            raise DoubleError(f"a plan of layout {layout} for a graph captured with {self._captured_layout}")
-        content = torch.tensor(numbers, dtype=torch.int32)
-        if max(num_bytes, 4 * len(content)) > self._int_workspace.numel():
+        if self._captured_layout is not None and plan.layout != self._captured_layout:
+            raise DoubleError(f"a plan of layout {plan.layout} for a graph captured with {self._captured_layout}")
+        content = torch.tensor([*header, *(number for tile in plan.tiles for number in tile)], dtype=torch.int32)
+        if max(_plan_bytes(plan, num_segments, num_rows), 4 * len(content)) > self._int_workspace.numel():
             raise DoubleError("the plan does not fit the int workspace")
         pinned = self._pinned_workspace[: len(content)]
         self._stream.check_host_write(pinned)
         pinned.copy_(content)
         target = self._int_workspace.view(torch.int32)[: len(content)]
         self._stream.enqueue(lambda: assign(target, pinned), [target], [pinned])
-        self._layout = layout
+        self._layout = plan.layout
 
     def _check_run(
         self,
@@ -184,7 +179,7 @@ class _Wrapper:
 
 
 class PrefillWrapper(_Wrapper):
-    """`flashinfer.BatchPrefillWithPagedKVCacheWrapper`, backends fa2 and fa3."""
+    """`flashinfer.BatchPrefillWithPagedKVCacheWrapper`, backend fa2."""
 
     def __init__(
         self,
@@ -203,18 +198,15 @@ class PrefillWrapper(_Wrapper):
         jit_kwargs: Any = None,
         variant_owns_mask: bool = False,
     ) -> None:
-        if backend not in ("fa2", "fa3"):
+        if backend != "fa2":
             raise DoubleError(f"backend {backend!r}: 'auto' takes fa3 on Hopper, which neither splits nor packs")
-        self._is_fa3 = backend == "fa3"
         buffers = (qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf)
         super().__init__(double, float_workspace_buffer, kv_layout, use_cuda_graph, buffers)
         if use_cuda_graph and qo_indptr_buf is not None and len(qo_indptr_buf) != self._fixed_segments + 1:
             raise DoubleError("the qo_indptr buffer needs one entry more than segments")
 
     def workspace_size(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        if self._is_fa3:
-            raise NotImplementedError("workspace_size is not available for prefill backend 'fa3'")
-        bound = bind_recorded("BatchPrefillWithPagedKVCacheWrapper.workspace_size", args, kwargs)
+        bound = _bind_recorded("BatchPrefillWithPagedKVCacheWrapper.workspace_size", args, kwargs)
         plan, num_segments, num_rows = self._kernel_plan(bound)
         return _workspace_bytes(
             plan, num_segments, num_rows, bound["num_qo_heads"], bound["num_kv_heads"], bound["head_dim_qk"]
@@ -223,7 +215,7 @@ class PrefillWrapper(_Wrapper):
     def plan(self, *args: Any, **kwargs: Any) -> None:
         if self._stream.capturing:
             raise DoubleError("plan during capture")
-        bound = bind_recorded("BatchPrefillWithPagedKVCacheWrapper.plan", args, kwargs)
+        bound = _bind_recorded("BatchPrefillWithPagedKVCacheWrapper.plan", args, kwargs)
         columns = tuple(
             bound[name] for name in ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
         )
@@ -242,52 +234,26 @@ class PrefillWrapper(_Wrapper):
                 self._max_rows = num_rows
             if num_rows > self._max_rows:
                 raise DoubleError(f"{num_rows} rows, frozen at {self._max_rows} by the first plan")
-        if self._is_fa3:
-            fa3 = self._fa3_plan(bound)
-            self._store_columns(columns)
-            self._store_numbers(fa3.numbers(), fa3.layout, fa3.num_bytes)
-        else:
-            plan, num_segments, num_rows = self._kernel_plan(bound)
-            self._store_columns(columns)
-            self._store_plan(plan, num_segments, num_rows)
+        plan, num_segments, num_rows = self._kernel_plan(bound)
+        self._store_columns(columns)
+        self._store_plan(plan, num_segments, num_rows)
         self._num_rows, self._dtype = num_rows, bound["q_data_type"]
         self._heads = (bound["num_qo_heads"], bound["head_dim_qk"])
         self._causal, self._sm_scale, self._window = bound["causal"], bound["sm_scale"], bound["window_left"]
 
     def run(self, q: torch.Tensor, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = bind_recorded("BatchPrefillWithPagedKVCacheWrapper.run", (q, paged_kv_cache, *args), kwargs)
+        bound = _bind_recorded("BatchPrefillWithPagedKVCacheWrapper.run", (q, paged_kv_cache, *args), kwargs)
         out, lse = bound["out"], bound["lse"]
         pools = self._check_run(q, paged_kv_cache, out, lse, bound["return_lse"])
-        kernel = "prefill_fa3" if self._is_fa3 else "prefill"
-        self._double.use(kernel, q.dtype, self._kv_dtype, q.shape[-1], self._window >= 0)
+        self._double.use("prefill", q.dtype, self._kv_dtype, q.shape[-1], self._window >= 0)
         buffers, workspace = self._buffers, self._int_workspace
         options = {"causal": self._causal, "scale": _folded(self._sm_scale, bound), "window": self._window}
 
         def run() -> None:
-            if self._is_fa3:
-                assert buffers[2] is not None
-                run_fa3(workspace, buffers[2], q, pools, out, lse, **options)
-            else:
-                run_tiles(workspace, buffers, q, pools, out, lse, **options)
+            run_tiles(workspace, buffers, q, pools, out, lse, **options)
 
         self._launch(run, [q, out, lse], pools)
         return out, lse
-
-    def _fa3_plan(self, bound: dict[str, Any]) -> Fa3Plan:
-        if self._kv_dtype != bound["q_data_type"]:
-            raise DoubleError("fa3 reads FP8 pages with FP8 queries alone: it does not compile for others")
-        qo_indptr = bound["qo_indptr"].tolist()
-        return fa3_plan(
-            qo_indptr,
-            bound["paged_kv_indptr"].tolist(),
-            bound["paged_kv_last_page_len"].tolist(),
-            max_rows=self._max_rows or qo_indptr[-1],
-            num_heads=bound["num_qo_heads"],
-            head_dim=bound["head_dim_qk"],
-            page_size=bound["page_size"],
-            graph=self._use_cuda_graph,
-            num_sm=self._double.num_sm,
-        )
 
     def _kernel_plan(self, bound: dict[str, Any]) -> tuple[KernelPlan, int, int]:
         qo_indptr, kv_indptr = bound["qo_indptr"].tolist(), bound["paged_kv_indptr"].tolist()
@@ -332,14 +298,14 @@ class DecodeWrapper(_Wrapper):
         self._tensor_cores = use_tensor_cores
 
     def workspace_size(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        bound = bind_recorded("BatchDecodeWithPagedKVCacheWrapper.workspace_size", args, kwargs)
+        bound = _bind_recorded("BatchDecodeWithPagedKVCacheWrapper.workspace_size", args, kwargs)
         plan, rows = self._kernel_plan(bound)
         return _workspace_bytes(plan, rows, rows, bound["num_qo_heads"], bound["num_kv_heads"], bound["head_dim"])
 
     def plan(self, *args: Any, **kwargs: Any) -> None:
         if self._stream.capturing:
             raise DoubleError("plan during capture")
-        bound = bind_recorded("BatchDecodeWithPagedKVCacheWrapper._plan_impl", args, kwargs)
+        bound = _bind_recorded("BatchDecodeWithPagedKVCacheWrapper._plan_impl", args, kwargs)
         columns = (bound["indptr"], bound["indices"], bound["last_page_len"])
         self._check_columns(*columns)
         self._check_shape(
@@ -359,7 +325,7 @@ class DecodeWrapper(_Wrapper):
         self._sm_scale, self._window = bound["sm_scale"], bound["window_left"]
 
     def run(self, q: torch.Tensor, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = bind_recorded("BatchDecodeWithPagedKVCacheWrapper.run", (q, paged_kv_cache, *args), kwargs)
+        bound = _bind_recorded("BatchDecodeWithPagedKVCacheWrapper.run", (q, paged_kv_cache, *args), kwargs)
         out, lse = bound["out"], bound["lse"]
         pools = self._check_run(q, paged_kv_cache, out, lse, bound["return_lse"])
         self._double.use(
@@ -423,7 +389,7 @@ def _parameters(name: str) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def bind_recorded(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bind_recorded(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name, as the recorded signature takes them; TypeError where it does not."""
     bound = _parameters(name).bind(*args, **kwargs)
     bound.apply_defaults()

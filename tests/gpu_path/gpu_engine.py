@@ -11,7 +11,6 @@ from unittest.mock import patch
 
 import cascade_llm.engine.assembly
 from cascade_llm import LLM, SamplingParams
-from cascade_llm.attention.flashinfer.table import KernelTable
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.worker import build_worker
 from tests.doubles.device import DoubleStream
@@ -38,16 +37,16 @@ def double_gpu(*, num_sm: int = 8, exact: bool = True) -> FlashInferDouble:
 
 
 @contextmanager
-def on_double(double: FlashInferDouble, kernels: KernelTable | None = None) -> Iterator[None]:
+def on_double(double: FlashInferDouble) -> Iterator[None]:
     """What is built inside takes the double for its GPU."""
-    built = partial(build_worker, platform=double.platform(), kernels=kernels)
+    built = partial(build_worker, platform=double.platform())
     with patch.object(cascade_llm.engine.assembly, "build_worker", built):
         yield
 
 
-def gpu_llm(folder: Path, double: FlashInferDouble, kernels: KernelTable | None = None, **options: Any) -> LLM:
+def gpu_llm(folder: Path, double: FlashInferDouble, **options: Any) -> LLM:
     """An engine on the double; plans are not checked, since `debug` does without graphs, but every append is."""
-    with on_double(double, kernels):
+    with on_double(double):
         llm = tiny_llm(folder, **{"debug": False, "schedule_lag": 1, **options})
     watch_published_pages(llm, double)
     return llm

@@ -14,9 +14,7 @@ import torch
 
 from cascade_llm.attention.flashinfer.ops import FlashInferOps
 from scripts.flashinfer_signatures import describe
-from tests.doubles.batch_attention import BatchAttentionDouble, holistic_works
 from tests.doubles.device import DoubleStream
-from tests.doubles.fa3 import fa3_plan
 from tests.doubles.flashinfer import FlashInferDouble
 from tests.doubles.planner import DoubleError, decode_plan, prefill_plan
 from tests.doubles.wrappers import SIGNATURES, DecodeWrapper, PrefillWrapper
@@ -26,7 +24,6 @@ DOUBLE = FlashInferDouble(DoubleStream())
 
 CALLS = {
     "flashinfer:merge_state_in_place": DOUBLE.merge_state_in_place,
-    "flashinfer:merge_states": DOUBLE.merge_states,
     "flashinfer:append_paged_kv_cache": DOUBLE.append_paged_kv_cache,
     "flashinfer.norm:rmsnorm": DOUBLE.rmsnorm,
     "flashinfer.norm:fused_add_rmsnorm": DOUBLE.fused_add_rmsnorm,
@@ -48,12 +45,6 @@ def without(names: tuple[str, ...], parameters: list[dict[str, str]]) -> list[di
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_have_the_recorded_signatures(name: str) -> None:
     assert describe(CALLS[name]) == RECORDED[name]
-
-
-def test_batch_attention_has_the_recorded_signature() -> None:
-    """plan and run bind their arguments by the recorded signatures."""
-    own = without(("self", "double"), describe(BatchAttentionDouble.__init__))
-    assert own == without(("self",), RECORDED["flashinfer:BatchAttention.__init__"])
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
@@ -123,60 +114,6 @@ def test_planner_splits_long_segments_while_the_grid_has_room() -> None:
 def test_cuda_core_planner_refuses_what_the_original_drops() -> None:
     with pytest.raises(DoubleError, match="no pages"):
         decode_plan([0, 512, 512], num_kv_heads=8, page_size=16, graph=True, num_sm=132)
-
-
-def test_fa3_has_a_tile_per_head_and_takes_lengths_from_the_host() -> None:
-    """32 rows of 8 heads, 300 of 8: one tile and three (of 128) a head; a captured plan has room for all groupings."""
-    columns = [0, 32, 332, 332], [0, 4, 4, 4], [16, 0, 0]
-    common = {"max_rows": 332, "num_heads": 8, "page_size": 16, "num_sm": 132}
-    plan = fa3_plan(*columns, head_dim=128, graph=True, **common)
-    assert [tile[:3] for tile in plan.tiles] == [(0, 32, 0), (32, 300, 0), (32, 300, 1), (32, 300, 2)]
-    assert [tile[4] for tile in plan.tiles] == [64, 0, 0, 0]
-    assert plan.max_works == (3 + 2) * 8
-    assert fa3_plan(*columns, head_dim=64, graph=False, **common).max_works == 3 * 8
-
-
-def test_fa3_takes_last_page_len_for_the_length_of_a_segment_without_pages() -> None:
-    plan = fa3_plan([0, 4], [0, 0], [7], max_rows=4, num_heads=2, head_dim=128, page_size=16, graph=False, num_sm=4)
-    assert plan.tiles == [(0, 4, 0, 0, 7)]
-
-
-def test_batch_attention_splits_by_the_work_of_all_requests() -> None:
-    """64 rows of 4 packed on 8192 tokens, and 64 of 4 alone with 256: figures worked out from FlashInfer's source."""
-    qo_indptr, kv_lens = [0, *range(64, 129)], [8192] + [256] * 64
-    kv_indptr = [0, *(512 + 16 * i for i in range(65))]
-    options = {"group": 4, "num_kv_heads": 8, "num_blocks": 264, "causal": False}
-    works, num_split_rows = holistic_works(qo_indptr, kv_indptr, kv_lens, **options)
-    # (2 tiles x 8192 + 64 x 256) x 8 heads / 264 blocks = 993, so chunks of 1024, of large tiles half of that
-    assert sum(work[1] == 64 for work in works) == 2 * 16
-    assert sum(work[1] == 1 for work in works) == 64
-    assert num_split_rows == 256
-    assert all(stop - begin <= 512 for *_, begin, stop in works)
-
-
-def test_batch_attention_checks_its_pool_and_its_tensors() -> None:
-    double = FlashInferDouble(DoubleStream())
-    wrapper = double.ops().BatchAttention(device="cpu")
-    pinned, pages = double.stream.pinned(2, torch.int32), torch.zeros(2, dtype=torch.int32)
-    double.stream.copy(pages, pinned)
-    indptr, one = torch.tensor([0, 1]).int(), torch.ones(1).int()
-    with pytest.raises(DoubleError, match="on the host"):
-        wrapper.plan(indptr, indptr, pinned.clone(), one, 4, 2, 64, 64, 16)
-    with pytest.raises(DoubleError, match="without pages has a length"):
-        wrapper.plan(indptr, torch.zeros(2).int(), pages[:0], one, 4, 2, 64, 64, 16)
-    wrapper.plan(indptr, indptr, pages, one, 4, 2, 64, 64, 16)
-    q, pools = torch.zeros(1, 4, 64).bfloat16(), torch.zeros(2, 2, 16, 2, 64).bfloat16().unbind()
-    out, lse = torch.zeros(1, 4, 64).bfloat16(), torch.zeros(1, 4)
-    wrapper.run(q, pools, out=out, lse=lse)
-    with pytest.raises(DoubleError, match="planned for"):
-        wrapper.run(q.half(), pools, out=out, lse=lse)
-    with pytest.raises(DoubleError, match="read by the host"):
-        wrapper.run(q, pools, out=out, lse=lse, v_scale=torch.ones(1))
-    with pytest.raises(DoubleError, match="no graph mode"):
-        double.stream.capture(lambda: wrapper.run(q, pools, out=out, lse=lse))
-    double.max_pool_elements = 2 * 16 * 2 * 64 - 1
-    with pytest.raises(DoubleError, match="uint32"):
-        wrapper.run(q, pools, out=out, lse=lse)
 
 
 def test_a_copy_happens_at_the_wait_and_not_before() -> None:
@@ -300,12 +237,6 @@ def test_append_and_merge_check_their_tensors() -> None:
     ):
         with pytest.raises(DoubleError):
             double.merge_state_in_place(*bad)
-    chunks, sums = torch.zeros(2, 3, 4, 64, dtype=torch.bfloat16), torch.zeros(2, 3, 4)
-    double.merge_states(chunks, sums)
-    rows_last = torch.zeros(3, 2, 4, 64, dtype=torch.bfloat16).transpose(0, 1)
-    for bad_chunks, bad_sums in ((chunks, sums.half()), (rows_last, sums), (chunks, sums[:, :2]), (chunks[0], sums[0])):
-        with pytest.raises(DoubleError):
-            double.merge_states(bad_chunks, bad_sums)
     pools = torch.zeros(2, 3, 4, 2, 64, dtype=torch.bfloat16).unbind()
     table = torch.arange(3, dtype=torch.int32), torch.tensor([0, 3]).int(), torch.tensor([4]).int()
     rows, zeros = torch.ones(2, 2, 64, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)

@@ -9,7 +9,7 @@ import torch
 
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
-from cascade_llm.attention.flashinfer.table import KernelTable
+from cascade_llm.attention.flashinfer.levels import DecodeKernel
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadePlan
@@ -42,12 +42,12 @@ def backend_of(
     *,
     dtype: torch.dtype = torch.float32,
     num_sm: int = 132,
-    kernels: KernelTable | None = None,
+    decode_leaf: DecodeKernel | None = None,
 ) -> tuple[FlashInferAttentionBackend, FlashInferDouble]:
     stream = DoubleStream()
     double = FlashInferDouble(stream, num_sm=num_sm, exact=dtype == torch.float32)
     spec = spec_of(case, dtype)
-    return FlashInferAttentionBackend(spec, pool, double.platform(), kernels), double
+    return FlashInferAttentionBackend(spec, pool, double.platform(), decode_leaf), double
 
 
 def random_q(case: CascadeCase, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -106,16 +106,15 @@ def test_split_kv_is_merged_in_decode(num_sm: int, group_size: int) -> None:
     case = decode_case([700, 3, 130, 16], 40, group_size=group_size)
     pool = pool_with_only(case, num_layers=1, dtype=torch.float32, seed=1)
     backend, _ = backend_of(case, pool, num_sm=num_sm)
-    assert backend.kernels.decode_leaf == ("decode_cuda_cores" if group_size == 1 else "decode_tensor_cores")
+    assert backend.decode_leaf == ("decode_cuda_cores" if group_size == 1 else "decode_tensor_cores")
     assert_equals_reference(backend, case, case.plan, pool, random_q(case, torch.float32))
 
 
-@pytest.mark.parametrize("decode_leaf", ["decode_tensor_cores", "decode_cuda_cores", "prefill_fa2"])
-def test_every_decode_kernel_gives_the_same(decode_leaf: str) -> None:
+@pytest.mark.parametrize("decode_leaf", ["decode_tensor_cores", "decode_cuda_cores"])
+def test_every_decode_kernel_gives_the_same(decode_leaf: DecodeKernel) -> None:
     case = decode_case([100, 33, 16, 1, 260], 3)
     pool = pool_with_only(case, num_layers=1, dtype=torch.float32, seed=2)
-    kernels = KernelTable(shared="prefill_fa2", decode_leaf=decode_leaf, row_leaf="prefill_fa2")  # type: ignore[arg-type]
-    backend, _ = backend_of(case, pool, kernels=kernels)
+    backend, _ = backend_of(case, pool, decode_leaf=decode_leaf)
     assert_equals_reference(backend, case, case.plan, pool, random_q(case, torch.float32))
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 
 from cascade_llm import LLM
 from cascade_llm.attention.flashinfer.backend import GpuPlatform
-from cascade_llm.attention.flashinfer.table import KernelTable
 from scripts.gpu_suite import __main__ as gpu_suite_module
 from scripts.gpu_suite import attention_stage, imports, suite
 from scripts.gpu_suite.__main__ import main as gpu_suite_main
@@ -42,7 +41,6 @@ TINY = Sizes(
     matrix_size=32,
     load_requests=4,
     load_range=(4, 10),
-    small=True,
 )
 
 
@@ -59,16 +57,8 @@ class DoubleMachine(Machine):
         work()
         return time.perf_counter() - started
 
-    def llm(
-        self,
-        config: Path,
-        kernels: KernelTable | None = None,
-        choices: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> LLM:
-        """Without `choices`: a capture of the double records neither Triton nor what torch.compile made."""
-        replace(self.platform(), **(choices or {}))
-        with on_double(double_gpu(exact=False), kernels):
+    def llm(self, config: Path, **options: Any) -> LLM:
+        with on_double(double_gpu(exact=False)):
             return LLM(config, load_format="dummy", device="cpu", dtype="bfloat16", **options)
 
     def synchronize(self) -> None:
@@ -91,17 +81,9 @@ def test_every_stage_ends_with_a_result(out: Path) -> None:
 
 def test_kernels_are_validated(out: Path) -> None:
     entries = json.loads((out / "results.json").read_text())["validation"]
-    assert {entry["kernels"] for entry in entries} == {
-        "prefill_fa2 + decode_tensor_cores",
-        "prefill_fa2 + decode_cuda_cores",
-        "prefill_fa2 + prefill_fa2",
-        "prefill_fa3 + decode_tensor_cores",
-        "prefill_fa3_chunks + decode_tensor_cores",
-        "fused_levels",
-    }
-    assert {entry["kernels"] for entry in entries if entry["mode"] == "graph"} == {
-        entry["kernels"] for entry in entries if entry["kernels"] != "fused_levels"
-    }
+    for mode in ("eager", "graph"):
+        kernels = {entry["kernels"] for entry in entries if entry["mode"] == mode}
+        assert kernels == {"decode_tensor_cores", "decode_cuda_cores"}
     for entry in entries:
         assert "refused" not in entry
         assert entry["max_error"] < 0.05
@@ -123,8 +105,7 @@ def test_refusals_are_results(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_is_measured_every_way(out: Path) -> None:
     shared, alone = json.loads((out / "results.json").read_text())["attention"]
     assert {"floor_us", "plain_us", "ours_us", "ours_one_level_us", "ours, eager_us"} <= shared.keys()
-    others = "prefill_fa3 + decode_tensor_cores", "prefill_fa3_chunks + decode_tensor_cores", "fused_levels"
-    assert {f"ours, {name}_us" for name in (*others, "fused_levels, eager")} <= shared.keys()
+    assert "ours, decode_cuda_cores_us" in shared
     assert [name for name in shared if name.endswith("_error")] == ["flashinfer_cascade_error"]
     assert "plain_us" in alone
     assert "ours_us" not in alone
@@ -176,16 +157,6 @@ def test_floor_is_that_of_the_roofline_table(model: int, prefix: int, batch: int
     assert floor == pytest.approx(floor_ms, rel=0.04)
 
 
-def test_other_kernels_are_measured_where_they_may_gain() -> None:
-    chunks, plain = VARIANTS["graphs, fa3 chunks"], VARIANTS["graphs, cascade"]
-    assert set(chunks.sizes(MODELS[1], FULL)) == {(p, b) for p in (8192, 32768) for b in (64, 128, 256)}
-    assert len(list(plain.sizes(MODELS[1], FULL))) == len(FULL.prefixes) * len(FULL.batches)
-    assert plain.table(MODELS[1]) is None
-    table = chunks.table(MODELS[1])
-    assert table is not None
-    assert (table.shared, table.decode_leaf) == ("prefill_fa3_chunks", "decode_tensor_cores")
-
-
 def test_full_sizes_are_the_whole_list() -> None:
     assert len(FULL.trees) == 16
     assert {len(tree.nodes) == len(tree.tokens) for tree in FULL.trees} == {True}
@@ -196,10 +167,8 @@ def test_fp8_pages_are_validated_over_what_they_decode_to(tmp_path: Path) -> Non
     entries = Suite(DoubleMachine(), tmp_path, sizes, 600, fp8=True).run(["validation"])["validation"]
     by_pages = {name: [e for e in entries if e["pages"] == name] for name in ("bfloat16", "float8_e4m3fn")}
     assert [e["kernels"] for e in by_pages["bfloat16"]] == [e["kernels"] for e in by_pages["float8_e4m3fn"]]
-    served = [entry for entry in by_pages["float8_e4m3fn"] if "refused" not in entry]
-    assert {"prefill_fa2 + decode_tensor_cores", "prefill_fa2 + decode_cuda_cores"} <= {e["kernels"] for e in served}
-    assert all(entry["max_error"] < 0.05 and entry["max_lse_error"] < 0.05 for entry in served)
-    assert all("fa3" in entry["kernels"] for entry in by_pages["float8_e4m3fn"] if "refused" in entry)
+    assert {e["kernels"] for e in entries} == {"decode_tensor_cores", "decode_cuda_cores"}
+    assert all(entry["max_error"] < 0.05 and entry["max_lse_error"] < 0.05 for entry in entries)
 
 
 def test_a_stage_that_raises_is_a_result_and_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

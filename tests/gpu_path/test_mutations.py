@@ -226,7 +226,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("the kernel family is named: FlashInfer's own choice is not ours")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LevelKernel, "_wrapper_of", lambda self, kernel, buffers: _auto_wrapper(self))
+    patch.setattr(LevelKernel, "_prefill_wrapper", lambda self, buffers: _auto_wrapper(self))
 
 
 def _auto_wrapper(kernel: LevelKernel) -> Any:
@@ -274,9 +274,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = flashinfer_levels.LevelKernel.run
 
-    def natural(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float) -> LevelOutput:
-        original(self, q, kv, output, k_scale).lse.mul_(0.6931471805599453)
-        return output
+    def natural(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float) -> None:
+        original(self, q, kv, output, k_scale)
+        output.lse.mul_(0.6931471805599453)
 
     patch.setattr(LevelKernel, "run", natural)
 
@@ -285,9 +285,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = LevelKernel.run
 
-    def flat(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float) -> LevelOutput:
-        original(self, q, kv, output, k_scale).lse.zero_()
-        return output
+    def flat(self: LevelKernel, q: torch.Tensor, kv: Any, output: LevelOutput, k_scale: float) -> None:
+        original(self, q, kv, output, k_scale)
+        output.lse.zero_()
 
     patch.setattr(LevelKernel, "run", flat)
 

@@ -13,7 +13,6 @@ from cascade_llm.sampling.draw import (
     draw_from_logits,
     draw_key,
     draw_min_p,
-    draw_tokens,
     draw_top_k,
     draw_top_p,
     uniforms,
@@ -173,15 +172,3 @@ def test_temperature_zero_draws_a_maximum_and_a_row_that_is_not_finite_any_token
     token_ids = draw_from_logits(logits, logits.amax(-1), torch.zeros(4), uniform)
     assert token_ids[:2].tolist() == [77, 2559]
     assert all(0 <= token_id < VOCAB_SIZE for token_id in token_ids.tolist())
-
-
-@pytest.mark.slow
-def test_compiled_draws_are_the_plain_ones() -> None:
-    """As a GPU would run them, where a measurement says so."""
-    compiled = torch.compile(draw_tokens, dynamic=True)
-    for rows in (300, 7):
-        logits = torch.randn(rows, VOCAB_SIZE)
-        keys = torch.tensor([draw_key(seed, 0) for seed in range(rows)])
-        arguments = logits, logits.amax(-1), torch.rand(rows).double() + 0.1, keys, torch.arange(rows)
-        same = compiled(*arguments) == draw_tokens(*arguments)
-        assert same.float().mean() > 0.99, "but for rounding at the borders of tokens"

@@ -13,20 +13,18 @@ import torch
 
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec, PreparedAttention
 from cascade_llm.attention.columns import column_tensor
-from cascade_llm.attention.flashinfer.chunks import ChunkedLevelKernel
-from cascade_llm.attention.flashinfer.fused import FusedLevels
 from cascade_llm.attention.flashinfer.kernels import device_arch, kernel_folder
 from cascade_llm.attention.flashinfer.levels import (
+    DecodeKernel,
     FlashInferDevice,
     LevelColumns,
     LevelKernel,
     LevelOutput,
     LevelRun,
-    SharedLevelKernel,
     attend_levels,
+    decode_kernel,
 )
 from cascade_llm.attention.flashinfer.ops import FlashInferOps, load_flashinfer_ops
-from cascade_llm.attention.flashinfer.table import KernelTable
 from cascade_llm.device.stream import CudaStream, DeviceStream
 from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
@@ -43,10 +41,6 @@ class GpuPlatform:
     stream: DeviceStream
     num_processors: int
     """Streaming multiprocessors, which FlashInfer's planner wants to fill."""
-    one_rotation_kernel: bool = False
-    """Norms of heads and rotation by one kernel of Triton. Off until a GPU has shown that it pays, as is the next."""
-    compiled_draws: bool = False
-    """Plain draws by torch.compile."""
 
     @classmethod
     def cuda(cls, device: torch.device) -> GpuPlatform:
@@ -67,21 +61,17 @@ class FlashInferAttentionBackend(AttentionBackend):
         spec: AttentionSpec,
         kv_cache: PagedKVCache,
         platform: GpuPlatform | None = None,
-        kernels: KernelTable | None = None,
+        decode_leaf: DecodeKernel | None = None,
     ) -> None:
-        """`platform`: default the CUDA device of `spec`; `kernels`: default the choice for this model."""
+        """`platform`: default the CUDA device of `spec`; `decode_leaf`: default the choice for this model."""
         super().__init__(spec, kv_cache)
         if kv_cache.layout != "NHD":
             raise BackendError(f"the flashinfer backend reads NHD pages, not {kv_cache.layout}: create the pool so")
         assert kv_cache.dtype == spec.page_dtype
         platform = platform or GpuPlatform.cuda(spec.device)
-        self.kernels = kernels or KernelTable.for_model(spec)
-        if reasons := self.kernels.reasons_against(spec):
-            raise BackendError(f"these kernels cannot serve the model: {'; '.join(reasons)}")
+        self.decode_leaf = decode_leaf or decode_kernel(spec)
         self.platform = platform
         self.device = FlashInferDevice.create(platform.ops, platform.stream)
-        fused = self.kernels.fused_levels
-        self._fused = FusedLevels(self.device, spec, kv_cache, platform.num_processors) if fused else None
         self._leaves: dict[tuple[bool, int | None], LevelKernel] = {}
         self._shared: list[_SharedLevel] = []
         self._append_table = _append_table(kv_cache)
@@ -106,8 +96,6 @@ class FlashInferAttentionBackend(AttentionBackend):
     def prepare(self, plan: CascadePlan) -> PreparedAttention:
         """Plan the leaf, and those shared levels that are not the objects planned last."""
         assert plan.page_size == self.kv_cache.page_size
-        if self._fused is not None and self._fused.serves(plan):
-            return self._fused.prepare(plan)
         leaf = self._leaf_kernel(plan)
         leaf.plan(level_columns(plan.leaf, plan.leaf.num_segments))
         while len(self._shared) < len(plan.shared_levels):
@@ -123,7 +111,7 @@ class FlashInferAttentionBackend(AttentionBackend):
                 self.device,
                 self.spec,
                 self.kv_cache.page_size,
-                self.kernels.decode_leaf if decodes else self.kernels.row_leaf,
+                self.decode_leaf if decodes else "prefill_fa2",
                 causal=True,
                 window_len=plan.window_len,
             )
@@ -131,16 +119,10 @@ class FlashInferAttentionBackend(AttentionBackend):
 
 
 class _SharedLevel:
-    """The wrappers of one depth, and the level that one of them is planned for."""
+    """The wrapper of one depth, and the level that it is planned for."""
 
     def __init__(self, backend: FlashInferAttentionBackend) -> None:
-        self._spec, self._page_size = backend.spec, backend.kv_cache.page_size
-        self._table, common = backend.kernels, (backend.device, self._spec, self._page_size)
-        self._whole = LevelKernel(*common, self._table.whole_shared)
-        self._chunked: ChunkedLevelKernel | None = None
-        if self._table.shared == "prefill_fa3_chunks":
-            self._chunked = ChunkedLevelKernel(*common, self._table.chunks, backend.platform.num_processors)
-        self._kernel: SharedLevelKernel = self._whole
+        self._kernel = LevelKernel(backend.device, backend.spec, backend.kv_cache.page_size, "prefill_fa2")
         self._level: weakref.ref[CascadeLevel] | None = None
         self._num_rows = 0
 
@@ -149,16 +131,9 @@ class _SharedLevel:
             num_segments = _num_read_segments(level)
             self._num_rows = level.qo_indptr[num_segments]
             if num_segments:
-                self._kernel = self._chosen(level)
-                self._kernel.plan(self._kernel.arrange(level_columns(level, num_segments)))
+                self._kernel.plan(level_columns(level, num_segments))
             self._level = weakref.ref(level)
         return LevelRun(self._kernel, self._num_rows)
-
-    def _chosen(self, level: CascadeLevel) -> SharedLevelKernel:
-        if self._chunked is None:
-            return self._whole
-        sizes = [(len(level.rows(i)), level.kv_len(i, self._page_size)) for i in range(level.num_segments)]
-        return self._chunked if self._table.chunks.takes_level(sizes, self._spec.group_size) else self._whole
 
 
 class _PreparedFlashInferAttention(PreparedAttention):

@@ -15,14 +15,12 @@ import torch
 
 from cascade_llm.attention.backend import AttentionSpec, PreparedAttention
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
-from cascade_llm.attention.flashinfer.chunks import ChunkedLevelKernel
 from cascade_llm.attention.flashinfer.levels import (
     LevelBuffers,
     LevelColumns,
     LevelKernel,
     LevelOutput,
     LevelRun,
-    SharedLevelKernel,
     attend_levels,
 )
 from cascade_llm.plan import CascadeLevel, IntColumn
@@ -54,7 +52,7 @@ class SharedColumns:
 
 @dataclass(slots=True)
 class _SharedLevel:
-    kernel: SharedLevelKernel
+    kernel: LevelKernel
     columns: SharedColumns
     level: weakref.ref[CascadeLevel] | None = None
 
@@ -74,16 +72,14 @@ class GraphAttention(PreparedAttention):
         """`leaf_buffers`: of exactly `rows` segments; their memory is filled by the caller before each replay."""
         self._device, self._kv_cache, spec = backend.device, backend.kv_cache, backend.spec
         self.rows, self.capacities = rows, tuple(capacities)
-        table, page_size = backend.kernels, backend.kv_cache.page_size
+        decode_leaf, common = backend.decode_leaf, (self._device, spec, backend.kv_cache.page_size)
         splits = splits_kv(rows, spec, num_processors)
         self._leaf_indices = leaf_buffers.kv_page_indices
-        self._leaf = LevelKernel(
-            self._device, spec, page_size, table.decode_leaf, buffers=leaf_buffers, split_kv=splits
-        )
-        self._leaf_follows_pages = splits or table.decode_leaf == "decode_cuda_cores"
+        self._leaf = LevelKernel(*common, decode_leaf, buffers=leaf_buffers, split_kv=splits)
+        self._leaf_follows_pages = splits or decode_leaf == "decode_cuda_cores"
         self._leaf_pages: IntColumn | None = None
         self._shared = [
-            _SharedLevel(_shared_kernel(backend, rows, columns.first(capacity)), columns)
+            _SharedLevel(LevelKernel(*common, "prefill_fa2", buffers=columns.first(capacity)), columns)
             for capacity, columns in zip(self.capacities, shared_columns, strict=False)
         ]
         self._result = LevelOutput.empty(rows, spec)
@@ -121,10 +117,9 @@ class GraphAttention(PreparedAttention):
         Args:
             position: 0 is the coarsest
             level: what is planned; None for a stand-in
-            columns: padded to the capacity, on pinned host memory, which is the kernel's from here on
+            columns: padded to the capacity, on pinned host memory
         """
         shared = self._shared[position]
-        columns = shared.kernel.arrange(columns)
         num_pages = len(columns.kv_page_indices)
         indices = shared.columns.first(self.capacities[position]).kv_page_indices
         if num_pages:
@@ -132,18 +127,6 @@ class GraphAttention(PreparedAttention):
         # the page indices are where they belong already: the wrapper has none left to copy
         shared.kernel.plan(columns._replace(kv_page_indices=indices[:0]))
         shared.columns.owner, shared.level = self, weakref.ref(level) if level is not None else None
-
-
-def _shared_kernel(backend: FlashInferAttentionBackend, rows: int, buffers: LevelBuffers) -> SharedLevelKernel:
-    """The kernel of a captured level; what is captured for large segments is cut where the table says so."""
-    table, spec, page_size = backend.kernels, backend.spec, backend.kv_cache.page_size
-    wide = table.chunks.takes_shape(rows, len(buffers.kv_last_page_len), spec.group_size)
-    if table.shared == "prefill_fa3_chunks" and wide:
-        num_processors = backend.platform.num_processors
-        return ChunkedLevelKernel(
-            backend.device, spec, page_size, table.chunks, num_processors, rows=rows, buffers=buffers
-        )
-    return LevelKernel(backend.device, spec, page_size, table.whole_shared, buffers=buffers)
 
 
 def splits_kv(rows: int, spec: AttentionSpec, num_processors: int) -> bool:

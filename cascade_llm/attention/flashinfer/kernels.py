@@ -12,7 +12,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.flashinfer.module_names import DTYPE_NAMES, module_purposes
+from cascade_llm.attention.flashinfer.levels import serving_kernels
 from cascade_llm.attention.flashinfer.ops import (
     TESTED_VERSIONS,
     JitModule,
@@ -29,7 +29,6 @@ from cascade_llm.attention.flashinfer.ops import (
     package_reasons,
     shape_reasons,
 )
-from cascade_llm.attention.flashinfer.table import KernelTable
 from cascade_llm.device.cuda_toolkit import build_environment, find_nvcc, toolkit_reasons
 from cascade_llm.device.user_cache import cache_folder
 from cascade_llm.errors import BackendError
@@ -42,11 +41,22 @@ __all__ = [
     "kernel_folder",
     "kernel_states",
     "list_kernels",
+    "module_purposes",
     "reasons_against_flashinfer",
 ]
 
 MIN_CAPABILITY = (8, 0)
 MANIFEST = "kernels.json"
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3"}
+COMMON_MODULES = {
+    "cascade": "merging levels",
+    "page": "appending to pages",
+    "rope": "rotary embedding",
+    "norm": "norms",
+    "silu_and_mul": "gated activation",
+    "sampling": "filters of sampling",
+}
+"""Modules that every model needs, whatever its shape."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ def list_kernels(folder: Path) -> list[BuiltKernel]:
     return [BuiltKernel(**entry) for entry in json.loads(manifest.read_text())]
 
 
-def kernel_states(spec: AttentionSpec, arch: str, kernels: KernelTable | None = None) -> list[KernelState]:
+def kernel_states(spec: AttentionSpec, arch: str) -> list[KernelState]:
     """The modules that a model needs on an architecture, and which are there; nothing where no kernel serves its dtype.
 
     Where we have a folder it takes the place of the package flashinfer-jit-cache, which counts only without it.
@@ -110,12 +120,36 @@ def kernel_states(spec: AttentionSpec, arch: str, kernels: KernelTable | None = 
     own = kernel_folder(arch)
     folder = own if own.exists() else _prebuilt_folder()
     found: Literal["built", "prebuilt"] = "built" if folder is own else "prebuilt"
-    table = kernels or KernelTable.for_model(spec)
-    purposes = module_purposes(spec.dtype, spec.page_dtype, spec.head_dim, table.names)
+    purposes = module_purposes(spec.dtype, spec.page_dtype, spec.head_dim, serving_kernels(spec))
     return [
         KernelState(name, purpose, found if _module_file(folder, name).exists() else "missing")
         for name, purpose in purposes.items()
     ]
+
+
+def module_purposes(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernels: Iterable[str]) -> dict[str, str]:
+    """The modules that an engine loads, by FlashInfer's names, and what each is for.
+
+    Derived without importing FlashInfer, which asks for the GPU: see the `get_*_uri` functions of 0.7.2, with no
+    position encoding, no sliding window, no soft cap.
+
+    Args:
+        dtype, kv_dtype: of the model and of its pages: keys of `DTYPE_NAMES`
+        head_dim: of its heads
+        kernels: those that serve, see `serving_kernels`
+    """
+    types = f"dtype_q_{DTYPE_NAMES[dtype]}_dtype_kv_{DTYPE_NAMES[kv_dtype]}_dtype_o_{DTYPE_NAMES[dtype]}_dtype_idx_i32"
+    heads = f"head_dim_qk_{head_dim}_head_dim_vo_{head_dim}_posenc_0_use_swa_False_use_logits_cap_False"
+    fa2 = f"batch_prefill_with_kv_cache_{types}_{heads}_f16qk_False_kv_stride_equal"
+    names = {
+        "prefill_fa2": fa2,
+        "decode_tensor_cores": fa2,
+        "decode_cuda_cores": f"batch_decode_with_kv_cache_{types}_{heads}",
+    }
+    purposes: dict[str, list[str]] = {}
+    for kernel in sorted(set(kernels)):
+        purposes.setdefault(names[kernel], []).append(kernel)
+    return {**{name: ", ".join(served) for name, served in purposes.items()}, **COMMON_MODULES}
 
 
 def _prebuilt_folder() -> Path:
@@ -132,7 +166,6 @@ def build_kernels(
     spec: AttentionSpec,
     arch: str,
     folder: Path,
-    kernels: KernelTable | None = None,
     on_kernel: OnKernel | None = None,
 ) -> list[BuiltKernel]:
     """Compile what a model needs and is not in the folder yet. No GPU is needed; run it in a process of its own.
@@ -141,19 +174,17 @@ def build_kernels(
         spec: the model; its device does not matter
         arch: "9.0a" for Hopper
         folder: takes `<module>/<module>.so` and a list of them
-        kernels: default the choice for this model
         on_kernel: told of the progress
 
     Raises:
         BackendError: no compiler, no FlashInfer, or a model that it has no kernels for
     """
-    table = kernels or KernelTable.for_model(spec)
-    reasons = [*package_reasons(), *shape_reasons(spec), *table.reasons_against(spec), *toolkit_reasons()]
+    reasons = [*package_reasons(), *shape_reasons(spec), *toolkit_reasons()]
     if reasons:
         raise BackendError(f"kernels cannot be built: {'; '.join(reasons)}")
     built = {kernel.name: kernel for kernel in list_kernels(folder) if kernel.error is None}
     with build_environment(arch):
-        modules = jit_modules(spec.dtype, spec.page_dtype, spec.head_dim, table.names)
+        modules = jit_modules(spec.dtype, spec.page_dtype, spec.head_dim, serving_kernels(spec))
         for done, module in enumerate(modules):
             if on_kernel is not None:
                 on_kernel(module.purpose, done, len(modules))

@@ -8,35 +8,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer.ops import FlashInferOps
-from cascade_llm.attention.flashinfer.table import DecodeKernel, PrefillKernel, fa3_tile_rows
 from cascade_llm.device.stream import DeviceStream, Mark
 from cascade_llm.errors import CapacityError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale
 
 __all__ = [
+    "DecodeKernel",
     "FlashInferDevice",
+    "KernelName",
     "LevelBuffers",
     "LevelColumns",
     "LevelKernel",
     "LevelOutput",
     "LevelRun",
-    "SharedLevelKernel",
     "attend_levels",
+    "decode_kernel",
+    "serving_kernels",
 ]
 
 FLOAT_WORKSPACE_BYTES = 128 << 20
 NO_WINDOW = -1
 
-FA3_COLUMNS = 7
-"""Of fa3's plan, with an entry for each tile of each head."""
-FA3_WORK_BYTES = 4096
-"""More than fa3's plan needs for where each processor's work begins."""
+DecodeKernel = Literal["decode_tensor_cores", "decode_cuda_cores"]
+KernelName = Literal["prefill_fa2", DecodeKernel]
+
+
+def decode_kernel(spec: AttentionSpec) -> DecodeKernel:
+    """What serves the leaf where every sequence has one row; one query head per KV head leaves tensor cores idle."""
+    return "decode_cuda_cores" if spec.group_size == 1 else "decode_tensor_cores"
+
+
+def serving_kernels(spec: AttentionSpec) -> tuple[KernelName, ...]:
+    """Everything that serves a model: fa2 shared levels, and the leaf of prefill and mixed steps.
+
+    On Hopper, FlashInfer's own choice for these is fa3, which neither splits K/V nor packs query heads.
+    """
+    return "prefill_fa2", decode_kernel(spec)
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ class LevelKernel:
         device: FlashInferDevice,
         spec: AttentionSpec,
         page_size: int,
-        kernel: PrefillKernel | DecodeKernel,
+        kernel: KernelName,
         *,
         causal: bool = False,
         buffers: LevelBuffers | None = None,
@@ -113,7 +126,6 @@ class LevelKernel:
         window_len: int | None = None,
     ) -> None:
         self._device, self.spec, self._page_size = device, spec, page_size
-        self._kernel = kernel
         self._decodes = kernel.startswith("decode")
         self._options: dict[str, Any] = {
             "sm_scale": spec.sm_scale,
@@ -126,37 +138,28 @@ class LevelKernel:
         if not self._decodes:
             self._options["causal"] = causal
         self._is_fixed = buffers is not None
-        self._wrapper = self._decode_wrapper(kernel, buffers) if self._decodes else self._wrapper_of(kernel, buffers)
+        self._wrapper = self._decode_wrapper(kernel, buffers) if self._decodes else self._prefill_wrapper(buffers)
         self._planned: Mark | None = None
-
-    def arrange(self, columns: LevelColumns) -> LevelColumns:
-        """A level's columns as `plan` takes them: as they are."""
-        return columns
-
-    def wait_for_plan(self) -> None:
-        """Wait until the last plan's copies are done."""
-        if self._planned is not None:
-            self._planned.wait()
 
     def plan(self, columns: LevelColumns) -> None:
         """Plan the kernel for these segments. The wrapper's own pinned memory is free again when the last plan's copy
         is done, so that is waited for."""
-        self.wait_for_plan()
-        if self._planned is None and self._is_fixed:
+        if self._planned is not None:
+            self._planned.wait()
+        elif self._is_fixed:
             self._shrink(columns)
         self._wrapper.plan(*self._arguments(columns), **self._options, non_blocking=True)
         self._planned = self._device.stream.mark()
 
     def run(
         self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], output: LevelOutput, k_scale: float = 1.0
-    ) -> LevelOutput:
+    ) -> None:
         """Attention of q [rows, num_qo_heads, head_dim] to the level's pages of one layer's (K, V), into `output`.
 
         `k_scale` is folded into the softmax scale, on the host: a capture keeps it. V stays as it is stored.
         """
         scales = {} if k_scale == 1.0 else {"k_scale": k_scale}
         self._wrapper.run(q, kv, out=output.out, lse=output.lse, return_lse=True, **scales)
-        return output
 
     def _arguments(self, columns: LevelColumns) -> tuple[Any, ...]:
         spec = self.spec
@@ -166,10 +169,7 @@ class LevelKernel:
 
     def _shrink(self, columns: LevelColumns) -> None:
         """Give the wrapper plan memory of its own in place of the 8 MiB that it came with; no plan needs more."""
-        if self._kernel == "prefill_fa3":  # which cannot say it, and needs no float workspace
-            float_bytes, int_bytes = 0, _fa3_plan_bytes(columns, self.spec)
-        else:
-            float_bytes, int_bytes = self._wrapper.workspace_size(*self._arguments(columns), **self._options)
+        float_bytes, int_bytes = self._wrapper.workspace_size(*self._arguments(columns), **self._options)
         if float_bytes > self._device.float_workspace.numel():
             raise CapacityError(
                 f"split-KV attention needs a workspace of {float_bytes:,} bytes, "
@@ -178,7 +178,7 @@ class LevelKernel:
         int_workspace = torch.empty(int_bytes, dtype=torch.uint8, device=self.spec.device)
         self._wrapper.reset_workspace_buffer(self._device.float_workspace, int_workspace)
 
-    def _wrapper_of(self, kernel: str, buffers: LevelBuffers | None) -> Any:
+    def _prefill_wrapper(self, buffers: LevelBuffers | None) -> Any:
         fixed: dict[str, Any] = {}
         if buffers is not None:
             fixed = {
@@ -189,7 +189,7 @@ class LevelKernel:
                 "paged_kv_last_page_len_buf": buffers.kv_last_page_len,
             }
         return self._device.ops.BatchPrefillWithPagedKVCacheWrapper(
-            self._device.float_workspace, "NHD", backend=kernel.removeprefix("prefill_"), **fixed
+            self._device.float_workspace, "NHD", backend="fa2", **fixed
         )
 
     def _decode_wrapper(self, kernel: str, buffers: LevelBuffers | None) -> Any:
@@ -210,35 +210,10 @@ class LevelKernel:
         )
 
 
-def _fa3_plan_bytes(columns: LevelColumns, spec: AttentionSpec) -> int:
-    """What fa3's plan takes, by its planner's arithmetic (scheduler.cuh): each head has tiles of its own."""
-    num_rows, num_segments = int(columns.qo_indptr[-1]), len(columns.kv_last_page_len)
-    tiles = -(-num_rows // fa3_tile_rows(spec.head_dim)) + num_segments - 1
-    return FA3_COLUMNS * (-(-4 * tiles * spec.num_qo_heads // 16) * 16) + FA3_WORK_BYTES
-
-
-class SharedLevelKernel(Protocol):
-    """What serves a shared level."""
-
-    def arrange(self, columns: LevelColumns) -> LevelColumns:
-        """A level's columns as `plan` takes them."""
-        ...
-
-    def plan(self, columns: LevelColumns) -> None:
-        """Plan for arranged columns."""
-        ...
-
-    def run(
-        self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], output: LevelOutput, k_scale: float = 1.0
-    ) -> LevelOutput:
-        """Attention of one layer; returns where the result is, `output` or new memory."""
-        ...
-
-
 class LevelRun(NamedTuple):
     """A planned level, and how many rows from the first on it covers."""
 
-    kernel: SharedLevelKernel
+    kernel: LevelKernel
     num_rows: int
 
 
@@ -260,7 +235,8 @@ def attend_levels(
     for level in shared:
         assert partial is not None
         mine = result.first(level.num_rows)
-        other = level.kernel.run(q[: level.num_rows], kv, partial.first(level.num_rows), scale.k)
+        other = partial.first(level.num_rows)
+        level.kernel.run(q[: level.num_rows], kv, other, scale.k)
         device.ops.merge_state_in_place(mine.out, mine.lse, other.out, other.lse)
     if scale.v != 1.0:
         result.out.mul_(scale.v)

@@ -43,9 +43,7 @@ class FlashInferOps:
 
     BatchPrefillWithPagedKVCacheWrapper: Callable[..., Any]
     BatchDecodeWithPagedKVCacheWrapper: Callable[..., Any]
-    BatchAttention: Callable[..., Any]
     merge_state_in_place: Callable[..., Any]
-    merge_states: Callable[..., Any]
     append_paged_kv_cache: Callable[..., Any]
     rmsnorm: Callable[..., Any]
     fused_add_rmsnorm: Callable[..., Any]
@@ -77,9 +75,7 @@ def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
     return FlashInferOps(
         BatchPrefillWithPagedKVCacheWrapper=flashinfer.BatchPrefillWithPagedKVCacheWrapper,
         BatchDecodeWithPagedKVCacheWrapper=flashinfer.BatchDecodeWithPagedKVCacheWrapper,
-        BatchAttention=flashinfer.BatchAttention,
         merge_state_in_place=flashinfer.merge_state_in_place,
-        merge_states=flashinfer.merge_states,
         append_paged_kv_cache=flashinfer.append_paged_kv_cache,
         rmsnorm=rmsnorm,
         fused_add_rmsnorm=fused_add_rmsnorm,
@@ -110,14 +106,12 @@ def jit_modules(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernel
         dtype: of the model
         kv_dtype: of its pages
         head_dim: of its heads
-        kernels: names from a `KernelTable`
+        kernels: those that serve, see `serving_kernels`
     """
     from flashinfer.jit.activation import gen_act_and_mul_module
     from flashinfer.jit.attention.modules import (
-        _gen_batch_attention_primary_module,
         _gen_batch_prefill_primary_module,
         gen_batch_decode_module,
-        gen_batch_prefill_module,
     )
     from flashinfer.jit.cascade import gen_cascade_module
     from flashinfer.jit.norm import gen_norm_module
@@ -130,10 +124,7 @@ def jit_modules(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernel
     attention = {
         "prefill_fa2": lambda: _gen_batch_prefill_primary_module("fa2", *shape, False),
         "decode_tensor_cores": lambda: _gen_batch_prefill_primary_module("fa2", *shape, False),
-        "prefill_fa3": lambda: gen_batch_prefill_module("fa3", *shape, False),
-        "prefill_fa3_chunks": lambda: gen_batch_prefill_module("fa3", *shape, False),
         "decode_cuda_cores": lambda: gen_batch_decode_module(*shape),
-        "fused_levels": lambda: _gen_batch_attention_primary_module(*shape[:7], False, False),
     }
     specs = [(kernel, attention[kernel]()) for kernel in sorted(set(kernels))]
     specs += [
