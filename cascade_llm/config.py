@@ -40,7 +40,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer: one block with an architecture's differences stated as fields."""
+    """A decoder-only transformer; how its layers are composed is `models.architectures`' knowledge."""
 
     architecture: str
     """llama | qwen2 | qwen3"""
@@ -55,12 +55,12 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = field(default_factory=RopeConfig)
     tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    """Bias of the q, k and v projections."""
-    attention_out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    """RMSNorm of each query and key head, before RoPE (Qwen3)."""
+    own: Mapping[str, bool] = field(default_factory=dict)
+    """Fields of config.json that only this architecture's composition of blocks reads."""
+    attention_kinds: tuple[int | None, ...] = (None,)
+    """What the kinds of attention read: all earlier tokens, or the last so many. Kind 0 reads all."""
+    layer_kinds: tuple[int, ...] = ()
+    """The kind of each layer; empty where all layers have kind 0."""
     dtype: str = "float32"
     """The checkpoint's own dtype: float32 | float16 | bfloat16."""
     ending_token_ids: frozenset[int] = frozenset()

@@ -16,8 +16,8 @@ from cascade_llm.attention.select import BACKENDS, select_backend
 from cascade_llm.device.device_name import device_name
 from cascade_llm.device.devices import resolve_device, resolve_dtype
 from cascade_llm.errors import BackendError
-from cascade_llm.layers.select_ops import select_fused_ops
-from cascade_llm.layers.torch_ops import TorchOps
+from cascade_llm.layers.fused_ops import TorchOps
+from cascade_llm.layers.native_ops import select_fused_ops
 from cascade_llm.sampling.native_draw import reason_against_native_draw
 from cascade_llm.worker.memory import available_bytes
 

@@ -21,8 +21,7 @@ from cascade_llm.bench.sides import Run, Side
 from cascade_llm.engine.tokenizer import load_tokenizer
 from cascade_llm.errors import ConfigError
 from cascade_llm.loader.checkpoint import Checkpoint
-from cascade_llm.loader.hf_export import write_hf_folder
-from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
+from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint, write_hf_folder
 
 __all__ = ["PeerSide", "peer_for"]
 

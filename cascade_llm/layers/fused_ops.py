@@ -1,4 +1,4 @@
-"""The elementwise work of a decoder layer, behind one door: torch anywhere, compiled C on the CPU."""
+"""The elementwise work of a decoder layer, behind one door; in torch for any device and dtype, as the others' twin."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from cascade_llm.layers.rope import Rotation
+from cascade_llm.layers.rope import Rotation, rotate_heads
 
-__all__ = ["FusedOps", "HeadLayout", "RMSNorm"]
+__all__ = ["FusedOps", "HeadLayout", "RMSNorm", "TorchOps"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,3 +76,38 @@ class FusedOps(ABC):
     @abstractmethod
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up (SwiGLU, Shazeer 2020), for gate_up [rows, 2 * size], the gate first; -> [rows, size]."""
+
+
+class TorchOps(FusedOps):
+    """About fifteen small torch operations a layer."""
+
+    name = "torch"
+
+    def __init__(self, reason: str | None = None) -> None:
+        self.reason = reason
+        """Why nothing faster serves; None where nobody looked."""
+
+    def rms_norm(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See `FusedOps`; x may be [..., size]."""
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+
+    def add_rms_norm(self, residual: torch.Tensor, delta: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See `FusedOps`."""
+        return self.rms_norm(residual.add_(delta), norm)
+
+    def rotate(
+        self, qkv: torch.Tensor, layout: HeadLayout, rotation: Rotation, norms: tuple[RMSNorm, RMSNorm] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `FusedOps`; q and k are views of a new tensor."""
+        q, k, v = layout.split(qkv)
+        if norms is None:
+            qk = qkv.view(qkv.shape[0], -1, layout.head_dim)[:, : layout.num_rotated]
+        else:
+            qk = torch.cat((self.rms_norm(q, norms[0]), self.rms_norm(k, norms[1])), dim=1)
+        q, k = rotate_heads(qk, rotation).split_with_sizes((layout.num_qo_heads, layout.num_kv_heads), dim=1)
+        return q, k, v
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `FusedOps`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)

@@ -17,10 +17,10 @@ import torch
 
 from cascade_llm.device.c_compiler import compile_library
 from cascade_llm.errors import BackendError
-from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm
+from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm, TorchOps
 from cascade_llm.layers.rope import Rotation
 
-__all__ = ["NativeOps"]
+__all__ = ["NativeOps", "select_fused_ops"]
 
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPE_DEFINES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
@@ -97,6 +97,16 @@ class NativeOps(FusedOps):
             torch.get_num_threads(),
         )
         return out
+
+
+def select_fused_ops(dtype: torch.dtype, device: torch.device) -> FusedOps:
+    """The fastest that works here; a `TorchOps` that was not the first choice holds the reason."""
+    if device.type != "cpu":
+        return TorchOps(f"native operations are for the CPU, not {device.type}")
+    try:
+        return NativeOps(dtype)
+    except BackendError as error:
+        return TorchOps(str(error))
 
 
 @functools.cache

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from cascade_llm.weights.format import StoredTensor
+
 __all__ = ["Checkpoint"]
 
 
@@ -16,7 +18,7 @@ class Checkpoint(ABC):
     """A model's configuration, weights and tokenizer, in the terms of a Hugging Face folder.
 
     Opening one reads headers only and raises `CheckpointError` for files that are broken, so that a start fails
-    before memory is taken; weights are read by `tensors()`.
+    before memory is taken; weights are read by `stored_tensors()`.
     """
 
     @property
@@ -43,9 +45,15 @@ class Checkpoint(ABC):
         """The fields of generation_config.json, possibly none; the caller's own copy."""
 
     @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each weight once: (Hugging Face name, CPU tensor in the shape and order of Hugging Face's model).
+    def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
+        """Each weight once, as the file holds it: (Hugging Face name, a tensor in the order of Hugging Face's model).
 
-        One tensor is read at a time, so that peak memory stays near the largest; the dtype is the file's own, float32
-        where blocks had to be dequantized. A tensor may be a view of the file: copy it, and do not write to it.
+        One tensor is read at a time, so that peak memory stays near the largest.
         """
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The values of `stored_tensors`, on the CPU: in the file's own dtype, float32 where blocks are decoded.
+
+        A tensor may be a view of the file: copy it, and do not write to it.
+        """
+        return ((name, stored.values()) for name, stored in self.stored_tensors())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
-from cascade_llm.loader.dequantize import dequantize
 from cascade_llm.loader.gguf_config import ending_token_ids, hf_config_of
-from cascade_llm.loader.gguf_file import GGUFFile, GGUFTensor
+from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize
+from cascade_llm.weights.format import StoredTensor
 
 __all__ = ["GGUFCheckpoint"]
 
@@ -72,26 +74,38 @@ class GGUFCheckpoint(Checkpoint):
         ids = ending_token_ids(self._file.metadata)
         return {"eos_token_id": ids} if ids else {}
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All weights in the order of the file; block types dequantized to float32."""
+    def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
+        """All weights in the order of the file; blocks stay as they are until somebody asks for their values."""
         for name, hf_name in self._hf_names.items():
-            tensor = self._file.tensors[name]
-            yield hf_name, self._in_hf_order(tensor, dequantize(self._file.data(tensor), tensor.type, tensor.shape))
+            yield hf_name, self._stored(self._file.tensors[name])
 
-    def _in_hf_order(self, tensor: GGUFTensor, values: torch.Tensor) -> torch.Tensor:
-        """Undo what the conversion to llama's GGUF does to queries and keys.
+    def _stored(self, tensor: GGUFTensor) -> StoredTensor:
+        data = self._file.data(tensor)
+        if tensor.type in PLAIN_TYPES:
+            return StoredTensor.plain(self._in_hf_order(tensor, dequantize(data, tensor.type, tensor.shape)))
+        rows = math.prod(tensor.shape[:-1])
+        blocks = self._in_hf_order(tensor, torch.from_numpy(data).view(rows, -1))
+        return StoredTensor(tensor.type.name, tensor.shape, blocks, partial(_decoded, tensor))
+
+    def _in_hf_order(self, tensor: GGUFTensor, rows: torch.Tensor) -> torch.Tensor:
+        """Undo what the conversion to llama's GGUF does to the rows of queries and keys, be they values or blocks.
 
         llama.cpp rotates neighbouring pairs (0, 1), (2, 3), Hugging Face the halves (0, d/2), (1, d/2 + 1), so the
         rows of each head were interleaved; other architectures keep Hugging Face's order.
         """
         part = tensor.name.split(".")[-2]
         if self._config["model_type"] != "llama" or part not in ("attn_q", "attn_k"):
-            return values
+            return rows
         num_heads = self._config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-        if values.shape[0] % (2 * num_heads):
-            raise CheckpointError(f"{self._file.path}: {tensor.name} has {values.shape[0]} rows for {num_heads} heads")
-        pairs = values.view(num_heads, values.shape[0] // num_heads // 2, 2, *values.shape[1:])
-        return pairs.transpose(1, 2).reshape(values.shape)
+        if len(rows) % (2 * num_heads):
+            raise CheckpointError(f"{self._file.path}: {tensor.name} has {len(rows)} rows for {num_heads} heads")
+        pairs = rows.view(num_heads, len(rows) // num_heads // 2, 2, *rows.shape[1:])
+        return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def _decoded(tensor: GGUFTensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Float32 values of uint8 `blocks` [rows, bytes of a row]."""
+    return dequantize(blocks.numpy().reshape(-1), tensor.type, tensor.shape)
 
 
 def _hf_name(path: Path, name: str) -> str:

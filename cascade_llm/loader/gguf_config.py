@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
-from cascade_llm.loader.dequantize import dequantize
-from cascade_llm.loader.gguf_file import GGUFFile
+from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, dequantize
 
 __all__ = ["ARCHITECTURES", "ending_token_ids", "hf_config_of"]
 
@@ -151,7 +149,7 @@ def _embedding_rows(file: GGUFFile) -> int:
 
 def _dtype(file: GGUFFile) -> str:
     """The plain type of the large matrices; block types are dequantized to float32."""
-    plain = {GGMLQuantizationType.F16: "float16", GGMLQuantizationType.BF16: "bfloat16"}
+    plain = {kind: str(dtype).removeprefix("torch.") for kind, dtype in PLAIN_TYPES.items()}
     types = {plain.get(tensor.type, "float32") for tensor in file.tensors.values() if len(tensor.shape) > 1}
     return types.pop() if len(types) == 1 else "float32"
 

@@ -2,7 +2,7 @@
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package's own reader makes numpy views
 of every string of the vocabulary, 2 s for 50 thousand tokens; this one takes 0.1 s, and checks every length against
-the file's end.
+the file's end. Values of block types are computed by the package.
 """
 
 from __future__ import annotations
@@ -15,15 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
+import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 
-__all__ = ["GGUFFile", "GGUFTensor"]
+__all__ = ["PLAIN_TYPES", "GGUFFile", "GGUFTensor", "dequantize"]
 
 MAGIC, VERSIONS, MAX_DIMS = b"GGUF", (2, 3), 4
+PLAIN_TYPES = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+CHUNK_LEN = 65536
+"""Values that are computed at a time: their float32 temporaries stay in a core's cache, three times as fast as the
+package's own groups of 16 rows at 576 columns, and the peak is the tensor itself instead of twice that."""
 
 SCALAR_FORMATS = {
     GGUFValueType.UINT8: "B",
@@ -129,6 +139,31 @@ class GGUFFile:
         if name in self.tensors or offset % 8:
             raise CheckpointError(f"{self.path}: tensor {name} is there twice or misplaced, the file is corrupt")
         self.tensors[name] = GGUFTensor(name, shape, tensor_type, offset, num_bytes)
+
+
+def dequantize(data: npt.NDArray[np.uint8], tensor_type: GGMLQuantizationType, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of `shape` from its bytes [num_bytes]: F32, F16, BF16 as views of them, block types as new float32.
+
+    Raises `UnsupportedModelError` for a type that the `gguf` package cannot dequantize.
+    """
+    if tensor_type in PLAIN_TYPES:
+        return torch.from_numpy(data).view(PLAIN_TYPES[tensor_type]).view(shape)
+    return _dequantize_blocks(data, tensor_type).view(shape)
+
+
+def _dequantize_blocks(data: npt.NDArray[np.uint8], tensor_type: GGMLQuantizationType) -> torch.Tensor:
+    block_len, block_bytes = GGML_QUANT_SIZES[tensor_type]
+    blocks_per_chunk = max(1, CHUNK_LEN // block_len)
+    out = torch.empty(data.size // block_bytes * block_len, dtype=torch.float32)
+    values = out.numpy()
+    try:
+        for block in range(0, data.size // block_bytes, blocks_per_chunk):
+            chunk = data[block * block_bytes : (block + blocks_per_chunk) * block_bytes]
+            start = block * block_len
+            values[start : start + chunk.size // block_bytes * block_len] = gguf.dequantize(chunk[None], tensor_type)[0]
+    except NotImplementedError as error:
+        raise UnsupportedModelError(f"block type {tensor_type.name} cannot be dequantized: {error}") from error
+    return out
 
 
 class _Cursor:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from cascade_llm.errors import ConfigError, ModelNotFoundError, nearest_name_hint
 from cascade_llm.loader.checkpoint import Checkpoint
-from cascade_llm.loader.dummy import DummyCheckpoint
 from cascade_llm.loader.gguf_checkpoint import GGUFCheckpoint
-from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
+from cascade_llm.loader.hf_folder import DummyCheckpoint, HuggingFaceCheckpoint
 
 __all__ = ["open_checkpoint", "packaged_model"]
 

@@ -1,4 +1,4 @@
-"""Which architectures are served, stated as what sets them apart, and how their config.json is read.
+"""Which architectures are served, stated as compositions of blocks, and how their config.json is read.
 
 A field that would change the mathematics and is not implemented is refused by name: a model is served right or not at
 all.
@@ -6,45 +6,63 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from cascade_llm.config import ModelConfig, RopeConfig
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.layers.rope import ROPE_TYPES
+from cascade_llm.models.blocks import AttentionBlock, BlockOptions, DecoderLayer, GatedMLP, PreNormLayer
 
 __all__ = ["ARCHITECTURES", "Architecture", "model_config_from_hf"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What sets one architecture apart. A `str` names the field of config.json that decides (default false)."""
+    """What sets one architecture apart."""
 
     hf_class: str
-    qkv_bias: bool | str = False
-    attention_out_bias: bool | str = False
-    mlp_bias: bool | str = False
-    qk_norm: bool = False
+    layer: Callable[[BlockOptions, int], DecoderLayer]
+    """Composes the layer of an index from blocks."""
+    own_fields: Mapping[str, bool] = field(default_factory=dict)
+    """Fields of config.json that `layer` reads from `ModelConfig.own`, with their defaults."""
     default_head_dim: int | None = None
     """Where config.json has none; None is hidden_size / num_attention_heads."""
     has_window_switch: bool = False
     """`sliding_window` is in force only with `use_sliding_window`."""
 
 
+def _llama_layer(options: BlockOptions, index: int) -> DecoderLayer:
+    """Llama (Touvron et al. 2023)."""
+    bias, mlp_bias = options.config.own["attention_bias"], options.config.own["mlp_bias"]
+    attention = AttentionBlock(options, qkv_bias=bias, out_bias=bias)
+    return PreNormLayer(options, index, attention, GatedMLP(options, bias=mlp_bias))
+
+
+def _qwen2_layer(options: BlockOptions, index: int) -> DecoderLayer:
+    """As Llama, with a bias of q, k and v."""
+    return PreNormLayer(options, index, AttentionBlock(options, qkv_bias=True), GatedMLP(options))
+
+
+def _qwen3_layer(options: BlockOptions, index: int) -> DecoderLayer:
+    """As Llama, with norms of the heads."""
+    bias = options.config.own["attention_bias"]
+    attention = AttentionBlock(options, qkv_bias=bias, out_bias=bias, head_norms=True)
+    return PreNormLayer(options, index, attention, GatedMLP(options))
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(
         hf_class="LlamaForCausalLM",
-        qkv_bias="attention_bias",
-        attention_out_bias="attention_bias",
-        mlp_bias="mlp_bias",
+        layer=_llama_layer,
+        own_fields={"attention_bias": False, "mlp_bias": False},
     ),
-    "qwen2": Architecture(hf_class="Qwen2ForCausalLM", qkv_bias=True, has_window_switch=True),
+    "qwen2": Architecture(hf_class="Qwen2ForCausalLM", layer=_qwen2_layer, has_window_switch=True),
     "qwen3": Architecture(
         hf_class="Qwen3ForCausalLM",
-        qkv_bias="attention_bias",
-        attention_out_bias="attention_bias",
-        qk_norm=True,
+        layer=_qwen3_layer,
+        own_fields={"attention_bias": False},
         default_head_dim=128,
         has_window_switch=True,
     ),
@@ -110,9 +128,6 @@ def model_config_from_hf(
     if head_dim % 2:
         raise CheckpointError(f"config.json: head_dim is {head_dim}: rotary embedding needs an even one")
 
-    def differs(fact: bool | str) -> bool:
-        return bool(hf_config.get(fact, False)) if isinstance(fact, str) else fact
-
     return ModelConfig(
         architecture=name,
         vocab_size=_count(hf_config, "vocab_size"),
@@ -126,10 +141,7 @@ def model_config_from_hf(
         rms_norm_eps=_number(hf_config, "rms_norm_eps", 1e-6),
         rope=_rope_config(hf_config),
         tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
-        qkv_bias=differs(architecture.qkv_bias),
-        attention_out_bias=differs(architecture.attention_out_bias),
-        mlp_bias=differs(architecture.mlp_bias),
-        qk_norm=architecture.qk_norm,
+        own={name: bool(hf_config.get(name, default)) for name, default in architecture.own_fields.items()},
         dtype=_dtype(hf_config),
         ending_token_ids=_ending_ids(hf_config) | _ending_ids(generation_config or {}),
     )

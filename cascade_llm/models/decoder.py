@@ -1,4 +1,4 @@
-"""One decoder for every supported architecture: what differs between them is a field of `ModelConfig`.
+"""A decoder-only transformer: an embedding, layers composed of blocks, a head.
 
 Nothing here knows of sequences: rows are a flat list of query tokens, `positions` say where each stands, and
 `attention` alone knows which of them belong together.
@@ -7,132 +7,88 @@ Nothing here knows of sequences: rows are a flat list of query tokens, `position
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from cascade_llm.attention.backend import Attention
 from cascade_llm.config import ModelConfig
-from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm
-from cascade_llm.layers.rope import Rotation, cos_sin_cache, rotation_at
-from cascade_llm.layers.select_ops import select_fused_ops
-from cascade_llm.weights.linear import Linear
+from cascade_llm.layers.fused_ops import FusedOps
+from cascade_llm.layers.native_ops import select_fused_ops
+from cascade_llm.layers.rope import cos_sin_cache, rotation_at
+from cascade_llm.models.architectures import ARCHITECTURES
+from cascade_llm.models.blocks import BlockOptions, Slot, linear_slots, norm_slot
+from cascade_llm.weights.format import MatrixSpec, WeightOptions
+from cascade_llm.weights.linear import Embedding, Linear
 
-__all__ = ["Decoder", "DecoderLayer", "Observer"]
+__all__ = ["Decoder", "FirstNonFinite", "Observer"]
 
 Observer = Callable[[str, torch.Tensor], None]
-"""Shown the name and the output of each stage of a forward pass, in order; see `models.finite_check`."""
-
-
-class DecoderLayer:
-    """Pre-norm attention and gated feed-forward, each added to the residual stream."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        index: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        ops: FusedOps,
-        loading_dtype: torch.dtype | None = None,
-    ) -> None:
-        self.index = index
-        self._ops = ops
-        self._layout = HeadLayout(config.num_qo_heads, config.num_kv_heads, config.head_dim)
-        hidden, eps, q_size = config.hidden_size, config.rms_norm_eps, config.num_qo_heads * config.head_dim
-        qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
-
-        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
-            return Linear(inputs, outputs, bias=bias, dtype=dtype, device=device, loading_dtype=loading_dtype)
-
-        def norm(size: int) -> RMSNorm:
-            return RMSNorm.ones(size, eps, dtype=dtype, device=device)
-
-        self.input_norm = norm(hidden)
-        self.qkv = linear(hidden, qkv_size, config.qkv_bias)
-        self.qk_norms = (norm(config.head_dim), norm(config.head_dim)) if config.qk_norm else None
-        self.attention_out = linear(q_size, hidden, config.attention_out_bias)
-        self.feed_forward_norm = norm(hidden)
-        self.gate_up = linear(hidden, 2 * config.intermediate_size, config.mlp_bias)
-        self.down = linear(config.intermediate_size, hidden, config.mlp_bias)
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """The four products, in the order they run."""
-        return self.qkv, self.attention_out, self.gate_up, self.down
-
-    def __call__(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, rotation: Rotation, attention: Attention
-    ) -> torch.Tensor:
-        """What this layer's feed-forward adds to the residual stream; adding it is left to the next norm.
-
-        Args:
-            residual: [rows, hidden]; `delta` and the attention's output are added in place
-            delta: [rows, hidden], what the layer before left to add; None for the first layer
-            rotation: of these rows
-            attention: over this step's rows
-        """
-        q, k, v = self.before_attention(residual, delta, rotation)
-        return self.after_attention(residual, attention(self.index, q, k, v))
-
-    def before_attention(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, rotation: Rotation
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [rows, num_qo_heads, head_dim], k and v [rows, num_kv_heads, head_dim]; `delta` is added to `residual`."""
-        if delta is None:
-            x = self._ops.rms_norm(residual, self.input_norm)
-        else:
-            x = self._ops.add_rms_norm(residual, delta, self.input_norm)
-        return self._ops.rotate(self.qkv(x), self._layout, rotation, self.qk_norms)
-
-    def after_attention(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """What is left to add, [rows, hidden], after attention's output [rows, num_qo_heads, head_dim]."""
-        delta = self.attention_out(attended.flatten(1))
-        x = self._ops.add_rms_norm(residual, delta, self.feed_forward_norm)
-        return self.down(self._ops.silu_and_mul(self.gate_up(x)))
+"""Shown the name and the output of each stage of a forward pass, in order."""
 
 
 class Decoder:
     """A decoder-only transformer without state: K and V live behind `attention`.
 
-    Parameters are uninitialised until `models.weights` fills them; `pack()` then brings them into the processor's
-    layout. Runs under the caller's `torch.inference_mode()`.
+    Parameters are uninitialised until `models.loading` fills them; `pack()` then brings them into the form that
+    multiplies fastest. Runs under the caller's `torch.inference_mode()`.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        weights: WeightOptions,
         *,
         max_positions: int | None = None,
         ops: FusedOps | None = None,
-        loading_dtype: torch.dtype | None = None,
     ) -> None:
         """Allocate the parameters.
 
         Args:
             config: the model
-            dtype: of the parameters and of all that is computed from them
-            device: where they lie
+            weights: their dtype and device, and what decides the formats of the matrices
             max_positions: the longest sequence, for the RoPE table; default `config.max_position_embeddings`
             ops: the elementwise operations; default the fastest that works on this device
-            loading_dtype: of the layers' matrices until `quantize()`, which must then be called; default `dtype`
+
+        Raises:
+            ConfigError: a quantization is asked for that cannot serve this model
         """
-        device = torch.device(device)
-        self.config, self.dtype, self.device = config, dtype, device
-        self.ops = ops or select_fused_ops(dtype, device)
-        self.embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.layers = [
-            DecoderLayer(config, i, dtype=dtype, device=device, ops=self.ops, loading_dtype=loading_dtype)
-            for i in range(config.num_layers)
-        ]
-        self.final_norm = RMSNorm.ones(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embedding
-        self.cos_sin_cache = cos_sin_cache(config, max_positions or config.max_position_embeddings, device)
+        self.config, self.dtype, self.device = config, weights.dtype, weights.device
+        self.ops = ops or select_fused_ops(weights.dtype, weights.device)
+        options = BlockOptions(config, weights, self.ops)
+        make_layer = ARCHITECTURES[config.architecture].layer
+        self.layers = [make_layer(options, index) for index in range(config.num_layers)]
+        # in int4 the head cost SmolLM2 0.045 nats a token, all layers together 0.001, and it is a sixth of a step
+        dense = replace(weights, quantization=None)
+        hidden, vocab_size = config.hidden_size, config.vocab_size
+        self.embedding = Embedding(MatrixSpec("embedding", hidden, {"embed_tokens": vocab_size}, dense))
+        self.final_norm = options.norm(hidden)
+        tied_to = self.embedding if config.tie_word_embeddings else None
+        self.lm_head = Linear(MatrixSpec("head", hidden, {"lm_head": vocab_size}, dense), tied_to=tied_to)
+        self.cos_sin_cache = cos_sin_cache(config, max_positions or config.max_position_embeddings, weights.device)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear layer, the head last."""
+        return *(linear for layer in self.layers for linear in layer.linears), self.lm_head
+
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        """The name of every tensor of a checkpoint, and where it goes."""
+        yield "model.embed_tokens.weight", Slot((self.config.vocab_size, self.config.hidden_size), self.embedding.load)
+        yield "model.norm.weight", norm_slot(self.final_norm)
+        for layer in self.layers:
+            yield from ((f"model.layers.{layer.index}.{name}", slot) for name, slot in layer.slots())
+        if not self.config.tie_word_embeddings:
+            yield from linear_slots(self.lm_head)
+
+    def pack(self) -> None:
+        """Bring all matrices into the form that multiplies fastest, one at a time, dropping what they were loaded in.
+
+        A tied embedding stays dense for the lookup; where the head's format is another, the head gets a copy of its
+        own beside it: one more matrix of vocabulary x hidden, for the largest product of a decode step.
+        """
+        for linear in self.linears:
+            linear.pack()
 
     def forward(
         self,
@@ -145,11 +101,11 @@ class Decoder:
 
         Args:
             token_ids: [rows] int64
-            positions: [rows] int64, place of each token in its own sequence
+            positions: [rows] int64, position of each token in its own sequence
             attention: writes and attends K/V of this step's rows
             observer: is shown the output of every stage
         """
-        residual = F.embedding(token_ids, self.embedding)
+        residual = self.embedding(token_ids)
         rotation = rotation_at(self.cos_sin_cache, positions)
         if observer is not None:
             observer("embedding", residual)
@@ -170,29 +126,26 @@ class Decoder:
 
     def write_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """`logits` into memory that is there, [n, vocab_size]: a copy of them would be read and written once more."""
-        self.lm_head.write(hidden, out)
+        self.lm_head(hidden, out)
 
-    def quantize(self) -> None:
-        """Round the layers' weights to int4; call before `pack()`.
 
-        The head stays dense: in int4 it cost SmolLM2 0.045 nats a token, all layers together 0.001 (their checkpoint
-        is Q4_1), and it is a sixth of a step.
-        """
-        for layer in self.layers:
-            for linear in layer.linears:
-                linear.quantize()
+class FirstNonFinite:
+    """An observer of `Decoder.forward` that keeps the first stage whose output is not finite.
 
-    def pack(self) -> None:
-        """Bring all weights into the processor's layout, one at a time, dropping the dense ones.
+    Reads every output back to the host: for debugging only. One object serves one forward pass.
+    """
 
-        A tied embedding stays dense for the lookup, and the head gets a packed copy beside it: one more matrix of
-        vocabulary x hidden, for the largest product of a decode step.
-        """
-        for linear in self.linears():
-            linear.pack()
+    def __init__(self) -> None:
+        self.stage: str | None = None
+        """"embedding", "layer 3", "final norm", ...; None while all is finite."""
+        self.rows: tuple[int, ...] = ()
+        """The rows of that output that are not finite."""
 
-    def linears(self) -> Iterator[Linear]:
-        """Every linear layer, the head last."""
-        for layer in self.layers:
-            yield from layer.linears
-        yield self.lm_head
+    def __call__(self, stage: str, output: torch.Tensor) -> None:
+        """Look at one stage's output, [rows, ...]."""
+        if self.stage is not None:
+            return
+        broken = ~torch.isfinite(output).flatten(1).all(dim=1)
+        if bool(broken.any()):
+            self.stage = stage
+            self.rows = tuple(int(row) for row in broken.nonzero().flatten())

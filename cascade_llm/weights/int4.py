@@ -2,20 +2,21 @@
 
 A decode step of one request reads every weight once and multiplies it once, so it takes as long as the reading. In int4
 a weight is 0.625 bytes instead of the 2 of bfloat16. The arithmetic stays in bfloat16 with float32 sums; activations
-are not quantized. Above `MAX_ROWS` rows the unpacking costs more than the reading saves, so the dense weight is kept
-for them: int4 is for speed, and takes a third more memory than dense.
+are not quantized. Above `MAX_ROWS` rows the unpacking costs more than the reading saves, so a matrix that is not
+quantized is kept for them: int4 is for speed, and takes a third more memory than dense. That matrix holds the values
+that the four bits stand for, so that few rows and many have the same product up to rounding.
 
 The products are torch core's; a kernel of our own for its layout was no faster at one row and slower at four.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import torch
 
-__all__ = ["GROUP_LEN", "MAX_ROWS", "Int4Weight", "reasons_against_int4"]
+from cascade_llm.weights.dense import Dense
+from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
+
+__all__ = ["GROUP_LEN", "MAX_ROWS", "Int4", "quantize"]
 
 GROUP_LEN = 32
 """Inputs that share a scale and a zero point: the block of GGUF's Q4_0 and Q4_1, and a divisor of most layers."""
@@ -30,59 +31,82 @@ CHUNK_ROWS = 4096
 """Rows that are quantized at a time: a head's float32 temporaries would otherwise fill a gigabyte."""
 
 
-def reasons_against_int4(dtype: torch.dtype, device: torch.device, shapes: Iterable[tuple[str, int, int]]) -> list[str]:
-    """Why int4 cannot serve; empty where it can.
+class Int4(WeightFormat):
+    """weight = (code - 8) * scale + zero, for steps of few rows; another format serves the others."""
 
-    Args:
-        dtype: of activations
-        device: where the products run
-        shapes: name, in_features and out_features of each layer
-    """
-    reasons = []
-    if device.type != "cpu":
-        reasons.append(f"it is for the CPU so far, the device is {device.type}: set device='cpu'")
-    if dtype != torch.bfloat16:
-        name = str(dtype).removeprefix("torch.")
-        reasons.append(f"its kernel is fast in bfloat16 only, the dtype is {name}: set dtype='bfloat16'")
-    for name, inputs, outputs in shapes:
-        if inputs % GROUP_LEN:
-            reasons.append(f"{name} has {inputs} inputs, which are not groups of {GROUP_LEN}")
-        if outputs % OUTPUT_MULTIPLE:
-            reasons.append(f"{name} has {outputs} outputs, which is not a multiple of {OUTPUT_MULTIPLE}")
-    return reasons
+    name = "int4"
 
+    def __init__(self, spec: MatrixSpec, many_rows: WeightFormat) -> None:
+        """`many_rows`: without values yet; it multiplies more than `MAX_ROWS` rows."""
+        self._parts, self._many_rows = spec.parts, many_rows
+        self._dense: Dense | None = Dense(spec, spec.options.stored_dtype)
+        self._codes = self._scales_and_zeros = torch.empty(0)
 
-@dataclass(frozen=True, eq=False)
-class Int4Weight:
-    """A matrix [out_features, in_features] in torch's int4 layout: weight = (code - 8) * scale + zero."""
+    @staticmethod
+    def reasons_against(spec: MatrixSpec) -> list[str]:
+        """The device, the dtype, or a shape that is no multiple of the kernel's."""
+        reasons, options = [], spec.options
+        if options.device.type != "cpu" or options.on_stream:
+            device = "a GPU" if options.on_stream else options.device.type
+            reasons.append(f"it is for the CPU so far, the device is {device}: set device='cpu'")
+        if options.dtype != torch.bfloat16:
+            dtype = str(options.dtype).removeprefix("torch.")
+            reasons.append(f"its kernel is fast in bfloat16 only, the dtype is {dtype}: set dtype='bfloat16'")
+        if spec.in_features % GROUP_LEN:
+            reasons.append(f"{spec.name} has {spec.in_features} inputs, which are not groups of {GROUP_LEN}")
+        if spec.out_features % OUTPUT_MULTIPLE:
+            reasons.append(f"{spec.name} has {spec.out_features} outputs, which is not a multiple of {OUTPUT_MULTIPLE}")
+        return reasons
 
-    packed: torch.Tensor
-    """Codes 0 to 15, two in a byte, in an order that is the kernel's own."""
-    scales_and_zeros: torch.Tensor
-    """[in_features / 32, out_features, 2], bfloat16"""
+    def load(self, part: str, stored: StoredTensor) -> None:
+        """See `WeightFormat`; what is loaded keeps the checkpoint's dtype until it is rounded."""
+        assert self._dense is not None, "parts are loaded before pack()"
+        self._dense.load(part, stored)
 
-    @classmethod
-    def quantize(cls, weight: torch.Tensor) -> tuple[Int4Weight, torch.Tensor]:
-        """The nearest int4 matrix, and the float32 values [out_features, in_features] that it stands for.
+    def pack(self) -> None:
+        """Round the weight to int4, and give the rounded values to the other format."""
+        if self._dense is None:
+            return
+        self._codes, self._scales_and_zeros, values = quantize(self._dense.values)
+        self._dense = None
+        for part, rows in zip(self._parts, values.split(list(self._parts.values())), strict=True):
+            self._many_rows.load(part, StoredTensor.plain(rows))
+        self._many_rows.pack()
 
-        Weights that came from GGUF's Q4_0 or Q4_1 keep their codes; scale and zero are rounded to bfloat16.
-        """
-        parts = [_nearest(rows) for rows in torch.split(weight, CHUNK_ROWS)]
-        codes, scales_and_zeros, values = (torch.cat(part) for part in zip(*parts, strict=True))
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        return cls(packed, scales_and_zeros.transpose(0, 1).contiguous()), values
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `WeightFormat`; after `pack()` only."""
+        assert self._dense is None, "int4 multiplies after pack()"
+        if x.shape[0] > MAX_ROWS:
+            return self._many_rows.multiply(x, bias, out)
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(
+            x.contiguous(), self._codes, GROUP_LEN, self._scales_and_zeros
+        )
+        if bias is not None:
+            y.add_(bias)
+        return y if out is None else out.copy_(y)
 
     @property
     def num_bytes(self) -> int:
-        """Codes, scales and zeros."""
-        return self.packed.nbytes + self.scales_and_zeros.nbytes
+        """See `WeightFormat`; the matrix for many rows is counted."""
+        loading = 0 if self._dense is None else self._dense.num_bytes
+        return loading + self._codes.nbytes + self._scales_and_zeros.nbytes + self._many_rows.num_bytes
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, in_features] times the transposed matrix -> [rows, out_features]; both bfloat16, x contiguous."""
-        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(
-            x, self.packed, GROUP_LEN, self.scales_and_zeros
-        )
-        return y
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The nearest int4 matrix to a weight [out_features, in_features] of any float dtype.
+
+    Weights that came from GGUF's Q4_0 or Q4_1 keep their codes; scale and zero are rounded to bfloat16.
+
+    Returns:
+        Codes 0 to 15, two in a byte, in an order that is the kernel's own; scales and zeros
+        [in_features / 32, out_features, 2], bfloat16; and the values that they stand for, float32, shaped as `weight`.
+    """
+    parts = [_nearest(rows) for rows in torch.split(weight, CHUNK_ROWS)]
+    codes, scales_and_zeros, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return packed, scales_and_zeros.transpose(0, 1).contiguous(), values
 
 
 def _nearest(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from cascade_llm.layers.flashinfer_layer_ops import FlashInferLayerOps
-from cascade_llm.layers.fused_ops import HeadLayout, RMSNorm
+from cascade_llm.layers.fused_ops import HeadLayout, RMSNorm, TorchOps
 from cascade_llm.layers.rope import Rotation
-from cascade_llm.layers.torch_ops import TorchOps
 from tests.doubles.device import DoubleStream
 from tests.doubles.flashinfer import FlashInferDouble
 

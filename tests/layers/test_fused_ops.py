@@ -10,11 +10,9 @@ import pytest
 import torch
 
 from cascade_llm.errors import BackendError
-from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm
-from cascade_llm.layers.native_ops import NativeOps, _compiled
+from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm, TorchOps
+from cascade_llm.layers.native_ops import NativeOps, _compiled, select_fused_ops
 from cascade_llm.layers.rope import Rotation
-from cascade_llm.layers.select_ops import select_fused_ops
-from cascade_llm.layers.torch_ops import TorchOps
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}

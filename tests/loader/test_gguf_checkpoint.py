@@ -13,8 +13,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
-from cascade_llm.loader.dequantize import CHUNK_LEN, dequantize
 from cascade_llm.loader.gguf_checkpoint import GGUFCheckpoint
+from cascade_llm.loader.gguf_file import CHUNK_LEN, dequantize
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from tests.loader.gguf_files import write_gguf, write_model

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cascade_llm.loader.hf_export import write_hf_folder
+from cascade_llm.loader.hf_folder import write_hf_folder
 from cascade_llm.loader.resolve import open_checkpoint
 from tests.models.checkpoints import tiny_model
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from cascade_llm.errors import ConfigError, ModelNotFoundError
-from cascade_llm.loader.dummy import DummyCheckpoint
 from cascade_llm.loader.gguf_checkpoint import GGUFCheckpoint
-from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
+from cascade_llm.loader.hf_folder import DummyCheckpoint, HuggingFaceCheckpoint
 from cascade_llm.loader.resolve import open_checkpoint, packaged_model
 from tests.loader.gguf_files import write_model
 from tests.models.checkpoints import hf_config_of, tiny_model

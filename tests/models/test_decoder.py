@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-
-from cascade_llm.layers.torch_ops import TorchOps
-from cascade_llm.models.decoder import Decoder
 from cascade_llm.models.finite_check import FirstNonFinite
 from cascade_llm.models.weights import init_dummy
+
+from cascade_llm.layers.fused_ops import TorchOps
+from cascade_llm.models.decoder import Decoder
 from cascade_llm.weights.linear import can_pack
 from tests.models.checkpoints import TINY, Replay, decoder_of, tiny_model
 

@@ -11,7 +11,7 @@ import torch
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
-from cascade_llm.loader.dummy import DummyCheckpoint
+from cascade_llm.loader.hf_folder import DummyCheckpoint
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.validation.report import Check
 from cascade_llm.validation.transformers_check import check_transformers

@@ -1,4 +1,4 @@
-/* y = x Wᵀ + b in bfloat16, with W in oneDNN's blocked layout; see blocked_product.py, which compiles this.
+/* y = x Wᵀ + b in bfloat16, with W in oneDNN's blocked layout; see blocked.py, which compiles this.
  *
  * The layout, [out / 64][in / 2][64][2], puts the two inputs that one AVX512-BF16 instruction multiplies side by side,
  * for 16 outputs a vector. Every weight is read from memory once, in order, and used for all rows.

@@ -1,0 +1,127 @@
+"""Filling a decoder: from a checkpoint's tensors under Hugging Face's names, or with random ones."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from cascade_llm.errors import CheckpointError
+from cascade_llm.kv_cache.paged_kv_cache import KVScale
+from cascade_llm.models.blocks import Slot
+from cascade_llm.models.decoder import Decoder
+from cascade_llm.weights.format import StoredTensor
+
+__all__ = ["KVScaleReader", "init_dummy", "load_weights"]
+
+MAX_NAMED_PROBLEMS = 10
+DUMMY_PERIOD = 1_000_003
+"""Random numbers that are drawn once and repeated; a prime, so that no two rows of a matrix are alike."""
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+RECOMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+"""Buffers that old checkpoints carry and nobody needs."""
+SCALE_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
+
+
+def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) -> None:
+    """Give a checkpoint's tensors to the decoder, one at a time; call before `pack()`.
+
+    A head beside a tied embedding and recomputed rotary buffers are passed over. Raises `CheckpointError` with every
+    tensor that is missing, unexpected, wrongly shaped, of a dtype that is no plain float, or given twice.
+    """
+    slots = dict(decoder.slots())
+    missing = dict.fromkeys(slots)
+    problems: list[str] = []
+    for name, tensor in tensors:
+        if name not in slots:
+            if not _is_ignored(decoder, name):
+                problems.append(f"{name} is not a tensor of {decoder.config.architecture}")
+        elif name not in missing:
+            problems.append(f"{name} is given twice")
+        else:
+            del missing[name]
+            if problem := _problem(name, tensor, slots[name]):
+                problems.append(problem)
+            else:
+                slots[name].load(tensor)
+    problems.extend(f"{name} is missing" for name in missing)
+    if problems:
+        raise CheckpointError(_summary(problems, len(slots)))
+
+
+def init_dummy(decoder: Decoder, seed: int = 0) -> None:
+    """Random weights at the speed of a copy; matrices scaled by 1/sqrt(inputs), norms 1, biases small."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(DUMMY_PERIOD, generator=generator).to(decoder.dtype).to(decoder.device)
+    start = 0
+    for name, slot in decoder.slots():
+        values = torch.ones(slot.shape, dtype=decoder.dtype, device=decoder.device)
+        if not name.endswith("norm.weight"):
+            _fill_repeating(values, numbers, start)
+            values.mul_(slot.shape[-1] ** -0.5)
+            start = (start + values.numel()) % DUMMY_PERIOD
+        slot.load(StoredTensor.plain(values))
+
+
+class KVScaleReader:
+    """Takes the scales of 8-bit pages out of a checkpoint's tensors: `model.layers.N.self_attn.k_scale` and `v_scale`,
+    one number each."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._found: list[dict[str, float]] = [{} for _ in range(num_layers)]
+
+    def without_scales(self, tensors: Iterable[tuple[str, StoredTensor]]) -> Iterator[tuple[str, StoredTensor]]:
+        """The other tensors; read to its end before `scales`. Raises `CheckpointError` for a scale that is none."""
+        for name, tensor in tensors:
+            match = SCALE_NAME.fullmatch(name)
+            if match is None or int(match[1]) >= len(self._found):
+                yield name, tensor
+            else:
+                self._found[int(match[1])][match[2]] = _scale(name, tensor.values())
+
+    def scales(self) -> list[KVScale]:
+        """Of each layer; 1 where the checkpoint says nothing."""
+        return [KVScale(**found) for found in self._found]
+
+
+def _scale(name: str, tensor: torch.Tensor) -> float:
+    value = float(tensor) if tensor.numel() == 1 else math.nan
+    if not 0 < value < math.inf:
+        raise CheckpointError(f"{name} must be one positive number, not {tensor.tolist()}: remove it, or mend the file")
+    return value
+
+
+def _problem(name: str, tensor: StoredTensor, slot: Slot) -> str | None:
+    if tensor.shape != slot.shape:
+        return f"{name} has shape {list(tensor.shape)}, the configuration says {list(slot.shape)}"
+    if tensor.decode is None and tensor.data.dtype not in WEIGHT_DTYPES:
+        return f"{name} has dtype {str(tensor.data.dtype).removeprefix('torch.')}, not a plain float"
+    return None
+
+
+def _is_ignored(decoder: Decoder, name: str) -> bool:
+    tied_head = decoder.config.tie_word_embeddings and name == "lm_head.weight"
+    return tied_head or name.endswith(RECOMPUTED_SUFFIXES)
+
+
+def _summary(problems: list[str], num_expected: int) -> str:
+    named = "\n  ".join(problems[:MAX_NAMED_PROBLEMS])
+    hidden = len(problems) - MAX_NAMED_PROBLEMS
+    more = f"\n  and {hidden} more" if hidden > 0 else ""
+    return (
+        f"the checkpoint does not fit its configuration: {len(problems)} problems, {num_expected} tensors expected\n"
+        f"  {named}{more}\nUse the config.json that was saved with these weights."
+    )
+
+
+def _fill_repeating(slot: torch.Tensor, numbers: torch.Tensor, start: int) -> None:
+    """Fill a contiguous tensor with `numbers`, repeated, from `start` on."""
+    flat = slot.view(-1)
+    done = 0
+    while done < flat.numel():
+        part = numbers[start : start + flat.numel() - done]
+        flat[done : done + part.numel()] = part
+        done, start = done + part.numel(), 0

@@ -1,0 +1,122 @@
+"""What every weight format is: a matrix as it is stored, loaded part by part, and its product.
+
+A matrix W [out_features, in_features] is fused of named parts that lie below each other: q, k and v, or gate and up.
+Its life has three stages: it is allocated (`select.allocate_matrix` chooses the format), its parts are loaded in any
+order, and `pack()` brings it into the form that multiplies fastest.
+
+A new format is a file with a subclass of `WeightFormat`, and a line in the table of `select`. A format that keeps a
+checkpoint's bytes as they are takes `StoredTensor.data` in `load`, which may differ in format from part to part. A
+rank's shard is cut from the stored tensor, by rows or by columns, before it is loaded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["MatrixSpec", "StoredTensor", "WeightFormat", "WeightOptions"]
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor of a checkpoint as its file holds it; read it at once, it may be a view of the file."""
+
+    format: str
+    """"plain", or the name of a block type, such as GGUF's "Q4_1"."""
+    shape: tuple[int, ...]
+    """Of the values."""
+    data: torch.Tensor
+    """Plain: the values. Else the stored bytes, uint8 [rows, bytes of a row]."""
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Turns `data` into float32 values of `shape`; None where it holds them."""
+
+    @classmethod
+    def plain(cls, values: torch.Tensor) -> StoredTensor:
+        """Values of any shape and dtype, not copied."""
+        return cls(PLAIN, tuple(values.shape), values)
+
+    def values(self) -> torch.Tensor:
+        """The values, of `shape`: a view of the file where they are plain, else new float32 ones."""
+        return self.data if self.decode is None else self.decode(self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOptions:
+    """What decides the formats of a model's matrices, beside their shapes."""
+
+    dtype: torch.dtype
+    """Of activations and products."""
+    device: torch.device
+    stored_dtype: torch.dtype | None = None
+    """Of the checkpoint, where it says more than `dtype`: what is rounded again is loaded in it."""
+    quantization: str | None = None
+    on_stream: bool = False
+    """Whether products are queued on a GPU's stream, for which a kernel of the host would not wait."""
+
+
+@dataclass(frozen=True)
+class MatrixSpec:
+    """A matrix [out_features, in_features] before it has values."""
+
+    name: str
+    """What messages call it, such as "qkv"."""
+    in_features: int
+    parts: Mapping[str, int]
+    """The rows of each part, by its name in a checkpoint, in their order in the matrix."""
+    options: WeightOptions
+
+    @property
+    def out_features(self) -> int:
+        """Rows of all parts."""
+        return sum(self.parts.values())
+
+    def rows_of(self, part: str) -> slice:
+        """Where a part lies."""
+        names = list(self.parts)
+        first = sum(self.parts[name] for name in names[: names.index(part)])
+        return slice(first, first + self.parts[part])
+
+
+class WeightFormat(ABC):
+    """A matrix W [out_features, in_features] in one format, on one device."""
+
+    name: str
+    """Of the format."""
+
+    @staticmethod
+    @abstractmethod
+    def reasons_against(spec: MatrixSpec) -> list[str]:
+        """Why the format cannot hold this matrix; empty where it can."""
+
+    @abstractmethod
+    def load(self, part: str, stored: StoredTensor) -> None:
+        """Take a checkpoint's tensor, [rows of the part, in_features], as that part; before `pack()`."""
+
+    @abstractmethod
+    def pack(self) -> None:
+        """All parts are loaded: take the form that multiplies fastest. A second call does nothing."""
+
+    @abstractmethod
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y = x Wᵀ + bias.
+
+        Args:
+            x: [rows, in_features], the model's dtype
+            bias: [out_features]
+            out: [rows, out_features], where y is written; default new memory
+
+        Returns:
+            y [rows, out_features], x's dtype
+        """
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Memory that the matrix takes now."""

@@ -1,0 +1,87 @@
+"""The one door to weight formats: which one holds a matrix, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from cascade_llm.errors import ConfigError
+from cascade_llm.weights.blocked import Blocked
+from cascade_llm.weights.dense import Dense
+from cascade_llm.weights.format import MatrixSpec, WeightFormat
+from cascade_llm.weights.int4 import Int4
+from cascade_llm.weights.onednn import OneDNN
+
+__all__ = ["FORMATS", "FormatChoice", "allocate_matrix", "select_format"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A format of the table."""
+
+    format: type[WeightFormat]
+    allocate: Callable[[MatrixSpec, Dense], WeightFormat]
+    """Given dense memory, which most formats load their parts into."""
+    changes_values: bool = False
+    """Whether it rounds, and so is taken only where `quantization` names it."""
+
+
+FORMATS: Mapping[str, Entry] = {
+    "int4": Entry(Int4, lambda spec, dense: Int4(spec, many_rows=_unquantized(spec, dense)), changes_values=True),
+    "blocked": Entry(Blocked, Blocked),
+    "onednn": Entry(OneDNN, OneDNN),
+    "dense": Entry(Dense, lambda spec, dense: dense),
+}
+"""By preference."""
+
+
+@dataclass(frozen=True)
+class FormatChoice:
+    """The format that holds a matrix, and what speaks against those that were preferred to it."""
+
+    name: str
+    refused: tuple[tuple[str, str], ...]
+    """(format, reason), one per reason."""
+
+    def describe(self) -> str:
+        """One line for the log."""
+        reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.refused)
+        return f"weights: {self.name}" + (f" ({reasons})" if reasons else "")
+
+
+def select_format(spec: MatrixSpec) -> FormatChoice:
+    """The format that `quantization` names, or else the first that keeps the values and that nothing speaks against.
+
+    Raises:
+        ConfigError: the named format cannot hold this matrix; lists the reasons
+    """
+    wanted = spec.options.quantization
+    if wanted is not None:
+        if reasons := FORMATS[wanted].format.reasons_against(spec):
+            listed = "; ".join(reasons)
+            raise ConfigError(f"quantization={wanted!r} cannot serve this model: {listed}; or leave it out")
+        return FormatChoice(wanted, ())
+    refused: list[tuple[str, str]] = []
+    for name, entry in FORMATS.items():
+        if entry.changes_values:
+            continue
+        reasons = entry.format.reasons_against(spec)
+        if not reasons:
+            return FormatChoice(name, tuple(refused))
+        refused.extend((name, reason) for reason in reasons)
+    raise AssertionError("dense holds every matrix")
+
+
+def allocate_matrix(spec: MatrixSpec, dense: Dense | None = None) -> WeightFormat:
+    """A matrix without values in its format; over the values of `dense` where somebody else loads those.
+
+    Raises:
+        ConfigError: the format that `quantization` names cannot hold it
+    """
+    entry = FORMATS[select_format(spec).name]
+    return entry.allocate(spec, Dense(spec) if dense is None else dense)
+
+
+def _unquantized(spec: MatrixSpec, dense: Dense) -> WeightFormat:
+    """For the numbers of rows that a quantized format is slower at."""
+    return allocate_matrix(replace(spec, options=replace(spec.options, quantization=None)), dense)
