@@ -117,7 +117,8 @@ def timed_parts(llm: LLM) -> Iterator[StepClock]:
         _replace(stack, scheduler, "commit", clock.around(scheduler.commit, "planning"))
         _replace(stack, runner.backend, "prepare", _timed_prepare(clock, runner.backend.prepare))
         _replace(stack, runner.backend, "write", clock.around(runner.backend.write, "KV write"))
-        for owner in (*runner.decoder.layers, runner.decoder):
+        blocks = [block for layer in runner.decoder.layers for block in (layer.attention, layer.mlp)]
+        for owner in (*blocks, runner.decoder):
             for name, part in list(vars(owner).items()):
                 if isinstance(part, Linear):
                     _replace(stack, owner, name, clock.around(part, "linear"))

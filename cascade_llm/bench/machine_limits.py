@@ -21,6 +21,7 @@ import torch
 from cascade_llm.device.device_name import device_name
 from cascade_llm.device.devices import thread_limit
 from cascade_llm.device.user_cache import cache_folder
+from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightOptions
 from cascade_llm.weights.linear import Linear
 from cascade_llm.worker.memory import available_bytes
 
@@ -88,8 +89,8 @@ def _flops_per_s(device: torch.device, dtype: torch.dtype, measure_s: float) -> 
     sizes, rates = PRODUCT_SIZES[device.type], []
     for size in sizes:
         x = torch.randn(size, size, device=device).to(dtype)
-        linear = Linear(size, size, dtype=dtype, device=device)
-        linear.weight.copy_(x)
+        linear = Linear(MatrixSpec("product", size, {"all": size}, WeightOptions(dtype=dtype, device=device)))
+        linear.load("all", StoredTensor.plain(x))
         linear.pack()
         rates.append(2 * size**3 / _best_s(functools.partial(linear, x), device, measure_s / len(sizes)))
     return max(rates)

@@ -69,7 +69,7 @@ class Int4(WeightFormat):
             return
         self._codes, self._scales_and_zeros, values = quantize(self._dense.values)
         self._dense = None
-        for part, rows in zip(self._parts, values.split(list(self._parts.values())), strict=True):
+        for part, rows in zip(self._parts, values.split_with_sizes(list(self._parts.values())), strict=True):
             self._many_rows.load(part, StoredTensor.plain(rows))
         self._many_rows.pack()
 

@@ -12,8 +12,7 @@ from cascade_llm.attention.columns import column_tensor
 from cascade_llm.device.devices import thread_limit
 from cascade_llm.device.stream import DeviceStream
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
-from cascade_llm.models.decoder import Decoder
-from cascade_llm.models.finite_check import FirstNonFinite
+from cascade_llm.models.decoder import Decoder, FirstNonFinite
 from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import IntColumn, StepPlan, StepResult
 from cascade_llm.sampling.lanes import LaneState

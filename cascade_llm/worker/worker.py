@@ -19,11 +19,11 @@ from cascade_llm.layers.flashinfer_layer_ops import FlashInferLayerOps
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
-from cascade_llm.models.kv_scales import KVScaleReader
-from cascade_llm.models.weights import init_dummy, load_weights
+from cascade_llm.models.loading import KVScaleReader, init_dummy, load_weights
 from cascade_llm.sampling.lanes import LaneState
 from cascade_llm.sampling.token_usage import UsageTable
-from cascade_llm.weights.int4 import reasons_against_int4
+from cascade_llm.weights.format import WeightOptions
+from cascade_llm.weights.select import select_format
 from cascade_llm.worker.cuda_graphs import CaptureReport, CudaGraphs, OnCapture
 from cascade_llm.worker.memory import available_bytes, pool_pages, step_bytes
 from cascade_llm.worker.model_runner import ModelRunner
@@ -159,18 +159,20 @@ def _decoder(
         ops = None
         if platform is not None:
             ops = FlashInferLayerOps(platform.ops, device, options.max_num_batched_tokens)
-        loading_dtype = DTYPES[model.dtype] if options.quantization else None
-        decoder = Decoder(model, dtype, device, max_positions=max_model_len, ops=ops, loading_dtype=loading_dtype)
-        if options.quantization:
-            _check_int4(decoder)
+        weights = WeightOptions(
+            dtype=dtype,
+            device=device,
+            stored_dtype=DTYPES[model.dtype],
+            quantization=options.quantization,
+            on_stream=platform is not None,
+        )
+        decoder = Decoder(model, weights, max_positions=max_model_len, ops=ops)
+        log.info(select_format(decoder.layers[0].linears[0].spec).describe())
         if checkpoint.is_dummy:
             init_dummy(decoder, options.seed)
         else:
-            load_weights(decoder, scales.without_scales(checkpoint.tensors()))
-        if options.quantization:
-            decoder.quantize()
-        if platform is None:
-            decoder.pack()
+            load_weights(decoder, scales.without_scales(checkpoint.stored_tensors()))
+        decoder.pack()
     return decoder, scales.scales() if options.kv_cache_dtype in KV_DTYPES else None
 
 
@@ -199,15 +201,6 @@ def _kv_cache(
             layout=layout,
             scales=scales,
         )
-
-
-def _check_int4(decoder: Decoder) -> None:
-    """Refuse what int4 cannot serve, before weights are loaded; layers are alike, so the first stands for all."""
-    names = ("qkv", "attention_out", "gate_up", "down")
-    shapes = ((name, x.in_features, x.out_features) for name, x in zip(names, decoder.layers[0].linears, strict=True))
-    reasons = reasons_against_int4(decoder.dtype, decoder.device, shapes)
-    if reasons:
-        raise ConfigError(f"quantization='int4' cannot serve this model: {'; '.join(reasons)}; or leave it out")
 
 
 def _capture(

@@ -28,8 +28,8 @@ def test_the_shape_counts_the_weights_that_the_decoder_has(architecture: str) ->
     model = tiny_model(architecture)
     decoder, config = decoder_of(model), model_config_from_hf(hf_config_of(model))
     shape = ModelShape.of(config, layer_weight_bytes=0.5, head_weight_bytes=4, kv_dtype_bytes=2)
-    layers = sum(linear.weight.numel() for layer in decoder.layers for linear in layer.linears)
-    head = decoder.lm_head.weight.numel()
+    *layer_sizes, head = (linear.spec.in_features * linear.spec.out_features for linear in decoder.linears)
+    layers = sum(layer_sizes)
     assert (shape.weight_bytes, shape.head_bytes) == (layers / 2, 4 * head)
     assert (shape.layer_flops_per_row, shape.head_flops_per_row) == (2 * layers, 2 * head)
     assert shape.kv_bytes_per_token == 2 * 3 * 2 * config.head_dim * 2  # K and V, layers, KV heads, head_dim, bytes

@@ -15,8 +15,9 @@ from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.select import select_backend
 from cascade_llm.errors import BackendError, CheckpointError, ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
-from cascade_llm.models.kv_scales import KVScaleReader
+from cascade_llm.models.loading import KVScaleReader
 from cascade_llm.plan import PageCopy
+from cascade_llm.weights.format import StoredTensor
 from tests.cascade_cases import CascadeCase, cascade_case
 from tests.doubles.device import DoubleStream
 from tests.doubles.flashinfer import FlashInferDouble
@@ -154,10 +155,10 @@ def test_a_dtype_that_append_would_reinterpret_is_caught(monkeypatch: pytest.Mon
 
 
 def test_scales_are_taken_from_the_checkpoint() -> None:
-    one = torch.tensor(1.0)
+    one = StoredTensor.plain(torch.tensor(1.0))
     tensors = [
-        ("model.layers.0.self_attn.k_scale", torch.tensor([0.5])),
-        ("model.layers.1.self_attn.attn.v_scale", torch.tensor(2.0)),
+        ("model.layers.0.self_attn.k_scale", StoredTensor.plain(torch.tensor([0.5]))),
+        ("model.layers.1.self_attn.attn.v_scale", StoredTensor.plain(torch.tensor(2.0))),
         ("model.norm.weight", one),
         ("model.layers.7.self_attn.k_scale", one),
     ]
@@ -166,4 +167,4 @@ def test_scales_are_taken_from_the_checkpoint() -> None:
     assert reader.scales() == [KVScale(0.5, 1.0), KVScale(1.0, 2.0)]
     for wrong in (torch.tensor(0.0), torch.tensor([1.0, 2.0]), torch.tensor(torch.inf)):
         with pytest.raises(CheckpointError, match="k_scale must be one positive number"):
-            list(reader.without_scales([("model.layers.0.self_attn.k_scale", wrong)]))
+            list(reader.without_scales([("model.layers.0.self_attn.k_scale", StoredTensor.plain(wrong))]))

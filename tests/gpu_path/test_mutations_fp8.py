@@ -23,7 +23,7 @@ from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
 from cascade_llm.attention.flashinfer.levels import FlashInferDevice, LevelKernel, LevelOutput, LevelRun
 from cascade_llm.errors import GenerationError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
-from cascade_llm.models.kv_scales import KVScaleReader
+from cascade_llm.models.loading import KVScaleReader
 from tests.doubles.planner import DoubleError
 from tests.engine.tiny_llm import save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from transformers.models.qwen3 import Qwen3ForCausalLM
 
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
-from cascade_llm.models.weights import load_weights
+from cascade_llm.models.loading import load_weights
+from cascade_llm.weights.format import StoredTensor, WeightOptions
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -51,10 +53,21 @@ def hf_config_of(model: PreTrainedModel) -> dict[str, Any]:
     return {**model.config.to_dict(), "architectures": [type(model).__name__]}
 
 
+def empty_decoder(model: PreTrainedModel, dtype: torch.dtype = torch.float32, **options: Any) -> Decoder:
+    """Ours of the same configuration, without values."""
+    weights = WeightOptions(dtype=dtype, device=torch.device("cpu"))
+    return Decoder(model_config_from_hf(hf_config_of(model)), weights, **options)
+
+
+def stored(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, StoredTensor]]:
+    """Tensors as a checkpoint gives them."""
+    return ((name, StoredTensor.plain(values)) for name, values in tensors.items())
+
+
 def decoder_of(model: PreTrainedModel, **options: Any) -> Decoder:
     """The same model as ours, through its configuration and its state dict."""
-    decoder = Decoder(model_config_from_hf(hf_config_of(model)), **options)
-    load_weights(decoder, model.state_dict().items())
+    decoder = empty_decoder(model, **options)
+    load_weights(decoder, stored(model.state_dict()))
     return decoder
 
 

@@ -3,10 +3,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from cascade_llm.config import RopeConfig
+from cascade_llm.config import ModelConfig, RopeConfig
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.models.architectures import ARCHITECTURES, model_config_from_hf
+from cascade_llm.models.decoder import Decoder
+from cascade_llm.weights.format import WeightOptions
 from tests.models.checkpoints import hf_config_of, tiny_model
 
 LLAMA: dict[str, Any] = {
@@ -23,12 +26,28 @@ QWEN3: dict[str, Any] = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_
 QWEN2: dict[str, Any] = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 
 
+def differences(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
+    """Biases of q, k and v, of attention's output, of the MLP; norms of heads: as the composed layers have them."""
+    layers = Decoder(config, WeightOptions(dtype=torch.float32, device=torch.device("cpu"))).layers
+    found = {
+        (
+            layer.attention.qkv.bias is not None,
+            layer.attention.out.bias is not None,
+            any(linear.bias is not None for linear in layer.mlp.linears),
+            layer.attention.head_norms is not None,
+        )
+        for layer in layers
+    }
+    (only,) = found
+    return only
+
+
 def test_defaults_of_a_bare_llama() -> None:
     config = model_config_from_hf(LLAMA)
     assert (config.architecture, config.head_dim, config.num_kv_heads) == ("llama", 16, 4)
     assert (config.rms_norm_eps, config.tie_word_embeddings, config.dtype) == (1e-6, False, "float32")
     assert config.rope == RopeConfig()
-    assert (config.qkv_bias, config.attention_out_bias, config.mlp_bias, config.qk_norm) == (False,) * 4
+    assert differences(config) == (False,) * 4
     assert config.ending_token_ids == frozenset()
 
 
@@ -42,8 +61,7 @@ def test_defaults_of_a_bare_llama() -> None:
     ],
 )
 def test_architectures_differ_by_facts(fields: dict[str, Any], facts: tuple[bool, ...]) -> None:
-    config = model_config_from_hf(fields)
-    assert (config.qkv_bias, config.attention_out_bias, config.mlp_bias, config.qk_norm) == facts
+    assert differences(model_config_from_hf(fields)) == facts
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

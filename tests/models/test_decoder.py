@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from cascade_llm.models.finite_check import FirstNonFinite
-from cascade_llm.models.weights import init_dummy
 
 from cascade_llm.layers.fused_ops import TorchOps
-from cascade_llm.models.decoder import Decoder
-from cascade_llm.weights.linear import can_pack
-from tests.models.checkpoints import TINY, Replay, decoder_of, tiny_model
+from cascade_llm.models.decoder import FirstNonFinite
+from cascade_llm.models.loading import init_dummy
+from cascade_llm.weights.dense import Dense
+from cascade_llm.weights.format import StoredTensor
+from tests.models.checkpoints import TINY, Replay, decoder_of, empty_decoder, tiny_model
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -117,12 +117,17 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(name: str, plain: boo
     assert (got.float() - exact).norm() < 1.2 * (theirs.float() - exact).norm()
 
 
-def test_packing_leaves_a_tied_embedding_dense_and_gives_the_head_its_own() -> None:
-    decoder = decoder_of(tiny_model("llama", tie_word_embeddings=True))
-    assert decoder.lm_head.weight.data_ptr() == decoder.embedding.data_ptr()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_packing_leaves_a_tied_embedding_dense(dtype: torch.dtype) -> None:
+    """The head reads the same memory where its format is dense, and has its own where it is packed."""
+    decoder = decoder_of(tiny_model("llama", tie_word_embeddings=True), dtype=dtype)
+    before = decoder.embedding.matrix.values.clone()
+    hidden = torch.randn(3, TINY["hidden_size"]).to(dtype)
+    expected = decoder.logits(hidden)
     decoder.pack()
-    assert decoder.embedding.shape == (TINY["vocab_size"], TINY["hidden_size"])
-    assert all(linear.is_packed == can_pack(decoder.embedding) for linear in decoder.linears())
+    assert torch.equal(decoder.embedding.matrix.values, before)
+    torch.testing.assert_close(decoder.logits(hidden), expected, rtol=1e-5, atol=1e-5)
+    assert (decoder.lm_head.matrix is decoder.embedding.matrix) == isinstance(decoder.lm_head.matrix, Dense)
 
 
 def test_an_observer_sees_every_stage_and_finds_the_first_that_is_not_finite() -> None:
@@ -137,7 +142,8 @@ def test_an_observer_sees_every_stage_and_finds_the_first_that_is_not_finite() -
     decoder.forward(*rows, replay.attention, observer=healthy)
     assert healthy.stage is None
 
-    decoder.layers[1].down.weight[0, 0] = float("nan")
+    broken_rows = torch.full((TINY["hidden_size"], TINY["intermediate_size"]), torch.nan)
+    decoder.layers[1].mlp.down.load("down_proj", StoredTensor.plain(broken_rows))
     broken = FirstNonFinite()
     decoder.forward(*rows, replay.attention, observer=broken)
     assert broken.stage == "layer 1"
@@ -152,10 +158,10 @@ def test_a_broken_row_is_named() -> None:
 
 
 def test_dummy_weights_give_finite_varied_logits_and_repeat_by_seed() -> None:
-    config = decoder_of(tiny_model("qwen3", head_dim=16)).config
+    model = tiny_model("qwen3", head_dim=16)
 
     def logits(seed: int) -> torch.Tensor:
-        decoder = Decoder(config)
+        decoder = empty_decoder(model)
         init_dummy(decoder, seed)
         return Replay(decoder).step([(0, position, token) for position, token in enumerate(token_ids(8, seed=1))])
 

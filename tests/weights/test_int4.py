@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from cascade_llm.weights.int4 import GROUP_LEN, MAX_ROWS, Int4Weight, reasons_against_int4
-
-CPU = torch.device("cpu")
+from cascade_llm.weights.int4 import GROUP_LEN, MAX_ROWS, Int4, quantize
+from tests.weights.matrices import filled, matrix_in, matrix_spec
 
 
 def random_weight(outputs: int, inputs: int, seed: int = 0) -> torch.Tensor:
@@ -24,7 +25,7 @@ def codes_on_grid(outputs: int, inputs: int) -> torch.Tensor:
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 96), (960, 576), (4112, 64)])
 def test_every_weight_is_within_half_a_step_of_its_group(outputs: int, inputs: int) -> None:
     weight = random_weight(outputs, inputs)
-    _, values = Int4Weight.quantize(weight)
+    *_, values = quantize(weight)
     groups = weight.unflatten(1, (-1, GROUP_LEN))
     low, high = groups.aminmax(dim=-1, keepdim=True)
     root_mean_square = (values.unflatten(1, (-1, GROUP_LEN)) - groups).square().mean(-1, keepdim=True).sqrt()
@@ -37,7 +38,7 @@ def test_values_of_q4_1_blocks_come_back_but_for_the_rounding_of_scale_and_minim
     scale = torch.rand(64, 6, 1).half().float() / 20
     minimum = -(scale * torch.randint(5, 11, scale.shape)).half().float()
     weight = (minimum + scale * codes_on_grid(64, 192)).flatten(1)
-    _, values = Int4Weight.quantize(weight)
+    *_, values = quantize(weight)
     bound = (15 * scale * 2**-8 + 2**-8 * minimum.abs()).expand(-1, -1, GROUP_LEN).flatten(1)
     assert ((values - weight).abs() <= bound).all()
 
@@ -49,14 +50,14 @@ def test_values_of_q4_0_blocks_with_bfloat16_scales_come_back_exactly(sign: int)
     codes[..., 5] = 0
     scale = sign * (torch.rand(32, 4, 1) + 0.01).bfloat16().float()
     weight = ((codes - 8) * scale).flatten(1)
-    _, values = Int4Weight.quantize(weight)
+    *_, values = quantize(weight)
     assert torch.equal(values, weight)
 
 
 def test_groups_of_one_value_are_exact() -> None:
     weight = torch.zeros(16, 64)
     weight[:, 32:] = 0.75
-    _, values = Int4Weight.quantize(weight)
+    *_, values = quantize(weight)
     assert torch.equal(values, weight)
 
 
@@ -64,21 +65,25 @@ def test_groups_of_one_value_are_exact() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5, MAX_ROWS])
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (80, 64), (960, 576), (576, 1536)])
 def test_the_kernel_computes_with_the_values_that_are_told(outputs: int, inputs: int, rows: int) -> None:
-    weight, values = Int4Weight.quantize(random_weight(outputs, inputs, seed=rows))
+    weight = random_weight(outputs, inputs, seed=rows)
+    *_, values = quantize(weight)
+    spec = matrix_spec(inputs, outputs, torch.bfloat16, quantization="int4", stored_dtype=torch.float32)
+    matrix = filled(matrix_in(spec, "int4"), weight)
     x = torch.randn(rows, inputs).bfloat16()
     expected = x.double() @ values.double().T
     scale = x.double().abs() @ values.double().abs().T  # of the sums that rounding errors are relative to
-    assert ((weight.matmul(x) - expected).abs() <= 2**-7 * scale).all()
+    assert ((matrix.multiply(x) - expected).abs() <= 2**-7 * scale).all()
 
 
 def test_a_weight_takes_five_bits() -> None:
-    weight, _ = Int4Weight.quantize(random_weight(64, 128))
-    assert weight.num_bytes * 8 == 5 * 64 * 128
+    codes, scales_and_zeros, _ = quantize(random_weight(64, 128))
+    assert (codes.nbytes + scales_and_zeros.nbytes) * 8 == 5 * 64 * 128
 
 
 def test_what_cannot_be_served_is_named() -> None:
-    assert reasons_against_int4(torch.bfloat16, CPU, [("qkv", 64, 96)]) == []
-    reasons = reasons_against_int4(torch.float32, torch.device("cuda"), [("qkv", 48, 64), ("down", 64, 40)])
+    assert Int4.reasons_against(matrix_spec(64, 96, torch.bfloat16)) == []
+    spec = matrix_spec(48, 40, torch.float32)
+    reasons = Int4.reasons_against(replace(spec, options=replace(spec.options, device=torch.device("cuda"))))
     assert len(reasons) == 4
-    for reason, part in zip(reasons, ("cuda", "float32", "qkv has 48 inputs", "down has 40 outputs"), strict=True):
+    for reason, part in zip(reasons, ("cuda", "float32", "matrix has 48 inputs", "matrix has 40 outputs"), strict=True):
         assert part in reason

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from cascade_llm.errors import CheckpointError
-from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
-from cascade_llm.models.weights import checkpoint_slots, init_dummy, load_weights
-from tests.models.checkpoints import decoder_of, hf_config_of, tiny_model
+from cascade_llm.models.loading import init_dummy, load_weights
+from cascade_llm.weights.format import StoredTensor
+from cascade_llm.weights.linear import Linear
+from tests.models.checkpoints import empty_decoder, stored, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -19,24 +21,42 @@ def state() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def decoder() -> Decoder:
-    return Decoder(model_config_from_hf(hf_config_of(tiny_model("qwen2"))))
+    return empty_decoder(tiny_model("qwen2"))
+
+
+def values_of(linear: Linear) -> torch.Tensor:
+    """What a layer multiplies by, from its products: [out_features, in_features]."""
+    return linear.matrix.multiply(torch.eye(linear.spec.in_features)).T
 
 
 def problems(decoder: Decoder, tensors: dict[str, torch.Tensor]) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load_weights(decoder, tensors.items())
+        load_weights(decoder, stored(tensors))
     return str(caught.value)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_the_names_are_those_of_transformers_and_every_parameter_is_covered(architecture: str) -> None:
     model = tiny_model(architecture, head_dim=8)
-    decoder = decoder_of(model)
-    slots = checkpoint_slots(decoder)
-    assert set(slots) == set(model.state_dict())
-    assert sum(slot.numel() for slot in slots.values()) == sum(p.numel() for p in model.parameters())
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(slots[name], tensor)
+    slots = dict(empty_decoder(model).slots())
+    assert {name: slot.shape for name, slot in slots.items()} == {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tensors_in_any_order_fill_the_same_matrices(seed: int) -> None:
+    model = tiny_model("qwen3", head_dim=8)
+    state = model.state_dict()
+    names = random.Random(seed).sample(sorted(state), len(state))
+    decoder = empty_decoder(model)
+    load_weights(decoder, stored({name: state[name] for name in names}))
+    layer, prefix = decoder.layers[1], "model.layers.1"
+    parts = [state[f"{prefix}.self_attn.{part}_proj.weight"] for part in "qkv"]
+    assert torch.equal(values_of(layer.attention.qkv), torch.cat(parts))
+    parts = [state[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up")]
+    assert torch.equal(values_of(layer.mlp.linears[0]), torch.cat(parts))
+    assert torch.equal(decoder.embedding.matrix.values, state["model.embed_tokens.weight"])
 
 
 def test_a_head_beside_a_tied_embedding_and_old_buffers_are_passed_over() -> None:
@@ -44,14 +64,14 @@ def test_a_head_beside_a_tied_embedding_and_old_buffers_are_passed_over() -> Non
     state = dict(model.state_dict())
     state["lm_head.weight"] = torch.zeros(1)
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
-    decoder = Decoder(model_config_from_hf(hf_config_of(model)))
-    load_weights(decoder, state.items())
-    assert torch.equal(decoder.lm_head.weight, model.state_dict()["model.embed_tokens.weight"])
+    decoder = empty_decoder(model)
+    load_weights(decoder, stored(state))
+    assert torch.equal(values_of(decoder.lm_head), model.state_dict()["model.embed_tokens.weight"])
 
 
 def test_other_dtypes_are_converted(decoder: Decoder, state: dict[str, torch.Tensor]) -> None:
-    load_weights(decoder, ((name, tensor.bfloat16()) for name, tensor in state.items()))
-    torch.testing.assert_close(decoder.embedding, state["model.embed_tokens.weight"].bfloat16().float())
+    load_weights(decoder, stored({name: tensor.bfloat16() for name, tensor in state.items()}))
+    torch.testing.assert_close(decoder.embedding.matrix.values, state["model.embed_tokens.weight"].bfloat16().float())
 
 
 def test_every_kind_of_problem_is_named_at_once(decoder: Decoder, state: dict[str, torch.Tensor]) -> None:
@@ -70,16 +90,16 @@ def test_every_kind_of_problem_is_named_at_once(decoder: Decoder, state: dict[st
 
 def test_many_problems_are_counted_and_the_first_are_named(decoder: Decoder) -> None:
     message = problems(decoder, {})
-    num_expected = len(checkpoint_slots(decoder))
+    num_expected = len(dict(decoder.slots()))
     assert f"{num_expected} problems" in message
     assert message.count("is missing") == 10
     assert f"and {num_expected - 10} more" in message
 
 
 def test_a_tensor_given_twice_is_named(decoder: Decoder, state: dict[str, torch.Tensor]) -> None:
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        yield from state.items()
-        yield "model.norm.weight", state["model.norm.weight"]
+    def tensors() -> Iterator[tuple[str, StoredTensor]]:
+        yield from stored(state)
+        yield "model.norm.weight", StoredTensor.plain(state["model.norm.weight"])
 
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is given twice"):
         load_weights(decoder, tensors())
@@ -92,6 +112,7 @@ def test_an_untied_head_must_be_there(decoder: Decoder, state: dict[str, torch.T
 
 def test_dummy_weights_repeat_no_row_and_keep_norms_at_one(decoder: Decoder) -> None:
     init_dummy(decoder, seed=3)
-    assert len({tuple(row.tolist()) for row in decoder.embedding}) == len(decoder.embedding)
+    embedding = decoder.embedding.matrix.values
+    assert len({tuple(row.tolist()) for row in embedding}) == len(embedding)
     assert torch.equal(decoder.final_norm.weight, torch.ones(48))
-    assert float(decoder.layers[0].gate_up.weight.std()) == pytest.approx(48**-0.5, rel=0.05)
+    assert float(values_of(decoder.layers[0].mlp.linears[0]).std()) == pytest.approx(48**-0.5, rel=0.05)
