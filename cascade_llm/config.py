@@ -190,7 +190,7 @@ class EngineOptions:
     debug: bool = False
     """Check every plan, and name the first layer whose output is not finite; slow."""
     record_plans: str | None = None
-    """A file to write the step plans to, gzip-compressed JSON lines; one that is there is replaced."""
+    """A file to write the step plans to, see `plan_file`; one that is there is replaced."""
     record_token_ids: bool = False
     """Write token ids, sampled tokens and stop strings to it as well, so that the engine can be replayed."""
 

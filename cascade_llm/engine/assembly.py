@@ -14,8 +14,7 @@ from cascade_llm.engine.input_processor import InputProcessor
 from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.resolve import open_checkpoint
-from cascade_llm.plan_file.header import PlanFileHeader
-from cascade_llm.plan_file.writer import PlanFileWriter
+from cascade_llm.plan_file import PlanFileHeader, PlanFileWriter
 from cascade_llm.scheduler.cascade.choice import SegmentCosts
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.worker.cuda_graphs import OnCapture

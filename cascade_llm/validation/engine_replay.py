@@ -22,8 +22,7 @@ from cascade_llm.errors import PlanError
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.plan import StepPlan, int_column
-from cascade_llm.plan_file.header import PlanFileHeader
-from cascade_llm.plan_file.reader import PlanFileReader, RecordedStep
+from cascade_llm.plan_file import PlanFileHeader, PlanFileReader, RecordedStep
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.validation.replay import truncation_check
 from cascade_llm.validation.report import Check, Progress
@@ -45,7 +44,7 @@ class _Tokens:
     compared: int = 0
     greedy: int = 0
     margins: list[tuple[float, int]] = field(default_factory=list)
-    """Greedy samples that differ: how much less probable the recorded token is here, and the line."""
+    """Greedy samples that differ: how much less probable the recorded token is here, and the frame."""
     drawn_differing: int = 0
     """Differing samples that were drawn, or chosen from adjusted logits."""
     finiteness_differing: int = 0
@@ -90,7 +89,7 @@ def replay_engine(
         runner, facts = build_worker(_options(options, header, bytes_per_token), checkpoint)
         replay, num_steps = _Replay(runner), 0
         for step in islice(reader, max_steps):
-            progress(f"{reader.path.name}, line {step.line}", num_steps, 0)
+            progress(f"{reader.path.name}, frame {step.frame}", num_steps, 0)
             replay.step(step)
             num_steps += 1
         check = _check(replay.tokens, num_steps, facts.backend.name, NEAR_TIES[dtype])
@@ -138,7 +137,7 @@ class _Replay:
             elif result.token_ids[sample] != recorded:
                 differing.append((sample, result.token_ids[sample], recorded))
         if differing:
-            self._note_differing(plan, differing, step.line)
+            self._note_differing(plan, differing, step.frame)
 
     def _with_recorded_inputs(self, plan: StepPlan) -> StepPlan:
         """The plan with every input token spelled out; one that was never recorded belongs to a sequence that ended."""
@@ -148,7 +147,7 @@ class _Replay:
         nothing = int_column(())
         return replace(plan, token_ids=int_column(token_ids), lane_rows=nothing, lane_row_lanes=nothing)
 
-    def _note_differing(self, plan: StepPlan, differing: list[tuple[int, int, int]], line: int) -> None:
+    def _note_differing(self, plan: StepPlan, differing: list[tuple[int, int, int]], frame: int) -> None:
         """`differing`: (sample, our token, the recorded one)."""
         greedy = [each for each in differing if self._plainly_greedy[plan.sample_lanes[each[0]]]]
         self.tokens.drawn_differing += len(differing) - len(greedy)
@@ -157,7 +156,7 @@ class _Replay:
         again = replace(plan, lane_starts=(), page_copies=())  # both were done when the step ran
         logits = self._runner.logits(again, int_column(plan.sample_rows[sample] for sample, _, _ in greedy)).float()
         for row, (_, ours, recorded) in zip(logits, greedy, strict=True):
-            self.tokens.margins.append(((row[ours] - row[recorded]).item(), line))
+            self.tokens.margins.append(((row[ours] - row[recorded]).item(), frame))
 
 
 def _is_plainly_greedy(params: SamplingParams) -> bool:
@@ -170,7 +169,7 @@ def _check(tokens: _Tokens, num_steps: int, backend: str, near_tie: float) -> Ch
     margins = sorted(tokens.margins, reverse=True)
     num_drawn = tokens.compared - tokens.greedy
     num_differing = len(margins) + tokens.drawn_differing + tokens.finiteness_differing
-    worst = f"; largest margin of a greedy token {margins[0][0]:.2g} at line {margins[0][1]}" if margins else ""
+    worst = f"; largest margin of a greedy token {margins[0][0]:.2g} at frame {margins[0][1]}" if margins else ""
     passed = (
         tokens.finiteness_differing == 0
         and (not margins or margins[0][0] <= near_tie)
@@ -189,6 +188,6 @@ def _check(tokens: _Tokens, num_steps: int, backend: str, near_tie: float) -> Ch
             "greedy_differing": len(margins),
             "drawn_differing": tokens.drawn_differing,
             "finiteness_differing": tokens.finiteness_differing,
-            "margins": [{"margin": margin, "line": line} for margin, line in margins],
+            "margins": [{"margin": margin, "frame": frame} for margin, frame in margins],
         },
     )

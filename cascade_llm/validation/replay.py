@@ -20,8 +20,7 @@ from cascade_llm.device.devices import DTYPES, resolve_kv_dtype
 from cascade_llm.errors import BackendError, CapacityError, PlanError
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadePlan
-from cascade_llm.plan_file.header import PlanFileHeader
-from cascade_llm.plan_file.reader import PlanFileReader
+from cascade_llm.plan_file import PlanFileHeader, PlanFileReader
 from cascade_llm.validation.attention_error import TOLERANCES, AttentionError
 from cascade_llm.validation.cases import single_level_plan
 from cascade_llm.validation.report import Check, Progress
@@ -42,7 +41,7 @@ class _Replayed:
     against_reference: AttentionError = field(default_factory=AttentionError)
     single_against_reference: AttentionError = field(default_factory=AttentionError)
     against_single: AttentionError = field(default_factory=AttentionError)
-    first_wrong_line: int | None = None
+    first_wrong_frame: int | None = None
 
 
 def replay_attention(
@@ -75,9 +74,9 @@ def replay_attention(
         generator = torch.Generator().manual_seed(-1 - seed)
         num_steps = 0
         for step in islice(reader, max_steps):
-            progress(f"{reader.path.name}, line {step.line}", num_steps, 0)
+            progress(f"{reader.path.name}, frame {step.frame}", num_steps, 0)
             for cascade in step.plan.cascades:
-                _replay_plan(cascade, replayed, spec, generator, step.line)
+                _replay_plan(cascade, replayed, spec, generator, step.frame)
             num_steps += 1
         if not num_steps:
             raise PlanError(f"{reader.path} has no steps: record a run that generates something")
@@ -89,7 +88,7 @@ def truncation_check(reader: PlanFileReader) -> list[Check]:
     """A line in the report where the file broke off and that was allowed."""
     if reader.truncated_at is None:
         return []
-    note = f"{reader.path} breaks off at line {reader.truncated_at}: only the steps before it were replayed"
+    note = f"{reader.path} breaks off at frame {reader.truncated_at}: only the steps before it were replayed"
     return [Check(name="truncated file", passed=None, note=note)]
 
 
@@ -141,7 +140,7 @@ def _random_pool(
 
 
 def _replay_plan(
-    plan: CascadePlan, replayed: dict[str, _Replayed], spec: AttentionSpec, generator: torch.Generator, line: int
+    plan: CascadePlan, replayed: dict[str, _Replayed], spec: AttentionSpec, generator: torch.Generator, frame: int
 ) -> None:
     q = torch.randn(plan.num_rows, spec.num_qo_heads, spec.head_dim, generator=generator)
     q = q.to(spec.device, spec.dtype)
@@ -156,8 +155,8 @@ def _replay_plan(
         each.against_reference.add(found, expected)
         each.single_against_reference.add(plain, expected)
         each.against_single.add(found, plain)
-        if each.first_wrong_line is None and not each.against_reference.within(TOLERANCES[spec.dtype]):
-            each.first_wrong_line = line
+        if each.first_wrong_frame is None and not each.against_reference.within(TOLERANCES[spec.dtype]):
+            each.first_wrong_frame = frame
 
 
 def _checks(name: str, replayed: _Replayed, dtype: torch.dtype, num_steps: int) -> Sequence[Check]:
@@ -167,7 +166,7 @@ def _checks(name: str, replayed: _Replayed, dtype: torch.dtype, num_steps: int) 
         ("their single-level plans against float64", replayed.single_against_reference, tolerance),
         ("recorded plans against single-level ones", replayed.against_single, 2 * tolerance),
     )
-    wrong = f"first wrong at line {replayed.first_wrong_line}" if replayed.first_wrong_line else ""
+    wrong = f"first wrong at frame {replayed.first_wrong_frame}" if replayed.first_wrong_frame else ""
     return [
         Check(
             name=f"{name}: {what}",

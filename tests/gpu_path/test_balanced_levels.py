@@ -11,7 +11,7 @@ import pytest
 
 from cascade_llm import SamplingParams
 from cascade_llm.plan import CascadePlan
-from cascade_llm.plan_file.reader import PlanFileReader
+from cascade_llm.plan_file import PlanFileReader
 from cascade_llm.scheduler.cascade.cost_model import plan_work
 from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm

@@ -17,7 +17,7 @@ from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
-from cascade_llm.plan_file.reader import PlanFileReader
+from cascade_llm.plan_file import PlanFileReader
 from cascade_llm.validation import attention_check, engine_replay, replay, replay_file
 from cascade_llm.validation.attention_check import FAMILIES, check_attention
 from cascade_llm.validation.engine_check import BATCH, EngineLoad

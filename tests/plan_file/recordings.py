@@ -1,17 +1,17 @@
-"""Plan files to test with: written by hand from generated plans, read as text, and edited."""
+"""Plan files to test with: written by hand from generated plans, taken apart, and edited."""
 
 from __future__ import annotations
 
-import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import StepPlan, StepResult
-from cascade_llm.plan_file.header import PlanFileHeader
-from cascade_llm.plan_file.reader import PlanFileReader, RecordedStep
-from cascade_llm.plan_file.writer import PlanFileWriter
+from cascade_llm.plan_codec import PlanDecoder, PlanEncoder, decode_result, encode_result, is_result
+from cascade_llm.plan_file import FRAME, MAGIC, PlanFileHeader, PlanFileReader, PlanFileWriter, RecordedStep
 
 HEADER: dict[str, Any] = {
     "cascade_llm": "0.1.0",
@@ -35,14 +35,25 @@ def header(**changes: Any) -> PlanFileHeader:
     return PlanFileHeader(**{**HEADER, **changes})
 
 
+def result_of(plan: StepPlan) -> StepResult:
+    """A result in which every sample is its own number."""
+    return StepResult(
+        step_id=plan.step_id,
+        token_ids=list(range(len(plan.sample_rows))),
+        accepted_counts=[0] * len(plan.draft_lens),
+        logprobs=[],
+        prompt_logprobs=[TokenLogprob(token_id, -1.0, 1, ()) for token_id in plan.prompt_logprob_token_ids],
+    )
+
+
 def write(path: Path, plans: Iterable[StepPlan], **changes: Any) -> Path:
-    """A file of these plans; what a step sampled is the number of the sample."""
-    first_line = header(**changes)
-    writer = PlanFileWriter(path, token_ids=first_line.token_ids)
-    writer.begin(first_line)
+    """A file of these plans and of `result_of` each."""
+    first = header(**changes)
+    writer = PlanFileWriter(path, token_ids=first.token_ids)
+    writer.begin(first)
     for plan in plans:
         writer.write_step(plan)
-        writer.write_result(StepResult(step_id=plan.step_id, token_ids=list(range(len(plan.sample_rows)))))
+        writer.write_result(result_of(plan))
     writer.close()
     return path
 
@@ -52,11 +63,36 @@ def read(path: Path, *, allow_truncated: bool = False) -> list[RecordedStep]:
         return list(reader)
 
 
-def edit(path: Path, line: int, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """Rewrite one line, numbered from 1, by changing its object in place; returns the path."""
-    lines = gzip.decompress(path.read_bytes()).splitlines()
-    value = json.loads(lines[line - 1])
-    change(value)
-    lines[line - 1] = json.dumps(value).encode()
-    path.write_bytes(gzip.compress(b"".join(text + b"\n" for text in lines)))
+def messages(path: Path) -> list[bytes]:
+    """What the frames of a whole file hold."""
+    content, found, unpacker = path.read_bytes().removeprefix(MAGIC), list[bytes](), zlib.decompressobj()
+    while content:
+        packed_bytes, _ = FRAME.unpack_from(content)
+        found.append(unpacker.decompress(content[FRAME.size : FRAME.size + packed_bytes]))
+        content = content[FRAME.size + packed_bytes :]
+    return found[:-1]
+
+
+def frames(*found: bytes, end: bool = True) -> bytes:
+    """A file of these messages."""
+    packer, content = zlib.compressobj(), MAGIC
+    for message in (*found, b"") if end else found:
+        packed = packer.compress(message) + packer.flush(zlib.Z_SYNC_FLUSH if message else zlib.Z_FINISH)
+        content += FRAME.pack(len(packed), len(message)) + packed
+    return content
+
+
+def edit(path: Path, frame: int, change: Callable[[Any], Any]) -> Path:
+    """Rewrite one frame, numbered from 1: the header's object is changed in place, of a plan or a result a changed
+    one is returned. Returns the path."""
+    first, *others = messages(path)
+    given = json.loads(first)
+    decoder, encoder = PlanDecoder(), PlanEncoder()
+    items = [decode_result(message) if is_result(message) else decoder.decode(message) for message in others]
+    if frame == 1:
+        change(given)
+    else:
+        items[frame - 2] = change(items[frame - 2])
+    encoded = [encode_result(item) if isinstance(item, StepResult) else encoder.encode(item) for item in items]
+    path.write_bytes(frames(json.dumps(given).encode(), *encoded))
     return path

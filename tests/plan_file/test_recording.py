@@ -13,8 +13,7 @@ import pytest
 from cascade_llm import LLM, SamplingParams
 from cascade_llm.errors import ConfigError, EngineClosedError
 from cascade_llm.plan import StepResult
-from cascade_llm.plan_file.reader import PlanFileReader, RecordedStep
-from cascade_llm.plan_file.writer import PlanFileWriter
+from cascade_llm.plan_file import PlanFileReader, PlanFileWriter, RecordedStep
 from tests.engine.tiny_llm import save_tiny, tiny_llm
 from tests.plan_file.recordings import header, read
 from tests.scheduler.generated import generated_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from cascade_llm import LLM, SamplingParams
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.errors import BackendError, CapacityError, ConfigError, PlanError
-from cascade_llm.plan_file.reader import PlanFileReader
+from cascade_llm.plan import StepResult, int_column
+from cascade_llm.plan_file import PlanFileReader
 from cascade_llm.validation.replay_file import replay
 from cascade_llm.validation.report import Check, ValidationReport
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
@@ -42,6 +44,10 @@ def record(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return run
+
+
+def with_other_tokens(result: StepResult) -> StepResult:
+    return replace(result, token_ids=[(token_id + 1) % 97 for token_id in result.token_ids])
 
 
 def checks_of(report: ValidationReport) -> dict[str, Check]:
@@ -76,7 +82,7 @@ def test_every_backend_that_can_run_is_replayed(record: Callable[..., Path]) -> 
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_backend_is_found_and_the_line_named(
+def test_a_wrong_backend_is_found_and_the_frame_named(
     record: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, fault: type[TorchAttentionBackend]
 ) -> None:
     path = record()
@@ -85,7 +91,7 @@ def test_a_wrong_backend_is_found_and_the_line_named(
     assert not report.passed
     found = checks_of(report)["torch: recorded plans against float64"]
     assert found.passed is False
-    assert found.note.startswith("first wrong at line ")
+    assert found.note.startswith("first wrong at frame ")
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -121,19 +127,19 @@ def test_preempted_sequences_are_replayed(record: Callable[..., Path], folder: P
 
 def test_tokens_that_differ_are_counted_with_their_margin(record: Callable[..., Path], folder: Path) -> None:
     path = record()
-    edit(path, 3, lambda line: line.update(token_ids=[(token + 1) % 97 for token in line["token_ids"]]))
+    edit(path, 3, with_other_tokens)
     report = replay(path, folder, TORCH)
     assert not report.passed
     found = checks_of(report)["torch: sampled tokens against the recorded ones"]
     assert found.figures["greedy_differing"] >= 1
     assert found.figures["margins"][0]["margin"] > 0.01
-    assert "at line" in found.found
+    assert "at frame" in found.found
 
 
 def test_drawn_tokens_that_differ_are_counted(record: Callable[..., Path], folder: Path) -> None:
     path = record(SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True))
-    for line in (3, 5, 7):
-        edit(path, line, lambda value: value.update(token_ids=[(token + 1) % 97 for token in value["token_ids"]]))
+    for frame in (3, 5, 7):
+        edit(path, frame, with_other_tokens)
     report = replay(path, folder, TORCH)
     assert not report.passed
     found = checks_of(report)["torch: sampled tokens against the recorded ones"].figures
@@ -143,7 +149,7 @@ def test_drawn_tokens_that_differ_are_counted(record: Callable[..., Path], folde
 
 def test_logits_that_were_not_finite_must_be_again_not(record: Callable[..., Path], folder: Path) -> None:
     path = record()
-    edit(path, 3, lambda line: line["token_ids"].__setitem__(0, None))
+    edit(path, 3, lambda result: replace(result, failed_samples=frozenset({0})))
     found = checks_of(replay(path, folder, TORCH))["torch: sampled tokens against the recorded ones"]
     assert found.passed is False
     assert found.figures["finiteness_differing"] == 1
@@ -178,16 +184,16 @@ def test_without_token_ids_the_engine_is_refused(record: Callable[..., Path], fo
 def test_a_truncated_file_is_said_to_be_one(record: Callable[..., Path], folder: Path) -> None:
     path = record()
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(PlanError, match=r"line \d+: .*allow a truncated file"):
+    with pytest.raises(PlanError, match=r"frame \d+: .*allow a truncated file"):
         replay(path, options=TORCH)
     report = replay(path, folder, TORCH, allow_truncated=True)
     assert report.passed
     note = checks_of(report)["truncated file"].note
-    assert "breaks off at line" in note
+    assert "breaks off at frame" in note
 
 
 def test_a_wrong_plan_never_reaches_a_kernel(record: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend sees the steps before the wrong line, and none from there on."""
+    """The backend sees the steps before the wrong frame, and none from there on."""
     path = record()
     prepared: list[int] = []
 
@@ -196,9 +202,9 @@ def test_a_wrong_plan_never_reaches_a_kernel(record: Callable[..., Path], monkey
             prepared.append(plan.num_rows)
             return super().prepare(plan)
 
-    edit(path, 6, lambda step: step["slots"].__setitem__(0, 0))
+    edit(path, 6, lambda step: replace(step, slots=int_column([0, *step.slots[1:]])))
     install(monkeypatch, Counting)
-    with pytest.raises(PlanError, match="line 6: "):
+    with pytest.raises(PlanError, match="frame 6: "):
         replay(path, options=TORCH)
     seen = len(prepared)
     replay(path, options=TORCH, max_steps=2)
@@ -213,7 +219,7 @@ def test_a_file_without_steps(folder: Path, tmp_path: Path) -> None:
 
 def test_a_pool_too_large_for_this_machine(record: Callable[..., Path]) -> None:
     path = record()
-    edit(path, 1, lambda line: line.update(total_pages=2**40))
+    edit(path, 1, lambda header: header.update(total_pages=2**40))
     with pytest.raises(CapacityError, match=r"one layer of the recorded pool takes .* are free"):
         replay(path, options=TORCH)
 
