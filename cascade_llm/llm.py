@@ -26,6 +26,7 @@ from cascade_llm.errors import (
 )
 from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.sequence import Request
 from cascade_llm.worker.cuda_graphs import OnCapture
 
 __all__ = ["LLM", "TokenStream"]
@@ -113,7 +114,9 @@ class LLM:
                 read = self._input.read_chat(cast(Messages, prompt))
             else:
                 read = self._input.read_prompt(cast(Prompt, prompt))
-            return TokenStream(self, self._engine.add(self._input.request(read, params, priority), read.text))
+            request = self._input.request(read, params, priority)
+            with self._abandoned_on_error([request]):
+                return TokenStream(self, self._engine.add(request, read.text))
 
     def _serve(
         self,
@@ -130,13 +133,13 @@ class LLM:
             all_params = _one_per_prompt("params", params or SamplingParams(), SamplingParams, len(readers))
             priorities = _one_per_prompt("priority", priority, int, len(readers))
             prompts = self._read_all(readers, all_params, on_error)
-            states = [
-                prompt
-                if isinstance(prompt, RequestError)
-                else self._engine.add(self._input.request(prompt, p, rank), prompt.text)
+            admitted = [
+                prompt if isinstance(prompt, RequestError) else (self._input.request(prompt, p, rank), prompt.text)
                 for prompt, p, rank in zip(prompts, all_params, priorities, strict=True)
             ]
-            self._run([state for state in states if isinstance(state, RequestState)], progress)
+            with self._abandoned_on_error([item[0] for item in admitted if isinstance(item, tuple)]):
+                states = [item if isinstance(item, RequestError) else self._engine.add(*item) for item in admitted]
+                self._run([state for state in states if isinstance(state, RequestState)], progress)
         outputs = [_output(state, index) for index, state in enumerate(states)]
         if on_error == "raise":
             _raise_first_failure(outputs)
@@ -175,6 +178,8 @@ class LLM:
         read beside. free_pages + held_pages + cached_pages = total_pages. With CUDA graphs, also how steps were run.
         """
         with self._lock:
+            if not self._closed:
+                self._engine.settle()
             scheduler = self._engine.scheduler
             counts = scheduler.counters.as_dict(self.facts.kv_bytes_per_token)
             counts.update(asdict(scheduler.page_counts))
@@ -195,7 +200,7 @@ class LLM:
         """Forget every cached prefix that no running request holds."""
         with self._lock:
             self._check_open()
-            self._engine.scheduler.reset_prefix_cache()
+            self._engine.reset_prefix_cache()
 
     def close(self) -> None:
         """End what still runs and free the memory; a second call does nothing."""
@@ -229,19 +234,25 @@ class LLM:
             raise EngineClosedError("the engine is closed: create another LLM")
 
     def _run(self, states: Sequence[RequestState], progress: bool) -> None:
-        """Step until these requests have ended; an interruption aborts them."""
+        """Step until these requests have ended."""
+        with _progress_bar(len(states), enabled=progress) as advance:
+            num_unfinished = len(states)
+            while num_unfinished:
+                self._engine.step()
+                now = sum(not state.output.finished for state in states)
+                advance(num_unfinished - now, self._engine.scheduler.counters.generated_tokens)
+                num_unfinished = now
+
+    @contextmanager
+    def _abandoned_on_error(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Whatever is raised meanwhile, an interruption too, leaves none of these requests behind."""
         try:
-            with _progress_bar(len(states), enabled=progress) as advance:
-                num_unfinished = len(states)
-                while num_unfinished:
-                    self._engine.step()
-                    now = sum(not state.output.finished for state in states)
-                    advance(num_unfinished - now, self._engine.scheduler.counters.generated_tokens)
-                    num_unfinished = now
-        finally:
-            for state in states:
-                if not state.output.finished:
-                    self._engine.abort(state.request.request_id)
+            yield
+        except BaseException:
+            for request in requests:
+                self._engine.abandon(request.request_id)
+            self._engine.settle()
+            raise
 
 
 class TokenStream:
@@ -293,7 +304,8 @@ class TokenStream:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        # the garbage collector may call this in the middle of a step, so it only leaves a note
+        self._llm._engine.abandon(self._state.request.request_id)
 
 
 def _as_many(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

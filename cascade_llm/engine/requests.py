@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from cascade_llm.engine.text import IncrementalDetokenizer
 from cascade_llm.engine.tokenizer import Tokenizer
 from cascade_llm.errors import GenerationError
@@ -49,9 +51,10 @@ class RequestState:
         if update.logprob is not None and output.logprobs is not None:
             output.logprobs.append(update.logprob)
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + update.logprob.logprob
-        output.finish_reason = update.finish_reason
-        output.stop_reason = update.stop_token_id
-        return self._detokenize(update, output)
+        stopped_by = self._detokenize(update, output)
+        output.stop_reason = update.stop_token_id if stopped_by is None else stopped_by
+        output.finish_reason = update.finish_reason if stopped_by is None else "stop"  # last: then all of it is there
+        return stopped_by
 
     def end(self, reason: str, error: GenerationError | None = None) -> None:
         """End every sample that has not ended by itself."""
@@ -59,9 +62,15 @@ class RequestState:
             self.output.error = error
         for output, detokenizer in zip(self.output.outputs, self._detokenizers, strict=True):
             if output.finish_reason is None:
-                output.finish_reason = reason
                 if detokenizer is not None:
-                    output.text += detokenizer.push([], finished=True).text
+                    with suppress(*(() if error is None else (Exception,))):  # it may be the text that failed
+                        output.text += detokenizer.finish()
+                output.finish_reason = reason
+
+    @property
+    def num_unfinished(self) -> int:
+        """Samples that have not ended."""
+        return sum(output.finish_reason is None for output in self.output.outputs)
 
     def take_deltas(self) -> list[CompletionDelta]:
         """What each sample gained since the last call."""
@@ -91,8 +100,4 @@ class RequestState:
             ended_by_token=update.finish_reason == "stop",  # the scheduler knows of no other stop
         )
         output.text += delta.text
-        if delta.stopped_by is None:
-            return None
-        stopped_by = delta.stopped_by
-        output.finish_reason, output.stop_reason = "stop", stopped_by
-        return stopped_by
+        return delta.stopped_by

@@ -212,6 +212,10 @@ class IncrementalDetokenizer:
             pieces.append(self._stops.flush())
         return DetokenizedDelta("".join(pieces), stopped_by, len(token_ids))
 
+    def finish(self) -> str:
+        """End a sequence that gets no more tokens; returns the text held back, and nothing where it has ended."""
+        return "" if self._ended else self.push([], finished=True).text
+
     def _push_text(self, text: str, pieces: list[str], num_new: int) -> str | None:
         """Append what of `text` may be shown; return the stop string that it completes."""
         self._num_tokens += num_new

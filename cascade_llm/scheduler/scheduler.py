@@ -46,17 +46,23 @@ class FlashInferScheduler:
     def __init__(self, config: SchedulerConfig, costs: SegmentCosts) -> None:
         self.config = config
         self.counters = SchedulerCounters()
+        self._costs = costs
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._num_arrived = 0
+        self._next_step_id = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """An empty pool, nobody waiting or running, nothing in flight."""
+        config, costs = self.config, self._costs
         self._tables = PageTables(config.total_pages, config.page_size, keep_unheld=config.enable_prefix_caching)
         self._planner = CascadePlanner(config.page_size, config.cascade, costs, self._tables.cache.root)
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # by precedence
-        self._sequences: dict[str, list[Sequence]] = {}
         self._lanes = LanePool(config.max_num_seqs)
         self._in_flight: deque[InFlightStep] = deque()
         self._decode_run: DecodeRun | None = None
         self._draining = False  # a running sequence lacks pages: plan nothing until no step is in flight
-        self._num_arrived = 0
-        self._next_step_id = 0
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -89,9 +95,10 @@ class FlashInferScheduler:
         """Queue a request. Its prompt fits the context: the caller has checked."""
         assert request.request_id not in self._sequences
         assert 0 < len(request.prompt_token_ids) < self.config.max_model_len
-        self._sequences[request.request_id] = []
-        self._waiting.push(self._new_sequence(request, 0, self._num_arrived))
+        sequence = self._new_sequence(request, 0, self._num_arrived)
         self._num_arrived += 1
+        self._sequences[request.request_id] = [sequence]
+        self._waiting.push(sequence)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(request.prompt_token_ids)
 
@@ -224,6 +231,7 @@ class FlashInferScheduler:
         forks = []
         for index in range(1, parent.request.params.n):
             child = self._new_sequence(parent.request, index, parent.arrival)
+            self._sequences[parent.request.request_id].append(child)
             if not self._lanes.num_free:
                 self._waiting.push(child)
                 continue
@@ -312,6 +320,35 @@ class FlashInferScheduler:
         self.reset_prefix_cache()
         return [self._update(sequence, finish_reason="error") for sequence in touched]
 
+    def restart(self) -> dict[str, int]:
+        """Begin anew after something was raised in the middle of a call, by a fault of ours or an interruption.
+
+        Nothing that may be half done is believed: pages, lanes, prefix cache and plans are new. Requests that only
+        waited keep their place; the others are forgotten, and must be ended by the caller. Steps in flight must not be
+        committed.
+
+        Returns:
+            for each request that goes on the samples that are still to come
+        """
+        kept = {
+            request_id: siblings
+            for request_id, siblings in self._sequences.items()
+            if siblings and all(map(_only_waited, siblings))
+        }
+        self._begin()
+        self._next_step_id += 1
+        for request_id, siblings in list(self._sequences.items()):
+            for sequence in siblings:
+                if request_id in kept:
+                    self._waiting.push(sequence)
+                else:
+                    sequence.status = SequenceStatus.FINISHED
+        self._sequences = kept
+        return {
+            request_id: len(siblings) if siblings[0].forked else siblings[0].request.params.n
+            for request_id, siblings in kept.items()
+        }
+
     def _commit_rows(self, sequence: Sequence, committed_len: int) -> None:
         sequence.committed_len = committed_len
         self._tables.publish_committed(sequence, min(committed_len, len(sequence.token_ids)))
@@ -375,9 +412,7 @@ class FlashInferScheduler:
         if not self.config.enable_prefix_caching:
             salts.append(request.request_id.encode())  # its samples share, other requests do not
         key, max_model_len = root_key(*salts), self.config.max_model_len
-        sequence = Sequence(request, sample_index, arrival, self.config.page_size, key, max_model_len)
-        self._sequences[request.request_id].append(sequence)
-        return sequence
+        return Sequence(request, sample_index, arrival, self.config.page_size, key, max_model_len)
 
     def _start(self, draft: StepDraft, sequence: Sequence) -> None:
         """Let a sequence that has a table run."""
@@ -424,3 +459,13 @@ class FlashInferScheduler:
         assert sorted(self._running, key=lambda s: s.precedence) == self._running
         assert len(self._waiting) == sum(1 for _ in self._waiting)
         assert len(list(self.sequences())) == len(self._running) + len(self._waiting)
+
+
+def _only_waited(sequence: Sequence) -> bool:
+    """Whether a sequence has nothing that a scheduler gives: neither pages nor tokens that are planned."""
+    return (
+        sequence.status is SequenceStatus.WAITING
+        and sequence.tail is None
+        and not sequence.planned_len
+        and not sequence.num_unresolved
+    )
