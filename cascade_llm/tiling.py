@@ -103,8 +103,10 @@ def chunk_len(tiles: Sequence[int], lens: Sequence[int], most: int, least: int) 
 
 
 def graph_tile(rows: int, num_segments: int, group_size: int) -> int:
-    """The tile in a CUDA graph, whose numbers of rows and segments are fixed: for one segment with all the rows that
-    the others, with one each, leave over."""
+    """The tile in a CUDA graph, which has fixed numbers of rows and segments.
+
+    It suits the largest segment that there can be: the one that is left all rows but one of each other segment.
+    """
     return tile_for((rows - num_segments + 1) * group_size)
 
 

@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 from cascade_llm.errors import ConfigError
 from cascade_llm.plan import CascadeLevel, CascadePlan, int_column
 from cascade_llm.scheduler.cascade.balance import levels_by_depth
-from cascade_llm.scheduler.cascade.choice import Choice, SegmentCosts, choices_by_levels
+from cascade_llm.scheduler.cascade.choice import SegmentChoice, SegmentCosts, choices_by_levels
 from cascade_llm.scheduler.cascade.cost_model import plan_work
 from cascade_llm.scheduler.cascade.layout import Placement, level_columns, place_segments
 from cascade_llm.scheduler.cascade.tree import Run, preorder
@@ -98,7 +98,7 @@ class AttentionCase:
             if run.end in ends:
                 starts[run], start = start, run.end
             above.update(dict.fromkeys(run.children, start))
-        choice = Choice(starts, len(ends))
+        choice = SegmentChoice(starts, len(ends))
         placement = place_segments(forest, choice, num_new, levels_by_depth(forest, choice))
         levels: list[CascadeLevel] = []
         for segments in placement.levels:

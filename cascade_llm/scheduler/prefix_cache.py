@@ -19,9 +19,51 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cascade_llm.scheduler.page_keys import PageKeys, next_page_key
+import xxhash
 
-__all__ = ["PrefixCache", "PrefixMatch", "RadixNode"]
+__all__ = ["PageKeys", "PrefixCache", "PrefixMatch", "RadixNode", "next_page_key", "root_key"]
+
+
+def root_key(*salts: bytes) -> bytes:
+    """The key before the first page, from what names model, adapter and tenant: xxh3-128 of the salts' xxh3-128.
+
+    Each salt is digested by itself, so that different lists of salts never spell the same bytes.
+    """
+    return xxhash.xxh3_128_digest(b"".join(xxhash.xxh3_128_digest(salt) for salt in salts))
+
+
+def next_page_key(parent_key: bytes, token_ids: array[int]) -> bytes:
+    """xxh3-128 of the parent's key and the page's token ids as little-endian int32: 16 bytes.
+
+    The salt is in the chain through `root_key`.
+    """
+    return xxhash.xxh3_128_digest(parent_key + token_ids.tobytes())
+
+
+class PageKeys:
+    """The keys of a sequence's full pages, each computed once and only when it is first asked for."""
+
+    __slots__ = ("_keys", "_page_size", "_root_key", "_token_ids")
+
+    def __init__(self, root_key: bytes, token_ids: array[int], page_size: int) -> None:
+        """`token_ids` is the sequence's own, growing array; only its full pages are read."""
+        self._root_key = root_key
+        self._token_ids = token_ids
+        self._page_size = page_size
+        self._keys: list[bytes] = []
+
+    def key(self, page: int) -> bytes:
+        """The key of full page `page` of the sequence."""
+        keys, size = self._keys, self._page_size
+        if page >= len(keys):
+            assert (page + 1) * size <= len(self._token_ids), f"page {page} is not full yet"
+            width = size * self._token_ids.itemsize
+            missing = self._token_ids[len(keys) * size : (page + 1) * size].tobytes()
+            key = keys[-1] if keys else self._root_key
+            for start in range(0, len(missing), width):
+                key = xxhash.xxh3_128_digest(key + missing[start : start + width])
+                keys.append(key)
+        return keys[page]
 
 
 class RadixNode:

@@ -23,15 +23,10 @@ from cascade_llm.plan import StepPlan, StepResult
 from cascade_llm.scheduler.cascade.choice import SegmentCosts
 from cascade_llm.scheduler.cascade.planner import CascadePlanner
 from cascade_llm.scheduler.cascade.tree import PlannedRows
-from cascade_llm.scheduler.decode_run import DecodeRun, InFlightStep, is_decode
-from cascade_llm.scheduler.lane_pool import LanePool
-from cascade_llm.scheduler.page_keys import root_key
-from cascade_llm.scheduler.page_tables import PageTables
-from cascade_llm.scheduler.prefix_cache import PrefixMatch
-from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus
-from cascade_llm.scheduler.sequence_update import SequenceUpdate
-from cascade_llm.scheduler.step_draft import StepDraft, build_step_plan
-from cascade_llm.scheduler.waiting_queue import WaitingQueue
+from cascade_llm.scheduler.pages import PageTables
+from cascade_llm.scheduler.prefix_cache import PrefixMatch, root_key
+from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus, SequenceUpdate, WaitingQueue
+from cascade_llm.scheduler.step import DecodeRun, InFlightStep, LanePool, StepDraft, build_step_plan, is_decode
 
 __all__ = ["FlashInferScheduler", "SequenceUpdate"]
 

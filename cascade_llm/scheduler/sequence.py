@@ -1,18 +1,20 @@
-"""A request, and the token streams that it becomes."""
+"""A request, the token streams that it becomes, those that wait, and what a step does to one."""
 
 from __future__ import annotations
 
+import heapq
 import sys
 from array import array
+from collections.abc import Iterator
 from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from cascade_llm.outputs import TokenLogprob
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.page_keys import PageKeys
-from cascade_llm.scheduler.prefix_cache import RadixNode
+from cascade_llm.scheduler.prefix_cache import PageKeys, RadixNode
 
-__all__ = ["Request", "Sequence", "SequenceStatus"]
+__all__ = ["Request", "Sequence", "SequenceStatus", "SequenceUpdate", "WaitingQueue"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,3 +140,56 @@ class Sequence:
 
     def __repr__(self) -> str:
         return f"Sequence({self.request.request_id!r}, {self.sample_index}, {self.status.value})"
+
+
+class WaitingQueue:
+    """Sequences that wait to be admitted: a heap over `Sequence.precedence`. A preempted one takes its old place."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._num_ended = 0
+
+    def __len__(self) -> int:
+        return len(self._heap) - self._num_ended
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All waiting sequences, in no particular order."""
+        return (sequence for _, sequence in self._heap if sequence.status is SequenceStatus.WAITING)
+
+    def push(self, sequence: Sequence) -> None:
+        """Add a sequence whose status is WAITING."""
+        heapq.heappush(self._heap, (sequence.precedence, sequence))
+
+    def first(self) -> Sequence | None:
+        """The sequence to admit next, or None."""
+        while self._heap and self._heap[0][1].status is not SequenceStatus.WAITING:
+            heapq.heappop(self._heap)
+            self._num_ended -= 1
+        return self._heap[0][1] if self._heap else None
+
+    def pop_first(self) -> Sequence:
+        """Remove and return `first()`, which must be there."""
+        sequence = self.first()
+        assert sequence is not None
+        heapq.heappop(self._heap)
+        return sequence
+
+    def note_ended(self) -> None:
+        """A sequence in the queue has left the WAITING status; it is dropped when it comes up."""
+        self._num_ended += 1
+
+
+@dataclass(slots=True)
+class SequenceUpdate:
+    """What a commit did to one sequence: a new token, prompt log-probabilities, an end."""
+
+    request_id: str
+    sample_index: int
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    finish_reason: str | None = None
+    """"stop", "length" or "error"."""
+    stop_token_id: int | None = None
+    """The `stop_token_ids` entry that ended it; None for the model's own ending ids."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    num_cached_tokens: int = 0

@@ -19,7 +19,9 @@ from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 
 NUM_SM = 4
 """Four tiles, with two KV heads: more than that in a level, and nothing is cut."""
-COSTS = replace(DEVICE_COSTS["h200"], num_processors=NUM_SM, level_s=1e-12, segment_s=0.0, split_tokens=16)
+COSTS = replace(
+    DEVICE_COSTS["h200"], num_processors=NUM_SM, level_s=1e-12, segment_s=0.0, split_tokens=16, measured=True
+)
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 OPTIONS = {"page_size": 4, "max_num_seqs": 16}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Rows
 
-from cascade_llm.scheduler.cascade.choice import Choice, SegmentCosts, choices_by_levels
+from cascade_llm.scheduler.cascade.choice import SegmentChoice, SegmentCosts, choices_by_levels
 from cascade_llm.scheduler.cascade.tree import Run, preorder
 
 __all__ = ["all_runs", "choose_segments", "paths_to_sequences", "random_forest"]
@@ -56,11 +56,11 @@ def paths_to_sequences(top: Run) -> dict[int, list[Run]]:
 
 def choose_segments(
     top: Run, num_new: Rows[int], page_size: int, costs: SegmentCosts, *, max_levels: int, min_tokens: int
-) -> Choice:
+) -> SegmentChoice:
     """The cheapest of the best choices of each number of levels, levels paid for; none is a choice too."""
     choices = choices_by_levels(top, num_new, page_size, costs, max_levels=max_levels, min_tokens=min_tokens)
 
-    def cost_of(choice: Choice) -> float:
+    def cost_of(choice: SegmentChoice) -> float:
         total = choice.num_levels * costs.level_s(sum(num_new))
         above = {top: 0}
         for run in preorder(top):
@@ -73,4 +73,4 @@ def choose_segments(
             total += sum(costs.leaf_tokens_s((run.end - start) * page_size, num_new[i]) for i in run.members)
         return total
 
-    return min([Choice({}, 0), *choices], key=cost_of)
+    return min([SegmentChoice({}, 0), *choices], key=cost_of)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.lane_pool import LanePool
-from cascade_llm.scheduler.page_keys import root_key
+from cascade_llm.scheduler.prefix_cache import root_key
 from cascade_llm.scheduler.sequence import Request, Sequence
+from cascade_llm.scheduler.step import LanePool
 
 
 def test_lanes_and_epochs() -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cascade_llm.scheduler.page_allocator import PageAllocator
+from cascade_llm.scheduler.pages import PageAllocator
 
 
 def test_pages_are_handed_out_in_the_order_in_which_they_were_freed() -> None:

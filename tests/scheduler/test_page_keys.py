@@ -6,7 +6,7 @@ from array import array
 
 import pytest
 
-from cascade_llm.scheduler.page_keys import PageKeys, next_page_key, root_key
+from cascade_llm.scheduler.prefix_cache import PageKeys, next_page_key, root_key
 
 TOKENS = array("i", [1, 2, 3, 40_000, 5, 6, 7, 8])
 

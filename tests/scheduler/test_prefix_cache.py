@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import pytest
 import xxhash
 
-from cascade_llm.scheduler.page_keys import PageKeys, root_key
-from cascade_llm.scheduler.prefix_cache import PrefixCache, RadixNode
+from cascade_llm.scheduler.prefix_cache import PageKeys, PrefixCache, RadixNode, root_key
 
 SIZE = 2
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.page_keys import root_key
-from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus
-from cascade_llm.scheduler.waiting_queue import WaitingQueue
+from cascade_llm.scheduler.prefix_cache import root_key
+from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus, WaitingQueue
 
 
 def sequence(arrival: int, priority: int = 0, sample_index: int = 0) -> Sequence:

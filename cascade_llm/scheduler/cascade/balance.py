@@ -11,10 +11,9 @@ So a few arrangements are priced, where the cost model sees something to gain, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from cascade_llm.scheduler.cascade.choice import Choice
+from cascade_llm.scheduler.cascade.choice import SegmentChoice
 from cascade_llm.scheduler.cascade.cost_model import CostModel, PlanWork
 from cascade_llm.scheduler.cascade.layout import Placement, place_segments
 from cascade_llm.scheduler.cascade.tree import PlannedRows, Run, preorder
@@ -34,7 +33,7 @@ class LevelBalancer:
         self._costs, self._page_size, self._max_levels = costs, page_size, max_levels
 
     def balanced(
-        self, forest: Run, choice: Choice, placement: Placement, rows: Rows[PlannedRows], work: PlanWork
+        self, forest: Run, choice: SegmentChoice, placement: Placement, rows: Sequence[PlannedRows], work: PlanWork
     ) -> Placement:
         """The cheapest of a few arrangements.
 
@@ -62,7 +61,7 @@ class LevelBalancer:
                     best_s, best = seconds, (option, levels)
         return place_segments(forest, best[0], num_new, best[1]) if best[1] else placement
 
-    def _own_ends(self, rows: Rows[PlannedRows], prefix_pages: Rows[int], work: PlanWork) -> dict[int, int]:
+    def _own_ends(self, rows: Sequence[PlannedRows], prefix_pages: Sequence[int], work: PlanWork) -> dict[int, int]:
         """The pages at which runs of single sequences may end, for those whose leaf would hold the others up."""
         size, longest = self._page_size, self._costs.longest_balanced(work.leaf)
         return {
@@ -71,7 +70,7 @@ class LevelBalancer:
             if row.sequence.tail and row.start_len + row.num_new - size * prefix_pages[index] > longest
         }
 
-    def _leaf_without(self, choice: Choice, work: PlanWork) -> list[tuple[int, int]]:
+    def _leaf_without(self, choice: SegmentChoice, work: PlanWork) -> list[tuple[int, int]]:
         """The leaf, less what runs of single sequences take from it."""
         leaf = list(work.leaf)
         for run, start in choice.start_pages.items():
@@ -80,7 +79,7 @@ class LevelBalancer:
                 leaf[run.members[0]] = tokens - (run.end - start) * self._page_size, num_rows
         return leaf
 
-    def _segments(self, choice: Choice, levels: Levels) -> list[list[tuple[int, int]]]:
+    def _segments(self, choice: SegmentChoice, levels: Levels) -> list[list[tuple[int, int]]]:
         """(tokens, rows) of the segments of each level."""
         segments: list[list[tuple[int, int]]] = [[] for _ in range(max(levels.values(), default=-1) + 1)]
         for run, start in choice.start_pages.items():
@@ -88,12 +87,14 @@ class LevelBalancer:
         return segments
 
 
-def levels_by_depth(forest: Run, choice: Choice) -> Levels:
+def levels_by_depth(forest: Run, choice: SegmentChoice) -> Levels:
     """As high up as the chosen runs above it allow: as few levels as there can be."""
     return _levels(forest, choice.start_pages, choice.num_levels, lambda run: True)
 
 
-def arrangements(forest: Run, choice: Choice, page_size: int, costs: CostModel, max_levels: int) -> Iterator[Levels]:
+def arrangements(
+    forest: Run, choice: SegmentChoice, page_size: int, costs: CostModel, max_levels: int
+) -> Iterator[Levels]:
     """Ways to spread chosen runs over levels: by depth; the long ones, the wide ones, or both, before the rest, in as
     many levels as they need by depth, or one more."""
     starts = choice.start_pages
@@ -113,12 +114,12 @@ def arrangements(forest: Run, choice: Choice, page_size: int, costs: CostModel, 
 
 def with_own_runs(
     forest: Run,
-    choice: Choice,
-    prefix_pages: Rows[int],
+    choice: SegmentChoice,
+    prefix_pages: Sequence[int],
     own_ends: Mapping[int, int],
-    num_new: Rows[int],
+    num_new: Sequence[int],
     max_levels: int,
-) -> Choice:
+) -> SegmentChoice:
     """The choice with runs of single sequences added, to it and to the forest.
 
     Args:
@@ -142,7 +143,7 @@ def with_own_runs(
                 run.children.append(own)
                 start_pages[own] = prefix_pages[index]
                 most = max(most, depth + 1)
-    return Choice(start_pages, most)
+    return SegmentChoice(start_pages, most)
 
 
 def _levels(forest: Run, chosen: Mapping[Run, int], num_levels: int, first: Callable[[Run], bool]) -> Levels:

@@ -109,8 +109,10 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
 
 
 def _entry(item: dict[str, Any]) -> Calibration:
-    costs = DeviceCosts(**item["costs"])
+    costs = DeviceCosts(**{**item["costs"], "measured": True})
     for field in fields(costs):
+        if field.name == "measured":
+            continue
         value = getattr(costs, field.name)
         if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value) or value < 0:
             raise ValueError(f"{field.name} is {value!r}")

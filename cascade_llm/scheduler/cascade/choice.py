@@ -20,8 +20,7 @@ levels it takes O(k * n * log n) steps, however deep the tree is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Rows
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -29,7 +28,7 @@ from cascade_llm.scheduler.cascade.carried_cost import CarriedCost
 from cascade_llm.scheduler.cascade.cost_model import PlanWork
 from cascade_llm.scheduler.cascade.tree import Run, preorder
 
-__all__ = ["Choice", "SegmentCosts", "TokensRead", "choices_by_levels"]
+__all__ = ["SegmentChoice", "SegmentCosts", "TokensRead", "choices_by_levels"]
 
 
 class SegmentCosts(Protocol):
@@ -81,7 +80,7 @@ class TokensRead:
         return sum(tokens for segments in (*work.shared, work.leaf) for tokens, _ in segments)
 
 
-class Choice(NamedTuple):
+class SegmentChoice(NamedTuple):
     """The chosen runs, each with the page at which its segment starts, and the levels that they need."""
 
     start_pages: dict[Run, int]
@@ -93,8 +92,8 @@ Shares = dict[Run, list[range]]
 
 
 def choices_by_levels(
-    top: Run, num_new: Rows[int], page_size: int, costs: SegmentCosts, *, max_levels: int, min_tokens: int
-) -> Iterator[Choice]:
+    top: Run, num_new: Sequence[int], page_size: int, costs: SegmentCosts, *, max_levels: int, min_tokens: int
+) -> Iterator[SegmentChoice]:
     """The cheapest choice for the best number of shared levels, for one less and for one more.
 
     Best is what the sum says, levels paid for; a level that saves nothing is left out. No segment is shorter than
@@ -109,7 +108,7 @@ def choices_by_levels(
 
 
 def _best_costs(
-    top: Run, num_new: Rows[int], page_size: int, costs: SegmentCosts, max_levels: int, min_pages: int
+    top: Run, num_new: Sequence[int], page_size: int, costs: SegmentCosts, max_levels: int, min_pages: int
 ) -> tuple[list[float], Shares]:
     """For each number of levels the least cost of the whole tree, and where runs are shared."""
     page_s = {rows: costs.leaf_tokens_s(page_size, rows) for rows in set(num_new)}
@@ -136,7 +135,7 @@ def _best_costs(
     return [function.end_at(0) for function in functions[top]], shares
 
 
-def _sums(functions: Rows[list[CarriedCost]], max_levels: int) -> list[CarriedCost]:
+def _sums(functions: Sequence[list[CarriedCost]], max_levels: int) -> list[CarriedCost]:
     """For each number of levels the sum over the children; takes over the first child's functions."""
     if not functions:
         return [CarriedCost() for _ in range(max_levels + 1)]
@@ -147,7 +146,7 @@ def _sums(functions: Rows[list[CarriedCost]], max_levels: int) -> list[CarriedCo
     return sums
 
 
-def _collect(top: Run, shares: Shares, num_levels: int) -> Choice:
+def _collect(top: Run, shares: Shares, num_levels: int) -> SegmentChoice:
     """Follow the best decisions from the root down."""
     start_pages: dict[Run, int] = {}
     fewest_left = num_levels
@@ -159,4 +158,4 @@ def _collect(top: Run, shares: Shares, num_levels: int) -> Choice:
             start, left = run.end, left - 1
             fewest_left = min(fewest_left, left)
         stack.extend([(child, start, left) for child in run.children])
-    return Choice(start_pages, num_levels - fewest_left)
+    return SegmentChoice(start_pages, num_levels - fewest_left)

@@ -36,9 +36,11 @@ class DeviceCosts:
     split_tokens: int = LEAST_CHUNK_TOKENS
     """The shortest chunks into which a segment is cut for several processors."""
     leaf_segment_s: float = 0.0
-    """Each sequence; the same for every plan of a step, as is the next."""
+    """Each sequence's own segment; every plan of a step pays it."""
     step_s: float = 0.0
-    """Each layer, whatever is in it."""
+    """Each layer; every plan of a step pays it."""
+    measured: bool = False
+    """Whether the constants were measured on the device; only then are segments spread over levels by their tiles."""
 
 
 DEVICE_COSTS = {
@@ -53,6 +55,7 @@ DEVICE_COSTS = {
         cached_bytes_per_s=78e9,
         llc_bytes=16 * 2**20,
         leaf_segment_s=0.23e-6,
+        measured=True,
     ),
     "a100": DeviceCosts(
         shared_bytes_per_s=1.75e12,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 from cascade_llm.plan import CascadeLevel, int_column
-from cascade_llm.scheduler.cascade.choice import Choice
+from cascade_llm.scheduler.cascade.choice import SegmentChoice
 from cascade_llm.scheduler.cascade.tree import Run
 
 __all__ = ["Placement", "Segment", "level_columns", "place_segments"]
@@ -44,7 +43,9 @@ class Placement(NamedTuple):
     """For each sequence of the step the pages that shared levels cover."""
 
 
-def place_segments(forest: Run, choice: Choice, num_new: Rows[int], levels_of: Mapping[Run, int]) -> Placement:
+def place_segments(
+    forest: Run, choice: SegmentChoice, num_new: Sequence[int], levels_of: Mapping[Run, int]
+) -> Placement:
     """Order the sequences depth first and place each chosen run in that order, at its level in `levels_of`.
 
     Below each chosen run those with a further segment come first, and of these the ones on the next level, so that rows
@@ -76,7 +77,7 @@ def place_segments(forest: Run, choice: Choice, num_new: Rows[int], levels_of: M
 
 
 def level_columns(
-    segments: Rows[Segment], above: Rows[int], num_rows: int, tables: Rows[array[int]], page_size: int
+    segments: Sequence[Segment], above: Sequence[int], num_rows: int, tables: Sequence[array[int]], page_size: int
 ) -> CascadeLevel:
     """Write one shared level down, with empty segments for the rows that have none.
 
@@ -109,7 +110,7 @@ def level_columns(
     return CascadeLevel(int_column(qo_indptr), int_column(page_indptr), int_column(indices), int_column(last_page_len))
 
 
-def _parts_below(run: Run, choice: Choice) -> tuple[list[Run], list[int]]:
+def _parts_below(run: Run, choice: SegmentChoice) -> tuple[list[Run], list[int]]:
     """The nearest chosen runs below `run`, and the sequences below it that are in none of them."""
     chosen: list[Run] = []
     others = list(run.members)

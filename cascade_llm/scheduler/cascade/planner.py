@@ -14,7 +14,6 @@ is made from the one before (`plan_next`).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import add
@@ -23,7 +22,7 @@ from typing import NamedTuple
 from cascade_llm.config import CascadeConfig
 from cascade_llm.plan import CascadeLevel, CascadePlan, CascadeReport, IntColumn, int_column
 from cascade_llm.scheduler.cascade.balance import LevelBalancer, levels_by_depth
-from cascade_llm.scheduler.cascade.choice import Choice, SegmentCosts, TokensRead, choices_by_levels
+from cascade_llm.scheduler.cascade.choice import SegmentChoice, SegmentCosts, TokensRead, choices_by_levels
 from cascade_llm.scheduler.cascade.cost_model import CostModel, PlanWork
 from cascade_llm.scheduler.cascade.layout import Placement, Segment, level_columns, place_segments
 from cascade_llm.scheduler.cascade.tree import PlannedRows, Run, attach_nodes, preorder, shared_forest
@@ -65,19 +64,19 @@ class CascadePlanner:
         self._min_tokens = config.shared_prefix_len
         self._costs = costs if config.shared_prefix_len is None else TokensRead()
         self._balancer: LevelBalancer | None = None
-        if isinstance(costs, CostModel) and costs.is_tiled:
+        if isinstance(costs, CostModel) and costs.is_tiled and costs.costs.measured:
             self._balancer = LevelBalancer(costs, page_size, self._max_shared_levels)
         self._root = root
         self._layout: _Layout | None = None
         self._last: PlannedCascade | None = None
 
-    def plan(self, rows: Rows[PlannedRows]) -> PlannedCascade:
+    def plan(self, rows: list[PlannedRows]) -> PlannedCascade:
         """The cascade plan of a step. `rows`: each scheduled sequence once, its new pages in its table already."""
         layout = self._kept_layout(rows)
         kv_tokens = sum([row.start_len + row.num_new for row in rows])
         return self._planned(layout, self._leaf_level(layout, rows), kv_tokens)
 
-    def plan_next(self, new_pages: Rows[tuple[int, int]]) -> PlannedCascade:
+    def plan_next(self, new_pages: list[tuple[int, int]]) -> PlannedCascade:
         """The plan after the last one, when each of its sequences goes on by one token and shares what it shared.
 
         Shared levels, and columns of the leaf that are as before, are the same objects.
@@ -106,7 +105,7 @@ class CascadePlanner:
         self._last = PlannedCascade(plan, layout.order, report)
         return self._last
 
-    def _kept_layout(self, rows: Rows[PlannedRows]) -> _Layout:
+    def _kept_layout(self, rows: list[PlannedRows]) -> _Layout:
         """The layout of the last step where nothing that it depends on has changed, else a new one."""
         sequences = [row.sequence for row in rows]
         nodes = attach_nodes(rows, self._page_size)
@@ -144,7 +143,7 @@ class CascadePlanner:
         return _Layout(sequences, nodes, num_new, order, tuple(levels), prefix_pages, report)
 
     def _place(
-        self, rows: Rows[PlannedRows], nodes: list[RadixNode], num_new: list[int]
+        self, rows: list[PlannedRows], nodes: list[RadixNode], num_new: list[int]
     ) -> tuple[Placement, str | None]:
         """The segments of the levels above the leaf, and the reason why none of them is shared."""
         plain = Placement(list(range(len(rows))), [], [0] * len(rows))
@@ -161,9 +160,9 @@ class CascadePlanner:
             placement = self._balancer.balanced(forest, choice, placement, rows, work)
         return placement, reason
 
-    def _choose(self, forest: Run, num_new: Rows[int], kv_lens: Rows[int]) -> tuple[Choice, Placement | str]:
+    def _choose(self, forest: Run, num_new: list[int], kv_lens: list[int]) -> tuple[SegmentChoice, Placement | str]:
         """What is shared and where, or the reason why nothing is."""
-        nothing = Choice({}, 0)
+        nothing = SegmentChoice({}, 0)
         if not forest.children:
             return nothing, "no two sequences share a full page"
         common, reread = _tokens_in_common(forest, self._page_size)
@@ -182,13 +181,13 @@ class CascadePlanner:
             return nothing, "the cost model expects no gain"
         return nothing, f"no shared run of {self._min_tokens} tokens (cascade_shared_prefix_len)"
 
-    def _work(self, placement: Placement, num_new: Rows[int], kv_lens: Rows[int]) -> PlanWork:
+    def _work(self, placement: Placement, num_new: list[int], kv_lens: list[int]) -> PlanWork:
         size = self._page_size
         shared = [[(s.num_pages * size, s.last_row - s.first_row) for s in level] for level in placement.levels]
         own_lens = [kv_len - size * pages for kv_len, pages in zip(kv_lens, placement.prefix_pages, strict=True)]
         return PlanWork(shared, list(zip(own_lens, num_new, strict=True)))
 
-    def _leaf_level(self, layout: _Layout, rows: Rows[PlannedRows]) -> CascadeLevel:
+    def _leaf_level(self, layout: _Layout, rows: list[PlannedRows]) -> CascadeLevel:
         """One segment per sequence, with the pages that no shared level has."""
         size = self._page_size
         qo_indptr, page_indptr = array("i", [0]), array("i", [0])
@@ -207,7 +206,7 @@ class CascadePlanner:
         )
 
 
-def _num_rows_in(segments: Rows[Segment]) -> int:
+def _num_rows_in(segments: list[Segment]) -> int:
     """Rows in at least one of them."""
     rows = end = 0
     for segment in sorted(segments):
@@ -223,7 +222,7 @@ def _tokens_in_common(forest: Run, page_size: int) -> tuple[int, int]:
     return page_size * common, page_size * (read - common)
 
 
-def _with_pages(leaf: CascadeLevel, new_pages: Rows[tuple[int, int]]) -> tuple[IntColumn, IntColumn]:
+def _with_pages(leaf: CascadeLevel, new_pages: list[tuple[int, int]]) -> tuple[IntColumn, IntColumn]:
     """`kv_page_indptr` and `kv_page_indices` with a page more at the end of some segments."""
     indptr, pages = leaf.kv_page_indptr.tolist(), array("i")
     before, width = leaf.kv_page_indices.cast("B"), pages.itemsize

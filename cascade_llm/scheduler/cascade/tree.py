@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 from cascade_llm.scheduler.prefix_cache import RadixNode
@@ -39,7 +38,7 @@ class Run:
         self.num_rows = 0
 
 
-def attach_nodes(rows: Rows[PlannedRows], page_size: int) -> list[RadixNode]:
+def attach_nodes(rows: list[PlannedRows], page_size: int) -> list[RadixNode]:
     """For each sequence the deepest node of its path that it can share in this step.
 
     That node lies wholly before its new tokens: what a sequence writes in this step belongs to its leaf segment, where
@@ -57,7 +56,7 @@ def attach_nodes(rows: Rows[PlannedRows], page_size: int) -> list[RadixNode]:
     return nodes
 
 
-def shared_forest(nodes: Rows[RadixNode], num_new: Rows[int], root: RadixNode) -> Run:
+def shared_forest(nodes: list[RadixNode], num_new: list[int], root: RadixNode) -> Run:
     """The runs that at least two of the sequences share, as a tree below an empty root.
 
     Takes time linear in the tree nodes on the sequences' paths.
@@ -101,7 +100,7 @@ def preorder(top: Run) -> list[Run]:
     return order
 
 
-def _fold_unshared(run: Run, num_new: Rows[int]) -> None:
+def _fold_unshared(run: Run, num_new: list[int]) -> None:
     """Turn children with one sequence into members and count what is below; children are done already."""
     shared = []
     for child in run.children:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.scheduler.forests import paths_to_sequences, random_forest
 from tests.scheduler.simulated_engine import SimulatedEngine, small_config
 
 SHAPE = AttentionShape(num_qo_heads=32, num_kv_heads=8, head_dim=128, kv_dtype_bytes=2)
-H200 = CostModel(SHAPE, DEVICE_COSTS["h200"])
+H200 = CostModel(SHAPE, replace(DEVICE_COSTS["h200"], measured=True))
 PAGE_SIZE = 64
 
 
@@ -139,9 +140,12 @@ def test_a_sequence_much_longer_than_the_others_gets_a_segment_of_its_own() -> N
     assert H200.plan_s(work) < 0.5 * H200.plan_s(plan_work(plain.cascade))
 
 
+@pytest.mark.parametrize("device", ["cpu", "h200"])
 @pytest.mark.parametrize("prompts", [HEAVY_AMONG_LIGHT, LONG_AMONG_SHORT])
-def test_a_device_of_one_processor_has_nothing_to_balance(prompts: list[list[int]]) -> None:
-    plan = decode_plan(prompts, CostModel(SHAPE, DEVICE_COSTS["cpu"]))
+def test_nothing_is_balanced_on_one_processor_or_by_constants_that_nobody_measured(
+    prompts: list[list[int]], device: str
+) -> None:
+    plan = decode_plan(prompts, CostModel(SHAPE, DEVICE_COSTS[device]))
     assert all(rows > 1 for level in plan_work(plan.cascade).shared for _, rows in level)
     assert len(plan.cascade.shared_levels) <= 1
 

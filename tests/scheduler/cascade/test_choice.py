@@ -8,7 +8,7 @@ from itertools import combinations
 
 import pytest
 
-from cascade_llm.scheduler.cascade.choice import Choice, SegmentCosts, TokensRead
+from cascade_llm.scheduler.cascade.choice import SegmentChoice, SegmentCosts, TokensRead
 from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
 from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
 from cascade_llm.scheduler.cascade.tree import Run
@@ -52,7 +52,7 @@ def cheapest(
 
 def check_choice(
     top: Run, num_new: Rows[int], page_size: int, costs: SegmentCosts, max_levels: int, min_tokens: int
-) -> Choice:
+) -> SegmentChoice:
     choice = choose_segments(top, num_new, page_size, costs, max_levels=max_levels, min_tokens=min_tokens)
     cost, num_levels, start_pages = price(top, set(choice.start_pages), num_new, page_size, costs)
     assert choice.start_pages == start_pages
@@ -93,9 +93,9 @@ def test_with_one_level_the_run_that_saves_most_wins() -> None:
     inner = run_of(2, 12, 0, 1, 2, 3)
     outer = run_of(0, 2, inner, 4, 5)
     choice = choose_segments(run_of(0, 0, outer), [1] * 6, 16, TokensRead(), max_levels=1, min_tokens=1)
-    assert choice == Choice({inner: 0}, 1), "the outer run is read with it"
+    assert choice == SegmentChoice({inner: 0}, 1), "the outer run is read with it"
     choice = choose_segments(run_of(0, 0, outer), [1] * 6, 16, TokensRead(), max_levels=2, min_tokens=1)
-    assert choice == Choice({outer: 0, inner: 2}, 2)
+    assert choice == SegmentChoice({outer: 0, inner: 2}, 2)
 
 
 def test_short_runs_are_folded_into_what_is_below_them() -> None:
@@ -109,9 +109,9 @@ def test_short_runs_are_folded_into_what_is_below_them() -> None:
 
 def test_nothing_to_share_and_no_levels() -> None:
     top = run_of(0, 0, 0, 1)
-    assert choose_segments(top, [1, 1], 4, TokensRead(), max_levels=3, min_tokens=1) == Choice({}, 0)
+    assert choose_segments(top, [1, 1], 4, TokensRead(), max_levels=3, min_tokens=1) == SegmentChoice({}, 0)
     top = run_of(0, 0, run_of(0, 100, 0, 1))
-    assert choose_segments(top, [1, 1], 4, TokensRead(), max_levels=0, min_tokens=1) == Choice({}, 0)
+    assert choose_segments(top, [1, 1], 4, TokensRead(), max_levels=0, min_tokens=1) == SegmentChoice({}, 0)
 
 
 @pytest.mark.parametrize("device", DEVICE_COSTS)
@@ -119,6 +119,6 @@ def test_a_long_prefix_of_many_is_shared_and_a_short_one_of_two_is_not(device: s
     costs = CostModel(SHAPE, DEVICE_COSTS[device])
     system = run_of(0, 128, *range(64))
     choice = choose_segments(run_of(0, 0, system), [1] * 64, 16, costs, max_levels=2, min_tokens=1)
-    assert choice == Choice({system: 0}, 1)
+    assert choice == SegmentChoice({system: 0}, 1)
     choice = choose_segments(run_of(0, 0, run_of(0, 1, 0, 1)), [1, 1], 16, costs, max_levels=2, min_tokens=1)
-    assert choice == Choice({}, 0)
+    assert choice == SegmentChoice({}, 0)

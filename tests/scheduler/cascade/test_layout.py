@@ -8,13 +8,13 @@ from array import array
 import pytest
 
 from cascade_llm.scheduler.cascade.balance import levels_by_depth
-from cascade_llm.scheduler.cascade.choice import Choice
+from cascade_llm.scheduler.cascade.choice import SegmentChoice
 from cascade_llm.scheduler.cascade.layout import Segment, level_columns, place_segments
 from cascade_llm.scheduler.cascade.tree import Run
 from tests.scheduler.forests import all_runs, paths_to_sequences, random_forest
 
 
-def random_choice(rng: random.Random, top: Run, max_levels: int) -> Choice:
+def random_choice(rng: random.Random, top: Run, max_levels: int) -> SegmentChoice:
     """Any choice of runs, good or bad."""
     start_pages: dict[Run, int] = {}
     deepest = 0
@@ -26,7 +26,7 @@ def random_choice(rng: random.Random, top: Run, max_levels: int) -> Choice:
                 start_pages[run] = start
                 start, depth = run.end, depth + 1
         deepest = max(deepest, depth)
-    return Choice(start_pages, deepest)
+    return SegmentChoice(start_pages, deepest)
 
 
 def test_every_sequence_meets_the_chosen_runs_of_its_path() -> None:
@@ -58,7 +58,7 @@ def test_rows_with_nothing_more_to_share_come_last_together() -> None:
     top = Run(0, 0)
     top.members, top.children = [6], [outer]
     placement = place_segments(
-        top, Choice({outer: 0, first: 2, second: 2}, 2), [1] * 7, {outer: 0, first: 1, second: 1}
+        top, SegmentChoice({outer: 0, first: 2, second: 2}, 2), [1] * 7, {outer: 0, first: 1, second: 1}
     )
     assert placement.order == [1, 5, 0, 3, 2, 4, 6], "2 shares the folded run with 1 and 5, and reads it alone"
     assert placement.levels == [

@@ -1,22 +1,87 @@
-"""Gives sequences their pages: from the free list, by eviction, by sharing; and takes them back."""
+"""The pages of the pool: which are free, who owns the others, and the table of each sequence."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from collections.abc import Sequence as Rows
 
 from cascade_llm.metrics import PageCounts
 from cascade_llm.plan import PageCopy
-from cascade_llm.scheduler.page_allocator import PageAllocator
 from cascade_llm.scheduler.prefix_cache import PrefixCache, PrefixMatch
 from cascade_llm.scheduler.sequence import Sequence
 
-__all__ = ["PageTables"]
+__all__ = ["PageAllocator", "PageTables"]
+
+
+class PageAllocator:
+    """Page ids 0 to total_pages - 1 with reference counts.
+
+    An owner is a sequence (one reference for each table that holds the page as its own) or the prefix cache (one
+    reference for each page of the tree). A page is free when it has no owner. Pages are handed out in the order in
+    which they were freed, so that a long prompt tends to get consecutive ids.
+
+    Eight bytes a page, however many are free: owners, and a ring of free ids.
+    """
+
+    def __init__(self, total_pages: int) -> None:
+        self.total_pages = total_pages
+        self.num_free = total_pages
+        """Pages without an owner."""
+        self._ring = array("i", range(total_pages))
+        self._first_free = 0
+        self._num_owners = array("i", bytes(4 * total_pages))
+
+    def allocate(self, count: int) -> array[int]:
+        """Take `count` free pages, one owner each. The caller has made sure that there are so many."""
+        assert count <= self.num_free, f"{count} pages wanted, {self.num_free} free"
+        stop = self._first_free + count
+        pages = self._ring[self._first_free : stop]
+        if stop > self.total_pages:
+            pages.extend(self._ring[: stop - self.total_pages])
+        self._first_free = stop % self.total_pages
+        self.num_free -= count
+        for page in pages:
+            self._num_owners[page] = 1
+        return pages
+
+    def add_owner(self, pages: Iterable[int]) -> None:
+        """One more owner for each of these pages."""
+        for page in pages:
+            assert self._num_owners[page] > 0, f"page {page} is free"
+            self._num_owners[page] += 1
+
+    def remove_owner(self, pages: Iterable[int]) -> None:
+        """One owner less for each of these pages; without any a page is free at once.
+
+        A step in flight may still touch it: later steps run after it on the same stream, so reuse is safe.
+        """
+        num_owners, freed = self._num_owners, array("i")
+        for page in pages:
+            owners = num_owners[page] - 1
+            assert owners >= 0, f"page {page} is free already"
+            num_owners[page] = owners
+            if owners == 0:
+                freed.append(page)
+        self._append_free(freed)
+
+    def num_owners(self, page: int) -> int:
+        """Owners of a page; 0 for a free one."""
+        return self._num_owners[page]
+
+    def _append_free(self, pages: array[int]) -> None:
+        """Put pages at the end of the ring, which has room: it holds every page."""
+        start = (self._first_free + self.num_free) % self.total_pages
+        until_wrap = self.total_pages - start
+        self._ring[start : start + len(pages)] = pages[:until_wrap]
+        if len(pages) > until_wrap:
+            self._ring[: len(pages) - until_wrap] = pages[until_wrap:]
+        self.num_free += len(pages)
 
 
 class PageTables:
-    """The page tables of all sequences, over one allocator and one prefix cache.
+    """Gives sequences their pages, from the free list, by eviction, by sharing, and takes them back.
+
+    Owns the page tables of all sequences, over one allocator and one prefix cache.
 
     A table starts with the pages on the path to the sequence's tail, which the prefix cache owns; the rest are the
     sequence's own. An own page with several owners (after a fork) is copied before it is written.
@@ -82,7 +147,7 @@ class PageTables:
         sequence.pages.extend(self.allocator.allocate(num_more))
         return copies
 
-    def extend(self, sequences: Rows[Sequence]) -> Rows[int] | None:
+    def extend(self, sequences: list[Sequence]) -> array[int] | None:
         """One more page for each of these, all or none of them; returns the pages, or None when there is no room."""
         if not self._make_room(len(sequences)):
             return None

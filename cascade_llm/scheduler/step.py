@@ -1,0 +1,221 @@
+"""A step: while it is being decided, as the columns that it becomes, in flight, and as the one after another.
+
+While nobody comes, goes or begins to share more, a decode step differs from the last one in little: every position is
+one larger, and some sequences begin a page. So nothing is decided again (`DecodeRun`): a few operations on whole
+columns make the next plan, and only the sequences that begin a page are looked at one by one.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from cascade_llm.plan import EMPTY, LaneStart, PageCopy, StepPlan, int_column
+from cascade_llm.scheduler.cascade.planner import CascadePlanner, PlannedCascade
+from cascade_llm.scheduler.cascade.tree import PlannedRows
+from cascade_llm.scheduler.pages import PageTables
+from cascade_llm.scheduler.sequence import Sequence
+
+__all__ = ["DecodeRun", "InFlightStep", "LanePool", "StepDraft", "build_step_plan", "is_decode"]
+
+
+class LanePool:
+    """Lanes 0 to num_lanes - 1; the lowest free one is entered first. A lane's epoch counts its uses."""
+
+    def __init__(self, num_lanes: int) -> None:
+        self._free = list(range(num_lanes))
+        self._epochs = [0] * num_lanes
+
+    @property
+    def num_free(self) -> int:
+        """Lanes without a sequence."""
+        return len(self._free)
+
+    def enter(self, sequence: Sequence) -> LaneStart:
+        """Give a sequence a free lane; returns what the device has to set up in it."""
+        lane = heapq.heappop(self._free)
+        self._epochs[lane] += 1
+        sequence.lane, sequence.epoch = lane, self._epochs[lane]
+        request = sequence.request
+        return LaneStart(
+            lane=lane,
+            epoch=sequence.epoch,
+            params=request.params,
+            seed=request.seed,
+            sample_index=sequence.sample_index,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=sequence.token_ids[sequence.prompt_len :],
+            ending_token_ids=request.ending_token_ids,
+        )
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take a sequence's lane back; rows that were planned for it in this use of the lane are told by the epoch."""
+        heapq.heappush(self._free, sequence.lane)
+        sequence.epoch = 0
+
+
+@dataclass(slots=True)
+class StepDraft:
+    """The decisions of one call of `schedule`."""
+
+    budget: int
+    rows: list[PlannedRows] = field(default_factory=list)
+    lane_starts: list[LaneStart] = field(default_factory=list)
+    page_copies: list[PageCopy] = field(default_factory=list)
+    short_of_pages: bool = False
+    """Whether a running sequence found no room: then nobody is admitted."""
+
+
+def build_step_plan(
+    step_id: int, draft: StepDraft, rows: list[PlannedRows], cascade: PlannedCascade, page_size: int
+) -> StepPlan:
+    """Write the columns over `rows`, which are the draft's in the order of the cascade plan."""
+    token_ids, positions, slots = array("i"), array("i"), array("i")
+    lane_rows, lane_row_lanes = array("i"), array("i")
+    sample_rows, sample_lanes, sample_positions = array("i"), array("i"), array("i")
+    logprob_rows, logprob_ids, logprob_counts = array("i"), array("i"), array("i")
+    row = 0
+    for sequence, start, num_new, samples in rows:
+        end = start + num_new
+        if num_new == 1:
+            positions.append(start)
+            slots.append(sequence.pages[start // page_size] * page_size + start % page_size)
+        else:
+            positions.extend(range(start, end))
+            _extend_slots(slots, sequence.pages, start, end, page_size)
+        token_ids.extend(sequence.token_ids[start:end])
+        row += num_new
+        if len(token_ids) < row:  # its last token is drawn by a step in flight
+            token_ids.append(0)
+            lane_rows.append(row - 1)
+            lane_row_lanes.append(sequence.lane)
+        for sampled in samples:
+            sample_rows.append(row - 1)
+            sample_lanes.append(sampled.lane)
+            sample_positions.append(end)
+        if start < sequence.prompt_len and sequence.reports_prompt:
+            for position in range(max(start, sequence.num_prompt_logprobs), min(end, sequence.prompt_len - 1)):
+                logprob_rows.append(row - end + position)
+                logprob_ids.append(sequence.token_ids[position + 1])
+                logprob_counts.append(sequence.request.params.prompt_logprobs or 0)
+    return StepPlan(
+        step_id=step_id,
+        cascades=(cascade.plan,),
+        token_ids=int_column(token_ids),
+        positions=int_column(positions),
+        slots=int_column(slots),
+        lane_rows=int_column(lane_rows),
+        lane_row_lanes=int_column(lane_row_lanes),
+        sequence_lanes=int_column([row.sequence.lane for row in rows]),
+        sequence_epochs=int_column([row.sequence.epoch for row in rows]),
+        sample_rows=int_column(sample_rows),
+        sample_lanes=int_column(sample_lanes),
+        sample_positions=int_column(sample_positions),
+        prompt_logprob_rows=int_column(logprob_rows),
+        prompt_logprob_token_ids=int_column(logprob_ids),
+        prompt_logprob_counts=int_column(logprob_counts),
+        lane_starts=tuple(draft.lane_starts),
+        page_copies=tuple(draft.page_copies),
+        report=cascade.report,
+    )
+
+
+def _extend_slots(slots: array[int], pages: array[int], start: int, end: int, page_size: int) -> None:
+    for page in range(start // page_size, -(-end // page_size)):
+        first = pages[page] * page_size
+        begin, stop = max(start - page * page_size, 0), min(end - page * page_size, page_size)
+        slots.extend(range(first + begin, first + stop))
+
+
+@dataclass(frozen=True, slots=True)
+class InFlightStep:
+    """A step that was planned and not committed."""
+
+    plan: StepPlan
+    sequences: list[Sequence]
+    """In the order of the plan's leaf segments."""
+    version: int
+    """Of the prefix cache, when it was planned: while it is the same, all its sequences run on."""
+    mixed_rows: list[PlannedRows] | None = None
+    """In the same order; None for a decode step, where each sequence has one row and one sample."""
+
+    def rows(self) -> list[PlannedRows]:
+        """What each sequence computes."""
+        if self.mixed_rows is not None:
+            return self.mixed_rows
+        positions = self.plan.positions
+        return [PlannedRows(s, start, 1, (s,)) for s, start in zip(self.sequences, positions, strict=True)]
+
+
+def is_decode(rows: list[PlannedRows]) -> bool:
+    """Whether every sequence computes one row, behind its prompt, and draws one token."""
+    return all(num_new == 1 and start_len >= sequence.prompt_len for sequence, start_len, num_new, _ in rows)
+
+
+class DecodeRun:
+    """Continues a decode step of all running sequences."""
+
+    def __init__(self, first: InFlightStep, tables: PageTables, planner: CascadePlanner) -> None:
+        """`first`: the last step that was planned."""
+        self._last = first
+        self._tables, self._planner = tables, planner
+        self._num_steps = 0
+
+    def next_step(self, step_id: int) -> InFlightStep | None:
+        """The next decode step; None, with nothing changed, where it has to be decided anew.
+
+        That is where the prefix cache has another version, a sequence is at its end, or pages are short.
+        """
+        last, size = self._last, self._tables.page_size
+        if last.version != self._tables.cache.version or self._num_steps == self._max_steps:
+            return None
+        begin_page = self._rows_by_place[-(self._num_steps + 1) % size]
+        pages = self._tables.extend([last.sequences[row] for row in begin_page])
+        if pages is None:
+            return None
+        self._num_steps += 1
+        self._last = InFlightStep(self._next_plan(step_id, begin_page, pages), last.sequences, last.version)
+        for sequence in last.sequences:
+            sequence.planned_len += 1
+            sequence.num_unresolved += 1
+        return self._last
+
+    def _next_plan(self, step_id: int, begin_page: list[int], pages: array[int]) -> StepPlan:
+        last, sequences, size = self._last.plan, self._last.sequences, self._tables.page_size
+        cascade = self._planner.plan_next(list(zip(begin_page, pages, strict=True)))
+        slots = [slot + 1 for slot in last.slots]
+        for row, page in zip(begin_page, pages, strict=True):
+            slots[row] = page * size
+        on_device = sequences[0].num_unresolved > 0  # the last tokens are drawn by a step in flight
+        tokens = [0] * len(sequences) if on_device else [sequence.token_ids[-1] for sequence in sequences]
+        return StepPlan(
+            step_id=step_id,
+            cascades=(cascade.plan,),
+            token_ids=int_column(tokens),
+            positions=last.sample_positions,
+            slots=int_column(slots),
+            lane_rows=last.sample_rows if on_device else EMPTY,
+            lane_row_lanes=last.sequence_lanes if on_device else EMPTY,
+            sequence_lanes=last.sequence_lanes,
+            sequence_epochs=last.sequence_epochs,
+            sample_rows=last.sample_rows,
+            sample_lanes=last.sample_lanes,
+            sample_positions=int_column([position + 1 for position in last.sample_positions]),
+            report=cascade.report,
+        )
+
+    @cached_property
+    def _max_steps(self) -> int:
+        """Steps until the first sequence has all the tokens that it may have."""
+        return min([sequence.max_len - sequence.total_len for sequence in self._last.sequences])
+
+    @cached_property
+    def _rows_by_place(self) -> list[list[int]]:
+        """The rows of the first step, by their place in their page."""
+        size = self._tables.page_size
+        rows: list[list[int]] = [[] for _ in range(size)]
+        for row, position in enumerate(self._last.plan.positions):
+            rows[position % size].append(row)
+        return rows
