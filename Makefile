@@ -30,10 +30,10 @@ demo: venv
 	@$(BIN)/cascade-llm demo
 
 test: venv
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile
 
 test-slow: venv
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m slow
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile -m slow
 
 check: venv
 	$(BIN)/ruff check .

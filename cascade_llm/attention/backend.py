@@ -8,7 +8,8 @@ Levels that are the same object as in an earlier step keep what was derived from
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +17,9 @@ import torch
 
 from cascade_llm.config import ModelConfig
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
-from cascade_llm.plan import CascadePlan
+from cascade_llm.plan import CascadePlan, IntColumn
 
-__all__ = ["Attention", "AttentionBackend", "AttentionSpec", "PreparedAttention"]
+__all__ = ["Attention", "AttentionBackend", "AttentionSpec", "PreparedAttention", "StepAttention", "column_tensor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,8 @@ class PreparedAttention(ABC):
     """One step's plan, ready for a backend's kernels."""
 
     on_part: Callable[[str, float], None] | None = None
-    """Told "suffix attention" and "shared attention" in each layer, and their share of the time since what was told
-    before; the last told takes all that is left. For measurements; None costs nothing."""
+    """Called in each layer as `on_part(part, share)` when a part is done: "suffix attention", then "shared attention"
+    where levels are shared. `share`: the part of the time since the last call that belongs to it. For measurements."""
 
     @abstractmethod
     def attend(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,3 +121,39 @@ class AttentionBackend(ABC):
     @abstractmethod
     def prepare(self, plan: CascadePlan) -> PreparedAttention:
         """Derive what the kernels need from a plan; called once per step, before its first layer."""
+
+
+class StepAttention:
+    """Write a layer's K/V, then read."""
+
+    def __init__(
+        self,
+        prepared: Sequence[PreparedAttention],
+        backend: AttentionBackend,
+        slots: torch.Tensor,
+        layer_kinds: Sequence[int] = (),
+    ) -> None:
+        """Join what a step's layers share.
+
+        Args:
+            prepared: one per attention kind
+            backend: that prepared them
+            slots: [rows] of the backend's `slot_dtype`, where the rows' K/V go
+            layer_kinds: [layers] index into `prepared`; empty: all layers the first
+        """
+        self._prepared, self._backend, self._slots, self._kinds = prepared, backend, slots, layer_kinds
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `Attention`."""
+        self._backend.write(layer, k, v, self._slots)
+        return self._prepared[self._kinds[layer] if self._kinds else 0].attend(layer, q)[0]
+
+
+def column_tensor(column: IntColumn) -> torch.Tensor:
+    """A column as an int32 CPU tensor: the column's own memory where it covers its array, so never write to it."""
+    owner = column.obj
+    if len(column) == 0:  # torch.frombuffer refuses empty buffers
+        return torch.empty(0, dtype=torch.int32)
+    if isinstance(owner, array) and owner.typecode == "i" and len(owner) == len(column) and column.c_contiguous:
+        return torch.frombuffer(owner, dtype=torch.int32)
+    return torch.tensor(column.tolist(), dtype=torch.int32)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.backend import AttentionSpec, column_tensor
 from cascade_llm.attention.dense import Workspace, dense_attention
 from cascade_llm.attention.segment_batch import Blocking, RowBlock, SegmentBatch, read_segments, split_into_batches
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cascade_llm.attention.backend import AttentionBackend, AttentionSpec, PreparedAttention
-from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.backend import AttentionBackend, AttentionSpec, PreparedAttention, column_tensor
 from cascade_llm.attention.dense import Workspace
 from cascade_llm.attention.native_kernels import (
     TASK_FIELDS,

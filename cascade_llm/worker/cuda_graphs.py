@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.backend import StepAttention, column_tensor
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
 from cascade_llm.attention.flashinfer.graph import GraphAttention, SharedColumns
 from cascade_llm.attention.flashinfer.levels import LevelColumns
@@ -28,7 +28,6 @@ from cascade_llm.sampling.token_usage import UsageTable
 from cascade_llm.tiling import max_tiles
 from cascade_llm.worker.graph_sampling import GraphCounters, SamplingGraphs
 from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape, graph_shapes, needs_padding_segment
-from cascade_llm.worker.step_attention import StepAttention
 from cascade_llm.worker.step_buffers import HostImage, StepArena
 
 __all__ = ["CaptureReport", "CudaGraphs", "OnCapture"]

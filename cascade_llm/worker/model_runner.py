@@ -7,8 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from cascade_llm.attention.backend import AttentionBackend
-from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.backend import AttentionBackend, StepAttention, column_tensor
 from cascade_llm.device.devices import thread_limit
 from cascade_llm.device.stream import DeviceStream
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
@@ -18,7 +17,6 @@ from cascade_llm.plan import IntColumn, StepPlan, StepResult
 from cascade_llm.sampling.lanes import LaneState
 from cascade_llm.sampling.sampler import Sampler
 from cascade_llm.worker.cuda_graphs import CudaGraphs
-from cascade_llm.worker.step_attention import StepAttention
 
 __all__ = ["ModelRunner"]
 

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.backend import AttentionSpec, column_tensor
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend, GpuPlatform
 from cascade_llm.attention.flashinfer.graph import GraphAttention, SharedColumns
 from cascade_llm.attention.flashinfer.levels import DecodeKernel, LevelBuffers, LevelColumns, decode_kernel

@@ -3,13 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.backend import AttentionSpec, StepAttention
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.segment_batch import Blocking
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadeLevel, CascadePlan
+from cascade_llm.validation.cases import CaseChoices
 from tests.cascade_cases import CascadeCase, cascade_case, make_level, pool_with_only, single_level
 
 NUM_CASES = 320
@@ -201,3 +202,22 @@ def test_other_layout_is_refused_with_the_cure() -> None:
     )
     with pytest.raises(BackendError, match="NHD"):
         TorchAttentionBackend(spec_for(kv_cache, 1, torch.float32), kv_cache)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_layer_reads_by_the_plan_of_its_kind(seed: int) -> None:
+    """Kind 0 shares levels and reads everything; kind 1 has a window and reads the same pages in one level."""
+    case = cascade_case(seed, CaseChoices(num_shared_levels=2, num_sequences=5, window=False))
+    full, windowed = case.plan, CascadePlan(single_level(case).levels, case.plan.page_size, window_len=5)
+    kinds = (0, 1, 1)
+    kv_cache = pool_with_only(case, num_layers=len(kinds), dtype=torch.float32, seed=seed)
+    backend = TorchAttentionBackend(spec_for(kv_cache, case.group_size, torch.float32), kv_cache)
+    q = random_q(backend, full.num_rows)
+    prepared = [backend.prepare(plan) for plan in (full, windowed)]
+    slots = torch.empty(0, dtype=torch.int64)
+    attention = StepAttention(prepared, backend, slots, kinds)
+    no_rows = q.new_empty(0, kv_cache.num_kv_heads, kv_cache.head_dim)
+    for layer, kind in enumerate(kinds):
+        plan = (full, windowed)[kind]
+        expected, _ = reference_attention(plan, kv_cache, layer, q, backend.spec.sm_scale)
+        assert worst(attention(layer, q, no_rows, no_rows), expected) < TOLERANCE[q.dtype]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.backend import StepAttention, column_tensor
 from cascade_llm.attention.flashinfer import backend as flashinfer_backend
 from cascade_llm.attention.flashinfer import levels as flashinfer_levels
 from cascade_llm.attention.flashinfer.graph import GraphAttention
@@ -24,7 +24,6 @@ from cascade_llm.sampling import graph_sampler
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape
-from cascade_llm.worker.step_attention import StepAttention
 from cascade_llm.worker.step_buffers import StepArena
 from tests.engine.tiny_llm import save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import OPTIONS, PARAMS, PROMPTS, SHAPE, double_gpu, gpu_llm, is_noticed

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cascade_llm.attention.backend import AttentionBackend, AttentionSpec, PreparedAttention
-from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.backend import AttentionBackend, AttentionSpec, PreparedAttention, column_tensor
 from cascade_llm.attention.flashinfer.kernels import device_arch, kernel_folder
 from cascade_llm.attention.flashinfer.levels import (
     DecodeKernel,

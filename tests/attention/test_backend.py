@@ -4,7 +4,7 @@ from array import array
 
 import torch
 
-from cascade_llm.attention.columns import column_tensor
+from cascade_llm.attention.backend import column_tensor
 from cascade_llm.plan import int_column
 
 
