@@ -18,7 +18,7 @@ from cascade_llm.device.devices import resolve_device, resolve_dtype
 from cascade_llm.errors import BackendError
 from cascade_llm.layers.fused_ops import TorchOps
 from cascade_llm.layers.native_ops import select_fused_ops
-from cascade_llm.sampling.native_draw import reason_against_native_draw
+from cascade_llm.sampling.native_sampler import reason_against_native_sampler
 from cascade_llm.worker.memory import available_bytes
 
 __all__ = ["backend_reasons", "describe_machine"]
@@ -92,7 +92,7 @@ def _elementwise() -> dict[str, str | None]:
 
 
 def _sampling() -> dict[str, str | None]:
-    reason = reason_against_native_draw(resolve_device("auto"))
+    reason = reason_against_native_sampler(resolve_device("auto"))
     return {"name": "native" if reason is None else "torch", "reason": reason}
 
 

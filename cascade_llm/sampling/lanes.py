@@ -1,29 +1,42 @@
 """Lanes: what the device remembers of each sequence between steps.
 
 A sequence keeps its lane, a fixed index, from `start` until the scheduler gives the lane to another; rows are
-reordered from step to step, lanes never. The host knows what each lane asks for, so a step does only what its own lanes
-need: with greedy lanes alone that is an argmax.
-
-Which tokens a sequence has used is remembered by a `TokenUsage`, for the lanes whose penalties ask for it.
+reordered from step to step, lanes never. The host knows what each lane needs, so a step does only what its own lanes
+ask for: with greedy lanes alone that is an argmax.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from enum import IntFlag
 
 import torch
 
 from cascade_llm.plan import LaneStart
 from cascade_llm.sampling.draw import Filters, draw_key
-from cascade_llm.sampling.lane_lists import masked_endings
-from cascade_llm.sampling.token_usage import TokenHistories, TokenUsage, Upload
+from cascade_llm.sampling.lane_tables import TokenLists, Upload, UsageCounts, is_penalized, masked_endings
 from cascade_llm.sampling_params import SamplingParams
 
-__all__ = ["NO_TOKEN", "LaneState"]
+__all__ = ["BIAS_CAPACITY", "ENDING_CAPACITY", "NO_TOKEN", "LaneState", "Needs"]
 
 NO_TOKEN = -1
 """Smaller than every token id: of two sources of which one has a token, the larger is it."""
 TEMPERATURE, TOP_P, MIN_P = range(3)
+BIAS_CAPACITY = 512
+ENDING_CAPACITY = 64
+
+
+class Needs(IntFlag):
+    """What a sample needs beyond the argmax of its logits. To do more changes nothing."""
+
+    NOTHING = 0
+    DRAW = 1
+    FILTER = 2
+    """top_k, top_p or min_p"""
+    ADJUST = 4
+    """penalties, logit_bias, the min_tokens mask"""
+    REPORT = 8
+    """log-probabilities"""
 
 
 class LaneState:
@@ -35,8 +48,9 @@ class LaneState:
         vocab_size: int,
         device: torch.device | str = "cpu",
         *,
-        usage: TokenUsage | None = None,
+        max_model_len: int = 2**31 - 1,
         upload: Upload | None = None,
+        in_graphs: bool = False,
     ) -> None:
         """Set memory aside.
 
@@ -44,8 +58,9 @@ class LaneState:
             num_lanes: how many sequences run at once
             vocab_size: columns of the logits, which may be more than the tokenizer has tokens
             device: where the state lies
-            usage: of these lanes; default token histories
+            max_model_len: tokens of the longest sequence
             upload: brings host tensors to the device; the default waits until they are there
+            in_graphs: whether graphs read the tables, which then exist from the start and stay where they are
         """
         self.num_lanes, self.vocab_size, self.device = num_lanes, vocab_size, torch.device(device)
         self.last_tokens = torch.zeros(num_lanes + 1, dtype=torch.int64, device=device)
@@ -53,13 +68,22 @@ class LaneState:
         self.last_tokens[self.no_lane] = NO_TOKEN
         self.draw_keys = torch.zeros(num_lanes, dtype=torch.int64, device=device)
         """[num_lanes], see `draw_key`"""
-        self._top_k = torch.zeros(num_lanes, dtype=torch.int64, device=device)
-        self._numbers = torch.zeros(num_lanes, 3, dtype=torch.float64, device=device)
+        self.top_k = torch.zeros(num_lanes, dtype=torch.int64, device=device)
+        self.shares = torch.zeros(num_lanes, 3, dtype=torch.float64, device=device)
+        """[num_lanes, 3]: temperature, top_p, min_p"""
         self._upload: Upload = upload or (lambda values: values.to(self.device))
-        self.usage: TokenUsage = usage or TokenHistories(num_lanes, self._upload)
+        self.usage = UsageCounts(num_lanes, vocab_size, max_model_len, self.device, self._upload)
+        capacities = (BIAS_CAPACITY, ENDING_CAPACITY) if in_graphs else None
+        self.lists = TokenLists(num_lanes, vocab_size, self.device, self._upload, capacities)
+        self._long_lists = TokenLists(num_lanes, vocab_size, self.device, self._upload)
+        """What does not fit into the lists that graphs read."""
+        if in_graphs:
+            self.usage.allocate()
+        self.num_starts = 0
+        """Sequences that have entered lanes: while it does not grow, what lanes need stays the same."""
         self._starts: list[LaneStart | None] = [None] * num_lanes
-        self._bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._ending: dict[int, torch.Tensor] = {}
+        self._needs = [Needs.NOTHING] * num_lanes
+        self._with_long_lists: set[int] = set()
 
     @property
     def no_lane(self) -> int:
@@ -76,87 +100,99 @@ class LaneState:
         lanes = self._index([start.lane for start in starts])
         self.last_tokens[lanes] = self._index([_last_token(start) for start in starts])
         self.draw_keys[lanes] = self._index([draw_key(start.seed, start.sample_index) for start in starts])
-        self._top_k[lanes] = self._index([start.params.top_k or self.vocab_size for start in starts])
-        numbers = [_numbers(start.params) for start in starts]
-        self._numbers[lanes] = self._upload(torch.tensor(numbers, dtype=torch.float64))
+        self.top_k[lanes] = self._index([start.params.top_k or self.vocab_size for start in starts])
+        shares = [(start.params.temperature, start.params.top_p, start.params.min_p) for start in starts]
+        self.shares[lanes] = self._upload(torch.tensor(shares, dtype=torch.float64))
         self.usage.start(starts)
+        self.num_starts += len(starts)
         for start in starts:
             self._starts[start.lane] = start
-            self._start_bias(start)
-            self._start_ending(start)
+            self._needs[start.lane] = self._start_lists(start) | _needs(start)
 
     def record(self, lanes: Sequence[int], tokens: torch.Tensor) -> None:
         """Note sampled tokens [samples], int64, one per lane: the next input, and from now on used."""
-        if not len(lanes):
-            return
-        self.last_tokens[self._index(lanes)] = tokens
-        self.usage.record(lanes, tokens)
+        if len(lanes):
+            self.note(self._index(lanes), tokens)
+
+    def note(self, lanes: torch.Tensor, tokens: torch.Tensor, *, count: bool = True) -> None:
+        """`record` without the host: int64 [n] each; `count`: whether some of these lanes may have penalties."""
+        self.last_tokens.index_copy_(0, lanes, tokens)
+        if count:
+            self.usage.note(lanes, tokens)
 
     def params(self, lane: int) -> SamplingParams:
         """What the sequence in this lane asked for."""
-        return self._start(lane).params
+        start = self._starts[lane]
+        assert start is not None, f"lane {lane} is used before a sequence entered it"
+        return start.params
+
+    def needs(self, lanes: Iterable[int]) -> Needs:
+        """What these lanes need together."""
+        together = Needs.NOTHING
+        for needs in {self._needs[lane] for lane in lanes}:
+            together |= needs
+        return together
+
+    def reason_against_graphs(self, lanes: Iterable[int]) -> str | None:
+        """Why the logits of these lanes cannot be adjusted by graphs; None where they can."""
+        for lane in self._with_long_lists.intersection(lanes):
+            if len(self.params(lane).logit_bias or {}) > self.lists.bias.shape[1]:
+                return f"a logit_bias of more than {self.lists.bias.shape[1]} tokens"
+            return f"min_tokens with more than {self.lists.ending_ids.shape[1]} ending tokens"
+        return None
 
     def temperatures(self, lanes: torch.Tensor) -> torch.Tensor:
         """[n], float64, of int64 `lanes` [n]."""
-        return self._numbers[lanes, TEMPERATURE]
+        return self.shares[lanes, TEMPERATURE]
 
     def filters(self, lanes: torch.Tensor) -> Filters:
         """top_k, top_p and min_p of int64 `lanes` [n]."""
-        numbers = self._numbers[lanes]
-        return Filters(self._top_k[lanes], numbers[:, TOP_P], numbers[:, MIN_P])
+        shares = self.shares[lanes]
+        return Filters(self.top_k[lanes], shares[:, TOP_P], shares[:, MIN_P])
 
-    def adjusts(self, lane: int) -> bool:
-        """Whether `adjust` may change the logits of this lane."""
-        return self.usage.penalizes(lane) or lane in self._bias or lane in self._ending
-
-    def adjust(self, logits: torch.Tensor, lanes: Sequence[int], positions: Sequence[int]) -> None:
+    def adjust(
+        self, values: torch.Tensor, lanes: torch.Tensor, positions: torch.Tensor, *, in_graph: bool = False
+    ) -> None:
         """Apply repetition, presence and frequency penalty, bias and the min_tokens mask, in this order, in place.
 
-        Rows whose lanes ask for none of them are not touched.
-
         Args:
-            logits: [n, at least vocab], float32
-            lanes: [n]
-            positions: [n], place of the token to be chosen
+            values: [n, more than vocab], float32 logits, -inf beyond the vocabulary
+            lanes: [n], int64
+            positions: [n], int64, of the token to be chosen
+            in_graph: whether this is captured, so that only fixed memory may be read
         """
-        self.usage.penalize(logits, lanes)
-        for row, lane in enumerate(lanes):
-            if lane in self._bias:
-                token_ids, bias = self._bias[lane]
-                logits[row, token_ids] += bias
-            if self._masks_ending(lane, positions[row]):
-                logits[row, self._ending[lane]] = -torch.inf
+        self.usage.penalize(values, lanes)
+        self.lists.apply(values, lanes, positions)
+        if self._with_long_lists and not in_graph:
+            self._long_lists.apply(values, lanes, positions)
 
-    def _start(self, lane: int) -> LaneStart:
-        start = self._starts[lane]
-        assert start is not None, f"lane {lane} is used before a sequence entered it"
-        return start
-
-    def _start_bias(self, start: LaneStart) -> None:
-        self._bias.pop(start.lane, None)
-        if start.params.logit_bias:
-            bias = torch.tensor(list(start.params.logit_bias.values()), dtype=torch.float32)
-            self._bias[start.lane] = self._index(list(start.params.logit_bias)), self._upload(bias)
-
-    def _start_ending(self, start: LaneStart) -> None:
-        self._ending.pop(start.lane, None)
-        if ending := masked_endings(start, self.vocab_size):
-            self._ending[start.lane] = self._index(ending)
-
-    def _masks_ending(self, lane: int, position: int) -> bool:
-        if lane not in self._ending:
-            return False
-        start = self._start(lane)
-        return position - len(start.prompt_token_ids) < start.params.min_tokens
+    def _start_lists(self, start: LaneStart) -> Needs:
+        bias, endings = start.params.logit_bias or {}, masked_endings(start, self.vocab_size)
+        ends_from = len(start.prompt_token_ids) + start.params.min_tokens
+        used, other = self.lists, self._long_lists
+        self._with_long_lists.discard(start.lane)
+        if not used.holds(bias, endings):
+            used, other = other, used
+            self._with_long_lists.add(start.lane)
+        used.set(start.lane, bias, endings, ends_from)
+        other.set(start.lane, {}, [], 0)
+        return Needs.ADJUST if bias or endings else Needs.NOTHING
 
     def _index(self, values: Sequence[int]) -> torch.Tensor:
         return self._upload(torch.tensor(list(values), dtype=torch.int64))
 
 
+def _needs(start: LaneStart) -> Needs:
+    """What a sequence needs, lists aside."""
+    params, needs = start.params, Needs.NOTHING
+    if not params.greedy:
+        needs |= Needs.DRAW
+        if params.top_k or params.top_p < 1.0 or params.min_p > 0.0:
+            needs |= Needs.FILTER
+    if is_penalized(start):
+        needs |= Needs.ADJUST
+    return needs if params.logprobs is None else needs | Needs.REPORT
+
+
 def _last_token(start: LaneStart) -> int:
     return start.output_token_ids[-1] if start.output_token_ids else start.prompt_token_ids[-1]
-
-
-def _numbers(params: SamplingParams) -> tuple[float, ...]:
-    """The columns TEMPERATURE to MIN_P."""
-    return params.temperature, params.top_p, params.min_p

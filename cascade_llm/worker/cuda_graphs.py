@@ -21,12 +21,9 @@ from cascade_llm.attention.flashinfer.levels import LevelColumns
 from cascade_llm.device.stream import DeviceStream, Graph
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.plan import CascadeLevel, CascadePlan, StepPlan, StepResult
-from cascade_llm.sampling.graph_logprobs import report_len
-from cascade_llm.sampling.lanes import NO_TOKEN, LaneState
-from cascade_llm.sampling.sampling_features import FeatureSet
-from cascade_llm.sampling.token_usage import UsageTable
+from cascade_llm.sampling.lanes import NO_TOKEN, LaneState, Needs
 from cascade_llm.tiling import max_tiles
-from cascade_llm.worker.graph_sampling import GraphCounters, SamplingGraphs
+from cascade_llm.worker.graph_sampling import GraphCounters, SamplingGraphs, report_len
 from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape, graph_shapes, needs_padding_segment
 from cascade_llm.worker.step_buffers import HostImage, StepArena
 
@@ -67,7 +64,6 @@ class CudaGraphs:
         decoder: Decoder,
         backend: FlashInferAttentionBackend,
         lanes: LaneState,
-        usage: UsageTable,
         *,
         max_rows: int,
         max_model_len: int,
@@ -79,7 +75,6 @@ class CudaGraphs:
             decoder: the model
             backend: its pool's last page belongs to no sequence: padding rows write to it
             lanes: its last lane belongs to no sequence: the tokens of padding rows go there
-            usage: of these lanes
             max_rows: sequences of the largest step
             max_model_len: tokens of the longest sequence
             max_shared_levels: levels above the leaf
@@ -109,14 +104,12 @@ class CudaGraphs:
             self._stream,
             self._arena,
             lanes,
-            usage,
-            backend.device.ops,
             logits=self._logits,
             row_counts=self._row_counts,
             send_padding=self._send_padding,
             counters=self.counters,
         )
-        self._usage_bytes = usage.num_bytes
+        self._usage_bytes = lanes.usage.allocate().nbytes
         self._shapes: dict[GraphShape, _CapturedShape] = {}
         self._last_fit: tuple[tuple[tuple[CascadeLevel, ...], int], GraphShape | None] | None = None
 
@@ -197,17 +190,13 @@ class CudaGraphs:
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
-    def note_starts(self, plan: StepPlan) -> None:
-        """Take note of sequences that enter lanes; for every step, whoever runs it."""
-        self._sampling.start(plan.lane_starts)
-
     def submit(self, plan: StepPlan) -> Callable[[], StepResult] | None:
         """Queue a step; returns what waits for its result, or None where no graph holds the step (counted)."""
         shape = self._shape_of(plan)
         if isinstance(shape, str):
             self.counters.eager_steps[shape] += 1
             return None
-        captured, features = self._shapes[shape], self._sampling.prepared(plan, shape.rows)
+        captured, needs = self._shapes[shape], self._sampling.prepared(plan, shape.rows)
         self.counters.graph_steps += 1
         self.counters.padding_rows += shape.rows - plan.num_rows
         image = self._arena.take_image()
@@ -220,7 +209,7 @@ class CudaGraphs:
                 columns = self._shared_columns(room, level, shape, shape.capacities[position])
                 captured.attention.plan_shared(position, level, columns)
         captured.forward.replay()
-        return self._sampled(plan, shape.rows, features, image)
+        return self._sampled(plan, shape.rows, needs, image)
 
     def sample(self, plan: StepPlan, hidden: torch.Tensor) -> Callable[[], StepResult] | None:
         """Sample a step whose forward pass was eager, without waiting for it; None where no graph does what it needs.
@@ -235,9 +224,9 @@ class CudaGraphs:
             reason = "prompt log-probabilities" if rows else "more samples than a graph has rows"
             self.counters.eagerly_sampled_steps[reason] += 1
             return None
-        features = self._sampling.prepared(plan, rows)
-        if isinstance(features, str):
-            self.counters.eagerly_sampled_steps[features] += 1
+        needs = self._sampling.prepared(plan, rows)
+        if isinstance(needs, str):
+            self.counters.eagerly_sampled_steps[needs] += 1
             return None
         image = self._arena.take_image()
         self._write_padding(image, 0, rows, first_leaf_page=0)
@@ -246,20 +235,18 @@ class CudaGraphs:
         self._arena.send(image, rows)
         sampled_rows = self._stream.upload(column_tensor(plan.sample_rows).long())
         self._decoder.write_logits(hidden[sampled_rows], self._logits[:count])
-        return self._sampling.replay(plan, rows, features, image, range(count))
+        return self._sampling.replay(plan, rows, needs, image, range(count))
 
-    def _sampled(
-        self, plan: StepPlan, rows: int, features: FeatureSet | str, image: HostImage
-    ) -> Callable[[], StepResult]:
-        """Queue the sampling of a step whose logits are under way; `features` may be why it has to be eager."""
+    def _sampled(self, plan: StepPlan, rows: int, needs: Needs | str, image: HostImage) -> Callable[[], StepResult]:
+        """Queue the sampling of a step whose logits are under way; `needs` may be why it has to be eager."""
         if not len(plan.sample_rows):
             image.in_use = self._stream.mark()
             return lambda: StepResult(step_id=plan.step_id)
-        if isinstance(features, str):
+        if isinstance(needs, str):
             image.in_use = self._stream.mark()
-            result = self._sampling.sample_eagerly(plan, features)
+            result = self._sampling.sample_eagerly(plan, needs)
             return lambda: result
-        return self._sampling.replay(plan, rows, features, image, plan.sample_rows.tolist())
+        return self._sampling.replay(plan, rows, needs, image, plan.sample_rows.tolist())
 
     def _shape_of(self, plan: StepPlan) -> GraphShape | str:
         """The graph that serves a step, or why none does."""

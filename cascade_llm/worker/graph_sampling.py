@@ -1,8 +1,8 @@
 """The sampling graphs: which there are, how a step's samples go through one, what comes back.
 
-There is a graph for each number of rows and each feature set. Greedy steps, plain and filtered draws are captured at
-the start; the others, fifteen sets that few loads use, at the first step of so many rows that needs one, between steps.
-So the start is short, the number of graphs bounded, and what a request asks for slows one step per capacity of rows.
+For each number of rows there are four that choose tokens, each doing more than the one before, and one that reports
+log-probabilities. Three that most loads need are captured at the start; that with penalties and lists, and reports, at
+the first step of so many rows that needs them, between steps.
 """
 
 from __future__ import annotations
@@ -15,24 +15,33 @@ from functools import partial
 
 import torch
 
-from cascade_llm.attention.flashinfer.ops import FlashInferOps
 from cascade_llm.device.stream import DeviceStream, Graph
-from cascade_llm.plan import LaneStart, StepPlan, StepResult
-from cascade_llm.sampling.graph_logprobs import GraphLogprobs, read_logprobs
-from cascade_llm.sampling.graph_sampler import GraphSampler
-from cascade_llm.sampling.lane_lists import LaneLists
-from cascade_llm.sampling.lanes import LaneState
-from cascade_llm.sampling.sampler import Sampler
-from cascade_llm.sampling.sampling_features import Choice, FeatureSet, LaneFeatures
-from cascade_llm.sampling.token_usage import UsageTable
+from cascade_llm.plan import IntColumn, StepPlan, StepResult
+from cascade_llm.sampling.lanes import LaneState, Needs
+from cascade_llm.sampling.logprobs import read_report, report
+from cascade_llm.sampling.sampler import Sampler, choose
 from cascade_llm.worker.step_buffers import HostImage, StepArena
 
-__all__ = ["GraphCounters", "SamplingGraphs"]
+__all__ = ["CHOICES", "GraphCounters", "SamplingGraphs", "report_len"]
 
 log = logging.getLogger("cascade_llm")
 
-CAPTURED_AT_START = tuple(FeatureSet(choice) for choice in reversed(Choice))
+CHOICES = (
+    Needs.NOTHING,
+    Needs.DRAW,
+    Needs.DRAW | Needs.FILTER,
+    Needs.DRAW | Needs.FILTER | Needs.ADJUST,
+)
+"""What the graphs that choose tokens do; a step takes the first that does all it needs."""
+CAPTURED_AT_START = tuple(reversed(CHOICES[:-1]))
+CAPTURED_LATER = (CHOICES[-1], Needs.REPORT)
+LOGPROBS_CAPACITY = 20
 NO_MEMORY = "no memory for its sampling graph"
+
+
+def report_len(vocab_size: int) -> int:
+    """Numbers that come back for each row: the chosen token's, and those of the most probable ones."""
+    return 1 + min(LOGPROBS_CAPACITY, vocab_size)
 
 
 @dataclass
@@ -67,8 +76,6 @@ class SamplingGraphs:
         stream: DeviceStream,
         arena: StepArena,
         lanes: LaneState,
-        usage: UsageTable,
-        ops: FlashInferOps,
         *,
         logits: torch.Tensor,
         row_counts: Sequence[int],
@@ -80,9 +87,7 @@ class SamplingGraphs:
         Args:
             stream: that all work is queued on
             arena: with the steps' columns
-            lanes: their last one belongs to no sequence
-            usage: of these lanes
-            ops: FlashInfer's filters
+            lanes: whose tables stay where they are; the last lane belongs to no sequence
             logits: [max_rows, vocab], fixed memory
             row_counts: ascending; one graph each
             send_padding: queues a step of so many rows that nobody asked for, to run graphs on before they are captured
@@ -91,13 +96,15 @@ class SamplingGraphs:
         self._stream, self._arena, self._logits, self._row_counts = stream, arena, logits, tuple(row_counts)
         self._lanes, self._send_padding, self._counters = lanes, send_padding, counters
         max_rows, vocab_size = logits.shape
-        self._features = LaneFeatures(lanes.num_lanes, vocab_size)
-        self._lists = LaneLists(lanes.num_lanes, vocab_size, lanes.device, stream.upload)
-        self._logprobs = GraphLogprobs(max_rows, vocab_size, lanes.device)
-        self._sampler = GraphSampler(lanes, usage, self._lists, self._logprobs, max_rows, ops)
         self._results = torch.zeros(2, max_rows, dtype=torch.int64, device=lanes.device)
+        """[2, max_rows]: tokens, and whether their logits were finite"""
+        length = report_len(vocab_size)
+        self._logprobs = torch.zeros(max_rows, length, dtype=torch.float32, device=lanes.device)
+        self._logprob_ids = torch.zeros(max_rows, length, dtype=torch.int64, device=lanes.device)
+        """[max_rows, report_len], see `report`"""
         self._eager = Sampler(lanes, compiled=False)  # a kernel of the host's would not wait for the stream
-        self._graphs: dict[tuple[int, FeatureSet], Graph | None] = {}
+        self._graphs: dict[tuple[int, Needs], Graph | None] = {}
+        self._last: tuple[IntColumn, int, Needs | str] | None = None
 
     # -- graphs -----------------------------------------------------------------------------------------------------
 
@@ -109,7 +116,7 @@ class SamplingGraphs:
     @property
     def num_later_at_most(self) -> int:
         """Graphs that steps may make it capture."""
-        return len(list(FeatureSet.every())) * len(self._row_counts) - self.num_at_start
+        return len(CAPTURED_LATER) * len(self._row_counts)
 
     def capture(self, on_graph: Callable[[bool], None]) -> None:
         """Capture what every load may need, the largest first; the arena holds padding.
@@ -117,86 +124,113 @@ class SamplingGraphs:
         on_graph: told of each whether there was memory for it
         """
         for rows in reversed(self._row_counts):
-            for features in CAPTURED_AT_START:
-                self._capture(rows, features)
-                on_graph(self._graphs[rows, features] is not None)
+            for needs in CAPTURED_AT_START:
+                self._capture(rows, needs)
+                on_graph(self._graphs[rows, needs] is not None)
 
-    def prepared(self, plan: StepPlan, rows: int) -> FeatureSet | str:
-        """What a step's samples need, its graph at hand; or why they are sampled eagerly.
+    def prepared(self, plan: StepPlan, rows: int) -> Needs | str:
+        """What the graphs of a step's samples do, captured by now; or why they are sampled eagerly.
 
         To be asked before the step's columns are sent: a missing graph is captured here, on rows of padding.
         """
-        features = self._features.of(plan.sample_lanes)
-        if isinstance(features, str):
-            return features
-        if (rows, features) not in self._graphs:
-            self._capture_late(rows, features)
-        return NO_MEMORY if self._graphs[rows, features] is None else features
+        needs = self._needs(plan.sample_lanes)
+        if isinstance(needs, str):
+            return needs
+        for graph in _graphs_for(needs):
+            if (rows, graph) not in self._graphs:
+                self._capture_late(rows, graph)
+            if self._graphs[rows, graph] is None:
+                return NO_MEMORY
+        return needs
 
     def capacity(self, num_samples: int) -> int | None:
         """The rows of the smallest graph that holds so many samples; None where they are too many."""
         return next((rows for rows in self._row_counts if rows >= num_samples), None)
 
-    def _capture(self, rows: int, features: FeatureSet) -> None:
+    def _needs(self, lanes: IntColumn) -> Needs | str:
+        """What these lanes need together, or what one of them asks for that no graph does.
+
+        Steps in which nobody comes or goes have the same object for their lanes, and the same answer.
+        """
+        num_starts = self._lanes.num_starts
+        if self._last is None or self._last[0] is not lanes or self._last[1] != num_starts:
+            needs: Needs | str = self._lanes.needs(lanes)
+            if reason := self._lanes.reason_against_graphs(lanes):
+                needs = reason
+            elif any((self._lanes.params(lane).logprobs or 0) > LOGPROBS_CAPACITY for lane in lanes):
+                needs = f"more than {LOGPROBS_CAPACITY} log-probabilities"
+            self._last = lanes, num_starts, needs
+        return self._last[2]
+
+    def _capture(self, rows: int, needs: Needs) -> None:
         """Capture a graph; one that the memory has no room for is left out, said aloud."""
-        work = partial(self._sample, rows, features)
+        work = partial(self._report, rows) if needs is Needs.REPORT else partial(self._choose, rows, needs)
         try:
             work()
-            self._graphs[rows, features] = self._stream.capture(work)
+            self._graphs[rows, needs] = self._stream.capture(work)
         except torch.OutOfMemoryError:
-            self._graphs[rows, features] = None
-            log.warning("no memory to capture sampling of %d rows (%s): such steps wait for the device", rows, features)
+            self._graphs[rows, needs] = None
+            log.warning("no memory to capture sampling of %d rows (%s): such steps wait for the device", rows, needs)
 
-    def _capture_late(self, rows: int, features: FeatureSet) -> None:
+    def _capture_late(self, rows: int, needs: Needs) -> None:
         """Capture between steps: nothing may be under way on a stream that is captured."""
         self._stream.mark().wait()
         self._send_padding(rows)
-        self._capture(rows, features)
-        if self._graphs[rows, features] is None:
+        self._capture(rows, needs)
+        if self._graphs[rows, needs] is None:
             return
         self._counters.late_captures += 1
-        log.info("captured sampling for %d rows (%s), at the first step that needs it", rows, features)
+        log.info("captured sampling for %d rows (%s), at the first step that needs it", rows, needs)
 
-    def _sample(self, rows: int, features: FeatureSet) -> None:
-        """What a graph holds."""
+    def _choose(self, rows: int, needs: Needs) -> None:
+        """What a graph that chooses tokens holds; a drawn token has the position after its row's."""
         columns = self._arena.columns
-        self._sampler.sample(
-            features,
-            self._logits[:rows],
-            columns.sample_lanes[:rows],
-            columns.positions[:rows],
-            self._results[:, :rows],
-        )
+        lanes, positions = columns.sample_lanes[:rows].long(), columns.positions[:rows].long() + 1
+        token_ids, finite = choose(needs, self._logits[:rows], self._lanes, lanes, positions, in_graph=True)
+        self._lanes.note(lanes, token_ids, count=bool(needs & Needs.ADJUST))
+        self._results[0, :rows] = token_ids
+        self._results[1, :rows] = finite
+
+    def _report(self, rows: int) -> None:
+        """What a graph that reports the chosen tokens holds."""
+        num_top = self._logprobs.shape[1] - 1
+        values, ids = report(self._logits[:rows], self._results[0, :rows], num_top)
+        self._logprobs[:rows] = values
+        self._logprob_ids[:rows] = ids
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
-    def start(self, starts: Sequence[LaneStart]) -> None:
-        """Take note of sequences that enter lanes; queued."""
-        self._features.start(starts)
-        self._lists.start(starts)
-
     def replay(
-        self, plan: StepPlan, rows: int, features: FeatureSet, image: HostImage, places: Sequence[int]
+        self, plan: StepPlan, rows: int, needs: Needs, image: HostImage, places: Sequence[int]
     ) -> Callable[[], StepResult]:
-        """Replay a graph and queue the copies of its results; `places`: the row of each sample in them."""
-        graph = self._graphs[rows, features]
-        assert graph is not None
-        graph.replay()
+        """Replay the graphs that serve these needs, and queue the copies of their results.
+
+        places: the row of each sample in them
+        """
+        for key in _graphs_for(needs):
+            graph = self._graphs[rows, key]
+            assert graph is not None
+            graph.replay()
         self._stream.copy(image.results, self._results)
-        if features.logprobs:
-            self._stream.copy(image.logprobs, self._logprobs.values)
-            self._stream.copy(image.logprob_ids, self._logprobs.ids)
-        counts = self._features.logprob_counts(plan.sample_lanes.tolist()) if features.logprobs else []
+        counts: list[int | None] = []
+        if needs & Needs.REPORT:
+            self._stream.copy(image.logprobs, self._logprobs)
+            self._stream.copy(image.logprob_ids, self._logprob_ids)
+            counts = [self._lanes.params(lane).logprobs for lane in plan.sample_lanes]
         mark = image.in_use = self._stream.mark()
 
         def result_after_wait() -> StepResult:
             mark.wait()
             all_tokens, finite = image.results.tolist()
             token_ids = [all_tokens[place] for place in places]
+            logprobs = [
+                None if count is None else read_report(image.logprobs[place], image.logprob_ids[place], token, count)
+                for token, place, count in zip(token_ids, places, counts, strict=False)
+            ]
             return StepResult(
                 step_id=plan.step_id,
                 token_ids=token_ids,
-                logprobs=read_logprobs(image.logprobs, image.logprob_ids, token_ids, places, counts) if counts else (),
+                logprobs=logprobs,
                 failed_samples=frozenset(i for i, place in enumerate(places) if not finite[place]),
             )
 
@@ -205,8 +239,8 @@ class SamplingGraphs:
     def sample_eagerly(self, plan: StepPlan, reason: str) -> StepResult:
         """Sample the rows of the fixed logits as the plan says, waiting for the device."""
         self._counters.eagerly_sampled_steps[reason] += 1
-        lanes, rows = plan.sample_lanes.tolist(), plan.sample_rows.tolist()
-        sampled = self._eager.sample(self._logits, lanes, plan.sample_positions.tolist(), rows)
+        lanes, rows = plan.sample_lanes, plan.sample_rows
+        sampled = self._eager.sample(self._logits, lanes, plan.sample_positions, rows)
         self._lanes.record(lanes, sampled.token_ids)
         return StepResult(
             step_id=plan.step_id,
@@ -214,3 +248,9 @@ class SamplingGraphs:
             logprobs=sampled.logprobs,
             failed_samples=frozenset((~sampled.finite).nonzero().flatten().tolist()),
         )
+
+
+def _graphs_for(needs: Needs) -> list[Needs]:
+    """The graphs that do, together, what samples need, in order."""
+    choice = next(choice for choice in CHOICES if not needs & ~choice & ~Needs.REPORT)
+    return [choice, Needs.REPORT] if needs & Needs.REPORT else [choice]

@@ -15,6 +15,7 @@ from cascade_llm.models.decoder import Decoder, FirstNonFinite
 from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import IntColumn, StepPlan, StepResult
 from cascade_llm.sampling.lanes import LaneState
+from cascade_llm.sampling.logprobs import token_logprobs
 from cascade_llm.sampling.sampler import Sampler
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 
@@ -57,7 +58,6 @@ class ModelRunner:
             self._lanes.start(plan.lane_starts)
             self._copy_pages(plan)
             if self.graphs is not None:
-                self.graphs.note_starts(plan)
                 result = self.graphs.submit(plan)
                 if result is not None:
                     return result
@@ -115,7 +115,7 @@ class ModelRunner:
         for begin in range(0, len(plan.prompt_logprob_rows), LOGPROB_ROWS):
             part = slice(begin, begin + LOGPROB_ROWS)
             logits = self.decoder.logits(hidden[self._index(plan.prompt_logprob_rows[part])])
-            reports += self._sampler.prompt_logprobs(
+            reports += token_logprobs(
                 logits, range(len(logits)), plan.prompt_logprob_token_ids[part], plan.prompt_logprob_counts[part]
             )
         return reports

@@ -20,8 +20,8 @@ from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.models.loading import KVScaleReader, init_dummy, load_weights
+from cascade_llm.sampling.lane_tables import UsageCounts
 from cascade_llm.sampling.lanes import LaneState
-from cascade_llm.sampling.token_usage import UsageTable
 from cascade_llm.weights.format import WeightOptions
 from cascade_llm.weights.select import select_format
 from cascade_llm.worker.cuda_graphs import CaptureReport, CudaGraphs, OnCapture
@@ -104,24 +104,27 @@ def build_worker(
         has_graphs = platform is not None and not options.enforce_eager and not options.debug
         reserved = 0 if device.type == "cpu" else step_bytes(decoder, options, has_graphs=has_graphs)
         if has_graphs:
-            reserved += UsageTable.bytes_needed(num_lanes, model.vocab_size, max_model_len)
+            reserved += UsageCounts.bytes_needed(num_lanes, model.vocab_size, max_model_len)
         bytes_per_page = model.kv_bytes_per_token(kv_dtype.itemsize) * options.page_size
         total_pages = pool_pages(options, max_model_len, bytes_per_page, device, reserved)
         layout = choice.backend.preferred_layout(device)
         kv_cache = _kv_cache(options, model, kv_dtype, device, total_pages + padding, layout, scales)
-        upload = platform.stream.upload if platform else None
-        usage = None
-        if upload is not None and has_graphs:
-            usage = UsageTable(num_lanes, model.vocab_size, max_model_len, device, upload)
-        lanes = LaneState(num_lanes, model.vocab_size, device, usage=usage, upload=upload)
+        lanes = LaneState(
+            num_lanes,
+            model.vocab_size,
+            device,
+            max_model_len=max_model_len,
+            upload=platform.stream.upload if platform else None,
+            in_graphs=has_graphs,
+        )
         backend: AttentionBackend
         graphs = report = None
         if platform is None:
             backend = choice.backend(spec, kv_cache)
         else:
             backend = FlashInferAttentionBackend(spec, kv_cache, platform)
-            if usage is not None:
-                graphs, report = _capture(options, decoder, backend, lanes, usage, max_model_len, on_capture)
+            if has_graphs:
+                graphs, report = _capture(options, decoder, backend, lanes, max_model_len, on_capture)
     runner = ModelRunner(
         decoder,
         backend,
@@ -208,7 +211,6 @@ def _capture(
     decoder: Decoder,
     backend: FlashInferAttentionBackend,
     lanes: LaneState,
-    usage: UsageTable,
     max_model_len: int,
     on_capture: OnCapture | None,
 ) -> tuple[CudaGraphs, CaptureReport]:
@@ -218,7 +220,6 @@ def _capture(
             decoder,
             backend,
             lanes,
-            usage,
             max_rows=options.max_num_seqs,
             max_model_len=max_model_len,
             max_shared_levels=options.cascade.max_shared_levels,

@@ -160,8 +160,8 @@ def test_the_capture_report_and_progress(tiny: Path) -> None:
     assert report is not None
     assert seen[-1] == (report.num_graphs, report.num_graphs)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert report.num_graphs == 3 + 2 * 6 + 3 * 5  # forward by shape; sampling by rows and feature set
-    assert report.num_later_at_most == (18 - 3) * 5
+    assert report.num_graphs == 3 + 2 * 6 + 3 * 5  # forward by shape; sampling by rows and needs
+    assert report.num_later_at_most == 2 * 5
     assert report.usage_bytes == 17 * facts.model.vocab_size * 2
     assert report.num_bytes > 0
     assert report.seconds > 0

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from cascade_llm.sampling.sampling_features import Adjustment, Choice, FeatureSet
+from cascade_llm.sampling.lanes import Needs
+from cascade_llm.worker.graph_sampling import CHOICES
 from cascade_llm.worker.graph_shapes import GraphShape
 from tests.engine.tiny_llm import save_tiny
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
@@ -73,18 +74,8 @@ def test_of_sampling(tmp_path: Path) -> None:
     """Once a step, however many layers it has."""
     with gpu_llm(save(tmp_path, "qwen3", 1), double_gpu(exact=False), dtype="bfloat16", max_num_seqs=ROWS) as llm:
         sampling = graphs_of(llm)._sampling
-        wanted = [FeatureSet(choice) for choice in Choice]
-        wanted += [FeatureSet(adjustment=Adjustment.LISTS), FeatureSet(adjustment=Adjustment.PENALTIES)]
-        wanted.append(FeatureSet(logprobs=True))
         with llm._engine.executor.runner._running():
-            for features in wanted[3:]:
-                sampling._capture_late(ROWS, features)
-        graphs: list[Any] = [sampling._graphs[ROWS, features] for features in wanted]
-    assert {str(features): len(graph.launches) for features, graph in zip(wanted, graphs, strict=True)} == {
-        "greedy": 14,
-        "draw": 72,
-        "filtered draw": 88,
-        "greedy + lists": 27,
-        "greedy + penalties": 45,
-        "greedy + logprobs": 57,
-    }
+            for needs in (CHOICES[3], Needs.REPORT):
+                sampling._capture_late(ROWS, needs)
+        graphs: list[Any] = [sampling._graphs[ROWS, needs] for needs in (*CHOICES, Needs.REPORT)]
+    assert [len(graph.launches) for graph in graphs] == [8, 66, 109, 138, 45]

@@ -191,7 +191,7 @@ def test_no_memory_for_sampling_graphs_is_said_and_served(
     capture = double.stream.capture
 
     def forward_only(work: Any) -> Any:
-        return without_memory() if work.func.__name__ == "_sample" else capture(work)
+        return without_memory() if work.func.__name__ == "_choose" else capture(work)
 
     monkeypatch.setattr(double.stream, "capture", forward_only)
     prompts = random_forest(3, 8, 90, 40)

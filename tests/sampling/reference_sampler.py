@@ -39,19 +39,25 @@ def kept_probabilities(logits: Sequence[float], params: SamplingParams, slack: S
     """What is drawn from: probability of each kept token, in ascending order of id."""
     largest = max(logits)
     weights = [math.exp((value - largest) / params.temperature) for value in logits]
-    order = sorted(range(len(weights)), key=lambda token_id: (-weights[token_id], token_id))
-    if params.top_k:
-        order = order[: params.top_k]
-    if params.top_p < 1.0:
-        total, reached, length = sum(weights[i] for i in order), 0.0, 0
-        while length < len(order) and reached < (params.top_p + slack.top_p) * total:
+    top_p = params.top_p + slack.top_p if params.top_p < 1.0 else 1.0
+    min_p = params.min_p + slack.min_p if params.min_p > 0.0 else 0.0
+    kept = kept_weights(weights, params.top_k or len(weights), top_p, min_p)
+    total = sum(kept.values())
+    return {i: weight / total for i, weight in kept.items()}
+
+
+def kept_weights(weights: Sequence[float], top_k: int, top_p: float, min_p: float) -> dict[int, float]:
+    """The tokens of positive weight that top_k, then top_p, then min_p keep, in ascending order of id."""
+    order = sorted(range(len(weights)), key=lambda token_id: (-weights[token_id], token_id))[:top_k]
+    if top_p < 1.0:
+        total, reached, length = math.fsum(weights[i] for i in order), 0.0, 0
+        while length < len(order) and reached < top_p * total:
             reached += weights[order[length]]
             length += 1
         order = order[: max(1, length)]
-    if params.min_p > 0.0:
-        order = [i for i in order if weights[i] >= (params.min_p + slack.min_p) * weights[order[0]]] or order[:1]
-    total = sum(weights[i] for i in order)
-    return {i: weights[i] / total for i in sorted(order) if weights[i] > 0.0}
+    if min_p > 0.0:
+        order = [i for i in order if weights[i] >= min_p * weights[order[0]]] or order[:1]
+    return {i: weights[i] for i in sorted(order) if weights[i] > 0.0}
 
 
 def reference_sample(

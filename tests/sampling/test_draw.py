@@ -1,27 +1,27 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade_llm.sampling import draw as module
-from cascade_llm.sampling.candidates import block_maxima
 from cascade_llm.sampling.draw import (
+    BLOCK_LEN,
     Filters,
+    accepted_counts,
     draw,
-    draw_from_logits,
     draw_key,
-    draw_min_p,
-    draw_top_k,
-    draw_top_p,
+    keep,
+    softmax_weights,
     uniforms,
 )
-from cascade_llm.sampling.native_draw import NativeDraw
-from cascade_llm.sampling.workspace import Workspace
+from cascade_llm.sampling.native_sampler import NativeSampler
+from tests.sampling.reference_sampler import kept_weights
 
 VOCAB_SIZE = 2560
-NATIVE = NativeDraw.for_device(torch.device("cpu"))
+NATIVE = NativeSampler.for_device(torch.device("cpu"))
 implementations = pytest.mark.parametrize(
     "native",
     [
@@ -31,17 +31,11 @@ implementations = pytest.mark.parametrize(
 )
 
 
-def drawn(native: NativeDraw | None, weights: torch.Tensor, uniform: torch.Tensor, filters: Filters) -> list[int]:
-    """The tokens of rows with one kind of filter, by either implementation."""
+def drawn(native: NativeSampler | None, weights: torch.Tensor, uniform: torch.Tensor, filters: Filters) -> list[int]:
+    """The tokens of rows by either implementation."""
     if native is not None:
         return native.draw(weights, uniform, filters).tolist()
-    if int(filters.top_k[0]) < VOCAB_SIZE:
-        return draw_top_k(weights, uniform, filters, Workspace()).tolist()
-    if float(filters.top_p[0]) < 1.0:
-        return draw_top_p(weights, uniform, filters, Workspace()).tolist()
-    if float(filters.min_p[0]) > 0.0:
-        return draw_min_p(weights, uniform, filters, Workspace()).tolist()
-    return draw(weights, uniform).tolist()
+    return draw(keep(weights, filters), uniform).tolist()
 
 
 def test_uniforms_are_splitmix64() -> None:
@@ -72,7 +66,7 @@ def test_any_seed_makes_a_key(seed: int, sample_index: int) -> None:
 
 @implementations
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2.0**-53])
-def test_only_tokens_with_weight_are_drawn(uniform: float, native: NativeDraw | None) -> None:
+def test_only_tokens_with_weight_are_drawn(uniform: float, native: NativeSampler | None) -> None:
     weights = torch.zeros(3, VOCAB_SIZE)
     weights[0, [700, 1500]] = torch.tensor([0.25, 0.75])
     weights[1, 0], weights[2, -1] = 1.0, 1.0
@@ -96,10 +90,25 @@ def probabilities(num_rows: int, scale: float, quantum: float) -> torch.Tensor:
     return torch.softmax((logits / quantum).round() * quantum, -1)
 
 
-def everything(weights: torch.Tensor) -> module.Candidates:
-    """All tokens as candidates: what follows sorts the whole vocabulary."""
-    floor = torch.full((len(weights),), module.SMALLEST_WEIGHT)
-    return module.Candidates.select(weights, block_maxima(weights), floor)
+def slowly_drawn(weights: torch.Tensor, uniform: torch.Tensor, filters: Filters) -> list[int]:
+    """Python's sort and sums."""
+    tokens = []
+    for row, number, *fields in zip(
+        weights.tolist(),
+        uniform.tolist(),
+        filters.top_k.tolist(),
+        filters.top_p.tolist(),
+        filters.min_p.tolist(),
+        strict=True,
+    ):
+        kept = kept_weights(row, *fields)
+        target, reached = number * math.fsum(kept.values()), 0.0
+        chosen = -1
+        for token_id, weight in kept.items():
+            if reached <= target:
+                chosen, reached = token_id, reached + weight
+        tokens.append(chosen)
+    return tokens
 
 
 @implementations
@@ -109,30 +118,28 @@ def everything(weights: torch.Tensor) -> module.Candidates:
     ("top_p", "min_p"), [(0.05, 0.0), (0.5, 0.0), (0.95, 0.0), (0.9999, 0.0), (0.9, 0.02), (1.0, 0.3)]
 )
 @pytest.mark.parametrize("top_k", [1, 20, 500, VOCAB_SIZE])
-def test_few_candidates_or_the_whole_vocabulary_give_one_token(
-    scale: float, quantum: float, top_p: float, min_p: float, top_k: int, native: NativeDraw | None
+def test_draws_are_those_of_a_sorted_list(
+    scale: float, quantum: float, top_p: float, min_p: float, top_k: int, native: NativeSampler | None
 ) -> None:
     weights = probabilities(8, scale, quantum)
     uniform = torch.linspace(0, 1 - 1e-9, 8, dtype=torch.float64)
     filters = all_rows(8, top_k, top_p, min_p)
-    summed = weights if native is None else weights.double()  # torch sums blocks in float32 first
-    mass = None if top_k < VOCAB_SIZE else summed.view(8, -1, module.BLOCK_LEN).sum(-1).sum(-1, dtype=torch.float64)
-    slow = module._draw_candidates(everything(weights), uniform, filters, mass)
-    assert drawn(native, weights, uniform, filters) == slow.tolist()
+    assert drawn(native, weights, uniform, filters) == slowly_drawn(weights, uniform, filters)
 
 
 @implementations
-def test_filters_that_keep_all_draw_as_no_filter(native: NativeDraw | None) -> None:
+def test_filters_that_keep_all_draw_as_no_filter(native: NativeSampler | None) -> None:
     weights = probabilities(64, 1.0, 2.0**-10)
     uniform = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     plain = drawn(native, weights, uniform, all_rows(64))
-    assert draw_top_k(weights, uniform, all_rows(64), Workspace()).tolist() == plain
+    assert draw(weights, uniform).tolist() == plain
+    assert torch.equal(keep(weights, all_rows(64)), weights)
     assert drawn(native, weights, uniform, all_rows(64, min_p=1e-30)) == plain
     assert drawn(native, weights, uniform, all_rows(64, top_p=1 - 1e-12)) == plain
 
 
 @implementations
-def test_ties_at_the_boundary_keep_the_lowest_ids(native: NativeDraw | None) -> None:
+def test_ties_at_the_boundary_keep_the_lowest_ids(native: NativeSampler | None) -> None:
     weights = torch.zeros(1, VOCAB_SIZE)
     weights[0, [2000, 1000, 3, 500]] = 0.25
     spread = torch.linspace(0, 1 - 1e-9, 16, dtype=torch.float64)
@@ -146,22 +153,19 @@ def test_ties_at_the_boundary_keep_the_lowest_ids(native: NativeDraw | None) -> 
     assert kept(all_rows(16, top_k=3, top_p=0.5)) == {3, 500}
 
 
-def test_a_draw_from_logits_is_a_draw_from_their_softmax() -> None:
+def test_draws_at_a_temperature_invert_the_cdf_of_float64() -> None:
     generator = torch.Generator().manual_seed(5)
     for scale in (0.1, 3.0, 30.0):
         logits = torch.randn(400, VOCAB_SIZE, generator=generator) * scale
         logits[:, 2500:] = -torch.inf
         temperature = torch.rand(400, generator=generator, dtype=torch.float64) * 2 + 0.01
         uniform = torch.rand(400, generator=generator, dtype=torch.float64)
-        weights = torch.softmax(logits.double() / temperature[:, None], -1)
-        token_ids = draw_from_logits(logits, logits.amax(-1), temperature, uniform)
-        cdf = weights.cumsum(-1)
+        cdf = torch.softmax(logits.double() / temperature[:, None], -1).cumsum(-1)
+        token_ids = draw(softmax_weights(logits, logits.amax(-1), temperature), uniform)
         high = cdf.gather(1, token_ids[:, None])[:, 0]
-        low = high - weights.gather(1, token_ids[:, None])[:, 0]
+        low = torch.where(token_ids > 0, cdf.gather(1, (token_ids - 1).clamp(min=0)[:, None])[:, 0], 0.0)
         assert bool((uniform >= low - 1e-6).all())
         assert bool((uniform <= high + 1e-6).all())
-        same = token_ids == draw(weights.float(), uniform)
-        assert same.float().mean() > 0.99, "but for rounding at the borders of tokens"
 
 
 def test_temperature_zero_draws_a_maximum_and_a_row_that_is_not_finite_any_token() -> None:
@@ -169,6 +173,26 @@ def test_temperature_zero_draws_a_maximum_and_a_row_that_is_not_finite_any_token
     logits[0, 77] = logits[1, 2559] = 1.0
     logits[2, 5], logits[3, 9] = torch.inf, torch.nan
     uniform = torch.full((4,), 0.999, dtype=torch.float64)
-    token_ids = draw_from_logits(logits, logits.amax(-1), torch.zeros(4), uniform)
-    assert token_ids[:2].tolist() == [77, 2559]
-    assert all(0 <= token_id < VOCAB_SIZE for token_id in token_ids.tolist())
+    weights = softmax_weights(logits, logits.amax(-1), torch.zeros(4, dtype=torch.float64))
+    for token_ids in (draw(weights, uniform), draw(keep(weights, all_rows(4, 5, 0.9, 0.1)), uniform)):
+        assert token_ids[:2].tolist() == [77, 2559]
+        assert all(0 <= token_id < VOCAB_SIZE for token_id in token_ids.tolist())
+
+
+@implementations
+@pytest.mark.parametrize("total", [1.0, 1.0 + 2.0**-20, 0.999])
+def test_the_largest_uniform_number_draws_the_last_token_with_weight(
+    total: float, native: NativeSampler | None
+) -> None:
+    """Also where its product with the sum rounds to the sum, and blocks of nothing follow."""
+    weights = torch.zeros(1, VOCAB_SIZE)
+    weights[0, 3], weights[0, BLOCK_LEN + 1] = 0.5, total - 0.5
+    uniform = torch.full((1,), 1.0 - 2.0**-53, dtype=torch.float64)
+    assert drawn(native, weights, uniform, all_rows(1)) == [BLOCK_LEN + 1]
+
+
+def test_accepted_drafts_are_the_longest_common_prefix() -> None:
+    drafted = torch.tensor([[4, 5, 6], [4, 5, 6], [4, 5, -1], [9, 5, 6], [-1, -1, -1]])
+    drawn_tokens = torch.tensor([[4, 5, 6], [4, 7, 6], [4, 5, 6], [4, 5, 6], [0, 1, 2]])
+    assert accepted_counts(drafted, drawn_tokens).tolist() == [3, 1, 2, 0, 0]
+    assert accepted_counts(drafted[:, :0], drawn_tokens[:, :0]).tolist() == [0] * 5

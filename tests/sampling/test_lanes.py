@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cascade_llm.plan import LaneStart
 from cascade_llm.sampling.lanes import NO_TOKEN, LaneState
-from cascade_llm.sampling.token_usage import TokenHistories
+from cascade_llm.sampling.logprobs import padded_floats
 from cascade_llm.sampling_params import SamplingParams
 from tests.sampling.reference_sampler import adjusted_logits
 from tests.sampling.sampling_cases import PROMPT_LEN, lane_start, random_logits, starts
@@ -17,14 +17,14 @@ PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_pen
 
 
 def adjusted(lanes: LaneState, lane: int, num_generated: int, logits: torch.Tensor) -> torch.Tensor:
-    values = logits.clone()
-    lanes.adjust(values, [lane], [PROMPT_LEN + num_generated])
-    return values
+    values = padded_floats(logits)
+    lanes.adjust(values, torch.tensor([lane]), torch.tensor([PROMPT_LEN + num_generated]))
+    return values[:, :VOCAB_SIZE]
 
 
-@given(starts(VOCAB_SIZE, 4), st.data())
-def test_adjusted_logits_after_any_tokens(lane_starts: list[LaneStart], data: st.DataObject) -> None:
-    lanes = LaneState(6, VOCAB_SIZE)
+@given(starts(VOCAB_SIZE, 4), st.booleans(), st.data())
+def test_adjusted_logits_after_any_tokens(lane_starts: list[LaneStart], in_graphs: bool, data: st.DataObject) -> None:
+    lanes = LaneState(6, VOCAB_SIZE, in_graphs=in_graphs)
     lanes.start(lane_starts[:3])
     lanes.start(lane_starts[3:])
     outputs = [list(start.output_token_ids) for start in lane_starts]
@@ -36,11 +36,13 @@ def test_adjusted_logits_after_any_tokens(lane_starts: list[LaneStart], data: st
             outputs[lane].append(token)
             assert int(lanes.last_tokens[lane]) == token
     logits = random_logits(4, VOCAB_SIZE, seed=1)
-    values, order = logits[[2, 0, 3, 1]].clone(), [2, 0, 3, 1]
-    lanes.adjust(values, order, [PROMPT_LEN + len(outputs[lane]) for lane in order])
+    order = [2, 0, 3, 1]
+    values = padded_floats(logits[order])
+    positions = torch.tensor([PROMPT_LEN + len(outputs[lane]) for lane in order])
+    lanes.adjust(values, torch.tensor(order), positions)
     for row, lane in enumerate(order):
         expected = torch.tensor(adjusted_logits(logits[lane].tolist(), lane_starts[lane], outputs[lane]))
-        torch.testing.assert_close(values[row], expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(values[row, :VOCAB_SIZE], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_lane_forgets_its_last_sequence() -> None:
@@ -69,27 +71,11 @@ def test_a_resumed_sequence_is_as_if_it_had_gone_on() -> None:
     assert int(gone_on.draw_keys[2]) == int(resumed.draw_keys[0])
 
 
-def test_histories_grow_and_exist_only_for_penalties() -> None:
-    lanes = LaneState(2, VOCAB_SIZE)
-    lanes.start([lane_start(0, SamplingParams(top_p=0.5))])
-    lanes.record([0], torch.tensor([3]))
-    assert isinstance(lanes.usage, TokenHistories)
-    assert lanes.usage._tokens is None
-    params = SamplingParams(frequency_penalty=0.5)
-    lanes.start([lane_start(1, params, prompt=[1] * 1000, output=[5])])
-    for _ in range(1500):
-        lanes.record([0, 1], torch.tensor([6, 7]))
-    values = torch.zeros(1, VOCAB_SIZE)
-    lanes.adjust(values, [1], [2501])
-    assert values[0, [1, 5, 6, 7]].tolist() == [0.0, -0.5, 0.0, -750.0]
-
-
 def test_ending_ids_outside_the_vocabulary_need_no_mask() -> None:
     lanes = LaneState(1, VOCAB_SIZE)
     start = LaneStart(0, 0, SamplingParams(min_tokens=1), 0, 0, [1], [], frozenset({2, VOCAB_SIZE + 3}))
     lanes.start([start])
-    values = torch.zeros(1, VOCAB_SIZE)
-    lanes.adjust(values, [0], [1])
+    values = adjusted(lanes, 0, 1 - PROMPT_LEN, torch.zeros(1, VOCAB_SIZE))
     assert values.isinf().nonzero()[:, 1].tolist() == [2]
 
 

@@ -7,20 +7,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade_llm.sampling import native_draw
-from cascade_llm.sampling.candidates import Candidates, block_maxima
-from cascade_llm.sampling.draw import SMALLEST_WEIGHT, Filters, _draw_candidates
+from cascade_llm.sampling import draw as torch_draw
+from cascade_llm.sampling import native_sampler
+from cascade_llm.sampling.draw import Filters, draw_key, uniforms
 from cascade_llm.sampling.lanes import LaneState
-from cascade_llm.sampling.native_draw import NativeDraw
+from cascade_llm.sampling.native_sampler import NativeSampler
 from cascade_llm.sampling.sampler import Sampler
 from cascade_llm.sampling_params import SamplingParams
 from tests.sampling.sampling_cases import lane_start
 
-COMPILED = NativeDraw.for_device(torch.device("cpu"))
+COMPILED = NativeSampler.for_device(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(COMPILED is None, reason="needs a C compiler")
 
 
-def native() -> NativeDraw:
+def native() -> NativeSampler:
     assert COMPILED is not None
     return COMPILED
 
@@ -50,62 +50,68 @@ def filtered_rows(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, Filters]
 @given(filtered_rows())
 def test_each_draw_is_that_of_sorting_the_whole_vocabulary(case: tuple[torch.Tensor, torch.Tensor, Filters]) -> None:
     weights, uniform, filters = case
-    everything = Candidates.select(weights, block_maxima(weights), torch.full((len(weights),), SMALLEST_WEIGHT))
-    slow = _draw_candidates(everything, uniform, filters, None)
+    slow = torch_draw.draw(torch_draw.keep(weights, filters), uniform)
     assert native().draw(weights, uniform, filters).tolist() == slow.tolist()
+
+
+def lanes_of(vocab_size: int, params: list[SamplingParams]) -> LaneState:
+    lanes = LaneState(len(params), vocab_size)
+    lanes.start([lane_start(lane, each, seed=lane) for lane, each in enumerate(params)])
+    return lanes
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 15, 16, 17, 255, 256, 257, 1000])
 def test_any_vocabulary_size(vocab_size: int) -> None:
-    logits = torch.linspace(-1, 1, 4 * vocab_size).view(4, vocab_size)
+    weights = torch.softmax(torch.linspace(-1, 1, 4 * vocab_size).view(4, vocab_size), -1)
+    logits = weights.log()
     for top_k in (1, vocab_size, vocab_size + 5):
         filters = no_filters(4, vocab_size)
         filters.top_k.fill_(top_k)
         uniform = torch.full((4,), 1.0 - 2.0**-53, dtype=torch.float64)
-        token_ids, finite = native().sample(logits, range(4), vocab_size, torch.ones_like(uniform), filters, uniform)
+        assert native().draw(weights, uniform, filters).tolist() == [vocab_size - 1] * 4
+        lanes = lanes_of(vocab_size, [SamplingParams(top_k=top_k)] * 4)
+        token_ids, finite = native().sample(logits, range(4), lanes, range(4), [9] * 4)
         assert finite.all()
-        assert token_ids.tolist() == [vocab_size - 1] * 4
+        assert token_ids.tolist() == Sampler(lanes, compiled=False).sample(logits, range(4), [9] * 4).token_ids.tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.8, 1.0, 30.0])
 def test_weights_are_those_of_a_softmax_in_float64(temperature: float) -> None:
-    """The inverse CDF at evenly spaced uniforms gives the CDF back; a float32 weight is off by a few units."""
+    """The inverse CDF at many uniform numbers gives the CDF back; a float32 weight is off by a few units."""
     vocab_size, num_draws = 40, 4000
     logits = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(1)) * 2
-    uniform = (torch.arange(num_draws, dtype=torch.float64) + 0.5) / num_draws
-    temperatures = torch.full_like(uniform, temperature)
-    token_ids, _ = native().sample(
-        logits, [0] * num_draws, vocab_size, temperatures, no_filters(num_draws, vocab_size), uniform
-    )
+    lanes, positions = lanes_of(vocab_size, [SamplingParams(temperature=temperature)]), range(num_draws)
+    uniform = uniforms(torch.tensor([draw_key(0, 0)]), torch.tensor(positions))
+    token_ids, _ = native().sample(logits, [0] * num_draws, lanes, [0] * num_draws, positions)
     cdf = torch.softmax(logits[0].double() / temperature, -1).cumsum(-1)
     low, high = torch.searchsorted(cdf, uniform - 1e-6, right=True), torch.searchsorted(cdf, uniform + 1e-6, right=True)
     assert ((low <= token_ids) & (token_ids <= high)).all()
 
 
-@pytest.mark.parametrize("dtype", native_draw.DTYPES)
+@pytest.mark.parametrize("dtype", native_sampler.DTYPES)
 def test_argmax_orders_signs_and_zeros_as_numbers(dtype: torch.dtype) -> None:
     rows = [[-3.0, -1.0, -2.0], [-0.0, 0.0, -1.0], [-1.0, 0.0, -0.0], [-torch.inf, -1e30, -2e30]]
     logits = torch.tensor(rows, dtype=dtype)
-    zeros = torch.zeros(4, dtype=torch.float64)
-    token_ids, finite = native().sample(logits, range(4), 3, zeros, no_filters(4, 3), zeros)
-    assert token_ids.tolist() == native().argmax(logits, range(4), 3)[0].tolist() == [1, 0, 1, 1]
+    lanes = lanes_of(3, [SamplingParams(temperature=0)] * 4)
+    token_ids, finite = native().sample(logits, range(4), lanes, range(4), [9] * 4)
+    assert token_ids.tolist() == [1, 0, 1, 1]
     assert finite.all()
 
 
-@pytest.mark.parametrize("dtype", native_draw.DTYPES)
+@pytest.mark.parametrize("dtype", native_sampler.DTYPES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("poison", [torch.nan, -torch.nan, torch.inf])
 def test_what_is_not_finite_is_flagged(dtype: torch.dtype, temperature: float, poison: float) -> None:
     logits = torch.zeros(70, 70, dtype=dtype)
     logits.fill_diagonal_(poison)
     logits = torch.cat((logits, torch.zeros(1, 70, dtype=dtype)))
-    temperatures, uniform = torch.full((71,), temperature, dtype=torch.float64), torch.zeros(71, dtype=torch.float64)
-    token_ids, finite = native().sample(logits, range(71), 70, temperatures, no_filters(71, 70), uniform)
+    lanes = lanes_of(70, [SamplingParams(temperature=temperature, top_k=1)])
+    token_ids, finite = native().sample(logits, range(71), lanes, [0] * 71, [9] * 71)
     assert finite.tolist() == [False] * 70 + [True]
     assert token_ids.tolist() == [0] * 71
 
 
-@pytest.mark.parametrize("dtype", native_draw.DTYPES)
+@pytest.mark.parametrize("dtype", native_sampler.DTYPES)
 def test_any_number_of_threads_and_any_stride_give_the_same(dtype: torch.dtype) -> None:
     logits = torch.randn(9, 6000, generator=torch.Generator().manual_seed(0)).to(dtype)
     lanes = LaneState(9, 5003)

@@ -1,8 +1,9 @@
-/* From logits to tokens, one row at a time; see native_draw.py, which compiles this at start.
+/* From logits to tokens, one row at a time; see native_sampler.py, which compiles this at start.
  *
  * A row is read once and then worked on in its thread's scratch memory, which a processor's second-level cache holds.
  * Weights are floats from 0 to 1, which are ordered as their bits are; masses are doubles. The two orders are those of
- * draw.py: tokens are kept by descending weight, ties by ascending id, and drawn by ascending id.
+ * draw.py: tokens are kept by descending weight, ties by ascending id, and drawn by ascending id. The tables of lanes
+ * are those of lanes.py and lane_tables.py.
  *
  * NaN and infinity are found by their bits, so that nothing depends on how a compiler orders comparisons.
  */
@@ -28,10 +29,22 @@ typedef struct {
 } Cut;
 
 typedef struct {
-    double temperature; /* 0: greedy */
     long top_k;
     double top_p, min_p, uniform;
-} Choice;
+} Draw;
+
+/* The tables of all lanes, row after row. */
+typedef struct {
+    const int64_t *draw_keys, *top_k;
+    const double *shares;   /* temperature (0: greedy), top_p, min_p */
+    const float *penalties; /* presence, frequency, repetition */
+    const void *counts;     /* [lanes, size], or null: twice a token's uses in the output, plus 1 if the prompt has it */
+    long count_bytes;       /* 2 or 4 */
+    const int64_t *bias_ids;
+    const float *bias;
+    const int64_t *ending_ids, *ends_from; /* lists are padded with `size` */
+    long bias_len, endings_len;
+} Lanes;
 
 static inline uint32_t bits_of(float value) {
     uint32_t bits;
@@ -254,22 +267,22 @@ static Cut shorter_cut(Cut x, Cut y) {
 }
 
 /* What top_k, then top_p, then min_p keep; `sums` become those of the kept weights. */
-static Cut filter(const float *weights, float *listed, double *sums, long size, const Choice *choice) {
+static Cut filter(const float *weights, float *listed, double *sums, long size, const Draw *asked) {
     Cut cut = {0.0f, size};
-    if (choice->top_k < size) {
-        cut = shortest_prefix(weights, listed, size, SMALLEST_WEIGHT, (double)choice->top_k, 1);
+    if (asked->top_k < size) {
+        cut = shortest_prefix(weights, listed, size, SMALLEST_WEIGHT, (double)asked->top_k, 1);
         sum_blocks(weights, sums, size, cut);
     }
-    if (choice->top_p < 1.0) {
+    if (asked->top_p < 1.0) {
         /* All weights below this together are less than what top_p leaves out. */
-        double mass = total(sums, size), spare = 0.999 * (1.0 - choice->top_p) * mass / (double)size;
+        double mass = total(sums, size), spare = 0.999 * (1.0 - asked->top_p) * mass / (double)size;
         float floor = cut.weight > SMALLEST_WEIGHT ? cut.weight : SMALLEST_WEIGHT;
         if (cut.weight == 0.0f && spare > floor) floor = (float)spare;
-        Cut top_p = shortest_prefix(weights, listed, size, floor, choice->top_p * mass, 0);
+        Cut top_p = shortest_prefix(weights, listed, size, floor, asked->top_p * mass, 0);
         cut = shorter_cut(cut, top_p);
     }
-    if (choice->min_p > 0.0) {
-        double least = choice->min_p * (double)maximum(weights, size);
+    if (asked->min_p > 0.0) {
+        double least = asked->min_p * (double)maximum(weights, size);
         float floor = (float)least;
         if ((double)floor < least) floor = next_above(floor);
         cut = shorter_cut(cut, (Cut){floor, size});
@@ -294,51 +307,113 @@ static long invert(const float *weights, const double *sums, long size, Cut cut,
     return chosen < 0 ? 0 : chosen;
 }
 
-static long draw(const float *weights, float *listed, double *sums, long size, const Choice *choice) {
+static long draw_one(const float *weights, float *listed, double *sums, long size, const Draw *asked) {
     Cut cut = {0.0f, size};
-    if (choice->top_k < size || choice->top_p < 1.0 || choice->min_p > 0.0)
-        cut = filter(weights, listed, sums, size, choice);
-    return invert(weights, sums, size, cut, choice->uniform);
+    if (asked->top_k < size || asked->top_p < 1.0 || asked->min_p > 0.0)
+        cut = filter(weights, listed, sums, size, asked);
+    return invert(weights, sums, size, cut, asked->uniform);
+}
+
+/* ---- Adjustments ---- */
+
+static inline float penalized(float logit, int32_t count, const float *penalties) {
+    int32_t uses = count >> 1;
+    if (count > 0) logit = logit > 0 ? logit / penalties[2] : logit * penalties[2];
+    if (uses > 0) logit -= penalties[0];
+    return logit - (float)uses * penalties[1];
+}
+
+static void penalize(float *row, const Lanes *lanes, long lane, long size) {
+    const float *penalties = lanes->penalties + 3 * lane;
+    const int16_t *halves = (const int16_t *)lanes->counts + lane * size;
+    const int32_t *counts = (const int32_t *)lanes->counts + lane * size;
+    if (lanes->count_bytes == 2)
+        for (long i = 0; i < size; i++) row[i] = penalized(row[i], halves[i], penalties);
+    else
+        for (long i = 0; i < size; i++) row[i] = penalized(row[i], counts[i], penalties);
+}
+
+static int has_penalty(const Lanes *lanes, long lane) {
+    const float *penalties = lanes->penalties + 3 * lane;
+    return lanes->counts && (penalties[0] != 0.0f || penalties[1] != 0.0f || penalties[2] != 1.0f);
+}
+
+static int has_bias(const Lanes *lanes, long lane, long size) {
+    return lanes->bias_len && lanes->bias_ids[lane * lanes->bias_len] < size;
+}
+
+/* Repetition, presence and frequency penalty, bias, hidden endings, mask. */
+static void adjust(float *row, const Lanes *lanes, long lane, long position, const int32_t *mask, long size) {
+    if (has_penalty(lanes, lane)) penalize(row, lanes, lane, size);
+    const int64_t *ids = lanes->bias_ids + lane * lanes->bias_len, *endings = lanes->ending_ids + lane * lanes->endings_len;
+    for (long i = 0; i < lanes->bias_len && ids[i] < size; i++) row[ids[i]] += lanes->bias[lane * lanes->bias_len + i];
+    if (position < lanes->ends_from[lane])
+        for (long i = 0; i < lanes->endings_len && endings[i] < size; i++) row[endings[i]] = -INFINITY;
+    for (long i = 0; mask && i < size; i++)
+        if (!((uint32_t)mask[i / 32] >> (i % 32) & 1)) row[i] = -INFINITY;
 }
 
 /* ---- Rows ---- */
 
+/* SplitMix64's output number `position` of the stream `key`, in [0, 1). */
+static double uniform_number(uint64_t key, uint64_t position) {
+    uint64_t value = key + (position + 1) * 0x9E3779B97F4A7C15u;
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9u;
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EBu;
+    return (double)((value ^ (value >> 31)) >> 11) * 0x1p-53;
+}
+
 /* Floats of scratch memory that each thread needs. */
 long scratch_len(long size) { return 2 * ((size + BLOCK_LEN - 1) / BLOCK_LEN) + 2 * size + 32; }
 
-/* One token per choice; logits are [any, stride], float or bfloat16, of which `size` columns count.
+/* One token per sample; logits are [any, stride], float or bfloat16, of which `size` columns count.
+ * columns: [3, num_samples], the row, the lane and the position of each.
+ * masks: [any, words of 32 bits], or null; mask_rows: [num_samples], -1 for none.
  * Not finite: `finite` is 0, and the token 0. */
-void sample_rows(const void *logits, int bfloat16, long stride, long size, const long *rows, const Choice *choices,
-                 long num_choices, long *token_ids, uint8_t *finite, float *scratch, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (num_choices > 1 && num_choices * size >= PARALLEL_FROM)
-    for (long n = 0; n < num_choices; n++) {
+void sample_rows(const void *logits, int bfloat16, long stride, long size, const Lanes *lanes, const int64_t *columns,
+                 const int32_t *masks, const int64_t *mask_rows, long num_samples, int64_t *token_ids, uint8_t *finite,
+                 float *scratch, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (num_samples > 1 && num_samples * size >= PARALLEL_FROM)
+    for (long n = 0; n < num_samples; n++) {
         double *sums = (double *)(scratch + omp_get_thread_num() * scratch_len(size));
         float *weights = (float *)(sums + (size + BLOCK_LEN - 1) / BLOCK_LEN), *listed = weights + size;
-        const uint16_t *halves = (const uint16_t *)logits + rows[n] * stride;
-        const float *row = (const float *)logits + rows[n] * stride;
-        float largest = bfloat16 ? maximum_bfloat16(halves, size) : maximum(row, size);
+        long lane = columns[num_samples + n], position = columns[2 * num_samples + n];
+        const uint16_t *halves = (const uint16_t *)logits + columns[n] * stride;
+        const float *row = (const float *)logits + columns[n] * stride;
+        const int32_t *mask = masks && mask_rows[n] >= 0 ? masks + mask_rows[n] * ((size + 31) / 32) : NULL;
+        const double *shares = lanes->shares + 3 * lane;
+        int is_half = bfloat16;
+        if (mask || has_penalty(lanes, lane) || has_bias(lanes, lane, size) || position < lanes->ends_from[lane]) {
+            if (bfloat16) widen(halves, weights, size);
+            else memcpy(weights, row, size * sizeof *row);
+            adjust(weights, lanes, lane, position, mask, size);
+            row = weights;
+            is_half = 0;
+        }
+        float largest = is_half ? maximum_bfloat16(halves, size) : maximum(row, size);
         finite[n] = isfinite(largest) != 0;
         token_ids[n] = 0;
         if (!finite[n]) continue;
-        if (choices[n].temperature == 0.0) {
-            token_ids[n] =
-                bfloat16 ? first_equal_bfloat16(halves, largest, size) : first_equal(row, largest, size);
+        if (shares[0] == 0.0) {
+            token_ids[n] = is_half ? first_equal_bfloat16(halves, largest, size) : first_equal(row, largest, size);
             continue;
         }
-        if (bfloat16) widen(halves, weights, size);
-        weigh(bfloat16 ? weights : row, weights, sums, size, largest, choices[n].temperature);
-        token_ids[n] = draw(weights, listed, sums, size, &choices[n]);
+        if (is_half) widen(halves, weights, size);
+        weigh(is_half ? weights : row, weights, sums, size, largest, shares[0]);
+        Draw asked = {lanes->top_k[lane], shares[1], shares[2],
+                      uniform_number((uint64_t)lanes->draw_keys[lane], (uint64_t)position)};
+        token_ids[n] = draw_one(weights, listed, sums, size, &asked);
     }
 }
 
-/* The same draws from weights [num_choices, size], of which each row has one above 0. */
-void draw_rows(const float *weights, long size, const Choice *choices, long num_choices, long *token_ids,
-               float *scratch, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (num_choices > 1 && num_choices * size >= PARALLEL_FROM)
-    for (long n = 0; n < num_choices; n++) {
+/* The same draws from weights [num_rows, size], of which each row has one above 0. */
+void draw_rows(const float *weights, long size, const Draw *asked, long num_rows, int64_t *token_ids, float *scratch,
+               int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (num_rows > 1 && num_rows * size >= PARALLEL_FROM)
+    for (long n = 0; n < num_rows; n++) {
         double *sums = (double *)(scratch + omp_get_thread_num() * scratch_len(size));
         float *listed = (float *)(sums + (size + BLOCK_LEN - 1) / BLOCK_LEN);
         sum_blocks(weights + n * size, sums, size, (Cut){0.0f, size});
-        token_ids[n] = draw(weights + n * size, listed, sums, size, &choices[n]);
+        token_ids[n] = draw_one(weights + n * size, listed, sums, size, &asked[n]);
     }
 }
