@@ -93,6 +93,8 @@ class DoubleStream(DeviceStream):
         self._pinned: dict[int, torch.Tensor] = {}
         self._device_storages: dict[int, torch.Tensor] = {}
         self._graphs: list[_FakeGraph] = []
+        self.operations: set[Any] = set()
+        """Those that have run: a kernel is loaded by its first call, which must not be in a capture."""
         self._recorder: _Recorder | None = None
 
     # -- DeviceStream -----------------------------------------------------------------------------------------------
@@ -226,6 +228,8 @@ class _StreamMode(TorchDispatchMode):
                 self._stream.check_host_write(value)
         if not func.is_view or func._schema.name in MAY_COPY:  # a view reads nothing
             self._stream.before_operation(tensors)
+        if not self._stream.capturing:
+            self._stream.operations.add(func)
         return func(*args, **kwargs)
 
 
@@ -265,6 +269,8 @@ class _Recorder(TorchDispatchMode):
             self.private[_storage(output)] = output
         self.touched.extend([*tensors, *fresh])
         if writes or (fresh and not name.startswith("empty")):
+            if func not in self._stream.operations:
+                raise DoubleError(f"{name} runs in a capture first: its kernel would be loaded there")
             self.launches.append(f"aten.{name}")
         if writes:
             self.records.append(lambda: func(*args, **kwargs))

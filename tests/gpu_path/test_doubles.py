@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from cascade_llm.attention.flashinfer.ops import FlashInferOps
+from cascade_llm.device.stream import Graph
 from scripts.flashinfer_signatures import describe
 from tests.doubles.device import DoubleStream
 from tests.doubles.flashinfer import FlashInferDouble
@@ -156,6 +158,13 @@ def test_eager_work_comes_after_queued_work_that_it_depends_on() -> None:
         assert (device + 1).tolist() == [4, 4]
 
 
+def captured(stream: DoubleStream, work: Callable[[], Any]) -> Graph:
+    """As an engine captures: the work has run before."""
+    with stream.active():
+        work()
+    return stream.capture(work)
+
+
 def test_a_replay_runs_the_records_on_the_buffers_of_the_capture() -> None:
     stream = DoubleStream()
     x, y = torch.arange(3.0), torch.zeros(3)
@@ -165,26 +174,32 @@ def test_a_replay_runs_the_records_on_the_buffers_of_the_capture() -> None:
         calls.append(1)
         y.copy_((x * 2).view(3) + 1)
 
-    graph = stream.capture(work)
+    graph = captured(stream, work)
     for scale in (1.0, 5.0):
         x.copy_(torch.arange(3.0) * scale)
         graph.replay()
         stream.mark().wait()
         assert y.tolist() == [1.0, 1.0 + 2 * scale, 1.0 + 4 * scale]
-    assert len(calls) == 1
+    assert len(calls) == 2
     assert stream.num_replays == 2
 
 
 def test_a_replay_poisons_the_outputs_of_other_graphs() -> None:
     stream = DoubleStream()
     x, kept = torch.ones(2), []
-    first = stream.capture(lambda: kept.append(x + 1))
-    second = stream.capture(lambda: kept.append(x + 2))
+    first = captured(stream, lambda: kept.append(x + 1))
+    second = captured(stream, lambda: kept.append(x + 2))
     first.replay()
     second.replay()
     stream.mark().wait()
-    assert kept[0].isnan().all()
-    assert kept[1].tolist() == [3.0, 3.0]
+    assert kept[1].isnan().all()
+    assert kept[3].tolist() == [3.0, 3.0]
+
+
+def test_a_capture_refuses_what_has_not_run_before() -> None:
+    x = torch.ones(2)
+    with pytest.raises(DoubleError, match="add runs in a capture first"):
+        DoubleStream().capture(lambda: x + 1)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +215,7 @@ def test_a_replay_poisons_the_outputs_of_other_graphs() -> None:
 def test_a_capture_refuses_what_makes_the_host_wait(work: Any) -> None:
     x = torch.ones(2)
     with pytest.raises(DoubleError, match="during capture"):
-        DoubleStream().capture(lambda: work(x))
+        captured(DoubleStream(), lambda: work(x))
 
 
 def test_a_capture_refuses_a_wrapper_without_fixed_buffers() -> None:

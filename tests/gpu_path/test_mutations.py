@@ -20,8 +20,8 @@ from cascade_llm.attention.flashinfer import levels as flashinfer_levels
 from cascade_llm.attention.flashinfer.graph import GraphAttention
 from cascade_llm.attention.flashinfer.levels import LevelBuffers, LevelColumns, LevelKernel, LevelOutput, LevelRun
 from cascade_llm.plan import CascadePlan, StepResult
-from cascade_llm.sampling import graph_sampler
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
+from cascade_llm.worker import graph_sampling
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape
 from cascade_llm.worker.step_buffers import StepArena
@@ -362,8 +362,12 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("no pageable memory is copied during capture")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = graph_sampler.first_argmax
-    patch.setattr(graph_sampler, "first_argmax", lambda values: original(values + torch.tensor([0.0])))
+    original = graph_sampling.choose
+    patch.setattr(
+        graph_sampling,
+        "choose",
+        lambda needs, logits, *rest, **options: original(needs, logits + torch.tensor([0.0]), *rest, **options),
+    )
 
 
 # -- host and device --------------------------------------------------------------------------------------------------

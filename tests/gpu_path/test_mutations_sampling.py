@@ -17,13 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from cascade_llm import SamplingParams
 from cascade_llm.plan import LaneStart, StepPlan
-from cascade_llm.sampling import graph_logprobs
-from cascade_llm.sampling.graph_logprobs import GraphLogprobs
-from cascade_llm.sampling.graph_sampler import GraphSampler
-from cascade_llm.sampling.lane_lists import LaneLists
-from cascade_llm.sampling.lanes import LaneState
-from cascade_llm.sampling.sampling_features import LaneFeatures
-from cascade_llm.sampling.token_usage import UsageTable, is_penalized
+from cascade_llm.sampling import logprobs
+from cascade_llm.sampling.lane_tables import TokenLists, UsageCounts, is_penalized
+from cascade_llm.sampling.lanes import LaneState, Needs
+from cascade_llm.worker import graph_sampling
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.graph_sampling import SamplingGraphs
 from cascade_llm.worker.step_buffers import HostImage, StepArena
@@ -99,20 +96,20 @@ def test_unchanged(tiny: Path, expected: Results) -> None:
 
 @mutation("counts are updated from the token that was sampled")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(UsageTable, "note", lambda self, lanes, tokens: None)
+    patch.setattr(UsageCounts, "note", lambda self, lanes, tokens: None)
 
 
 @mutation("a lane begins with the counts of its own sequence")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(UsageTable, "_start_row", lambda self, start: None)
+    patch.setattr(UsageCounts, "_start_row", lambda self, row, start: None)
 
 
 @mutation("a lane that is entered is cleared")
 def _(patch: pytest.MonkeyPatch) -> None:
-    def on_top(self: UsageTable, start: LaneStart) -> None:
-        self._table[start.lane][torch.tensor(sorted(set(start.prompt_token_ids)))] |= 1
+    def on_top(self: UsageCounts, row: torch.Tensor, start: LaneStart) -> None:
+        row[torch.tensor(sorted(set(start.prompt_token_ids)))] |= 1
 
-    patch.setattr(UsageTable, "_start_row", on_top)
+    patch.setattr(UsageCounts, "_start_row", on_top)
 
 
 @mutation("a lane is entered behind the steps that used it before")
@@ -121,67 +118,74 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
     def overtaking(self: LaneState, starts: Sequence[LaneStart]) -> None:
         """As if on another stream: what is queued writes over it."""
-        assert isinstance(self.usage, UsageTable)
         upload = self._upload
-        self._upload = self.usage._upload = lambda values: values
+        self._upload = self.usage._upload = self.lists._upload = lambda values: values
         with _disable_current_modes(), torch.inference_mode():
             original(self, starts)
-        self._upload = self.usage._upload = upload
+        self._upload = self.usage._upload = self.lists._upload = upload
 
     patch.setattr(LaneState, "start", overtaking)
 
 
 @mutation("the prompt counts for repetition")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = UsageTable._start_row
+    original = UsageCounts._start_row
 
-    def outputs_alone(self: UsageTable, start: LaneStart) -> None:
-        original(self, start)
-        self._table[start.lane] &= ~1
+    def outputs_alone(self: UsageCounts, row: torch.Tensor, start: LaneStart) -> None:
+        original(self, row, start)
+        row &= ~1
 
-    patch.setattr(UsageTable, "_start_row", outputs_alone)
+    patch.setattr(UsageCounts, "_start_row", outputs_alone)
 
 
 @mutation("the prompt does not count for presence and frequency")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = UsageTable._start_row
+    original = UsageCounts._start_row
 
-    def prompt_too(self: UsageTable, start: LaneStart) -> None:
-        original(self, start)
-        self._table[start.lane] *= 2
+    def prompt_too(self: UsageCounts, row: torch.Tensor, start: LaneStart) -> None:
+        original(self, row, start)
+        row *= 2
 
-    patch.setattr(UsageTable, "_start_row", prompt_too)
+    patch.setattr(UsageCounts, "_start_row", prompt_too)
 
 
 @mutation("penalties are those of the sequence in the lane")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = UsageTable.start
+    original = UsageCounts.start
 
-    def penalized_alone(self: UsageTable, starts: Sequence[LaneStart]) -> None:
-        original(self, [start for start in starts if is_penalized(start)])
+    def penalized_alone(self: UsageCounts, starts: Sequence[LaneStart]) -> None:
+        if penalized := [start for start in starts if is_penalized(start)]:
+            original(self, penalized)
 
-    patch.setattr(UsageTable, "start", penalized_alone)
+    patch.setattr(UsageCounts, "start", penalized_alone)
 
 
 @mutation("steps that are sampled eagerly are counted too")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(UsageTable, "record", lambda self, lanes, tokens: None)
+    original = LaneState.record
+
+    def uncounted(self: LaneState, lanes: Sequence[int], tokens: torch.Tensor) -> None:
+        counts = self.usage.allocate().clone()
+        original(self, lanes, tokens)
+        self.usage.allocate().copy_(counts)
+
+    patch.setattr(LaneState, "record", uncounted)
 
 
 @mutation("repetition comes before presence and frequency")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = UsageTable.penalize_rows
+    original = UsageCounts.penalize
 
-    def reversed_order(self: UsageTable, logits: torch.Tensor, lanes: torch.Tensor) -> None:
-        penalties = self._penalties.clone()
-        self._penalties[:, 2].fill_(1.0)
+    def reversed_order(self: UsageCounts, logits: torch.Tensor, lanes: torch.Tensor) -> None:
+        penalties = self.penalties.clone()
+        self.penalties[:, 2].fill_(1.0)
         original(self, logits, lanes)
-        self._penalties.copy_(penalties)
-        self._penalties[:, :2].fill_(0.0)
+        self.penalties.copy_(penalties)
+        self.penalties[:, :2].fill_(0.0)
         original(self, logits, lanes)
-        self._penalties.copy_(penalties)
+        self.penalties.copy_(penalties)
 
-    patch.setattr(UsageTable, "penalize_rows", reversed_order)
+    patch.setattr(UsageCounts, "penalize", reversed_order)
 
 
 # -- lists ------------------------------------------------------------------------------------------------------------
@@ -189,37 +193,36 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("lists are set when a sequence enters its lane")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LaneLists, "start", lambda self, starts: None)
+    patch.setattr(TokenLists, "set", lambda self, lane, bias, endings, ends_from: None)
 
 
 @mutation("a lane's list goes with its sequence")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = LaneLists.start
+    original = TokenLists.set
 
-    def kept(self: LaneLists, starts: Sequence[LaneStart]) -> None:
+    def kept(self: TokenLists, *arguments: Any) -> None:
         self._used.clear()
-        original(self, starts)
+        original(self, *arguments)
 
-    patch.setattr(LaneLists, "start", kept)
+    patch.setattr(TokenLists, "set", kept)
 
 
 @mutation("endings are hidden by the place of the token to come")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = LaneLists.apply
+    original = TokenLists.apply
     patch.setattr(
-        LaneLists, "apply", lambda self, logits, lanes, positions: original(self, logits, lanes, positions - 1)
+        TokenLists, "apply", lambda self, logits, lanes, positions: original(self, logits, lanes, positions - 1)
     )
 
 
 @mutation("a list is padded by what changes nothing")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = LaneLists._set
+    original = TokenLists._set_row
 
-    def by_token_0(self: LaneLists, start: LaneStart) -> None:
-        original(self, start)
-        self._bias_ids[start.lane, len(start.params.logit_bias or {}) :] = 0
+    def by_token_0(self: TokenLists, table: torch.Tensor, lane: int, values: Sequence[float], padding: float) -> None:
+        original(self, table, lane, values, 0)
 
-    patch.setattr(LaneLists, "_set", by_token_0)
+    patch.setattr(TokenLists, "_set_row", by_token_0)
 
 
 # -- log-probabilities ------------------------------------------------------------------------------------------------
@@ -227,34 +230,33 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("log-probabilities are the raw model's")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = GraphLogprobs.note_raw
+    original = graph_sampling.choose
 
-    def adjusted(self: GraphLogprobs, values: torch.Tensor, workspace: Any) -> torch.Tensor:
-        values[:, :50] -= 5.0
-        return original(self, values, workspace)
+    def in_place(needs: Needs, logits: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        chosen = original(needs, logits, *rest, **options)
+        logits[:, :50] -= 5.0
+        return chosen
 
-    patch.setattr(GraphLogprobs, "note_raw", adjusted)
+    patch.setattr(graph_sampling, "choose", in_place)
 
 
 @mutation("the rank is the chosen token's")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = GraphLogprobs.note_chosen
+    original = graph_sampling.report
     patch.setattr(
-        GraphLogprobs,
-        "note_chosen",
-        lambda self, logits, token_ids, normalizers: original(self, logits, logits.argmax(-1), normalizers),
+        graph_sampling, "report", lambda logits, token_ids, num_top: original(logits, logits.argmax(-1), num_top)
     )
 
 
 @mutation("the most probable come first")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = graph_logprobs.most_probable
+    original = logprobs.most_probable
 
     def by_id(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids, largest = original(values, count)
         return ids.sort(-1).values, largest
 
-    patch.setattr(graph_logprobs, "most_probable", by_id)
+    patch.setattr(logprobs, "most_probable", by_id)
 
 
 @mutation("reports are copied behind the graph that writes them")
@@ -265,8 +267,8 @@ def _(patch: pytest.MonkeyPatch) -> None:
         self: SamplingGraphs, plan: StepPlan, rows: int, features: Any, image: HostImage, places: Sequence[int]
     ) -> Any:
         read = image.logprobs, image.logprob_ids
-        self._stream.copy(read[0], self._logprobs.values)
-        self._stream.copy(read[1], self._logprobs.ids)
+        self._stream.copy(read[0], self._logprobs)
+        self._stream.copy(read[1], self._logprob_ids)
         image.logprobs, image.logprob_ids = (self._stream.pinned(x.numel(), x.dtype).view_as(x) for x in read)
         result = original(self, plan, rows, features, image, places)
         image.logprobs, image.logprob_ids = read
@@ -280,30 +282,28 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("a step takes a graph that does what all its lanes need")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = LaneFeatures.of
-    patch.setattr(LaneFeatures, "of", lambda self, lanes: original(self, lanes[:1]))
+    original = LaneState.needs
+    patch.setattr(LaneState, "needs", lambda self, lanes: original(self, lanes[:1]))
 
 
 @mutation("what one lane asks for beyond any graph is sampled eagerly")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = LaneFeatures.of
-
-    def ignoring(self: LaneFeatures, lanes: Sequence[int]) -> Any:
-        return original(self, [lane for lane in lanes if not isinstance(self._features[lane], str)])
-
-    patch.setattr(LaneFeatures, "of", ignoring)
+    patch.setattr(SamplingGraphs, "_needs", lambda self, lanes: self._lanes.needs(lanes))
 
 
 @mutation("what a lane needs is noted anew with each sequence")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = LaneFeatures.start
+    original = LaneState.start
     seen: set[int] = set()
 
-    def once(self: LaneFeatures, starts: Sequence[LaneStart]) -> None:
-        original(self, [start for start in starts if start.lane not in seen])
+    def once(self: LaneState, starts: Sequence[LaneStart]) -> None:
+        before = self._needs.copy()
+        original(self, starts)
+        for lane in seen.intersection(start.lane for start in starts):
+            self._needs[lane] = before[lane]
         seen.update(start.lane for start in starts)
 
-    patch.setattr(LaneFeatures, "start", once)
+    patch.setattr(LaneState, "start", once)
 
 
 @mutation("a late capture runs on rows of padding")
@@ -330,11 +330,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 @mutation("a late capture comes before the step's columns are sent")
 def _(patch: pytest.MonkeyPatch) -> None:
     original = SamplingGraphs.prepared
-    late: dict[int, tuple[StepPlan, int]] = {}
 
     def unprepared(self: SamplingGraphs, plan: StepPlan, rows: int) -> Any:
-        late[id(self)] = plan, rows
-        return self._features.of(plan.sample_lanes)
+        return self._needs(plan.sample_lanes)
 
     replay = SamplingGraphs.replay
 
@@ -350,21 +348,23 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("everything runs once before a late capture")
 def _(patch: pytest.MonkeyPatch) -> None:
-    def cold(self: SamplingGraphs, rows: int, features: Any) -> None:
-        self._graphs[rows, features] = self._stream.capture(lambda: self._sample(rows, features))
+    def cold(self: SamplingGraphs, rows: int, needs: Needs) -> None:
+        work = (lambda: self._report(rows)) if needs is Needs.REPORT else (lambda: self._choose(rows, needs))
+        self._graphs[rows, needs] = self._stream.capture(work)
 
     patch.setattr(SamplingGraphs, "_capture", cold)
 
 
 @mutation("the host reads nothing while sampling is captured")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = GraphSampler.sample
+    original = graph_sampling.choose
 
-    def reading(self: GraphSampler, features: Any, logits: torch.Tensor, lanes: torch.Tensor, *rest: Any) -> None:
-        assert int(lanes.max()) >= 0
-        original(self, features, logits, lanes, *rest)
+    def reading(needs: Needs, logits: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        chosen = original(needs, logits, *rest, **options)
+        assert int(chosen[0].max()) >= 0
+        return chosen
 
-    patch.setattr(GraphSampler, "sample", reading)
+    patch.setattr(graph_sampling, "choose", reading)
 
 
 @mutation("uploads are not written over while they are in flight")
