@@ -36,11 +36,11 @@ class Blocked(WeightFormat):
 
     name = "blocked"
 
-    def __init__(self, spec: MatrixSpec, dense: Dense) -> None:
-        """`dense`: what is loaded and then packed."""
+    def __init__(self, spec: MatrixSpec, dense: Dense | None = None) -> None:
+        """`dense`: what is loaded and then packed; default its own memory."""
         self._in_features, self._out_features = spec.in_features, spec.out_features
-        self._dense: Dense | None = dense
-        self._onednn = OneDNN(spec, dense)
+        self._dense: Dense | None = dense or Dense(spec)
+        self._onednn = OneDNN(spec, self._dense)
         kernel = _compiled()
         assert not isinstance(kernel, str), kernel
         self._kernel = kernel

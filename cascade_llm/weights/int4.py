@@ -11,6 +11,8 @@ The products are torch core's; a kernel of our own for its layout was no faster 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from cascade_llm.weights.dense import Dense
@@ -36,10 +38,12 @@ class Int4(WeightFormat):
 
     name = "int4"
 
-    def __init__(self, spec: MatrixSpec, many_rows: WeightFormat) -> None:
-        """`many_rows`: without values yet; it multiplies more than `MAX_ROWS` rows."""
-        self._parts, self._many_rows = spec.parts, many_rows
-        self._dense: Dense | None = Dense(spec, spec.options.stored_dtype)
+    def __init__(self, spec: MatrixSpec, many_rows: Callable[[], WeightFormat]) -> None:
+        """`many_rows`: makes the matrix that multiplies more than `MAX_ROWS` rows."""
+        self._spec, self._make_many_rows = spec, many_rows
+        self._missing = set(spec.parts)
+        self._dense: Dense | None = None
+        self._many_rows: WeightFormat | None = None
         self._codes = self._scales_and_zeros = torch.empty(0)
 
     @staticmethod
@@ -59,27 +63,26 @@ class Int4(WeightFormat):
         return reasons
 
     def load(self, part: str, stored: StoredTensor) -> None:
-        """See `WeightFormat`; what is loaded keeps the checkpoint's dtype until it is rounded."""
-        assert self._dense is not None, "parts are loaded before pack()"
+        """See `WeightFormat`; the last part rounds the matrix, so that few wait in the checkpoint's dtype."""
+        self._dense = self._dense or Dense(self._spec, self._spec.options.stored_dtype)
         self._dense.load(part, stored)
+        self._missing.remove(part)
+        if not self._missing:
+            self._codes, self._scales_and_zeros, values = quantize(self._dense.values)
+            self._dense, self._many_rows = None, self._make_many_rows()
+            for name in self._spec.parts:
+                self._many_rows.load(name, StoredTensor.plain(values[self._spec.rows_of(name)]))
 
     def pack(self) -> None:
-        """Round the weight to int4, and give the rounded values to the other format."""
-        if self._dense is None:
-            return
-        self._codes, self._scales_and_zeros, values = quantize(self._dense.values)
-        self._dense = None
-        for part, rows in zip(self._parts, values.split_with_sizes(list(self._parts.values())), strict=True):
-            self._many_rows.load(part, StoredTensor.plain(rows))
-        self._many_rows.pack()
+        """See `WeightFormat`; the four bits are packed already."""
+        self._loaded().pack()
 
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See `WeightFormat`; after `pack()` only."""
-        assert self._dense is None, "int4 multiplies after pack()"
+        """See `WeightFormat`; once all parts are loaded."""
         if x.shape[0] > MAX_ROWS:
-            return self._many_rows.multiply(x, bias, out)
+            return self._loaded().multiply(x, bias, out)
         y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(
             x.contiguous(), self._codes, GROUP_LEN, self._scales_and_zeros
         )
@@ -90,8 +93,12 @@ class Int4(WeightFormat):
     @property
     def num_bytes(self) -> int:
         """See `WeightFormat`; the matrix for many rows is counted."""
-        loading = 0 if self._dense is None else self._dense.num_bytes
-        return loading + self._codes.nbytes + self._scales_and_zeros.nbytes + self._many_rows.num_bytes
+        held = sum(matrix.num_bytes for matrix in (self._dense, self._many_rows) if matrix is not None)
+        return held + self._codes.nbytes + self._scales_and_zeros.nbytes
+
+    def _loaded(self) -> WeightFormat:
+        assert self._many_rows is not None, f"{sorted(self._missing)} not loaded"
+        return self._many_rows
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -21,10 +21,10 @@ class OneDNN(WeightFormat):
 
     name = "onednn"
 
-    def __init__(self, spec: MatrixSpec, dense: Dense) -> None:
-        """`dense`: what is loaded and then packed."""
+    def __init__(self, spec: MatrixSpec, dense: Dense | None = None) -> None:
+        """`dense`: what is loaded and then packed; default its own memory."""
         self.spec = spec
-        self._dense: Dense | None = dense
+        self._dense: Dense | None = dense or Dense(spec)
         self._packed: torch.Tensor | None = None
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from cascade_llm.errors import ConfigError
 from cascade_llm.weights.blocked import Blocked
@@ -20,17 +21,17 @@ class Entry:
     """A format of the table."""
 
     format: type[WeightFormat]
-    allocate: Callable[[MatrixSpec, Dense], WeightFormat]
-    """Given dense memory, which most formats load their parts into."""
+    allocate: Callable[[MatrixSpec, Dense | None], WeightFormat]
+    """Given the dense matrix that holds the values, where somebody else loads it: a tied embedding."""
     changes_values: bool = False
     """Whether it rounds, and so is taken only where `quantization` names it."""
 
 
 FORMATS: Mapping[str, Entry] = {
-    "int4": Entry(Int4, lambda spec, dense: Int4(spec, many_rows=_unquantized(spec, dense)), changes_values=True),
+    "int4": Entry(Int4, lambda spec, _: Int4(spec, partial(_unquantized, spec)), changes_values=True),
     "blocked": Entry(Blocked, Blocked),
     "onednn": Entry(OneDNN, OneDNN),
-    "dense": Entry(Dense, lambda spec, dense: dense),
+    "dense": Entry(Dense, lambda spec, dense: dense or Dense(spec)),
 }
 """By preference."""
 
@@ -73,15 +74,14 @@ def select_format(spec: MatrixSpec) -> FormatChoice:
 
 
 def allocate_matrix(spec: MatrixSpec, dense: Dense | None = None) -> WeightFormat:
-    """A matrix without values in its format; over the values of `dense` where somebody else loads those.
+    """A matrix without values in its format; over those of `dense` where somebody else loads them.
 
     Raises:
         ConfigError: the format that `quantization` names cannot hold it
     """
-    entry = FORMATS[select_format(spec).name]
-    return entry.allocate(spec, Dense(spec) if dense is None else dense)
+    return FORMATS[select_format(spec).name].allocate(spec, dense)
 
 
-def _unquantized(spec: MatrixSpec, dense: Dense) -> WeightFormat:
+def _unquantized(spec: MatrixSpec) -> WeightFormat:
     """For the numbers of rows that a quantized format is slower at."""
-    return allocate_matrix(replace(spec, options=replace(spec.options, quantization=None)), dense)
+    return allocate_matrix(replace(spec, options=replace(spec.options, quantization=None)))

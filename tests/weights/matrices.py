@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cascade_llm.weights.dense import Dense
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat, WeightOptions
-from cascade_llm.weights.select import FORMATS, allocate_matrix
+from cascade_llm.weights.select import FORMATS
 
 CPU = torch.device("cpu")
 PLAIN = [name for name, entry in FORMATS.items() if not entry.changes_values]
@@ -35,4 +34,4 @@ def filled(matrix: WeightFormat, values: torch.Tensor) -> WeightFormat:
 
 def matrix_in(spec: MatrixSpec, format_name: str) -> WeightFormat:
     """Allocated in a format of the table, whatever is preferred."""
-    return allocate_matrix(spec) if format_name == "int4" else FORMATS[format_name].allocate(spec, Dense(spec))
+    return FORMATS[format_name].allocate(spec, None)
