@@ -27,6 +27,7 @@ from cascade_llm.config import EngineOptions
 from cascade_llm.device.device_name import last_level_cache_bytes
 from cascade_llm.device.devices import resolve_device, resolve_dtype
 from cascade_llm.engine.cost_setup import attention_shape, calibration_key, table_costs
+from cascade_llm.errors import ConfigError
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.scheduler.cascade.calibration import Calibration
@@ -228,7 +229,15 @@ def calibrate(
         max_levels: shared levels of the plans that are timed
         measure_s: about how long to measure, over all cases
         on_case: called with each case before it is timed
+
+    Raises:
+        ConfigError: on CUDA
     """
+    if spec.device.type == "cuda":
+        raise ConfigError(
+            "calibration on CUDA would time how fast the host launches eager kernels, not the graphs that an engine "
+            "replays: leave it out, the table's constants of the device serve; or calibrate with --device cpu"
+        )
     measured: list[tuple[PlanWork, float]] = []
     for name in cases:
         on_case(name)

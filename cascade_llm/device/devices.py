@@ -17,15 +17,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is one. Raises `ConfigError` for one that is not there."""
+    """The device of that name; `auto` is CUDA where there is one. Raises `ConfigError` for one that is not there.
+
+    A CUDA device has its index: "cuda" and "cuda:0" are different keys to torch, and the same memory.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device is {name!r}: it must be auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: use cpu")
+    if name == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

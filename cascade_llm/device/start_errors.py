@@ -9,7 +9,14 @@ import torch
 
 from cascade_llm.errors import BackendError, CapacityError
 
-__all__ = ["compiled_kernels", "memory_for"]
+__all__ = ["compiled_kernels", "is_out_of_memory", "memory_for"]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had no memory left: torch's own error, or what CUDA says where torch does not allocate."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    )
 
 
 @contextmanager
@@ -17,7 +24,9 @@ def memory_for(what_and_cure: str) -> Iterator[None]:
     """A device without memory left is a `CapacityError` that says for what, and what to change."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise CapacityError(f"the device has no memory for {what_and_cure}") from error
 
 

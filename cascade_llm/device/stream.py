@@ -1,8 +1,8 @@
-"""One queue of work on a device, as the host sees it: copies, marks and graphs run in the order they were given.
+"""One queue of work on a device, as the host sees it: copies, events and graphs run in the order they were given.
 
-The host writes into pinned buffers, queues a copy and goes on; it may not touch such a buffer before a `Mark` that was
-set after the copy has been waited for. All GPU work of an engine goes through one stream, so kernels, copies and
-graph replays never overtake each other.
+The host writes into pinned buffers, queues a copy and goes on; it may not touch such a buffer before an `Event` that
+was recorded behind the copy has passed. All GPU work of an engine goes through one stream, so kernels, copies and graph
+replays never overtake each other.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-__all__ = ["CudaStream", "DeviceStream", "Graph", "Mark"]
+__all__ = ["CudaStream", "DeviceStream", "Event", "Graph"]
 
 
-class Mark(ABC):
+class Event(ABC):
     """A point in a stream."""
 
     @abstractmethod
-    def wait(self) -> None:
-        """Block the host until all work queued before the mark is done."""
+    def synchronize(self) -> None:
+        """Block the host until all work queued before the event is done."""
 
 
 class Graph(ABC):
@@ -57,8 +57,8 @@ class DeviceStream(ABC):
         return copy
 
     @abstractmethod
-    def mark(self) -> Mark:
-        """Mark this point."""
+    def record_event(self) -> Event:
+        """A new event at this point of the queue, behind every copy so far."""
 
     @abstractmethod
     def capture(self, work: Callable[[], None]) -> Graph:
@@ -86,19 +86,18 @@ class CudaStream(DeviceStream):
         return torch.zeros(num_elements, dtype=dtype, pin_memory=True)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """See `DeviceStream`."""
+        """See `DeviceStream`; like everything that torch queues, on the current stream, where events are recorded."""
         target.copy_(source, non_blocking=True)
 
-    def mark(self) -> Mark:
+    def record_event(self) -> Event:
         """See `DeviceStream`."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._stream)
-        return _CudaMark(event)
+        return _CudaEvent(torch.cuda.current_stream(self.device).record_event())
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """See `DeviceStream`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # a capture forbids this thread alone what would break it: others may allocate and wait meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return _CudaGraph(graph)
 
@@ -116,11 +115,11 @@ class CudaStream(DeviceStream):
         return torch.cuda.memory_reserved(self.device)
 
 
-class _CudaMark(Mark):
+class _CudaEvent(Event):
     def __init__(self, event: torch.cuda.Event) -> None:
         self._event = event
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         self._event.synchronize()
 
 

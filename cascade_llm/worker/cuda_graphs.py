@@ -1,7 +1,8 @@
 """Decode steps as CUDA graphs: captured once for each shape, replayed with new integers in fixed memory.
 
-A step goes: write its integers into a pinned image, queue one copy, plan what changed, replay the forward graph, replay
-the sampling graph, queue the copy of the results. The host waits for nothing but, two steps later, its own image.
+A step goes: write its integers into pinned host buffers, queue one copy, plan what changed, replay the forward graph,
+replay the sampling graph, queue the copy of the results. The host waits for nothing but, two steps later, its own
+buffers.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from cascade_llm.attention.backend import StepAttention, column_tensor
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
 from cascade_llm.attention.flashinfer.graph import GraphAttention, SharedColumns
 from cascade_llm.attention.flashinfer.levels import LevelColumns
+from cascade_llm.device.start_errors import is_out_of_memory
 from cascade_llm.device.stream import DeviceStream, Graph
+from cascade_llm.errors import CapacityError
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.plan import CascadeLevel, CascadePlan, StepPlan, StepResult
 from cascade_llm.sampling.lanes import NO_TOKEN, LaneState, Needs
 from cascade_llm.tiling import max_tiles
 from cascade_llm.worker.graph_sampling import GraphCounters, SamplingGraphs, report_len
 from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape, graph_shapes, needs_padding_segment
-from cascade_llm.worker.step_buffers import HostImage, StepArena
+from cascade_llm.worker.step_buffers import HostBuffers, StepBuffers
 
 __all__ = ["CaptureReport", "CudaGraphs", "OnCapture"]
 
@@ -43,7 +46,7 @@ class CaptureReport:
     seconds: float
     num_bytes: int
     dropped: tuple[GraphShape, ...] = ()
-    """Shapes that the memory had no room for; their steps run eagerly."""
+    """Shapes that memory or workspace had no room for; their steps run eagerly."""
     num_later_at_most: int = 0
     """Sampling graphs that are captured when a step first needs them, at most."""
     usage_bytes: int = 0
@@ -91,7 +94,7 @@ class CudaGraphs:
         self._row_counts = sorted({shape.rows for shape in self._all_shapes})
         max_segments = max((capacity for shape in self._all_shapes for capacity in shape.capacities), default=0)
         self._shared = [SharedColumns(max_segments, pool.num_pages, lanes.device) for _ in range(max_shared_levels)]
-        self._arena = StepArena(
+        self._buffers = StepBuffers(
             self._stream,
             max_rows=max_rows,
             max_leaf_pages=max_rows * -(-max_model_len // pool.page_size),
@@ -102,7 +105,7 @@ class CudaGraphs:
         self.counters = GraphCounters()
         self._sampling = SamplingGraphs(
             self._stream,
-            self._arena,
+            self._buffers,
             lanes,
             logits=self._logits,
             row_counts=self._row_counts,
@@ -130,12 +133,14 @@ class CudaGraphs:
         for shape in self._all_shapes:
             try:
                 self._capture_forward(shape)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, CapacityError) as error:
+                if not isinstance(error, CapacityError) and not is_out_of_memory(error):
+                    raise
                 dropped.append(shape)
-                log.warning("no memory to capture the graph of %s: such steps will run eagerly", shape)
+                log.warning("no memory for the graph of %s, such steps will run eagerly: %s", shape, error)
             count(shape in self._shapes)
         self._sampling.capture(count)
-        self._stream.mark().wait()
+        self._stream.record_event().synchronize()
         return CaptureReport(
             num_captured,
             time.perf_counter() - started,
@@ -150,32 +155,32 @@ class CudaGraphs:
             self._backend,
             shape.rows,
             shape.capacities,
-            self._arena.leaf_buffers(shape.rows),
+            self._buffers.leaf_buffers(shape.rows),
             self._shared,
             self._num_processors,
         )
-        image = self._arena.take_image()
-        self._write_padding(image, 0, shape.rows, first_leaf_page=0)
-        self._arena.send(image, shape.rows)
-        attention.plan_leaf(self._leaf_columns(image, shape.rows), None)
-        room = _Room(image.shared)
+        host = self._buffers.take_host()
+        self._write_padding(host, 0, shape.rows, first_leaf_page=0)
+        self._buffers.send(host, shape.rows)
+        attention.plan_leaf(self._leaf_columns(host, shape.rows), None)
+        room = _Room(host.shared)
         for position, capacity in enumerate(shape.capacities):
             attention.plan_shared(position, None, self._stand_in_columns(room, shape.rows, capacity))
-        image.in_use = self._stream.mark()
+        host.in_use = self._stream.record_event()
         work = partial(self._forward, attention, shape.rows)
         work()
         self._shapes[shape] = _CapturedShape(attention, self._stream.capture(work))
 
     def _forward(self, attention: GraphAttention, rows: int) -> None:
-        """What a forward graph holds: from the arena's columns to logits in fixed memory."""
-        columns = self._arena.columns
+        """What a forward graph holds: from the buffers's columns to logits in fixed memory."""
+        columns = self._buffers.columns
         step = StepAttention([attention], self._backend, columns.slots[:rows])
         hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
         self._decoder.write_logits(hidden, self._logits[:rows])
 
     def _input_tokens(self, rows: int) -> torch.Tensor:
         """Of lane and host, the one that names a token: the other says -1."""
-        columns = self._arena.columns
+        columns = self._buffers.columns
         from_lanes = self._lanes.last_tokens.index_select(0, columns.token_lanes[:rows])
         return torch.maximum(from_lanes, columns.token_ids[:rows])
 
@@ -199,17 +204,17 @@ class CudaGraphs:
         captured, needs = self._shapes[shape], self._sampling.prepared(plan, shape.rows)
         self.counters.graph_steps += 1
         self.counters.padding_rows += shape.rows - plan.num_rows
-        image = self._arena.take_image()
-        num_leaf_pages = self._write_step(image, plan, shape.rows)
-        self._arena.send(image, num_leaf_pages)
-        captured.attention.plan_leaf(self._leaf_columns(image, shape.rows), plan.cascade.leaf.kv_page_indptr)
-        room = _Room(image.shared)
+        host = self._buffers.take_host()
+        num_leaf_pages = self._write_step(host, plan, shape.rows)
+        self._buffers.send(host, num_leaf_pages)
+        captured.attention.plan_leaf(self._leaf_columns(host, shape.rows), plan.cascade.leaf.kv_page_indptr)
+        room = _Room(host.shared)
         for position, level in enumerate(plan.cascade.shared_levels):
             if not captured.attention.holds(position, level):
                 columns = self._shared_columns(room, level, shape, shape.capacities[position])
                 captured.attention.plan_shared(position, level, columns)
         captured.forward.replay()
-        return self._sampled(plan, shape.rows, needs, image)
+        return self._sampled(plan, shape.rows, needs, host)
 
     def sample(self, plan: StepPlan, hidden: torch.Tensor) -> Callable[[], StepResult] | None:
         """Sample a step whose forward pass was eager, without waiting for it; None where no graph does what it needs.
@@ -228,25 +233,25 @@ class CudaGraphs:
         if isinstance(needs, str):
             self.counters.eagerly_sampled_steps[needs] += 1
             return None
-        image = self._arena.take_image()
-        self._write_padding(image, 0, rows, first_leaf_page=0)
-        image.columns.positions[:count] = column_tensor(plan.sample_positions) - 1
-        image.columns.sample_lanes[:count] = column_tensor(plan.sample_lanes)
-        self._arena.send(image, rows)
+        host = self._buffers.take_host()
+        self._write_padding(host, 0, rows, first_leaf_page=0)
+        host.columns.positions[:count] = column_tensor(plan.sample_positions) - 1
+        host.columns.sample_lanes[:count] = column_tensor(plan.sample_lanes)
+        self._buffers.send(host, rows)
         sampled_rows = self._stream.upload(column_tensor(plan.sample_rows).long())
         self._decoder.write_logits(hidden[sampled_rows], self._logits[:count])
-        return self._sampling.replay(plan, rows, needs, image, range(count))
+        return self._sampling.replay(plan, rows, needs, host, range(count))
 
-    def _sampled(self, plan: StepPlan, rows: int, needs: Needs | str, image: HostImage) -> Callable[[], StepResult]:
+    def _sampled(self, plan: StepPlan, rows: int, needs: Needs | str, host: HostBuffers) -> Callable[[], StepResult]:
         """Queue the sampling of a step whose logits are under way; `needs` may be why it has to be eager."""
         if not len(plan.sample_rows):
-            image.in_use = self._stream.mark()
+            host.in_use = self._stream.record_event()
             return lambda: StepResult(step_id=plan.step_id)
         if isinstance(needs, str):
-            image.in_use = self._stream.mark()
+            host.in_use = self._stream.record_event()
             result = self._sampling.sample_eagerly(plan, needs)
             return lambda: result
-        return self._sampling.replay(plan, rows, needs, image, plan.sample_rows.tolist())
+        return self._sampling.replay(plan, rows, needs, host, plan.sample_rows.tolist())
 
     def _shape_of(self, plan: StepPlan) -> GraphShape | str:
         """The graph that serves a step, or why none does."""
@@ -269,9 +274,9 @@ class CudaGraphs:
 
     # -- columns ----------------------------------------------------------------------------------------------------
 
-    def _write_step(self, image: HostImage, plan: StepPlan, rows: int) -> int:
+    def _write_step(self, host: HostBuffers, plan: StepPlan, rows: int) -> int:
         """Write a step's columns, padded to `rows`; returns how many page indices the leaf has."""
-        columns, count, leaf = image.columns, plan.num_rows, plan.cascade.leaf
+        columns, count, leaf = host.columns, plan.num_rows, plan.cascade.leaf
         columns.token_ids[:count] = column_tensor(plan.token_ids)
         columns.positions[:count] = column_tensor(plan.positions)
         columns.slots[:count] = column_tensor(plan.slots)
@@ -285,12 +290,12 @@ class CudaGraphs:
         columns.leaf_indptr[: count + 1] = column_tensor(leaf.kv_page_indptr)
         columns.leaf_last_page_len[:count] = column_tensor(leaf.kv_last_page_len)
         columns.leaf_indices[:num_pages] = column_tensor(leaf.kv_page_indices)
-        self._write_padding(image, count, rows, first_leaf_page=num_pages)
+        self._write_padding(host, count, rows, first_leaf_page=num_pages)
         return num_pages + rows - count
 
-    def _write_padding(self, image: HostImage, first: int, rows: int, *, first_leaf_page: int) -> None:
+    def _write_padding(self, host: HostBuffers, first: int, rows: int, *, first_leaf_page: int) -> None:
         """Rows that nobody asked for: token 0 on the padding page, each with that one page and one token."""
-        columns, count = image.columns, rows - first
+        columns, count = host.columns, rows - first
         columns.token_ids[first:rows] = 0
         columns.positions[first:rows] = 0
         columns.slots[first:rows] = self._padding_page * self._page_size
@@ -303,13 +308,13 @@ class CudaGraphs:
 
     def _send_padding(self, rows: int) -> None:
         """Queue the columns of a step that nobody asked for, between two steps."""
-        image = self._arena.next_image()
-        self._write_padding(image, 0, rows, first_leaf_page=0)
-        self._arena.send(image, rows)
-        image.in_use = self._stream.mark()
+        host = self._buffers.next_host()
+        self._write_padding(host, 0, rows, first_leaf_page=0)
+        self._buffers.send(host, rows)
+        host.in_use = self._stream.record_event()
 
-    def _leaf_columns(self, image: HostImage, rows: int) -> LevelColumns:
-        columns = image.columns
+    def _leaf_columns(self, host: HostBuffers, rows: int) -> LevelColumns:
+        columns = host.columns
         return LevelColumns(
             torch.arange(rows + 1, dtype=torch.int32),
             columns.leaf_indptr[: rows + 1],

@@ -15,12 +15,13 @@ from functools import partial
 
 import torch
 
+from cascade_llm.device.start_errors import is_out_of_memory
 from cascade_llm.device.stream import DeviceStream, Graph
 from cascade_llm.plan import IntColumn, StepPlan, StepResult
 from cascade_llm.sampling.lanes import LaneState, Needs
 from cascade_llm.sampling.logprobs import read_report, report
 from cascade_llm.sampling.sampler import Sampler, choose
-from cascade_llm.worker.step_buffers import HostImage, StepArena
+from cascade_llm.worker.step_buffers import HostBuffers, StepBuffers
 
 __all__ = ["CHOICES", "GraphCounters", "SamplingGraphs", "report_len"]
 
@@ -74,7 +75,7 @@ class SamplingGraphs:
     def __init__(
         self,
         stream: DeviceStream,
-        arena: StepArena,
+        buffers: StepBuffers,
         lanes: LaneState,
         *,
         logits: torch.Tensor,
@@ -86,14 +87,14 @@ class SamplingGraphs:
 
         Args:
             stream: that all work is queued on
-            arena: with the steps' columns
+            buffers: with the steps' columns
             lanes: whose tables stay where they are; the last lane belongs to no sequence
             logits: [max_rows, vocab], fixed memory
             row_counts: ascending; one graph each
             send_padding: queues a step of so many rows that nobody asked for, to run graphs on before they are captured
             counters: what happened
         """
-        self._stream, self._arena, self._logits, self._row_counts = stream, arena, logits, tuple(row_counts)
+        self._stream, self._buffers, self._logits, self._row_counts = stream, buffers, logits, tuple(row_counts)
         self._lanes, self._send_padding, self._counters = lanes, send_padding, counters
         max_rows, vocab_size = logits.shape
         self._results = torch.zeros(2, max_rows, dtype=torch.int64, device=lanes.device)
@@ -119,7 +120,7 @@ class SamplingGraphs:
         return len(CAPTURED_LATER) * len(self._row_counts)
 
     def capture(self, on_graph: Callable[[bool], None]) -> None:
-        """Capture what every load may need, the largest first; the arena holds padding.
+        """Capture what every load may need, the largest first; the buffers hold padding.
 
         on_graph: told of each whether there was memory for it
         """
@@ -168,13 +169,15 @@ class SamplingGraphs:
         try:
             work()
             self._graphs[rows, needs] = self._stream.capture(work)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             self._graphs[rows, needs] = None
             log.warning("no memory to capture sampling of %d rows (%s): such steps wait for the device", rows, needs)
 
     def _capture_late(self, rows: int, needs: Needs) -> None:
         """Capture between steps: nothing may be under way on a stream that is captured."""
-        self._stream.mark().wait()
+        self._stream.record_event().synchronize()
         self._send_padding(rows)
         self._capture(rows, needs)
         if self._graphs[rows, needs] is None:
@@ -184,7 +187,7 @@ class SamplingGraphs:
 
     def _choose(self, rows: int, needs: Needs) -> None:
         """What a graph that chooses tokens holds; a drawn token has the position after its row's."""
-        columns = self._arena.columns
+        columns = self._buffers.columns
         lanes, positions = columns.sample_lanes[:rows].long(), columns.positions[:rows].long() + 1
         token_ids, finite = choose(needs, self._logits[:rows], self._lanes, lanes, positions, in_graph=True)
         self._lanes.note(lanes, token_ids, count=bool(needs & Needs.ADJUST))
@@ -201,7 +204,7 @@ class SamplingGraphs:
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def replay(
-        self, plan: StepPlan, rows: int, needs: Needs, image: HostImage, places: Sequence[int]
+        self, plan: StepPlan, rows: int, needs: Needs, host: HostBuffers, places: Sequence[int]
     ) -> Callable[[], StepResult]:
         """Replay the graphs that serve these needs, and queue the copies of their results.
 
@@ -211,20 +214,20 @@ class SamplingGraphs:
             graph = self._graphs[rows, key]
             assert graph is not None
             graph.replay()
-        self._stream.copy(image.results, self._results)
+        self._stream.copy(host.results, self._results)
         counts: list[int | None] = []
         if needs & Needs.REPORT:
-            self._stream.copy(image.logprobs, self._logprobs)
-            self._stream.copy(image.logprob_ids, self._logprob_ids)
+            self._stream.copy(host.logprobs, self._logprobs)
+            self._stream.copy(host.logprob_ids, self._logprob_ids)
             counts = [self._lanes.params(lane).logprobs for lane in plan.sample_lanes]
-        mark = image.in_use = self._stream.mark()
+        event = host.in_use = self._stream.record_event()
 
         def result_after_wait() -> StepResult:
-            mark.wait()
-            all_tokens, finite = image.results.tolist()
+            event.synchronize()
+            all_tokens, finite = host.results.tolist()
             token_ids = [all_tokens[place] for place in places]
             logprobs = [
-                None if count is None else read_report(image.logprobs[place], image.logprob_ids[place], token, count)
+                None if count is None else read_report(host.logprobs[place], host.logprob_ids[place], token, count)
                 for token, place, count in zip(token_ids, places, counts, strict=False)
             ]
             return StepResult(

@@ -1,6 +1,6 @@
 """The integers of a decode step in fixed device memory, brought there by one copy.
 
-Two pinned host images take turns: while the copy of one is under way, the next step is written into the other.
+Two sets of pinned host buffers take turns: while the copy of one is under way, the next step is written into the other.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from cascade_llm.attention.flashinfer.levels import LevelBuffers
-from cascade_llm.device.stream import DeviceStream, Mark
+from cascade_llm.device.stream import DeviceStream, Event
 
-__all__ = ["HostImage", "StepArena"]
+__all__ = ["HostBuffers", "StepBuffers"]
 
 ALIGNMENT = 4
 """int32 elements: kernels read 16 bytes at a time"""
-NUM_IMAGES = 2
+NUM_HOSTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class StepColumns:
         return cls(*columns)
 
 
-class HostImage:
-    """A step as the host writes it, and the mark after which it may be written again."""
+class HostBuffers:
+    """A step as the host writes it, and the event after which it may be written again."""
 
     def __init__(
         self, stream: DeviceStream, max_rows: int, max_leaf_pages: int, shared_len: int, num_logprobs: int
@@ -61,11 +61,11 @@ class HostImage:
         self.logprobs = stream.pinned(max_rows * num_logprobs, torch.float32).view(max_rows, num_logprobs)
         """[max_rows, num_logprobs], and below the ids that belong to them; see `GraphLogprobs`"""
         self.logprob_ids = stream.pinned(max_rows * num_logprobs, torch.int64).view(max_rows, num_logprobs)
-        self.in_use: Mark | None = None
+        self.in_use: Event | None = None
 
 
-class StepArena:
-    """Device memory of the steps' columns and the host images that fill it."""
+class StepBuffers:
+    """Device memory of the steps' columns and the host buffers that fill it."""
 
     def __init__(
         self, stream: DeviceStream, *, max_rows: int, max_leaf_pages: int, shared_len: int, num_logprobs: int
@@ -83,8 +83,8 @@ class StepArena:
         self._block = torch.zeros(block_len(max_rows, max_leaf_pages), dtype=torch.int32, device=stream.device)
         self.columns = StepColumns.in_block(self._block, max_rows, max_leaf_pages)
         self._indices_begin = block_len(max_rows, 0)
-        self._images = [
-            HostImage(stream, max_rows, max_leaf_pages, shared_len, num_logprobs) for _ in range(NUM_IMAGES)
+        self._hosts = [
+            HostBuffers(stream, max_rows, max_leaf_pages, shared_len, num_logprobs) for _ in range(NUM_HOSTS)
         ]
         self._next = 0
 
@@ -96,26 +96,26 @@ class StepArena:
             qo_indptr, columns.leaf_indptr[: rows + 1], columns.leaf_indices, columns.leaf_last_page_len[:rows]
         )
 
-    def take_image(self) -> HostImage:
-        """The image that was used longest ago, once the device is done with it.
+    def take_host(self) -> HostBuffers:
+        """The host buffers that were used longest ago, once the device is done with them.
 
-        The results of the step before lie in the other, and may not have been read yet: one step takes one image.
+        The results of the step before lie in the other, and may not have been read yet: one step takes one set.
         """
-        image = self.next_image()
-        self._next = (self._next + 1) % NUM_IMAGES
-        return image
+        host = self.next_host()
+        self._next = (self._next + 1) % NUM_HOSTS
+        return host
 
-    def next_image(self) -> HostImage:
-        """The image that will be taken next, for work that is no step."""
-        image = self._images[self._next]
-        if image.in_use is not None:
-            image.in_use.wait()
-        return image
+    def next_host(self) -> HostBuffers:
+        """The host buffers that will be taken next, for work that is no step."""
+        host = self._hosts[self._next]
+        if host.in_use is not None:
+            host.in_use.synchronize()
+        return host
 
-    def send(self, image: HostImage, num_leaf_pages: int) -> None:
-        """Queue the copy of an image, as far as it is used."""
+    def send(self, host: HostBuffers, num_leaf_pages: int) -> None:
+        """Queue the copy of host buffers to the device, as far as they are used."""
         used = self._indices_begin + num_leaf_pages
-        self._stream.copy(self._block[:used], image.block[:used])
+        self._stream.copy(self._block[:used], host.block[:used])
 
 
 def block_len(max_rows: int, max_leaf_pages: int) -> int:

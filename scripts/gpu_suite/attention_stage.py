@@ -115,7 +115,7 @@ def _graph_attention(backend: FlashInferAttentionBackend, plan: CascadePlan, sha
     for position, (level, capacity) in enumerate(zip(plan.shared_levels, shape.capacities, strict=True)):
         columns = LevelColumns(*(_pinned(stream, column) for column in _padded(level, capacity)))
         attention.plan_shared(position, level, columns)
-    stream.mark().wait()
+    stream.record_event().synchronize()
     return attention
 
 

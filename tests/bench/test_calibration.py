@@ -104,6 +104,11 @@ def test_calibration_and_check_on_a_few_cases() -> None:
     assert seen == [*cases, "1,6/64,8"]
 
 
+def test_a_gpu_is_not_calibrated_by_the_time_that_its_host_takes() -> None:
+    with pytest.raises(ConfigError, match="how fast the host launches"):
+        calibrate(replace(SPEC, device=torch.device("cuda:0")), "torch", TorchAttentionBackend, measure_s=0.0)
+
+
 def test_regret_and_verdicts() -> None:
     def case(chosen: str, **measured_s: float) -> CheckedCase:
         times = {name.removeprefix("d"): seconds for name, seconds in measured_s.items()}

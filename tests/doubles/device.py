@@ -1,8 +1,8 @@
 """A device stream in which nothing is done before somebody waits.
 
-Copies, kernel plans and graph replays are queued, and run at a `Mark.wait` or when another device operation needs what
-they write. So a host buffer that is reused too early, and a result that is read too early, give wrong values here
-always, not once in a thousand steps. All memory is the CPU's; what counts as pinned is what `pinned` handed out.
+Copies, kernel plans and graph replays are queued, and run at an `Event.synchronize` or when another device operation
+needs what they write. So a host buffer that is reused too early, and a result that is read too early, give wrong values
+here always, not once in a thousand steps. All memory is the CPU's; what counts as pinned is what `pinned` handed out.
 
 A capture records every aten call and every FlashInfer call with the tensors that they touched. A replay makes these
 calls again and runs no Python of the model; it first poisons what other graphs left in the pool that all of them share.
@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from cascade_llm.device.stream import DeviceStream, Graph, Mark
+from cascade_llm.device.stream import DeviceStream, Event, Graph
 from tests.doubles.planner import DoubleError
 
 __all__ = ["DoubleStream", "poison"]
@@ -121,8 +121,8 @@ class DoubleStream(DeviceStream):
             self._device_storages[_storage(target)] = target
             self.enqueue(lambda: _copy(target, source), [target], [source])
 
-    def mark(self) -> Mark:
-        return _DoubleMark(self, self._num_queued)
+    def record_event(self) -> Event:
+        return _DoubleEvent(self, self._num_queued)
 
     def capture(self, work: Callable[[], None]) -> Graph:
         self.run_queued()
@@ -205,11 +205,11 @@ class DoubleStream(DeviceStream):
                     poison(output)
 
 
-class _DoubleMark(Mark):
+class _DoubleEvent(Event):
     def __init__(self, stream: DoubleStream, position: int) -> None:
         self._stream, self._position = stream, position
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         self._stream.run_queued(self._position)
 
 

@@ -124,7 +124,7 @@ def test_a_copy_happens_at_the_wait_and_not_before() -> None:
     host[:] = 7
     stream.copy(device, host)
     assert device.tolist() == [0, 0, 0, 0]
-    stream.mark().wait()
+    stream.record_event().synchronize()
     assert device.tolist() == [7, 7, 7, 7]
 
 
@@ -136,7 +136,7 @@ def test_a_pinned_buffer_may_not_be_written_while_its_copy_is_in_flight() -> Non
         host[4:].fill_(1)  # another part
         with pytest.raises(DoubleError, match="in flight"):
             host[3:5].fill_(1)
-        stream.mark().wait()
+        stream.record_event().synchronize()
         host[:4].fill_(1)
 
 
@@ -145,7 +145,7 @@ def test_a_result_that_is_read_before_its_mark_is_poison() -> None:
     host, device = stream.pinned(2, torch.int32), torch.tensor([1, 2], dtype=torch.int32)
     stream.copy(host, device)
     assert min(host.tolist()) < -1000
-    stream.mark().wait()
+    stream.record_event().synchronize()
     assert host.tolist() == [1, 2]
 
 
@@ -178,7 +178,7 @@ def test_a_replay_runs_the_records_on_the_buffers_of_the_capture() -> None:
     for scale in (1.0, 5.0):
         x.copy_(torch.arange(3.0) * scale)
         graph.replay()
-        stream.mark().wait()
+        stream.record_event().synchronize()
         assert y.tolist() == [1.0, 1.0 + 2 * scale, 1.0 + 4 * scale]
     assert len(calls) == 2
     assert stream.num_replays == 2
@@ -191,7 +191,7 @@ def test_a_replay_poisons_the_outputs_of_other_graphs() -> None:
     second = captured(stream, lambda: kept.append(x + 2))
     first.replay()
     second.replay()
-    stream.mark().wait()
+    stream.record_event().synchronize()
     assert kept[1].isnan().all()
     assert kept[3].tolist() == [3.0, 3.0]
 

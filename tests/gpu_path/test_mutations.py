@@ -24,7 +24,7 @@ from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.worker import graph_sampling
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape
-from cascade_llm.worker.step_buffers import StepArena
+from cascade_llm.worker.step_buffers import StepBuffers
 from tests.engine.tiny_llm import save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import OPTIONS, PARAMS, PROMPTS, SHAPE, double_gpu, gpu_llm, is_noticed
 
@@ -204,12 +204,12 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("captured kernels read the buffers that steps are written to")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = StepArena.leaf_buffers
+    original = StepBuffers.leaf_buffers
 
-    def cloned(self: StepArena, rows: int) -> LevelBuffers:
+    def cloned(self: StepBuffers, rows: int) -> LevelBuffers:
         return LevelBuffers(*(buffer.clone() for buffer in original(self, rows)))
 
-    patch.setattr(StepArena, "leaf_buffers", cloned)
+    patch.setattr(StepBuffers, "leaf_buffers", cloned)
 
 
 @mutation("plan is told the model's dtype: FlashInfer's default is float16")
@@ -294,7 +294,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 @mutation("what one graph leaves in the pool is not read after another was replayed")
 def _(patch: pytest.MonkeyPatch) -> None:
     def leave_in_pool(self: CudaGraphs, attention: Any, rows: int) -> None:
-        columns = self._arena.columns
+        columns = self._buffers.columns
         step = StepAttention(attention, self._backend, columns.slots[:rows])
         hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
         logits = self._decoder.logits(hidden)
@@ -303,13 +303,13 @@ def _(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CudaGraphs, "_forward", leave_in_pool)
 
 
-@mutation("results are read after their mark")
+@mutation("results are read after their event")
 def _(patch: pytest.MonkeyPatch) -> None:
     original = CudaGraphs._sampled
 
-    def at_once(self: CudaGraphs, plan: Any, rows: int, features: Any, image: Any) -> Any:
-        original(self, plan, rows, features, image)
-        tokens, _ = image.results.clone().tolist()
+    def at_once(self: CudaGraphs, plan: Any, rows: int, features: Any, host: Any) -> Any:
+        original(self, plan, rows, features, host)
+        tokens, _ = host.results.clone().tolist()
         result = _result_of(plan, tokens)
         return lambda: result
 
@@ -373,20 +373,20 @@ def _(patch: pytest.MonkeyPatch) -> None:
 # -- host and device --------------------------------------------------------------------------------------------------
 
 
-@mutation("a host image is not written while its copy is in flight")
+@mutation("host buffers are not written while their copy is in flight")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(StepArena, "take_image", lambda self: self._images[0])
+    patch.setattr(StepBuffers, "take_host", lambda self: self._hosts[0])
 
 
-@mutation("two host images take turns, each after its mark")
+@mutation("two sets of host buffers take turns, each after its event")
 def _(patch: pytest.MonkeyPatch) -> None:
-    def result_of_the_other(self: StepArena) -> Any:
-        image = self._images[0]
-        if image.in_use is not None:
-            image.in_use.wait()
-        return image
+    def result_of_the_other(self: StepBuffers) -> Any:
+        host = self._hosts[0]
+        if host.in_use is not None:
+            host.in_use.synchronize()
+        return host
 
-    patch.setattr(StepArena, "take_image", result_of_the_other)
+    patch.setattr(StepBuffers, "take_host", result_of_the_other)
 
 
 @mutation("a wrapper's own pinned memory is not planned into while its copy is in flight")
@@ -406,9 +406,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = CudaGraphs._write_padding
 
-    def to_page_0(self: CudaGraphs, image: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
-        original(self, image, first, rows, first_leaf_page=first_leaf_page)
-        image.columns.slots[first:rows] = 0
+    def to_page_0(self: CudaGraphs, host: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
+        original(self, host, first, rows, first_leaf_page=first_leaf_page)
+        host.columns.slots[first:rows] = 0
 
     patch.setattr(CudaGraphs, "_write_padding", to_page_0)
 
@@ -429,9 +429,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = CudaGraphs._write_padding
 
-    def to_lane_0(self: CudaGraphs, image: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
-        original(self, image, first, rows, first_leaf_page=first_leaf_page)
-        image.columns.sample_lanes[first:rows] = 0
+    def to_lane_0(self: CudaGraphs, host: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
+        original(self, host, first, rows, first_leaf_page=first_leaf_page)
+        host.columns.sample_lanes[first:rows] = 0
 
     patch.setattr(CudaGraphs, "_write_padding", to_lane_0)
 
@@ -440,10 +440,10 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = CudaGraphs._write_step
 
-    def from_host(self: CudaGraphs, image: Any, plan: Any, rows: int) -> int:
-        num_pages = original(self, image, plan, rows)
-        image.columns.token_lanes[:rows] = self._lanes.no_lane
-        image.columns.token_ids[: plan.num_rows] = column_tensor(plan.token_ids)
+    def from_host(self: CudaGraphs, host: Any, plan: Any, rows: int) -> int:
+        num_pages = original(self, host, plan, rows)
+        host.columns.token_lanes[:rows] = self._lanes.no_lane
+        host.columns.token_ids[: plan.num_rows] = column_tensor(plan.token_ids)
         return num_pages
 
     patch.setattr(CudaGraphs, "_write_step", from_host)
@@ -463,10 +463,10 @@ ALTERNATING = {"columns that another graph has overwritten are written again": _
 def _padding_without_pages(patch: pytest.MonkeyPatch) -> None:
     original = CudaGraphs._write_padding
 
-    def no_page(self: CudaGraphs, image: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
-        original(self, image, first, rows, first_leaf_page=first_leaf_page)
-        image.columns.leaf_indptr[first + 1 : rows + 1] = first_leaf_page
-        image.columns.leaf_last_page_len[first:rows] = 0
+    def no_page(self: CudaGraphs, host: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
+        original(self, host, first, rows, first_leaf_page=first_leaf_page)
+        host.columns.leaf_indptr[first + 1 : rows + 1] = first_leaf_page
+        host.columns.leaf_last_page_len[first:rows] = 0
 
     patch.setattr(CudaGraphs, "_write_padding", no_page)
 

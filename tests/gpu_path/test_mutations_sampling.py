@@ -23,7 +23,7 @@ from cascade_llm.sampling.lanes import LaneState, Needs
 from cascade_llm.worker import graph_sampling
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.graph_sampling import SamplingGraphs
-from cascade_llm.worker.step_buffers import HostImage, StepArena
+from cascade_llm.worker.step_buffers import HostBuffers, StepBuffers
 from tests.doubles.device import DoubleStream
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, is_noticed
@@ -264,14 +264,14 @@ def _(patch: pytest.MonkeyPatch) -> None:
     original = SamplingGraphs.replay
 
     def before(
-        self: SamplingGraphs, plan: StepPlan, rows: int, features: Any, image: HostImage, places: Sequence[int]
+        self: SamplingGraphs, plan: StepPlan, rows: int, features: Any, host: HostBuffers, places: Sequence[int]
     ) -> Any:
-        read = image.logprobs, image.logprob_ids
+        read = host.logprobs, host.logprob_ids
         self._stream.copy(read[0], self._logprobs)
         self._stream.copy(read[1], self._logprob_ids)
-        image.logprobs, image.logprob_ids = (self._stream.pinned(x.numel(), x.dtype).view_as(x) for x in read)
-        result = original(self, plan, rows, features, image, places)
-        image.logprobs, image.logprob_ids = read
+        host.logprobs, host.logprob_ids = (self._stream.pinned(x.numel(), x.dtype).view_as(x) for x in read)
+        result = original(self, plan, rows, features, host, places)
+        host.logprobs, host.logprob_ids = read
         return result
 
     patch.setattr(SamplingGraphs, "replay", before)
@@ -311,20 +311,20 @@ def _(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CudaGraphs, "_send_padding", lambda self, rows: None)
 
 
-@mutation("a late capture takes no image from the steps")
+@mutation("a late capture takes no host from the steps")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = StepArena.next_image
+    original = StepBuffers.next_host
 
-    def taken(self: StepArena) -> HostImage:
-        image = original(self)
+    def taken(self: StepBuffers) -> HostBuffers:
+        host = original(self)
         self._next = (self._next + 1) % 2
-        return image
+        return host
 
-    def take_image(self: StepArena) -> HostImage:
+    def take_host(self: StepBuffers) -> HostBuffers:
         return taken(self)
 
-    patch.setattr(StepArena, "take_image", take_image)
-    patch.setattr(StepArena, "next_image", taken)
+    patch.setattr(StepBuffers, "take_host", take_host)
+    patch.setattr(StepBuffers, "next_host", taken)
 
 
 @mutation("a late capture comes before the step's columns are sent")
@@ -337,10 +337,10 @@ def _(patch: pytest.MonkeyPatch) -> None:
     replay = SamplingGraphs.replay
 
     def preparing(
-        self: SamplingGraphs, plan: StepPlan, rows: int, features: Any, image: HostImage, places: Sequence[int]
+        self: SamplingGraphs, plan: StepPlan, rows: int, features: Any, host: HostBuffers, places: Sequence[int]
     ) -> Any:
         original(self, plan, rows)
-        return replay(self, plan, rows, features, image, places)
+        return replay(self, plan, rows, features, host, places)
 
     patch.setattr(SamplingGraphs, "prepared", unprepared)
     patch.setattr(SamplingGraphs, "replay", preparing)

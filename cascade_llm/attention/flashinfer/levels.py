@@ -14,7 +14,7 @@ import torch
 
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer.ops import FlashInferOps
-from cascade_llm.device.stream import DeviceStream, Mark
+from cascade_llm.device.stream import DeviceStream, Event
 from cascade_llm.errors import CapacityError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale
 
@@ -139,17 +139,17 @@ class LevelKernel:
             self._options["causal"] = causal
         self._is_fixed = buffers is not None
         self._wrapper = self._decode_wrapper(kernel, buffers) if self._decodes else self._prefill_wrapper(buffers)
-        self._planned: Mark | None = None
+        self._planned: Event | None = None
 
     def plan(self, columns: LevelColumns) -> None:
         """Plan the kernel for these segments. The wrapper's own pinned memory is free again when the last plan's copy
         is done, so that is waited for."""
         if self._planned is not None:
-            self._planned.wait()
+            self._planned.synchronize()
         elif self._is_fixed:
             self._shrink(columns)
         self._wrapper.plan(*self._arguments(columns), **self._options, non_blocking=True)
-        self._planned = self._device.stream.mark()
+        self._planned = self._device.stream.record_event()
 
     def run(
         self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], output: LevelOutput, k_scale: float = 1.0

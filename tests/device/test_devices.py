@@ -1,0 +1,43 @@
+"""Which device a name means, and which errors mean that a device's memory is full."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cascade_llm.device.devices import resolve_device
+from cascade_llm.device.start_errors import is_out_of_memory, memory_for
+from cascade_llm.errors import CapacityError, ConfigError
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_cuda_device_has_its_index_so_that_memory_is_kept_under_one_key() -> None:
+    assert torch.device("cuda") != torch.device("cuda:0"), "as keys"
+    for name in ("auto", "cuda", "cuda:0"):
+        assert resolve_device(name) == torch.device("cuda:0")
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match="torch sees 2 CUDA devices"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), True),
+        (RuntimeError("CUDA error: out of memory"), True),  # a graph that is instantiated
+        (torch.AcceleratorError("CUDA error: Out of Memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (CapacityError("the pool is out of memory"), False),
+    ],
+)
+def test_out_of_memory_is_known_by_type_or_words(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+    with pytest.raises(CapacityError if expected else type(error)), memory_for("graphs: lower max_num_seqs"):
+        raise error
