@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,34 @@ class Checkpoint(ABC):
     before memory is taken; weights are read by `stored_tensors()`.
     """
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What to call the model: the folder's or file's name."""
+    is_dummy = False
+    """Whether there are no weights on disk: the model fills itself with random ones."""
 
-    @property
-    def is_dummy(self) -> bool:
-        """Whether there are no weights on disk: the model fills itself with random ones."""
-        return False
+    def __init__(
+        self,
+        name: str,
+        tokenizer_source: Path | None,
+        hf_config: Mapping[str, Any],
+        generation_config: Mapping[str, Any],
+    ) -> None:
+        """Keep what the headers say.
 
-    @property
-    @abstractmethod
-    def tokenizer_source(self) -> Path | None:
-        """The folder or .gguf file that holds the tokenizer; None if the checkpoint has none."""
+        Args:
+            name: what to call the model: the folder's or file's name
+            tokenizer_source: the folder or .gguf file that holds the tokenizer; None if there is none
+            hf_config: the fields of Hugging Face's config.json
+            generation_config: those of generation_config.json, possibly none
+        """
+        self.name, self.tokenizer_source = name, tokenizer_source
+        self._hf_config, self._generation_config = hf_config, generation_config
 
-    @abstractmethod
     def hf_config(self) -> dict[str, Any]:
-        """The fields of Hugging Face's config.json; the caller's own copy."""
+        """The fields of config.json; the caller's own copy."""
+        return deepcopy(dict(self._hf_config))
 
-    @abstractmethod
     def generation_config(self) -> dict[str, Any]:
         """The fields of generation_config.json, possibly none; the caller's own copy."""
+        return deepcopy(dict(self._generation_config))
 
     @abstractmethod
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:

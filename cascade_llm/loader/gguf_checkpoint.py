@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,32 +46,20 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = GGUFFile(path)
-        if self._file.metadata.get("split.count", 1) > 1:
+        metadata = self._file.metadata
+        if metadata.get("split.count", 1) > 1:
             raise CheckpointError(
-                f"{path} is one of {self._file.metadata['split.count']} parts: join them with "
+                f"{path} is one of {metadata['split.count']} parts: join them with "
                 "llama-gguf-split --merge and give the whole file"
             )
-        self._config = hf_config_of(self._file)
+        ending_ids = ending_token_ids(metadata)
+        super().__init__(
+            self._file.path.stem,
+            self._file.path if metadata.get("tokenizer.ggml.tokens") else None,
+            hf_config_of(self._file),
+            {"eos_token_id": ending_ids} if ending_ids else {},
+        )
         self._hf_names = {name: _hf_name(self._file.path, name) for name in self._file.tensors if name != ROPE_DIVISORS}
-
-    @property
-    def name(self) -> str:
-        """The file's name without ending."""
-        return self._file.path.stem
-
-    @property
-    def tokenizer_source(self) -> Path | None:
-        """The file itself, where it has a vocabulary."""
-        return self._file.path if self._file.metadata.get("tokenizer.ggml.tokens") else None
-
-    def hf_config(self) -> dict[str, Any]:
-        """The metadata under Hugging Face's names."""
-        return dict(self._config)
-
-    def generation_config(self) -> dict[str, Any]:
-        """The ids that end a text (eos, eot and eom) as `eos_token_id`, where the file names any."""
-        ids = ending_token_ids(self._file.metadata)
-        return {"eos_token_id": ids} if ids else {}
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """All weights in the order of the file; blocks stay as they are until somebody asks for their values."""
@@ -94,9 +81,9 @@ class GGUFCheckpoint(Checkpoint):
         rows of each head were interleaved; other architectures keep Hugging Face's order.
         """
         part = tensor.name.split(".")[-2]
-        if self._config["model_type"] != "llama" or part not in ("attn_q", "attn_k"):
+        if self._hf_config["model_type"] != "llama" or part not in ("attn_q", "attn_k"):
             return rows
-        num_heads = self._config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+        num_heads = self._hf_config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
         if len(rows) % (2 * num_heads):
             raise CheckpointError(f"{self._file.path}: {tensor.name} has {len(rows)} rows for {num_heads} heads")
         pairs = rows.view(num_heads, len(rows) // num_heads // 2, 2, *rows.shape[1:])

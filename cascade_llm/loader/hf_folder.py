@@ -25,63 +25,24 @@ SHARD_BYTES = 2 << 30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; `CheckpointError` when it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON ({error}): copy or download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, it must hold an object")
-    return value
-
-
-def _read_optional_json(path: Path) -> dict[str, Any]:
-    """As `_read_json`; empty when there is no such file."""
-    return _read_json(path) if path.is_file() else {}
-
-
-def _find_tokenizer(folder: Path) -> Path | None:
-    """The folder itself where it holds a tokenizer, else None."""
-    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
-
-
 class HuggingFaceCheckpoint(Checkpoint):
     """A folder with config.json and model.safetensors, or its shards and their index."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
-        if not (self._folder / "config.json").is_file():
+        self.folder = Path(folder)
+        if not (self.folder / "config.json").is_file():
             raise ModelNotFoundError(
-                f"{self._folder} has no config.json: give the folder that holds config.json and *.safetensors, "
+                f"{self.folder} has no config.json: give the folder that holds config.json and *.safetensors, "
                 "or the path of a .gguf file"
             )
-        self._config = _read_json(self._folder / "config.json")
-        self._generation_config = _read_optional_json(self._folder / "generation_config.json")
-        self._names_per_file = _names_per_file(self._folder)
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self._folder.resolve().name
-
-    @property
-    def folder(self) -> Path:
-        """Where it lies."""
-        return self._folder
-
-    @property
-    def tokenizer_source(self) -> Path | None:
-        """The folder, where it holds a tokenizer."""
-        return _find_tokenizer(self._folder)
-
-    def hf_config(self) -> dict[str, Any]:
-        """config.json."""
-        return deepcopy(self._config)
-
-    def generation_config(self) -> dict[str, Any]:
-        """generation_config.json, or nothing."""
-        return deepcopy(self._generation_config)
+        generation_config = _read_optional_json(self.folder / "generation_config.json")
+        super().__init__(
+            self.folder.resolve().name,
+            _find_tokenizer(self.folder),
+            _read_json(self.folder / "config.json"),
+            generation_config,
+        )
+        self._names_per_file = _names_per_file(self.folder)
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """All weights, file by file, in the order in which they lie there."""
@@ -95,52 +56,26 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 
 class DummyCheckpoint(Checkpoint):
-    """A configuration alone: a folder with config.json, a config.json itself, another checkpoint, or a dict of it.
+    """A model's shape without its weights, for benchmarks and tests that need no download.
 
     Raises `ModelNotFoundError` when there is no config.json, `CheckpointError` when it is not JSON.
     """
 
+    is_dummy = True
+
     def __init__(self, source: str | os.PathLike[str] | Mapping[str, Any] | Checkpoint) -> None:
-        self._name, self._tokenizer_source = "dummy", None
-        self._generation_config: dict[str, Any] = {}
+        """`source`: a folder with config.json, a config.json itself, the fields of one, or another checkpoint."""
         if isinstance(source, Mapping):
-            self._config = deepcopy(dict(source))
+            super().__init__("dummy", None, deepcopy(dict(source)), {})
         elif isinstance(source, Checkpoint):
-            self._name, self._tokenizer_source = source.name, source.tokenizer_source
-            self._config, self._generation_config = source.hf_config(), source.generation_config()
+            super().__init__(source.name, source.tokenizer_source, source.hf_config(), source.generation_config())
         else:
-            self._read(Path(source))
-
-    def _read(self, source: Path) -> None:
-        path = source if source.is_file() else source / "config.json"
-        if not path.is_file():
-            raise ModelNotFoundError(f"{path} does not exist: dummy weights need the model's config.json")
-        folder = path.resolve().parent
-        self._name, self._tokenizer_source = folder.name, _find_tokenizer(folder)
-        self._config, self._generation_config = _read_json(path), _read_optional_json(folder / "generation_config.json")
-
-    @property
-    def name(self) -> str:
-        """The folder's name, or "dummy"."""
-        return self._name
-
-    @property
-    def is_dummy(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def tokenizer_source(self) -> Path | None:
-        """The folder, where it holds a tokenizer."""
-        return self._tokenizer_source
-
-    def hf_config(self) -> dict[str, Any]:
-        """The configuration as given."""
-        return deepcopy(self._config)
-
-    def generation_config(self) -> dict[str, Any]:
-        """The folder's generation_config.json, where there is one."""
-        return deepcopy(self._generation_config)
+            path = Path(source) if Path(source).is_file() else Path(source) / "config.json"
+            if not path.is_file():
+                raise ModelNotFoundError(f"{path} does not exist: dummy weights need the model's config.json")
+            folder = path.resolve().parent
+            generation_config = _read_optional_json(folder / "generation_config.json")
+            super().__init__(folder.name, _find_tokenizer(folder), _read_json(path), generation_config)
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """None: the model fills its own weights."""
@@ -238,3 +173,24 @@ def _write_shard(folder: Path, number: int, shard: dict[str, torch.Tensor], weig
     save_file(shard, folder / file, metadata={"format": "pt"})
     weight_map.update(dict.fromkeys(shard, file))
     shard.clear()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; `CheckpointError` when it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable as JSON ({error}): copy or download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, it must hold an object")
+    return value
+
+
+def _read_optional_json(path: Path) -> dict[str, Any]:
+    """As `_read_json`; empty when there is no such file."""
+    return _read_json(path) if path.is_file() else {}
+
+
+def _find_tokenizer(folder: Path) -> Path | None:
+    """The folder itself where it holds a tokenizer, else None."""
+    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None

@@ -22,15 +22,16 @@ __all__ = [
     "BlockOptions",
     "DecoderLayer",
     "GatedMLP",
+    "Parameter",
     "PreNormLayer",
-    "Slot",
-    "linear_slots",
-    "norm_slot",
+    "below",
+    "linear_parameters",
+    "norm_parameter",
 ]
 
 
 @dataclass(frozen=True)
-class Slot:
+class Parameter:
     """Where one tensor of a checkpoint goes."""
 
     shape: tuple[int, ...]
@@ -79,13 +80,13 @@ class AttentionBlock:
         """In the order they run."""
         return self.qkv, self.out
 
-    def slots(self) -> Iterator[tuple[str, Slot]]:
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """The names of its tensors, and where they go."""
         for linear in self.linears:
-            yield from linear_slots(linear)
+            yield from linear_parameters(linear)
         if self.head_norms is not None:
-            yield "q_norm.weight", norm_slot(self.head_norms[0])
-            yield "k_norm.weight", norm_slot(self.head_norms[1])
+            yield "q_norm.weight", norm_parameter(self.head_norms[0])
+            yield "k_norm.weight", norm_parameter(self.head_norms[1])
 
     def project(self, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Heads of x [rows, hidden]: q [rows, num_qo_heads, head_dim], k and v [rows, num_kv_heads, head_dim]."""
@@ -105,7 +106,7 @@ class MLP(ABC):
         """In the order they run."""
 
     @abstractmethod
-    def slots(self) -> Iterator[tuple[str, Slot]]:
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """The names of its tensors, and where they go."""
 
     @abstractmethod
@@ -127,10 +128,10 @@ class GatedMLP(MLP):
         """See `MLP`."""
         return self.gate_up, self.down
 
-    def slots(self) -> Iterator[tuple[str, Slot]]:
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """See `MLP`."""
         for linear in self.linears:
-            yield from linear_slots(linear)
+            yield from linear_parameters(linear)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `MLP`."""
@@ -152,7 +153,7 @@ class DecoderLayer(ABC):
         return *self.attention.linears, *self.mlp.linears
 
     @abstractmethod
-    def slots(self) -> Iterator[tuple[str, Slot]]:
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """The names of its tensors below the layer's own, and where they go."""
 
     @abstractmethod
@@ -195,12 +196,12 @@ class PreNormLayer(DecoderLayer):
         hidden = options.config.hidden_size
         self.attention_norm, self.mlp_norm = options.norm(hidden), options.norm(hidden)
 
-    def slots(self) -> Iterator[tuple[str, Slot]]:
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """See `DecoderLayer`."""
-        yield "input_layernorm.weight", norm_slot(self.attention_norm)
-        yield "post_attention_layernorm.weight", norm_slot(self.mlp_norm)
-        yield from ((f"self_attn.{name}", slot) for name, slot in self.attention.slots())
-        yield from ((f"mlp.{name}", slot) for name, slot in self.mlp.slots())
+        yield "input_layernorm.weight", norm_parameter(self.attention_norm)
+        yield "post_attention_layernorm.weight", norm_parameter(self.mlp_norm)
+        yield from below("self_attn", self.attention.named_parameters())
+        yield from below("mlp", self.mlp.named_parameters())
 
     def before_attention(
         self, residual: torch.Tensor, delta: torch.Tensor | None, rotation: Rotation
@@ -218,17 +219,22 @@ class PreNormLayer(DecoderLayer):
         return self.mlp(self._ops.add_rms_norm(residual, delta, self.mlp_norm))
 
 
-def linear_slots(linear: Linear) -> Iterator[tuple[str, Slot]]:
+def linear_parameters(linear: Linear) -> Iterator[tuple[str, Parameter]]:
     """`PART.weight` and `PART.bias` of each part."""
     for part, rows in linear.spec.parts.items():
-        yield f"{part}.weight", Slot((rows, linear.spec.in_features), partial(linear.load, part))
+        yield f"{part}.weight", Parameter((rows, linear.spec.in_features), partial(linear.load, part))
         if linear.bias is not None:
-            yield f"{part}.bias", Slot((rows,), partial(linear.load_bias, part))
+            yield f"{part}.bias", Parameter((rows,), partial(linear.load_bias, part))
 
 
-def norm_slot(norm: RMSNorm) -> Slot:
-    """Of a norm's weight."""
-    return Slot(tuple(norm.weight.shape), lambda stored: _copy(norm.weight, stored))
+def norm_parameter(norm: RMSNorm) -> Parameter:
+    """The weight of a norm."""
+    return Parameter(tuple(norm.weight.shape), partial(_copy, norm.weight))
+
+
+def below(prefix: str, parameters: Iterator[tuple[str, Parameter]]) -> Iterator[tuple[str, Parameter]]:
+    """The same parameters, their names behind `prefix` and a dot."""
+    return ((f"{prefix}.{name}", parameter) for name, parameter in parameters)
 
 
 def _copy(weight: torch.Tensor, stored: StoredTensor) -> None:

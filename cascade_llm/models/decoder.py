@@ -17,7 +17,7 @@ from cascade_llm.layers.fused_ops import FusedOps
 from cascade_llm.layers.native_ops import select_fused_ops
 from cascade_llm.layers.rope import cos_sin_cache, rotation_at
 from cascade_llm.models.architectures import ARCHITECTURES
-from cascade_llm.models.blocks import BlockOptions, Slot, linear_slots, norm_slot
+from cascade_llm.models.blocks import BlockOptions, Parameter, below, linear_parameters, norm_parameter
 from cascade_llm.weights.format import MatrixSpec, WeightOptions
 from cascade_llm.weights.linear import Embedding, Linear
 
@@ -72,14 +72,15 @@ class Decoder:
         """Every linear layer, the head last."""
         return *(linear for layer in self.layers for linear in layer.linears), self.lm_head
 
-    def slots(self) -> Iterator[tuple[str, Slot]]:
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """The name of every tensor of a checkpoint, and where it goes."""
-        yield "model.embed_tokens.weight", Slot((self.config.vocab_size, self.config.hidden_size), self.embedding.load)
-        yield "model.norm.weight", norm_slot(self.final_norm)
+        shape = self.config.vocab_size, self.config.hidden_size
+        yield "model.embed_tokens.weight", Parameter(shape, self.embedding.load)
+        yield "model.norm.weight", norm_parameter(self.final_norm)
         for layer in self.layers:
-            yield from ((f"model.layers.{layer.index}.{name}", slot) for name, slot in layer.slots())
+            yield from below(f"model.layers.{layer.index}", layer.named_parameters())
         if not self.config.tie_word_embeddings:
-            yield from linear_slots(self.lm_head)
+            yield from linear_parameters(self.lm_head)
 
     def pack(self) -> None:
         """Bring all matrices into the form that multiplies fastest, one at a time, dropping what they were loaded in.

@@ -10,7 +10,7 @@ import torch
 
 from cascade_llm.errors import CheckpointError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale
-from cascade_llm.models.blocks import Slot
+from cascade_llm.models.blocks import Parameter
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.weights.format import StoredTensor
 
@@ -32,24 +32,24 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) 
     A head beside a tied embedding and recomputed rotary buffers are passed over. Raises `CheckpointError` with every
     tensor that is missing, unexpected, wrongly shaped, of a dtype that is no plain float, or given twice.
     """
-    slots = dict(decoder.slots())
-    missing = dict.fromkeys(slots)
+    parameters = dict(decoder.named_parameters())
+    missing = dict.fromkeys(parameters)
     problems: list[str] = []
     for name, tensor in tensors:
-        if name not in slots:
+        if name not in parameters:
             if not _is_ignored(decoder, name):
                 problems.append(f"{name} is not a tensor of {decoder.config.architecture}")
         elif name not in missing:
             problems.append(f"{name} is given twice")
         else:
             del missing[name]
-            if problem := _problem(name, tensor, slots[name]):
+            if problem := _problem(name, tensor, parameters[name]):
                 problems.append(problem)
             else:
-                slots[name].load(tensor)
+                parameters[name].load(tensor)
     problems.extend(f"{name} is missing" for name in missing)
     if problems:
-        raise CheckpointError(_summary(problems, len(slots)))
+        raise CheckpointError(_summary(problems, len(parameters)))
 
 
 def init_dummy(decoder: Decoder, seed: int = 0) -> None:
@@ -57,13 +57,15 @@ def init_dummy(decoder: Decoder, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randn(DUMMY_PERIOD, generator=generator).to(decoder.dtype).to(decoder.device)
     start = 0
-    for name, slot in decoder.slots():
-        values = torch.ones(slot.shape, dtype=decoder.dtype, device=decoder.device)
-        if not name.endswith("norm.weight"):
-            _fill_repeating(values, numbers, start)
-            values.mul_(slot.shape[-1] ** -0.5)
-            start = (start + values.numel()) % DUMMY_PERIOD
-        slot.load(StoredTensor.plain(values))
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("norm.weight"):
+            values = torch.ones(parameter.shape, dtype=decoder.dtype, device=decoder.device)
+        else:
+            count = math.prod(parameter.shape)
+            values = numbers.roll(-start).repeat(-(-count // DUMMY_PERIOD))[:count].view(parameter.shape)
+            values = values * parameter.shape[-1] ** -0.5
+            start = (start + count) % DUMMY_PERIOD
+        parameter.load(StoredTensor.plain(values))
 
 
 class KVScaleReader:
@@ -94,9 +96,9 @@ def _scale(name: str, tensor: torch.Tensor) -> float:
     return value
 
 
-def _problem(name: str, tensor: StoredTensor, slot: Slot) -> str | None:
-    if tensor.shape != slot.shape:
-        return f"{name} has shape {list(tensor.shape)}, the configuration says {list(slot.shape)}"
+def _problem(name: str, tensor: StoredTensor, parameter: Parameter) -> str | None:
+    if tensor.shape != parameter.shape:
+        return f"{name} has shape {list(tensor.shape)}, the configuration says {list(parameter.shape)}"
     if tensor.decode is None and tensor.data.dtype not in WEIGHT_DTYPES:
         return f"{name} has dtype {str(tensor.data.dtype).removeprefix('torch.')}, not a plain float"
     return None
@@ -115,13 +117,3 @@ def _summary(problems: list[str], num_expected: int) -> str:
         f"the checkpoint does not fit its configuration: {len(problems)} problems, {num_expected} tensors expected\n"
         f"  {named}{more}\nUse the config.json that was saved with these weights."
     )
-
-
-def _fill_repeating(slot: torch.Tensor, numbers: torch.Tensor, start: int) -> None:
-    """Fill a contiguous tensor with `numbers`, repeated, from `start` on."""
-    flat = slot.view(-1)
-    done = 0
-    while done < flat.numel():
-        part = numbers[start : start + flat.numel() - done]
-        flat[done : done + part.numel()] = part
-        done, start = done + part.numel(), 0

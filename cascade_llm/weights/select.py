@@ -13,7 +13,7 @@ from cascade_llm.weights.format import MatrixSpec, WeightFormat
 from cascade_llm.weights.int4 import Int4
 from cascade_llm.weights.onednn import OneDNN
 
-__all__ = ["FORMATS", "FormatChoice", "allocate_matrix", "select_format"]
+__all__ = ["FORMATS", "Entry", "FormatChoice", "allocate_matrix", "select_format"]
 
 
 @dataclass(frozen=True)

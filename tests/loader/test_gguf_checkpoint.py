@@ -154,6 +154,20 @@ def test_random_blocks_equal_gguf_s_own_dequantization(tensor_type: Type) -> Non
     torch.testing.assert_close(loaded, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_blocks_are_handed_over_as_stored_and_in_hugging_face_s_order(tmp_path: Path) -> None:
+    """A format that keeps them finds in each row the blocks of that row; only `values()` decodes."""
+    model = tiny_model("llama", hidden_size=64, intermediate_size=64, num_attention_heads=4, num_hidden_layers=1)
+    checkpoint = GGUFCheckpoint(write_model(tmp_path / "tiny.gguf", model, tensor_type=Type.Q4_1))
+    for name, stored in checkpoint.stored_tensors():
+        values = model.state_dict()[name]
+        assert stored.shape == values.shape
+        if values.dim() == 1:
+            assert (stored.format, stored.data.dtype) == ("plain", torch.float32)
+        else:
+            assert stored.format == "Q4_1"
+            assert torch.equal(stored.data, torch.from_numpy(quants.quantize(values.numpy(), Type.Q4_1))), name
+
+
 def test_a_type_without_dequantization_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="Q8_K"):
         dequantize(np.zeros(GGML_QUANT_SIZES[Type.Q8_K][1], np.uint8), Type.Q8_K, (256,))

@@ -62,7 +62,7 @@ def test_name_and_tokenizer(tmp_path: Path) -> None:
     assert not checkpoint.is_dummy
     assert checkpoint.tokenizer_source is None
     (folder / "tokenizer.json").write_text("{}")
-    assert checkpoint.tokenizer_source == folder
+    assert HuggingFaceCheckpoint(folder).tokenizer_source == folder
 
 
 def test_truncated_and_foreign_weights(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def problems(decoder: Decoder, tensors: dict[str, torch.Tensor]) -> str:
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_the_names_are_those_of_transformers_and_every_parameter_is_covered(architecture: str) -> None:
     model = tiny_model(architecture, head_dim=8)
-    slots = dict(empty_decoder(model).slots())
-    assert {name: slot.shape for name, slot in slots.items()} == {
+    parameters = dict(empty_decoder(model).named_parameters())
+    assert {name: parameter.shape for name, parameter in parameters.items()} == {
         name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
     }
 
@@ -90,7 +90,7 @@ def test_every_kind_of_problem_is_named_at_once(decoder: Decoder, state: dict[st
 
 def test_many_problems_are_counted_and_the_first_are_named(decoder: Decoder) -> None:
     message = problems(decoder, {})
-    num_expected = len(dict(decoder.slots()))
+    num_expected = len(dict(decoder.named_parameters()))
     assert f"{num_expected} problems" in message
     assert message.count("is missing") == 10
     assert f"and {num_expected - 10} more" in message

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from cascade_llm.errors import ConfigError
+from cascade_llm.weights import select
 from cascade_llm.weights.dense import Dense
-from cascade_llm.weights.format import StoredTensor
+from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
 from cascade_llm.weights.int4 import MAX_ROWS
 from cascade_llm.weights.linear import Embedding, Linear
 from cascade_llm.weights.onednn import OneDNN
-from cascade_llm.weights.select import FORMATS, allocate_matrix, select_format
+from cascade_llm.weights.select import FORMATS, Entry, allocate_matrix, select_format
 from tests.weights.matrices import PLAIN, filled, matrix_in, matrix_spec
 
 SHAPES = [(576, 960), (1536, 576), (64, 128), (48, 100), (7, 3), (64, 1)]
@@ -205,3 +206,51 @@ def test_a_stored_tensor_is_decoded_when_it_is_loaded() -> None:
     matrix.load("b", StoredTensor("codes", (2, 4), codes, lambda data: data.float().expand(2, 4)))
     matrix.load("a", StoredTensor.plain(torch.ones(1, 4)))
     assert torch.equal(matrix.values, torch.tensor([[1.0], [3.0], [5.0]]).expand(3, 4))
+
+
+class KeptAsStored(WeightFormat):
+    """What a format of stored blocks will be: parts keep the bytes that they came in, each in its own format."""
+
+    name = "stored"
+
+    def __init__(self, spec: MatrixSpec) -> None:
+        self.spec = spec
+        self.parts: dict[str, StoredTensor] = {}
+
+    @staticmethod
+    def reasons_against(spec: MatrixSpec) -> list[str]:
+        return []
+
+    def load(self, part: str, stored: StoredTensor) -> None:
+        self.parts[part] = stored
+
+    def pack(self) -> None:
+        pass
+
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        out = x.new_empty(len(x), self.spec.out_features) if out is None else out
+        for part, stored in self.parts.items():
+            rows = self.spec.rows_of(part)
+            torch.matmul(x, stored.values().to(x.dtype).T, out=out[:, rows])
+        return out if bias is None else out.add_(bias)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(stored.data.nbytes for stored in self.parts.values())
+
+
+def test_a_new_format_is_a_class_and_a_line_and_may_hold_parts_of_several_formats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = Entry(KeptAsStored, lambda spec, _: KeptAsStored(spec))
+    monkeypatch.setattr(select, "FORMATS", {"stored": entry, **FORMATS})
+    linear = Linear(matrix_spec(4, {"q": 2, "v": 1}, torch.float32))
+    codes = torch.tensor([[3], [5]], dtype=torch.uint8)
+    linear.load("v", StoredTensor.plain(torch.full((1, 4), 7.0)))
+    linear.load("q", StoredTensor("codes", (2, 4), codes, lambda data: data.float().expand(2, 4)))
+    linear.pack()
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(linear(x), x @ torch.tensor([[3.0], [5.0], [7.0]]).expand(3, 4).T)
+    assert linear.matrix.num_bytes == 2 + 4 * 4
