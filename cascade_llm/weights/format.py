@@ -24,7 +24,7 @@ PLAIN = "plain"
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor of a checkpoint as its file holds it: a view of the file where that is possible, not to be written to."""
+    """A tensor of a checkpoint as its file holds it; often a view of the file, so it is not written to."""
 
     format: str
     """"plain", or the name of a block type, such as GGUF's "Q4_1"."""
