@@ -15,6 +15,7 @@ from cascade_llm.errors import BackendError
 __all__ = ["TASK_FIELDS", "LevelColumns", "PlanColumns", "kernels_for", "reasons_against_native"]
 
 SOURCE = Path(__file__).with_name("native_attention.c")
+FUNCTIONS = ("plan_tasks", "attend", "write_slots")
 DTYPE_DEFINES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
 MAX_HEAD_DIM = 256
 """A block of queries lies on its thread's stack: 0.7 MB in float32 at this size."""
@@ -84,7 +85,7 @@ def kernels_for(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL:
     Raises:
         BackendError: the machine cannot compile or load it
     """
-    library = compile_library(SOURCE, (DTYPE_DEFINES[dtype], f"HEAD_DIM={head_dim}"))
+    library = compile_library(SOURCE, (DTYPE_DEFINES[dtype], f"HEAD_DIM={head_dim}"), FUNCTIONS)
     library.plan_tasks.argtypes = (_pointer, _long, _long, _pointer, _long, _pointer)
     library.plan_tasks.restype = _long
     library.attend.argtypes = (*[_pointer] * 2, _long, _long, *[_pointer] * 3, _long, *[_pointer] * 4)

@@ -13,6 +13,7 @@ import torch
 from cascade_llm import __version__
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.select import BACKENDS, select_backend
+from cascade_llm.device.c_compiler import describe_library_cache
 from cascade_llm.device.device_name import device_name
 from cascade_llm.device.devices import resolve_device, resolve_dtype
 from cascade_llm.errors import BackendError
@@ -60,6 +61,7 @@ def describe_machine() -> dict[str, Any]:
         "backends": backend_reasons(),
         "elementwise": _elementwise(),
         "sampling": _sampling(),
+        "native_code": describe_library_cache(),
     }
 
 

@@ -74,6 +74,7 @@ def _table(machine: Mapping[str, Any]) -> Table:
         table.add_row("cost model", line)
     for part in ("elementwise", "sampling"):
         table.add_row(part, f"{machine[part]['name']}{_because(machine[part]['reason'])}")
+    table.add_row("native code", machine["native_code"])
     return table
 
 

@@ -1,48 +1,174 @@
-"""Compile a C file of this package for this processor, and load it into this process."""
+"""Compile a C file of this package for this processor, keep the library, and load it into this process."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
+import os
+import platform
 import shutil
+import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from cascade_llm.device.user_cache import private_folder
 from cascade_llm.errors import BackendError
 
-__all__ = ["compile_library"]
+__all__ = ["compile_library", "describe_library_cache"]
 
 COMPILER = "gcc"
 """GCC's OpenMP runtime is the one that torch has already loaded; another compiler's would bring a second pool."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+CACHE = "native"
+"""The folder of compiled libraries in the user's cache."""
+VERSION_LIMIT_S, COMPILE_LIMIT_S = 10.0, 60.0
+"""A compiler that takes longer hangs: it is ended, and counts as missing."""
 
 
-def compile_library(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL:
-    """The library built from one C file; takes a second or less, and leaves nothing on disk.
+def compile_library(source: Path, defines: tuple[str, ...], functions: tuple[str, ...]) -> ctypes.CDLL:
+    """The library built from one C file: compiled in a second or less, and then kept in the user's cache.
+
+    A file of the cache serves only the source, compiler and processor that it was built with, and only with the very
+    bytes that were written. Where there is no private folder for it, nothing is kept.
 
     Args:
         defines: macros, as "NAME" or "NAME=value"
+        functions: what the library must hold
 
     Raises:
-        BackendError: with the reason, where there is no compiler, or it fails, or the library would bring a second
-            OpenMP runtime into the process
+        BackendError: with the reason, where there is no compiler, or it fails or hangs, or the library would bring a
+            second OpenMP runtime into the process
     """
     compiler = shutil.which(COMPILER)
     if compiler is None:
         raise BackendError(f"native code needs a C compiler, and {COMPILER} was not found")
-    with tempfile.TemporaryDirectory(prefix="cascade_llm_") as folder:
-        target = str(Path(folder) / f"{source.stem}.so")
-        command = [compiler, *FLAGS, *(f"-D{define}" for define in defines), str(source), "-o", target, "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise BackendError(f"{source.name} did not compile: {done.stderr.strip()[:500]}")
-        before = _openmp_runtimes()
+    loaded = _loaded(compiler, (*FLAGS, *(f"-D{define}" for define in defines)), source, functions)
+    if isinstance(loaded, str):
+        raise BackendError(loaded)
+    return loaded
+
+
+def describe_library_cache() -> str:
+    """Where compiled libraries are kept, or why none are."""
+    try:
+        return f"kept in {private_folder(CACHE)}"
+    except BackendError as error:
+        return f"compiled at each start: {error}"
+
+
+@functools.cache
+def _loaded(compiler: str, options: tuple[str, ...], source: Path, functions: tuple[str, ...]) -> ctypes.CDLL | str:
+    """The library, or the reason why there is none: a compiler that hangs is not asked twice."""
+    try:
+        with _library_file(compiler, options, source) as path:
+            return _load(path, source.name, functions)
+    except BackendError as error:
+        return str(error)
+    except OSError as error:  # a full disk, a folder that is gone or read-only, a program of another machine
+        return f"{source.name} did not compile: {error}"
+
+
+@contextmanager
+def _library_file(compiler: str, options: tuple[str, ...], source: Path) -> Iterator[Path]:
+    """A file to load: of the cache, or one that is gone afterwards."""
+    try:
+        folder = private_folder(CACHE)
+    except BackendError:
+        with tempfile.TemporaryDirectory(prefix="cascade_llm_") as scratch:
+            yield _compile(compiler, options, source, Path(scratch))
+        return
+    key = f"{source.stem}-{_key(compiler, options, source)}"
+    kept = _kept(folder, key)
+    if kept is None:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = _compile(compiler, options, source, Path(scratch))
+            kept = built.replace(folder / f"{key}-{_digest(built.read_bytes())}.so")
+    yield kept
+
+
+def _key(compiler: str, options: tuple[str, ...], source: Path) -> str:
+    """Changes with whatever changes the library."""
+    told = (*options, compiler, _version(compiler), _processor())
+    return _digest(source.read_bytes(), *(text.encode() for text in told))
+
+
+def _kept(folder: Path, key: str) -> Path | None:
+    """The library of that key; a file with other bytes than its name says is removed."""
+    for path in folder.glob(f"{key}-*.so"):
+        if path.stem == f"{key}-{_digest(path.read_bytes())}":
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]
+
+
+def _compile(compiler: str, options: tuple[str, ...], source: Path, folder: Path) -> Path:
+    target = folder / f"{source.stem}.so"
+    returned, output = _run([compiler, *options, str(source), "-o", str(target), "-lm"], COMPILE_LIMIT_S, folder)
+    if returned or not target.is_file():
+        reason = output.strip()[:500] or f"{compiler} ended with {returned} and wrote no library"
+        raise BackendError(f"{source.name} did not compile: {reason}")
+    return target
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    return _run([compiler, "--version"], VERSION_LIMIT_S, None)[1]
+
+
+def _run(command: list[str], limit_s: float, scratch: Path | None) -> tuple[int, str]:
+    """Exit status and output of a compiler; whatever ends the wait ends the programs that it has started too."""
+    environment = os.environ if scratch is None else {**os.environ, "TMPDIR": str(scratch)}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+    with process:
         try:
-            library = ctypes.CDLL(target)
-        except OSError as error:
-            raise BackendError(f"{source.name} did not load: {error}") from None
+            output, _ = process.communicate(timeout=limit_s)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise BackendError(f"{command[0]} was ended after {limit_s:.0f} s") from None
+            raise
+    return process.returncode, output.decode(errors="replace")
+
+
+@functools.cache
+def _processor() -> str:
+    """What -march=native depends on, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
+    return "\n".join((platform.machine(), *told))
+
+
+def _load(path: Path, name: str, functions: tuple[str, ...]) -> ctypes.CDLL:
+    before = _openmp_runtimes()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"{name} did not load: {error}") from None
     if _openmp_runtimes() - before:
         raise BackendError("native code brought a second OpenMP runtime beside torch's")
+    if missing := [function for function in functions if not hasattr(library, function)]:
+        raise BackendError(f"{name} was compiled without {', '.join(missing)}")
     return library
 
 

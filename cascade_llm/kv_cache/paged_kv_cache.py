@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -13,6 +16,8 @@ from cascade_llm.plan import PageCopy
 __all__ = ["KVLayout", "KVScale", "PagedKVCache"]
 
 KVLayout = Literal["NHD", "HND"]
+PRIVATE = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+"""Memory that a fork would share is counted otherwise by containers."""
 
 
 class KVScale(NamedTuple):
@@ -52,7 +57,7 @@ class PagedKVCache:
         assert dtype.itemsize == 1 or set(self.scales) <= {KVScale()}
         inner = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
         shape = (2, num_pages, *inner, head_dim)
-        self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._layers = [_zeros(shape, dtype, self.device) for _ in range(num_layers)]
 
     @property
     def num_layers(self) -> int:
@@ -134,6 +139,14 @@ class PagedKVCache:
 
     def _by_slot(self, pool: torch.Tensor) -> torch.Tensor:
         return pool.view(self.num_slots, self.num_kv_heads, self.head_dim)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros of a shape. On the CPU the system gives each piece of memory when it is first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **PRIVATE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _bytes_of(x: torch.Tensor) -> torch.Tensor:

@@ -165,7 +165,7 @@ def reason_against_native_sampler(device: torch.device) -> str | None:
 @functools.cache
 def _compiled() -> ctypes.CDLL:
     """The library, compiled once per process; raises `BackendError` where that is not possible."""
-    library = compile_library(SOURCE, ())
+    library = compile_library(SOURCE, (), ("scratch_len", "sample_rows", "draw_rows"))
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     library.scratch_len.argtypes, library.scratch_len.restype = (long,), long
     library.sample_rows.argtypes = (

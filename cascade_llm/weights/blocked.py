@@ -122,7 +122,7 @@ def is_blocked(address: int, weight: torch.Tensor) -> bool:
 def _compiled() -> ctypes._NamedFuncPointer | str:
     """The kernel, compiled once per process, or the reason why there is none."""
     try:
-        kernel = compile_library(SOURCE, ()).blocked_product
+        kernel = compile_library(SOURCE, (), ("blocked_product",)).blocked_product
     except BackendError as error:
         return str(error)
     pointer, long = ctypes.c_void_p, ctypes.c_long

@@ -12,7 +12,7 @@ from cascade_llm import __version__
 from cascade_llm.attention.select import BACKENDS
 from cascade_llm.bench.machine import describe_machine
 from cascade_llm.layers import native_ops
-from cascade_llm.sampling import native_draw
+from cascade_llm.sampling import native_sampler
 
 
 def test_everything_is_there_and_is_json() -> None:
@@ -38,7 +38,7 @@ def test_a_backend_serves_or_says_why_not() -> None:
 
 def test_without_a_compiler_it_says_what_torch_does_instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    for module in (native_ops, native_draw):
+    for module in (native_ops, native_sampler):
         module._compiled.cache_clear()
     machine = describe_machine()
     for part in ("elementwise", "sampling"):
