@@ -124,12 +124,24 @@ class SchedulerConfig:
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
     cache_salt: bytes = b""
     """Names model and adapter in every page key, so that pages of another model never match."""
+    attention_kinds: tuple[int | None, ...] = (None,)
+    """The window of each attention kind; the first has none (None) and reads all earlier tokens."""
+    layer_kinds: tuple[int, ...] = ()
+    """[layers] the kind of each layer; empty: all of the first."""
 
     def __post_init__(self) -> None:
         for name in ("page_size", "total_pages", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 1 or larger")
         _check_batch(self.max_num_batched_tokens, self.max_num_seqs)
+        if self.attention_kinds[:1] != (None,) or any((w or 0) < 1 for w in self.attention_kinds[1:]):
+            raise ConfigError(
+                f"attention_kinds is {self.attention_kinds}: it must be None and then windows of 1 or more tokens"
+            )
+        if any(not 0 <= kind < len(self.attention_kinds) for kind in self.layer_kinds):
+            raise ConfigError(
+                f"layer_kinds is {self.layer_kinds}: there are {len(self.attention_kinds)} attention kinds"
+            )
         needed = -(-self.max_model_len // self.page_size)
         if self.total_pages < needed:
             raise ConfigError(

@@ -28,6 +28,14 @@ class SchedulerCounters:
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache, or filled by another request of the same step."""
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    """Proposed tokens that steps had rows for."""
+    accepted_tokens: int = 0
+    """The part of them that the model drew itself."""
+    copied_pages: int = 0
+    """Pages copied inside the device's pool before a sequence wrote to them."""
+    moved_pages: int = 0
+    """Pages copied from one tier to another."""
     preemptions: int = 0
     finished_requests: int = 0
     kv_tokens_read: int = 0

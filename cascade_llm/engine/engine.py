@@ -226,7 +226,10 @@ class Engine:
                 continue
             changed[update.request_id] = state
             if update.finish_reason == "error":
-                self._end_with(state, failure or _not_finite(update, result.failure_detail))
+                self._end_with(state, failure or update.failure or _not_finite(update, result.failure_detail))
+                continue
+            if state.output.outputs[update.sample_index].finish_reason is not None:  # drafted behind a stop string
+                self.scheduler.counters.generated_tokens -= 1
                 continue
             try:
                 stopped_by = state.apply(update)

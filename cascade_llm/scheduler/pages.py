@@ -156,6 +156,12 @@ class PageTables:
             sequence.pages.append(page)
         return pages
 
+    def truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        """Give back the pages behind the first `num_tokens` tokens, which are the sequence's own."""
+        num_pages = self._num_pages(num_tokens)
+        self.allocator.remove_owner(sequence.pages[num_pages:])
+        del sequence.pages[num_pages:]
+
     def publish_planned(self, sequence: Sequence, known_len: int) -> None:
         """Put the full pages of the first `known_len` tokens into the tree, before the step that fills them has run.
 

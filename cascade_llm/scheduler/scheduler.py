@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Iterator
-from itertools import repeat
+from collections.abc import Callable, Iterable
+from itertools import islice, repeat
 
 from cascade_llm.config import SchedulerConfig
+from cascade_llm.errors import GenerationError
 from cascade_llm.metrics import PageCounts, SchedulerCounters
 from cascade_llm.outputs import TokenLogprob
-from cascade_llm.plan import StepPlan, StepResult
+from cascade_llm.plan import PageCopy, StepPlan, StepResult
 from cascade_llm.scheduler.cascade.choice import SegmentCosts
 from cascade_llm.scheduler.cascade.planner import CascadePlanner
 from cascade_llm.scheduler.cascade.tree import PlannedRows
@@ -28,7 +29,10 @@ from cascade_llm.scheduler.prefix_cache import PrefixMatch, root_key
 from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus, SequenceUpdate, WaitingQueue
 from cascade_llm.scheduler.step import DecodeRun, InFlightStep, LanePool, StepDraft, build_step_plan, is_decode
 
-__all__ = ["FlashInferScheduler", "SequenceUpdate"]
+__all__ = ["Drafter", "FlashInferScheduler", "SequenceUpdate"]
+
+Drafter = Callable[[Sequence, int], Iterable[int]]
+"""Proposes the next tokens of a sequence, as many as it likes up to a number, and changes nothing."""
 
 
 class FlashInferScheduler:
@@ -38,8 +42,10 @@ class FlashInferScheduler:
     the cascade planner.
     """
 
-    def __init__(self, config: SchedulerConfig, costs: SegmentCosts) -> None:
+    def __init__(self, config: SchedulerConfig, costs: SegmentCosts, drafter: Drafter | None = None) -> None:
+        """`drafter`: who proposes tokens that steps check, several at once; they change speed, never the text."""
         self.config = config
+        self._drafter = drafter
         self.counters = SchedulerCounters()
         self._costs = costs
         self._sequences: dict[str, list[Sequence]] = {}
@@ -51,13 +57,15 @@ class FlashInferScheduler:
         """An empty pool, nobody waiting or running, nothing in flight."""
         config, costs = self.config, self._costs
         self._tables = PageTables(config.total_pages, config.page_size, keep_unheld=config.enable_prefix_caching)
-        self._planner = CascadePlanner(config.page_size, config.cascade, costs, self._tables.cache.root)
+        windows = [window_len for window_len in config.attention_kinds if window_len is not None]
+        self._planner = CascadePlanner(config.page_size, config.cascade, costs, self._tables.cache.root, windows)
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # by precedence
         self._lanes = LanePool(config.max_num_seqs)
         self._in_flight: deque[InFlightStep] = deque()
         self._decode_run: DecodeRun | None = None
         self._draining = False  # a running sequence lacks pages: plan nothing until no step is in flight
+        self._tier_copies: list[PageCopy] = []
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -112,6 +120,10 @@ class FlashInferScheduler:
         """Forget every prefix that no running sequence holds."""
         self._tables.evict(self._tables.cache.num_cached_pages)
 
+    def copy_pages(self, copies: Iterable[PageCopy]) -> None:
+        """Have pages copied between tiers: the next step that is planned carries the copies, before its first write."""
+        self._tier_copies.extend(copies)
+
     # -- planning ---------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
@@ -129,7 +141,11 @@ class FlashInferScheduler:
 
     def _next_decode_step(self) -> InFlightStep | None:
         """The last step, moved on by a token; None where anything is to be decided."""
-        if self._decode_run is None or self._next_admission(self.config.max_num_batched_tokens) is not None:
+        if (
+            self._decode_run is None
+            or self._tier_copies
+            or self._next_admission(self.config.max_num_batched_tokens) is not None
+        ):
             return None
         return self._decode_run.next_step(self._next_step_id)
 
@@ -144,14 +160,21 @@ class FlashInferScheduler:
             return None
         cascade = self._planner.plan(draft.rows)
         rows = [draft.rows[i] for i in cascade.order]
-        plan = build_step_plan(self._next_step_id, draft, rows, cascade, self.config.page_size)
+        self.counters.copied_pages += len(draft.page_copies)
+        self.counters.moved_pages += len(self._tier_copies)
+        draft.page_copies, self._tier_copies = self._tier_copies + draft.page_copies, []
+        plan = build_step_plan(self._next_step_id, draft, rows, cascade, self.config)
         sequences, version = [row.sequence for row in rows], self._tables.cache.version
         if not is_decode(rows):
             return InFlightStep(plan, sequences, version, rows)
         step = InFlightStep(plan, sequences, version)
-        if len(rows) == len(self._running):
+        if len(rows) == len(self._running) and self._may_repeat(plan):
             self._decode_run = DecodeRun(step, self._tables, self._planner)
         return step
+
+    def _may_repeat(self, plan: StepPlan) -> bool:
+        """Whether the step after a decode step can be made from it: nothing in it depends on the tokens drawn."""
+        return self._drafter is None and len(plan.cascades) == 1 and not plan.token_bitmasks
 
     def _plan_running(self, draft: StepDraft) -> None:
         """Every running sequence gets its rows, the earliest first; each later one is left at least a token."""
@@ -162,6 +185,11 @@ class FlashInferScheduler:
             num_new = min(total_len - sequence.planned_len, draft.budget - len(unplanned))
             if num_new <= 0 or total_len >= sequence.max_len:  # the tokens in flight are the last that it may have
                 continue
+            if sequence.awaits_result:
+                continue
+            drafts = self._propose(sequence, draft.budget - len(unplanned) - 1)
+            if drafts and self._plan_sequence(draft, sequence, 1 + len(drafts), drafts):
+                continue
             while not self._plan_sequence(draft, sequence, num_new):
                 draft.short_of_pages = True
                 if self._in_flight:  # nobody can go while its token is unresolved
@@ -171,6 +199,13 @@ class FlashInferScheduler:
                 self._preempt(victim)
                 if victim is sequence:
                     break
+
+    def _propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        """Tokens to check, where a sequence decodes and all its tokens are known; at most as many as it may have."""
+        most = min(most, sequence.max_len - sequence.total_len - 1)
+        if self._drafter is None or most < 1 or not sequence.can_draft:
+            return ()
+        return tuple(islice(self._drafter(sequence, most), most))
 
     def _admit_waiting(self, draft: StepDraft) -> None:
         """Admit from the queue, strictly in its order, while there are tokens, lanes and pages.
@@ -199,8 +234,11 @@ class FlashInferScheduler:
         fits = self._tables.can_admit(sequence, match, num_new, reserve=len(self._running))
         return (sequence, match, num_new) if fits else None
 
-    def _plan_sequence(self, draft: StepDraft, sequence: Sequence, num_new: int) -> bool:
-        """Give a running sequence `num_new` rows, pages for them, and a sample where its last token is among them."""
+    def _plan_sequence(self, draft: StepDraft, sequence: Sequence, num_new: int, drafts: tuple[int, ...] = ()) -> bool:
+        """Give a running sequence `num_new` rows, pages for them, and a sample where its last token is among them.
+
+        The last rows are for `drafts`, from which is drawn too.
+        """
         start = sequence.planned_len
         end = start + num_new
         copies = self._tables.reserve(sequence, end)
@@ -213,11 +251,14 @@ class FlashInferScheduler:
             self._count_rows(sequence, start, end)
             self._tables.publish_planned(sequence, min(end, sequence.prompt_len))
         samples: tuple[Sequence, ...] = ()
-        if end == sequence.total_len:
+        if drafts:
+            samples = (sequence,)
+            sequence.num_unresolved, sequence.num_drafted = num_new, len(drafts)
+        elif end == sequence.total_len:
             samples = (sequence,) if sequence.forked else (sequence, *self._fork_samples(draft, sequence))
             for sampled in samples:
                 sampled.num_unresolved += 1
-        draft.rows.append(PlannedRows(sequence, start, num_new, samples))
+        draft.rows.append(PlannedRows(sequence, start, num_new, samples, drafts))
         return True
 
     def _fork_samples(self, draft: StepDraft, parent: Sequence) -> list[Sequence]:
@@ -263,14 +304,20 @@ class FlashInferScheduler:
             return self._commit_decode(step, result)
         updates: list[SequenceUpdate] = []
         sample = 0
-        prompt_logprobs = iter(result.prompt_logprobs)
+        prompt_logprobs, accepted_counts = iter(result.prompt_logprobs), iter(result.accepted_counts)
         for row, epoch in zip(step.rows(), plan.sequence_epochs, strict=True):
-            reported = self._take_prompt_logprobs(row, prompt_logprobs)
+            reported = row.sequence.take_prompt_logprobs(row.start_len, row.num_new, prompt_logprobs)
             alive = epoch == row.sequence.epoch and row.sequence.status is SequenceStatus.RUNNING
+            if row.drafts:
+                num_accepted = next(accepted_counts)
+                if alive:
+                    updates += self._commit_draft(row, num_accepted, result, sample)
+                sample += row.num_new
+                continue
             if alive:
                 self._commit_rows(row.sequence, row.start_len + row.num_new)
             if reported and alive:
-                updates.append(self._update(row.sequence, prompt_logprobs=reported))
+                updates.append(row.sequence.update(prompt_logprobs=reported))
             for sampled in row.samples:
                 if sampled.status is SequenceStatus.RUNNING and sampled.num_unresolved:
                     updates.append(self._commit_sample(sampled, result, sample))
@@ -290,6 +337,23 @@ class FlashInferScheduler:
             self._commit_token(sequence, token_id, logprob)
             for sequence, token_id, logprob in zip(step.sequences, result.token_ids, logprobs, strict=True)
         ]
+
+    def _commit_draft(
+        self, row: PlannedRows, num_accepted: int, result: StepResult, first_sample: int
+    ) -> list[SequenceUpdate]:
+        """The same for proposed tokens: a decode step for each that was accepted, and one more; the rest never was."""
+        sequence, updates = row.sequence, list[SequenceUpdate]()
+        sequence.num_unresolved, sequence.num_drafted = num_accepted + 1, 0
+        sequence.planned_len = row.start_len + num_accepted + 1
+        self._tables.truncate(sequence, sequence.planned_len)
+        self.counters.drafted_tokens += len(row.drafts)
+        self.counters.accepted_tokens += num_accepted
+        for i in range(num_accepted + 1):
+            self._commit_rows(sequence, row.start_len + i + 1)
+            updates.append(self._commit_sample(sequence, result, first_sample + i))
+            if updates[-1].finish_reason is not None:
+                break
+        return updates
 
     def fail(self, plan: StepPlan) -> list[SequenceUpdate]:
         """A step raised: end its sequences, and forget every prefix, since it may be one that the step was to fill.
@@ -313,7 +377,7 @@ class FlashInferScheduler:
             else:
                 self._preempt(sequence)
         self.reset_prefix_cache()
-        return [self._update(sequence, finish_reason="error") for sequence in touched]
+        return [sequence.update(finish_reason="error") for sequence in touched]
 
     def restart(self) -> dict[str, int]:
         """Begin anew after something was raised in the middle of a call, by a fault of ours or an interruption.
@@ -328,7 +392,7 @@ class FlashInferScheduler:
         kept = {
             request_id: siblings
             for request_id, siblings in self._sequences.items()
-            if siblings and all(map(_only_waited, siblings))
+            if siblings and all(sequence.only_waited for sequence in siblings)
         }
         self._begin()
         self._next_step_id += 1
@@ -352,14 +416,17 @@ class FlashInferScheduler:
         if sample in result.failed_samples:
             self._tables.discard(sequence)
             self._finish(sequence, "error")
-            return self._update(sequence, finish_reason="error")
+            return sequence.update(finish_reason="error")
         logprob = result.logprobs[sample] if result.logprobs else None
         return self._commit_token(sequence, result.token_ids[sample], logprob)
 
     def _commit_token(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> SequenceUpdate:
         self.counters.generated_tokens += 1
-        reason = sequence.resolve_token(token_id)
-        stop_token_id = None
+        stop_token_id = failure = None
+        try:
+            reason = sequence.resolve_token(token_id)
+        except GenerationError as error:  # of the request's own mask
+            reason, failure = "error", error
         if reason is not None:
             stop_token_ids = sequence.request.params.stop_token_ids or ()
             stop_token_id = token_id if reason == "stop" and token_id in stop_token_ids else None
@@ -372,32 +439,7 @@ class FlashInferScheduler:
             reason,
             stop_token_id,
             num_cached_tokens=sequence.num_cached_tokens,
-        )
-
-    def _take_prompt_logprobs(self, row: PlannedRows, prompt_logprobs: Iterator[TokenLogprob]) -> list[TokenLogprob]:
-        """The part of a result's prompt log-probabilities that belongs to this sequence's rows."""
-        sequence = row.sequence
-        if not sequence.reports_prompt:
-            return []
-        first = max(row.start_len, sequence.num_prompt_logprobs)
-        last = min(row.start_len + row.num_new, sequence.prompt_len - 1)
-        reported = [next(prompt_logprobs) for _ in range(first, last)]
-        sequence.num_prompt_logprobs += len(reported)
-        return reported
-
-    @staticmethod
-    def _update(
-        sequence: Sequence,
-        *,
-        finish_reason: str | None = None,
-        prompt_logprobs: list[TokenLogprob] | None = None,
-    ) -> SequenceUpdate:
-        return SequenceUpdate(
-            sequence.request.request_id,
-            sequence.sample_index,
-            num_cached_tokens=sequence.num_cached_tokens,
-            finish_reason=finish_reason,
-            prompt_logprobs=prompt_logprobs,
+            failure=failure,
         )
 
     # -- sequences --------------------------------------------------------------------------------------------------
@@ -454,13 +496,3 @@ class FlashInferScheduler:
         assert sorted(self._running, key=lambda s: s.precedence) == self._running
         assert len(self._waiting) == sum(1 for _ in self._waiting)
         assert len(list(self.sequences())) == len(self._running) + len(self._waiting)
-
-
-def _only_waited(sequence: Sequence) -> bool:
-    """Whether a sequence has nothing that a scheduler gives: neither pages nor tokens that are planned."""
-    return (
-        sequence.status is SequenceStatus.WAITING
-        and sequence.tail is None
-        and not sequence.planned_len
-        and not sequence.num_unresolved
-    )

@@ -5,16 +5,21 @@ from __future__ import annotations
 import heapq
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from cascade_llm.errors import GenerationError
 from cascade_llm.outputs import TokenLogprob
+from cascade_llm.plan import IntColumn
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.prefix_cache import PageKeys, RadixNode
 
-__all__ = ["Request", "Sequence", "SequenceStatus", "SequenceUpdate", "WaitingQueue"]
+__all__ = ["Request", "Sequence", "SequenceStatus", "SequenceUpdate", "TokenMask", "WaitingQueue"]
+
+TokenMask = Callable[[TokenSequence[int]], IntColumn]
+"""What may come after a sample's output token ids: a row of `StepPlan.token_bitmasks`; a pure function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +37,17 @@ class Request:
     """The model's own end-of-sequence ids."""
     cache_salt: bytes = b""
     """Requests of another salt never share pages with this one (tenants)."""
+    mask: TokenMask | None = None
+    """Which tokens its samples may draw; called on the host when the tokens before are known."""
+    first_mask: IntColumn | None = field(init=False)
+    """Of the first tokens."""
     ending_token_ids: frozenset[int] = field(init=False)
     """All ids that end it: the model's own unless `ignore_eos`, and `stop_token_ids`."""
 
     def __post_init__(self) -> None:
         own = frozenset() if self.params.ignore_eos else self.model_ending_token_ids
         object.__setattr__(self, "ending_token_ids", own | frozenset(self.params.stop_token_ids or ()))
+        object.__setattr__(self, "first_mask", self.mask(()) if self.mask is not None else None)
 
 
 class SequenceStatus(Enum):
@@ -65,8 +75,10 @@ class Sequence:
         "forked",
         "keys",
         "lane",
+        "mask",
         "max_len",
         "num_cached_tokens",
+        "num_drafted",
         "num_prompt_logprobs",
         "num_unresolved",
         "pages",
@@ -108,6 +120,10 @@ class Sequence:
         self.computed_len = 0
         """The `planned_len` that it had when it was preempted: rows below are computed again."""
         self.num_unresolved = 0
+        self.num_drafted = 0
+        """Proposed tokens in the step in flight; that many unresolved ones may not come."""
+        self.mask = request.first_mask
+        """What its next token may be."""
         self.num_prompt_logprobs = 0
         """Prompt tokens whose log-probabilities were reported."""
         self.forked = request.params.n == 1 or sample_index > 0
@@ -125,18 +141,75 @@ class Sequence:
         return len(self.token_ids) + self.num_unresolved
 
     @property
+    def awaits_result(self) -> bool:
+        """Whether it cannot be planned before its tokens are known: some are proposed, or the next one has a mask."""
+        return bool(self.num_drafted or (self.num_unresolved and self.request.mask is not None))
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether it decodes, knows all its tokens, and may draw any: then proposed tokens can be checked."""
+        is_last = self.planned_len == len(self.token_ids) - 1 >= self.prompt_len
+        return is_last and not self.num_unresolved and self.request.mask is None
+
+    @property
+    def only_waited(self) -> bool:
+        """Whether it has nothing that a scheduler gives: neither pages nor tokens that are planned."""
+        idle = self.tail is None and not self.planned_len and not self.num_unresolved
+        return idle and self.status is SequenceStatus.WAITING
+
+    @property
     def reports_prompt(self) -> bool:
         """Whether the log-probabilities of the prompt come with this sequence's rows."""
         return self.sample_index == 0 and self.request.params.prompt_logprobs is not None
 
     def resolve_token(self, token_id: int) -> str | None:
-        """The id of its oldest unresolved token is known; returns why that ends it ("stop", "length"), or None."""
+        """The id of its oldest unresolved token is known; returns why that ends it ("stop", "length"), or None.
+
+        Raises `GenerationError` where the request's mask does.
+        """
         self.num_unresolved -= 1
         self.token_ids.append(token_id)
         num_tokens, request = len(self.token_ids), self.request
         if token_id in request.ending_token_ids and num_tokens - self.prompt_len > request.params.min_tokens:
             return "stop"
-        return "length" if num_tokens >= self.max_len else None
+        if num_tokens >= self.max_len:
+            return "length"
+        if request.mask is not None:
+            self.mask = self._next_mask(request.mask)
+        return None
+
+    def take_prompt_logprobs(
+        self, start_len: int, num_new: int, prompt_logprobs: Iterator[TokenLogprob]
+    ) -> list[TokenLogprob]:
+        """The part of a result's prompt log-probabilities that belongs to `num_new` rows from `start_len` on."""
+        if not self.reports_prompt:
+            return []
+        first, last = max(start_len, self.num_prompt_logprobs), min(start_len + num_new, self.prompt_len - 1)
+        reported = [next(prompt_logprobs) for _ in range(first, last)]
+        self.num_prompt_logprobs += len(reported)
+        return reported
+
+    def update(
+        self, *, finish_reason: str | None = None, prompt_logprobs: list[TokenLogprob] | None = None
+    ) -> SequenceUpdate:
+        """News of it without a token."""
+        return SequenceUpdate(
+            self.request.request_id,
+            self.sample_index,
+            num_cached_tokens=self.num_cached_tokens,
+            finish_reason=finish_reason,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _next_mask(self, mask: TokenMask) -> IntColumn:
+        output = self.token_ids[self.prompt_len :]
+        try:
+            return mask(output)
+        except Exception as error:
+            raise GenerationError(
+                f"the mask of {self.request.request_id}, sample {self.sample_index}, raised {type(error).__name__} "
+                f"after {len(output)} tokens: {error}; it must return a bitmask for every output that it allowed"
+            ) from error
 
     def __repr__(self) -> str:
         return f"Sequence({self.request.request_id!r}, {self.sample_index}, {self.status.value})"
@@ -193,3 +266,5 @@ class SequenceUpdate:
     """The `stop_token_ids` entry that ended it; None for the model's own ending ids."""
     prompt_logprobs: list[TokenLogprob] | None = None
     num_cached_tokens: int = 0
+    failure: GenerationError | None = None
+    """What was raised, where that ended it."""

@@ -12,7 +12,8 @@ from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from cascade_llm.plan import EMPTY, LaneStart, PageCopy, StepPlan, int_column
+from cascade_llm.config import SchedulerConfig
+from cascade_llm.plan import EMPTY, IntColumn, LaneStart, PageCopy, StepPlan, int_column
 from cascade_llm.scheduler.cascade.planner import CascadePlanner, PlannedCascade
 from cascade_llm.scheduler.cascade.tree import PlannedRows
 from cascade_llm.scheduler.pages import PageTables
@@ -69,15 +70,17 @@ class StepDraft:
 
 
 def build_step_plan(
-    step_id: int, draft: StepDraft, rows: list[PlannedRows], cascade: PlannedCascade, page_size: int
+    step_id: int, draft: StepDraft, rows: list[PlannedRows], cascade: PlannedCascade, config: SchedulerConfig
 ) -> StepPlan:
     """Write the columns over `rows`, which are the draft's in the order of the cascade plan."""
+    page_size = config.page_size
     token_ids, positions, slots = array("i"), array("i"), array("i")
     lane_rows, lane_row_lanes = array("i"), array("i")
     sample_rows, sample_lanes, sample_positions = array("i"), array("i"), array("i")
     logprob_rows, logprob_ids, logprob_counts = array("i"), array("i"), array("i")
+    draft_samples, draft_lens, masks = array("i"), array("i"), list[IntColumn | None]()
     row = 0
-    for sequence, start, num_new, samples in rows:
+    for sequence, start, num_new, samples, drafts in rows:
         end = start + num_new
         if num_new == 1:
             positions.append(start)
@@ -87,6 +90,14 @@ def build_step_plan(
             _extend_slots(slots, sequence.pages, start, end, page_size)
         token_ids.extend(sequence.token_ids[start:end])
         row += num_new
+        if drafts:
+            token_ids.extend(drafts)
+            draft_samples.append(len(sample_rows))
+            draft_lens.append(len(drafts))
+            sample_rows.extend(range(row - len(drafts) - 1, row - 1))
+            sample_lanes.extend([sequence.lane] * len(drafts))
+            sample_positions.extend(range(end - len(drafts), end))
+            masks.extend([None] * len(drafts))
         if len(token_ids) < row:  # its last token is drawn by a step in flight
             token_ids.append(0)
             lane_rows.append(row - 1)
@@ -95,14 +106,17 @@ def build_step_plan(
             sample_rows.append(row - 1)
             sample_lanes.append(sampled.lane)
             sample_positions.append(end)
+            masks.append(sampled.mask)
         if start < sequence.prompt_len and sequence.reports_prompt:
             for position in range(max(start, sequence.num_prompt_logprobs), min(end, sequence.prompt_len - 1)):
                 logprob_rows.append(row - end + position)
                 logprob_ids.append(sequence.token_ids[position + 1])
                 logprob_counts.append(sequence.request.params.prompt_logprobs or 0)
+    mask_rows, bitmasks = _mask_columns(masks)
     return StepPlan(
         step_id=step_id,
-        cascades=(cascade.plan,),
+        cascades=(cascade.plan, *cascade.windowed),
+        layer_kinds=config.layer_kinds,
         token_ids=int_column(token_ids),
         positions=int_column(positions),
         slots=int_column(slots),
@@ -113,6 +127,10 @@ def build_step_plan(
         sample_rows=int_column(sample_rows),
         sample_lanes=int_column(sample_lanes),
         sample_positions=int_column(sample_positions),
+        sample_mask_rows=mask_rows,
+        token_bitmasks=bitmasks,
+        draft_samples=int_column(draft_samples),
+        draft_lens=int_column(draft_lens),
         prompt_logprob_rows=int_column(logprob_rows),
         prompt_logprob_token_ids=int_column(logprob_ids),
         prompt_logprob_counts=int_column(logprob_counts),
@@ -120,6 +138,15 @@ def build_step_plan(
         page_copies=tuple(draft.page_copies),
         report=cascade.report,
     )
+
+
+def _mask_columns(masks: list[IntColumn | None]) -> tuple[IntColumn, tuple[IntColumn, ...]]:
+    """`sample_mask_rows` and `token_bitmasks`, in which a mask of several samples stands once."""
+    table = {id(mask): mask for mask in masks if mask is not None}
+    if not table:
+        return EMPTY, ()
+    places = {key: place for place, key in enumerate(table)}
+    return int_column([-1 if mask is None else places[id(mask)] for mask in masks]), tuple(table.values())
 
 
 def _extend_slots(slots: array[int], pages: array[int], start: int, end: int, page_size: int) -> None:
@@ -151,7 +178,7 @@ class InFlightStep:
 
 def is_decode(rows: list[PlannedRows]) -> bool:
     """Whether every sequence computes one row, behind its prompt, and draws one token."""
-    return all(num_new == 1 and start_len >= sequence.prompt_len for sequence, start_len, num_new, _ in rows)
+    return all(num_new == 1 and start_len >= sequence.prompt_len for sequence, start_len, num_new, *_ in rows)
 
 
 class DecodeRun:
@@ -193,6 +220,7 @@ class DecodeRun:
         return StepPlan(
             step_id=step_id,
             cascades=(cascade.plan,),
+            layer_kinds=last.layer_kinds,
             token_ids=int_column(tokens),
             positions=last.sample_positions,
             slots=int_column(slots),

@@ -15,13 +15,21 @@ from typing import Any
 
 from cascade_llm.config import CascadeConfig, SchedulerConfig
 from cascade_llm.outputs import TokenLogprob
-from cascade_llm.plan import CascadeLevel, LaneStart, StepPlan, StepResult
+from cascade_llm.plan import CascadeLevel, IntColumn, LaneStart, StepPlan, StepResult, Tier, int_column
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.cascade.choice import SegmentCosts, TokensRead
-from cascade_llm.scheduler.scheduler import FlashInferScheduler, SequenceUpdate
-from cascade_llm.scheduler.sequence import Request, SequenceStatus
+from cascade_llm.scheduler.scheduler import Drafter, FlashInferScheduler, SequenceUpdate
+from cascade_llm.scheduler.sequence import Request, SequenceStatus, TokenMask
 
-__all__ = ["Output", "SimulatedDevice", "SimulatedEngine", "check_report", "expected_output", "small_config"]
+__all__ = [
+    "Output",
+    "SimulatedDevice",
+    "SimulatedEngine",
+    "check_report",
+    "every_third",
+    "expected_output",
+    "small_config",
+]
 
 Text = tuple[bytes, int]
 """Salt, and a number that stands for a sequence of tokens."""
@@ -51,10 +59,21 @@ def _texts(token_ids: Sequence[int]) -> list[int]:
     return texts[1:]
 
 
-def _draw(request: Request, sample_index: int, text: int, position: int, vocab_size: int) -> int:
-    """The next token: a function of the text (greedy) or of (seed, sample, position)."""
+def _draw(
+    request: Request, sample_index: int, text: int, position: int, vocab_size: int, mask: IntColumn | None
+) -> int:
+    """The next token of those allowed: a function of the text (greedy) or of (seed, sample, position)."""
     source = (text,) if request.params.greedy else (request.seed, sample_index, position)
-    return (hash(source) >> 16) % vocab_size
+    allowed = range(vocab_size)
+    if mask is not None:
+        allowed = [t for t in range(vocab_size) if mask[t // 32] >> t % 32 & 1]  # type: ignore[assignment]
+    return allowed[(hash(source) >> 16) % len(allowed)]
+
+
+def every_third(output: Sequence[int]) -> IntColumn:
+    """A mask: any token but those that are, with the output's length and last token, multiples of 3."""
+    shift = len(output) + (output[-1] if output else 0)
+    return int_column([sum(1 << bit for bit in range(31) if (32 * w + bit + shift) % 3) for w in range(32)])
 
 
 @dataclass
@@ -74,7 +93,8 @@ def expected_output(request: Request, sample_index: int, max_model_len: int, voc
         output.prompt_logprobs = [TokenLogprob(t, float(-i), 1, ()) for i, t in enumerate(tokens)][1:]
     text = _texts(tokens)[-1]
     while output.finish_reason is None:
-        token = _draw(request, sample_index, text, len(tokens), vocab_size)
+        mask = request.mask(output.token_ids) if request.mask else None
+        token = _draw(request, sample_index, text, len(tokens), vocab_size, mask)
         tokens.append(token)
         text = _text(text, token)
         output.token_ids.append(token)
@@ -105,6 +125,7 @@ class SimulatedDevice:
         """`requests`: by their seed, which is how a lane knows whose it is."""
         self._config, self._requests, self._vocab_size = config, requests, vocab_size
         self._slots: list[Text | None] = [None] * (config.total_pages * config.page_size)
+        self._other_tiers: dict[tuple[Tier, int], list[Text | None]] = {}
         self._lanes: dict[int, _Lane] = {}
 
     def execute(self, plan: StepPlan, failed_samples: frozenset[int] = frozenset()) -> StepResult:
@@ -114,10 +135,21 @@ class SimulatedDevice:
         self._copy_pages(plan)
         self._write_rows(plan)
         self._check_reads(plan)
+        prompt_logprobs, drafts = (
+            self._prompt_logprobs(plan),
+            dict(zip(plan.draft_samples, plan.draft_lens, strict=True)),
+        )
+        token_ids, accepted_counts = list[int](), list[int]()
+        for sample in range(len(plan.sample_rows)):
+            if sample in drafts:
+                accepted_counts.append(self._accepted(plan, sample, drafts[sample], token_ids))
+            elif len(token_ids) == sample:
+                token_ids.append(self._sample(plan, sample))
         result = StepResult(
             step_id=plan.step_id,
-            prompt_logprobs=self._prompt_logprobs(plan),
-            token_ids=[self._sample(plan, i) for i in range(len(plan.sample_rows))],
+            prompt_logprobs=prompt_logprobs,
+            token_ids=token_ids,
+            accepted_counts=accepted_counts,
             failed_samples=failed_samples,
         )
         result.check(plan)
@@ -138,31 +170,53 @@ class SimulatedDevice:
 
     def _copy_pages(self, plan: StepPlan) -> None:
         size = self._config.page_size
-        sources = [self._slots[copy.source * size : (copy.source + 1) * size] for copy in plan.page_copies]
+        sources = [
+            self._other_tiers[copy.source_tier, copy.source]
+            if copy.source_tier
+            else self._slots[copy.source * size : (copy.source + 1) * size]
+            for copy in plan.page_copies
+        ]
         for copy, texts in zip(plan.page_copies, sources, strict=True):
-            self._slots[copy.target * size : (copy.target + 1) * size] = texts
+            if copy.target_tier:
+                self._other_tiers[copy.target_tier, copy.target] = texts
+            else:
+                self._slots[copy.target * size : (copy.target + 1) * size] = texts
 
     def _write_rows(self, plan: StepPlan) -> None:
         from_lane = set(plan.lane_rows)
         for sequence, rows, lane in self._sequences(plan):
             assert lane.start.epoch == plan.sequence_epochs[sequence]
+            texts = self._row_texts(plan, rows, lane)
             for row in rows:
                 position = plan.positions[row]
                 if row in from_lane:
                     assert position == len(lane.token_ids) - 1, "a lane holds its last token only"
-                else:
+                elif position < len(lane.token_ids):
                     assert plan.token_ids[row] == lane.token_ids[position]
-                self._slots[plan.slots[row]] = (lane.request.cache_salt, lane.texts[position])
+                self._slots[plan.slots[row]] = (lane.request.cache_salt, texts[position])
+
+    def _row_texts(self, plan: StepPlan, rows: range, lane: _Lane) -> list[int]:
+        """A sequence's texts, up to those of its proposed tokens."""
+        if plan.positions[rows[-1]] < len(lane.texts):
+            return lane.texts
+        texts = list(lane.texts)
+        for row in rows:
+            if plan.positions[row] == len(texts):
+                texts.append(_text(texts[-1], plan.token_ids[row]))
+        return texts
 
     def _check_reads(self, plan: StepPlan) -> None:
-        size, paths = self._config.page_size, list(plan.cascade.paths())
-        for sequence, rows, lane in self._sequences(plan):
-            zipped = zip(plan.cascade.levels, paths[sequence], strict=True)
-            pages = [page for level, segment in zipped for page in level.pages(segment)]
-            num_read = plan.positions[rows[-1]] + 1
-            met = [text for page in pages for text in self._slots[page * size : (page + 1) * size]][:num_read]
-            salt = lane.request.cache_salt
-            assert met == [(salt, text) for text in lane.texts[:num_read]], f"sequence {sequence} meets another text"
+        size = self._config.page_size
+        for cascade in plan.cascades:
+            for (sequence, rows, lane), path in zip(self._sequences(plan), cascade.paths(), strict=True):
+                zipped = zip(cascade.levels, path, strict=True)
+                pages = [page for level, segment in zipped for page in level.pages(segment)]
+                end = plan.positions[rows[-1]] + 1
+                num_read = cascade.path_len(path)
+                assert num_read == end or cascade.window_len is not None
+                met = [text for page in pages for text in self._slots[page * size : (page + 1) * size]][:num_read]
+                texts, salt = self._row_texts(plan, rows, lane)[end - num_read : end], lane.request.cache_salt
+                assert met == [(salt, text) for text in texts], f"sequence {sequence} meets another text"
 
     def _sample(self, plan: StepPlan, sample: int) -> int:
         row, position = plan.sample_rows[sample], plan.sample_positions[sample]
@@ -173,9 +227,26 @@ class SimulatedDevice:
         assert position < self._config.max_model_len, "planned past max_model_len"
         request = target.request
         assert position < len(request.prompt_token_ids) + request.params.max_tokens, "planned past max_tokens"
-        token_id = _draw(request, target.start.sample_index, target.texts[-1], position, self._vocab_size)
+        mask = self._mask(plan, sample)
+        expected = request.mask(target.token_ids[len(request.prompt_token_ids) :]) if request.mask else None
+        assert mask == expected, "a sample has the mask of the tokens before it"
+        token_id = _draw(request, target.start.sample_index, target.texts[-1], position, self._vocab_size, mask)
         target.append(token_id)
         return token_id
+
+    def _mask(self, plan: StepPlan, sample: int) -> IntColumn | None:
+        mask_row = plan.sample_mask_rows[sample] if plan.sample_mask_rows else -1
+        return None if mask_row == -1 else plan.token_bitmasks[mask_row]
+
+    def _accepted(self, plan: StepPlan, first: int, length: int, token_ids: list[int]) -> int:
+        """Draw from the rows of a draft until a token is another than the proposed one; returns how many were not."""
+        proposed = [plan.token_ids[plan.sample_rows[first] + i] for i in range(1, length + 1)]
+        for i in range(length + 1):
+            token_ids.append(self._sample(plan, first + i))
+            if i == length or token_ids[-1] != proposed[i]:
+                token_ids += [-1] * (length - i)
+                return i
+        raise AssertionError
 
     def _prompt_logprobs(self, plan: StepPlan) -> list[TokenLogprob]:
         reported = []
@@ -203,9 +274,10 @@ class SimulatedEngine:
         costs: SegmentCosts | None = None,
         lag: int = 0,
         vocab_size: int = 1000,
+        drafter: Drafter | None = None,
     ) -> None:
         self.config = config or small_config()
-        self.scheduler = FlashInferScheduler(self.config, costs or TokensRead())
+        self.scheduler = FlashInferScheduler(self.config, costs or TokensRead(), drafter)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], Output] = {}
         self.updates: list[SequenceUpdate] = []
@@ -231,6 +303,7 @@ class SimulatedEngine:
         priority: int = 0,
         salt: bytes = b"",
         ending: Sequence[int] = (),
+        mask: TokenMask | None = None,
         **params: Any,
     ) -> str:
         """Queue a request and return its id; `params` are sampling parameters."""
@@ -242,6 +315,7 @@ class SimulatedEngine:
             priority=priority,
             cache_salt=salt,
             model_ending_token_ids=frozenset(ending),
+            mask=mask,
         )
         self.requests[request.request_id] = self._by_seed[request.seed] = request
         self.scheduler.add(request)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from cascade_llm.plan import CascadeLevel, int_column
 from cascade_llm.scheduler.cascade.choice import SegmentChoice
-from cascade_llm.scheduler.cascade.tree import Run
+from cascade_llm.scheduler.cascade.tree import PlannedRows, Run
 
-__all__ = ["Placement", "Segment", "level_columns", "place_segments"]
+__all__ = ["Placement", "Segment", "leaf_columns", "level_columns", "place_segments"]
 
 
 class Segment(NamedTuple):
@@ -107,6 +107,22 @@ def level_columns(
         skip_to(segment.first_row)
         end_segment(segment.last_row, tables[segment.sequence][segment.start_page : segment.end_page])
     skip_to(num_rows)
+    return CascadeLevel(int_column(qo_indptr), int_column(page_indptr), int_column(indices), int_column(last_page_len))
+
+
+def leaf_columns(order: list[int], first_pages: list[int], rows: list[PlannedRows], page_size: int) -> CascadeLevel:
+    """Write the leaf down: one segment per sequence of `order`, with its pages from `first_pages` on."""
+    qo_indptr, page_indptr = array("i", [0]), array("i", [0])
+    indices, last_page_len = array("i"), array("i")
+    num_rows = 0
+    for i in order:
+        sequence, start_len, num_new, _, _ = rows[i]
+        end = start_len + num_new
+        num_rows += num_new
+        qo_indptr.append(num_rows)
+        indices.extend(sequence.pages[first_pages[i] : -(-end // page_size)])
+        page_indptr.append(len(indices))
+        last_page_len.append((end - 1) % page_size + 1)
     return CascadeLevel(int_column(qo_indptr), int_column(page_indptr), int_column(indices), int_column(last_page_len))
 
 

@@ -14,6 +14,7 @@ is made from the one before (`plan_next`).
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import add
@@ -24,8 +25,9 @@ from cascade_llm.plan import CascadeLevel, CascadePlan, CascadeReport, IntColumn
 from cascade_llm.scheduler.cascade.balance import LevelBalancer, levels_by_depth
 from cascade_llm.scheduler.cascade.choice import SegmentChoice, SegmentCosts, TokensRead, choices_by_levels
 from cascade_llm.scheduler.cascade.cost_model import CostModel, PlanWork
-from cascade_llm.scheduler.cascade.layout import Placement, Segment, level_columns, place_segments
+from cascade_llm.scheduler.cascade.layout import Placement, Segment, leaf_columns, level_columns, place_segments
 from cascade_llm.scheduler.cascade.tree import PlannedRows, Run, attach_nodes, preorder, shared_forest
+from cascade_llm.scheduler.cascade.windows import WindowPlanner
 from cascade_llm.scheduler.prefix_cache import RadixNode
 from cascade_llm.scheduler.sequence import Sequence
 
@@ -39,6 +41,8 @@ class PlannedCascade(NamedTuple):
     order: list[int]
     """Leaf segment i belongs to sequence `order[i]` of the step."""
     report: CascadeReport
+    windowed: tuple[CascadePlan, ...] = ()
+    """Of the attention kinds with a window, in their order, over the same rows."""
 
 
 @dataclass(slots=True)
@@ -48,9 +52,8 @@ class _Layout:
     sequences: list[Sequence]
     nodes: list[RadixNode]
     num_new: list[int]
-    order: list[int]
+    placement: Placement
     levels: tuple[CascadeLevel, ...]
-    prefix_pages: list[int]
     report: CascadeReport
     """Its token counts are those of the shared levels alone: read once, and as often as a one-level plan does."""
 
@@ -58,7 +61,15 @@ class _Layout:
 class CascadePlanner:
     """Plans the shared levels and the leaf of each step; owned by the scheduler, whose sequences it only reads."""
 
-    def __init__(self, page_size: int, config: CascadeConfig, costs: SegmentCosts, root: RadixNode) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        config: CascadeConfig,
+        costs: SegmentCosts,
+        root: RadixNode,
+        window_lens: Iterable[int] = (),
+    ) -> None:
+        """`window_lens`: of the attention kinds beside the one that reads all earlier tokens."""
         self._page_size = page_size
         self._max_shared_levels = config.max_shared_levels
         self._min_tokens = config.shared_prefix_len
@@ -66,6 +77,7 @@ class CascadePlanner:
         self._balancer: LevelBalancer | None = None
         if isinstance(costs, CostModel) and costs.is_tiled and costs.costs.measured:
             self._balancer = LevelBalancer(costs, page_size, self._max_shared_levels)
+        self._windows = [WindowPlanner(page_size, window_len) for window_len in window_lens]
         self._root = root
         self._layout: _Layout | None = None
         self._last: PlannedCascade | None = None
@@ -74,12 +86,18 @@ class CascadePlanner:
         """The cascade plan of a step. `rows`: each scheduled sequence once, its new pages in its table already."""
         layout = self._kept_layout(rows)
         kv_tokens = sum([row.start_len + row.num_new for row in rows])
-        return self._planned(layout, self._leaf_level(layout, rows), kv_tokens)
+        placement = layout.placement
+        leaf = leaf_columns(placement.order, placement.prefix_pages, rows, self._page_size)
+        planned = self._planned(layout, leaf, kv_tokens)
+        if not self._windows:
+            return planned
+        return planned._replace(windowed=tuple([window.plan(placement, rows) for window in self._windows]))
 
     def plan_next(self, new_pages: list[tuple[int, int]]) -> PlannedCascade:
         """The plan after the last one, when each of its sequences goes on by one token and shares what it shared.
 
-        Shared levels, and columns of the leaf that are as before, are the same objects.
+        Shared levels, and columns of the leaf that are as before, are the same objects. Not for attention kinds with a
+        window.
 
         Args:
             new_pages: (leaf segment, page id) of the sequences whose token is the first of a page, in order
@@ -102,7 +120,7 @@ class CascadePlanner:
         shared = layout.report
         report = replace(shared, kv_tokens_one_level=kv_tokens, kv_tokens_read=kv_tokens - shared.kv_tokens_saved)
         plan = CascadePlan((*layout.levels, leaf), self._page_size)
-        self._last = PlannedCascade(plan, layout.order, report)
+        self._last = PlannedCascade(plan, layout.placement.order, report)
         return self._last
 
     def _kept_layout(self, rows: list[PlannedRows]) -> _Layout:
@@ -124,7 +142,7 @@ class CascadePlanner:
         placement: Placement,
         reason: str | None,
     ) -> _Layout:
-        order, segments_by_level, prefix_pages = placement
+        segments_by_level = placement.levels
         tables = [sequence.pages for sequence in sequences]
         num_rows = sum(num_new)
         levels: list[CascadeLevel] = []
@@ -140,7 +158,7 @@ class CascadePlanner:
             kv_tokens_one_level=self._page_size * sum(s.num_pages * s.num_sequences for s in groups),
             reason=reason,
         )
-        return _Layout(sequences, nodes, num_new, order, tuple(levels), prefix_pages, report)
+        return _Layout(sequences, nodes, num_new, placement, tuple(levels), report)
 
     def _place(
         self, rows: list[PlannedRows], nodes: list[RadixNode], num_new: list[int]
@@ -186,24 +204,6 @@ class CascadePlanner:
         shared = [[(s.num_pages * size, s.last_row - s.first_row) for s in level] for level in placement.levels]
         own_lens = [kv_len - size * pages for kv_len, pages in zip(kv_lens, placement.prefix_pages, strict=True)]
         return PlanWork(shared, list(zip(own_lens, num_new, strict=True)))
-
-    def _leaf_level(self, layout: _Layout, rows: list[PlannedRows]) -> CascadeLevel:
-        """One segment per sequence, with the pages that no shared level has."""
-        size = self._page_size
-        qo_indptr, page_indptr = array("i", [0]), array("i", [0])
-        indices, last_page_len = array("i"), array("i")
-        num_rows = 0
-        for i in layout.order:
-            sequence, start_len, num_new, _ = rows[i]
-            end = start_len + num_new
-            num_rows += num_new
-            qo_indptr.append(num_rows)
-            indices.extend(sequence.pages[layout.prefix_pages[i] : -(-end // size)])
-            page_indptr.append(len(indices))
-            last_page_len.append((end - 1) % size + 1)
-        return CascadeLevel(
-            int_column(qo_indptr), int_column(page_indptr), int_column(indices), int_column(last_page_len)
-        )
 
 
 def _num_rows_in(segments: list[Segment]) -> int:

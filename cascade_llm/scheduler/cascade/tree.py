@@ -18,6 +18,8 @@ class PlannedRows(NamedTuple):
     num_new: int
     samples: tuple[Sequence, ...] = ()
     """Who gets a token drawn from the last row: the sequence itself, and forks of it at the end of a prompt."""
+    drafts: tuple[int, ...] = ()
+    """Proposed tokens in its last rows; from each of these rows and the one before one is drawn too."""
 
 
 class Run:
@@ -46,7 +48,7 @@ def attach_nodes(rows: list[PlannedRows], page_size: int) -> list[RadixNode]:
     below. And another sequence holds it too: while a sequence extends its own path, it stays attached where it is.
     """
     nodes = []
-    for sequence, start_len, _, _ in rows:
+    for sequence, start_len, *_ in rows:
         node = sequence.tail
         assert node is not None
         limit = start_len // page_size
