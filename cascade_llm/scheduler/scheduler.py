@@ -185,7 +185,7 @@ class FlashInferScheduler:
             num_new = min(total_len - sequence.planned_len, draft.budget - len(unplanned))
             if num_new <= 0 or total_len >= sequence.max_len:  # the tokens in flight are the last that it may have
                 continue
-            if sequence.awaits_result:
+            if sequence.awaits_result or (self._drafter is not None and sequence.num_unresolved):
                 continue
             drafts = self._propose(sequence, draft.budget - len(unplanned) - 1)
             if drafts and self._plan_sequence(draft, sequence, 1 + len(drafts), drafts):
@@ -201,9 +201,11 @@ class FlashInferScheduler:
                     break
 
     def _propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
-        """Tokens to check, where a sequence decodes and all its tokens are known; at most as many as it may have."""
+        """Tokens to check, as many as a sequence may have; none while somebody could be admitted in their place."""
         most = min(most, sequence.max_len - sequence.total_len - 1)
         if self._drafter is None or most < 1 or not sequence.can_draft:
+            return ()
+        if self._lanes.num_free and len(self._waiting):
             return ()
         return tuple(islice(self._drafter(sequence, most), most))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +14,7 @@ from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadeLevel, CascadePlan, int_column
-from tests.scheduler.generated import generated_steps
+from tests.scheduler.generated import generated_steps, random_config
 
 NUM_PAGES = 200
 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM = 2, 3, 8
@@ -30,7 +32,7 @@ def one_level(plan: CascadePlan, page_tables: list[list[int]]) -> CascadePlan:
         int_column([page for table in page_tables for page in table]),
         plan.leaf.kv_last_page_len,
     )
-    return CascadePlan((leaf,), plan.page_size)
+    return CascadePlan((leaf,), plan.page_size, plan.window_len)
 
 
 def random_backends(page_size: int, generator: torch.Generator) -> list[AttentionBackend]:
@@ -59,24 +61,33 @@ def random_backends(page_size: int, generator: torch.Generator) -> list[Attentio
     return backends
 
 
-def num_cascades_that_equal_dense(seed: int) -> int:
-    """Compare every plan of one random load; returns how many had shared levels."""
+def num_cascades_that_equal_dense(seed: int, *window_lens: int) -> int:
+    """Compare every plan of one random load, of every attention kind; returns how many of the last had shared levels.
+
+    Dense attention sees the whole page tables and the window; what a kind does not read must not matter.
+    """
     generator = torch.Generator().manual_seed(seed)
     backends: list[AttentionBackend] = []
     num_cascades = 0
-    for step, page_tables in generated_steps(seed, STEPS_PER_SEED):
-        plan = step.cascade
-        backends = backends or random_backends(plan.page_size, generator)
+    config = replace(random_config(random.Random(seed)), attention_kinds=(None, *window_lens))
+    for step, page_tables in generated_steps(seed, STEPS_PER_SEED, config=config):
+        backends = backends or random_backends(step.cascade.page_size, generator)
         q = torch.randn(step.num_rows, NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, generator=generator)
         kv_cache = backends[0].kv_cache
-        expected, expected_lse = reference_attention(one_level(plan, page_tables), kv_cache, 0, q, HEAD_DIM**-0.5)
-        for backend in backends:
-            out, lse = backend.prepare(plan).attend(0, q)
-            torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
-        num_cascades += len(plan.levels) > 1
+        for plan in step.cascades:
+            expected, expected_lse = reference_attention(one_level(plan, page_tables), kv_cache, 0, q, HEAD_DIM**-0.5)
+            for backend in backends:
+                out, lse = backend.prepare(plan).attend(0, q)
+                torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+        num_cascades += len(step.cascades[-1].levels) > 1
     return num_cascades
 
 
 def test_1200_scheduled_plans_equal_dense_attention() -> None:
     assert sum(num_cascades_that_equal_dense(seed) for seed in range(20)) > 400
+
+
+def test_scheduled_plans_of_kinds_with_a_window_equal_dense_attention() -> None:
+    """Windows from a token to more than most sequences have."""
+    assert sum(num_cascades_that_equal_dense(seed, 1 + seed % 7, 20 + seed) for seed in range(8)) > 60

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from cascade_llm.config import CascadeConfig, SchedulerConfig
 from cascade_llm.plan import StepPlan
 from cascade_llm.scheduler.cascade.choice import SegmentCosts, TokensRead
 from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
 from cascade_llm.scheduler.cascade.device_costs import DeviceCosts
-from tests.scheduler.simulated_engine import SimulatedEngine
+from tests.scheduler.simulated_engine import SimulatedEngine, every_third
 
 __all__ = ["RandomLoad", "generated_steps", "random_config", "random_costs", "random_engine"]
 
@@ -19,7 +20,13 @@ VOCAB_SIZE = 4
 
 
 def generated_steps(
-    seed: int, num_steps: int, *, config: SchedulerConfig | None = None, lag: int | None = None
+    seed: int,
+    num_steps: int,
+    *,
+    config: SchedulerConfig | None = None,
+    lag: int | None = None,
+    drafts: bool = False,
+    masks: bool = False,
 ) -> Iterator[tuple[StepPlan, list[list[int]]]]:
     """Plans of a random load, each with the page table of every sequence in the order of its leaf segments.
 
@@ -33,11 +40,14 @@ def generated_steps(
         config: limits and page size; random by default, with at most 200 pages of 1 to 16 tokens, so that page ids are
             below `config.total_pages` (200) and contexts at most 64 tokens
         lag: steps planned ahead of the last result, 0 or 1; random by default
+        drafts: whether tokens are proposed
+        masks: whether some requests have a mask, of words for a vocabulary of 1024
     """
     rng = random.Random(seed)
     config = config or random_config(rng)
-    engine = SimulatedEngine(config, costs=random_costs(rng), lag=rng.choice((0, 1)) if lag is None else lag)
-    load = RandomLoad(rng, config)
+    costs, lag = random_costs(rng), rng.choice((0, 1)) if lag is None else lag
+    engine = SimulatedEngine(config, costs=costs, lag=lag, drafts=drafts)
+    load = RandomLoad(rng, config, masks=masks)
     while num_steps:
         if rng.random() < 0.4 or not engine.scheduler.has_unfinished:
             load.add_to(engine, rng.choice((1, 2, 4, 8)))
@@ -88,16 +98,30 @@ def random_costs(rng: random.Random) -> SegmentCosts:
 
 
 def random_engine(seed: int, *, lag: int) -> tuple[SimulatedEngine, random.Random]:
-    """An engine with a vocabulary so small that texts meet by chance, and what to draw its load from."""
+    """An engine with a vocabulary so small that texts meet by chance, and what to draw its load from.
+
+    Every third has an attention kind with a window too, every fifth drafts.
+    """
     rng = random.Random(seed)
     config = random_config(rng)
-    return SimulatedEngine(config, costs=random_costs(rng), lag=lag, vocab_size=rng.choice((2, 4, 1000))), rng
+    costs, vocab_size = random_costs(rng), rng.choice((2, 4, 1000))
+    if seed % 3 == 0:
+        config = replace(config, attention_kinds=(None, 1 + seed % 37), layer_kinds=(0, 1, 1))
+    return SimulatedEngine(config, costs=costs, lag=lag, vocab_size=vocab_size, drafts=seed % 5 == 0), rng
 
 
 class RandomLoad:
     """Requests whose prompts branch off earlier ones, at page boundaries more often than not."""
 
-    def __init__(self, rng: random.Random, config: SchedulerConfig, salts: Sequence[bytes] = (b"", b"tenant")) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        config: SchedulerConfig,
+        salts: Sequence[bytes] = (b"", b"tenant"),
+        masks: bool = False,
+    ) -> None:
+        """`masks`: whether one request in four has one."""
+        self._masks = masks
         self._rng, self._config, self._salts = rng, config, salts
         self._prompts: list[list[int]] = []
 
@@ -116,6 +140,7 @@ class RandomLoad:
                 prompt_logprobs=rng.choice((None, None, None, None, 2)),
                 stop_token_ids=rng.choice(((), (), (1,))),
                 ignore_eos=rng.random() < 0.2,
+                mask=every_third if self._masks and rng.random() < 0.25 else None,
             )
             for _ in range(count)
         ]

@@ -9,7 +9,8 @@ request has to produce is known beforehand (`expected_output`): batches, preempt
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from cascade_llm.plan import CascadeLevel, IntColumn, LaneStart, StepPlan, StepR
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.cascade.choice import SegmentCosts, TokensRead
 from cascade_llm.scheduler.scheduler import Drafter, FlashInferScheduler, SequenceUpdate
-from cascade_llm.scheduler.sequence import Request, SequenceStatus, TokenMask
+from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus, TokenMask
 
 __all__ = [
     "Output",
@@ -51,7 +52,7 @@ def _text(before: int, token_id: int) -> int:
     return hash((before, token_id))
 
 
-def _texts(token_ids: Sequence[int]) -> list[int]:
+def _texts(token_ids: Tokens[int]) -> list[int]:
     """For each token the number of the text that it ends."""
     texts = [0]
     for token_id in token_ids:
@@ -70,7 +71,7 @@ def _draw(
     return allowed[(hash(source) >> 16) % len(allowed)]
 
 
-def every_third(output: Sequence[int]) -> IntColumn:
+def every_third(output: Tokens[int]) -> IntColumn:
     """A mask: any token but those that are, with the output's length and last token, multiples of 3."""
     shift = len(output) + (output[-1] if output else 0)
     return int_column([sum(1 << bit for bit in range(31) if (32 * w + bit + shift) % 3) for w in range(32)])
@@ -154,6 +155,11 @@ class SimulatedDevice:
         )
         result.check(plan)
         return result
+
+    def page(self, page: int) -> list[Text | None]:
+        """What the slots of a page stand for."""
+        size = self._config.page_size
+        return self._slots[page * size : (page + 1) * size]
 
     def ruin(self, plan: StepPlan) -> None:
         """A step that raised: nothing in the slots that it was to fill can be used."""
@@ -275,8 +281,11 @@ class SimulatedEngine:
         lag: int = 0,
         vocab_size: int = 1000,
         drafter: Drafter | None = None,
+        drafts: bool = False,
     ) -> None:
+        """`drafts`: tokens are proposed, by `drafter` or by the engine itself, which knows what is right."""
         self.config = config or small_config()
+        drafter = self.draft if drafts and drafter is None else drafter
         self.scheduler = FlashInferScheduler(self.config, costs or TokensRead(), drafter)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], Output] = {}
@@ -297,12 +306,12 @@ class SimulatedEngine:
 
     def add(
         self,
-        prompt: Sequence[int],
+        prompt: Tokens[int],
         *,
         request_id: str | None = None,
         priority: int = 0,
         salt: bytes = b"",
-        ending: Sequence[int] = (),
+        ending: Tokens[int] = (),
         mask: TokenMask | None = None,
         **params: Any,
     ) -> str:
@@ -375,6 +384,17 @@ class SimulatedEngine:
         assert counts.free_pages + counts.held_pages + counts.cached_pages == counts.total_pages
         if not self.scheduler.num_running:
             assert counts.held_pages == 0
+
+    def draft(self, sequence: Sequence, most: int) -> list[int]:
+        """Proposals for the fuzz, a pure function of the text: none, or some right tokens and perhaps a wrong one."""
+        num_right = (sequence.total_len + sequence.request.seed) % 4
+        known = len(sequence.token_ids) - sequence.prompt_len
+        right = self.expected(sequence.request.request_id, sequence.sample_index).token_ids[known : known + num_right]
+        return [*right, *[0] * (sequence.total_len % 2)]
+
+    def slots_of(self, page: int) -> list[Text | None]:
+        """What the slots of a page of the device stand for."""
+        return self._device.page(page)
 
     def expected(self, request_id: str, sample_index: int = 0) -> Output:
         """What a sequence has to produce."""

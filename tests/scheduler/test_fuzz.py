@@ -19,7 +19,7 @@ class Fuzz:
     ) -> None:
         self.engine, self.rng = random_engine(seed, lag=lag)
         self.lag, self.num_requests, self.trouble = lag, num_requests, trouble
-        self.load = RandomLoad(self.rng, self.engine.config, salts)
+        self.load = RandomLoad(self.rng, self.engine.config, salts, masks=seed % 7 == 0)
         self.spoiled: set[str] = set()
         """Requests that were ended by trouble."""
         self.num_steps = 0
