@@ -97,17 +97,19 @@ def random_costs(rng: random.Random) -> SegmentCosts:
     return rng.choice((TokensRead(), CostModel(shape, device)))
 
 
-def random_engine(seed: int, *, lag: int) -> tuple[SimulatedEngine, random.Random]:
+def random_engine(seed: int, *, lag: int, all_features: bool = False) -> tuple[SimulatedEngine, random.Random]:
     """An engine with a vocabulary so small that texts meet by chance, and what to draw its load from.
 
-    Every third has an attention kind with a window too, every fifth drafts.
+    all_features: whether every third has an attention kind with a window too, and every fifth drafts
     """
     rng = random.Random(seed)
     config = random_config(rng)
     costs, vocab_size = random_costs(rng), rng.choice((2, 4, 1000))
-    if seed % 3 == 0:
+    if all_features and seed % 3 == 0:
         config = replace(config, attention_kinds=(None, 1 + seed % 37), layer_kinds=(0, 1, 1))
-    return SimulatedEngine(config, costs=costs, lag=lag, vocab_size=vocab_size, drafts=seed % 5 == 0), rng
+    return SimulatedEngine(
+        config, costs=costs, lag=lag, vocab_size=vocab_size, drafts=all_features and seed % 5 == 0
+    ), rng
 
 
 class RandomLoad:

@@ -17,7 +17,7 @@ class Fuzz:
     def __init__(
         self, seed: int, *, lag: int, num_requests: int, trouble: float, salts: tuple[bytes, ...] = (b"", b"tenant")
     ) -> None:
-        self.engine, self.rng = random_engine(seed, lag=lag)
+        self.engine, self.rng = random_engine(seed, lag=lag, all_features=True)
         self.lag, self.num_requests, self.trouble = lag, num_requests, trouble
         self.load = RandomLoad(self.rng, self.engine.config, salts, masks=seed % 7 == 0)
         self.spoiled: set[str] = set()
