@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable
 from itertools import islice, repeat
 
 from cascade_llm.config import SchedulerConfig
-from cascade_llm.errors import GenerationError
 from cascade_llm.metrics import PageCounts, SchedulerCounters
 from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import PageCopy, StepPlan, StepResult
@@ -424,25 +423,20 @@ class FlashInferScheduler:
 
     def _commit_token(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> SequenceUpdate:
         self.counters.generated_tokens += 1
-        stop_token_id = failure = None
-        try:
-            reason = sequence.resolve_token(token_id)
-        except GenerationError as error:  # of the request's own mask
-            reason, failure = "error", error
-        if reason is not None:
-            stop_token_ids = sequence.request.params.stop_token_ids or ()
-            stop_token_id = token_id if reason == "stop" and token_id in stop_token_ids else None
-            self._finish(sequence, reason)
-        return SequenceUpdate(
-            sequence.request.request_id,
-            sequence.sample_index,
-            token_id,
-            logprob,
-            reason,
-            stop_token_id,
-            num_cached_tokens=sequence.num_cached_tokens,
-            failure=failure,
+        reason = sequence.resolve_token(token_id)
+        update = SequenceUpdate(
+            sequence.request.request_id, sequence.sample_index, sequence.num_cached_tokens, token_id, logprob, reason
         )
+        if reason is not None:
+            if reason == "stop" and token_id in (sequence.request.params.stop_token_ids or ()):
+                update.stop_token_id = token_id
+            self._finish(sequence, reason)
+        elif sequence.mask is not None:
+            update.failure = sequence.advance_mask()
+            if update.failure is not None:
+                update.finish_reason = "error"
+                self._finish(sequence, "error")
+        return update
 
     # -- sequences --------------------------------------------------------------------------------------------------
 

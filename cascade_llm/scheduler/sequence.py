@@ -163,19 +163,27 @@ class Sequence:
         return self.sample_index == 0 and self.request.params.prompt_logprobs is not None
 
     def resolve_token(self, token_id: int) -> str | None:
-        """The id of its oldest unresolved token is known; returns why that ends it ("stop", "length"), or None.
-
-        Raises `GenerationError` where the request's mask does.
-        """
+        """The id of its oldest unresolved token is known; returns why that ends it ("stop", "length"), or None."""
         self.num_unresolved -= 1
         self.token_ids.append(token_id)
         num_tokens, request = len(self.token_ids), self.request
         if token_id in request.ending_token_ids and num_tokens - self.prompt_len > request.params.min_tokens:
             return "stop"
-        if num_tokens >= self.max_len:
-            return "length"
-        if request.mask is not None:
-            self.mask = self._next_mask(request.mask)
+        return "length" if num_tokens >= self.max_len else None
+
+    def advance_mask(self) -> GenerationError | None:
+        """Ask the request's mask for the next token; returns what became of it where it raises."""
+        assert self.request.mask is not None
+        output = self.token_ids[self.prompt_len :]
+        try:
+            self.mask = self.request.mask(output)
+        except Exception as error:
+            failure = GenerationError(
+                f"the mask of {self.request.request_id}, sample {self.sample_index}, raised {type(error).__name__} "
+                f"after {len(output)} tokens: {error}; it must return a bitmask for every output that it allowed"
+            )
+            failure.__cause__ = error
+            return failure
         return None
 
     def take_prompt_logprobs(
@@ -196,20 +204,10 @@ class Sequence:
         return SequenceUpdate(
             self.request.request_id,
             self.sample_index,
-            num_cached_tokens=self.num_cached_tokens,
+            self.num_cached_tokens,
             finish_reason=finish_reason,
             prompt_logprobs=prompt_logprobs,
         )
-
-    def _next_mask(self, mask: TokenMask) -> IntColumn:
-        output = self.token_ids[self.prompt_len :]
-        try:
-            return mask(output)
-        except Exception as error:
-            raise GenerationError(
-                f"the mask of {self.request.request_id}, sample {self.sample_index}, raised {type(error).__name__} "
-                f"after {len(output)} tokens: {error}; it must return a bitmask for every output that it allowed"
-            ) from error
 
     def __repr__(self) -> str:
         return f"Sequence({self.request.request_id!r}, {self.sample_index}, {self.status.value})"
@@ -258,6 +256,7 @@ class SequenceUpdate:
 
     request_id: str
     sample_index: int
+    num_cached_tokens: int
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     finish_reason: str | None = None
@@ -265,6 +264,5 @@ class SequenceUpdate:
     stop_token_id: int | None = None
     """The `stop_token_ids` entry that ended it; None for the model's own ending ids."""
     prompt_logprobs: list[TokenLogprob] | None = None
-    num_cached_tokens: int = 0
     failure: GenerationError | None = None
     """What was raised, where that ended it."""
