@@ -225,12 +225,22 @@ class RecordedStep:
     result: StepResult | None = None
 
     @property
+    def rejected_samples(self) -> set[int]:
+        """Samples behind what was accepted of a draft; their tokens mean nothing."""
+        plan, accepted = self.plan, self.result.accepted_counts if self.result else self.plan.draft_lens
+        return {
+            sample
+            for first, length, count in zip(plan.draft_samples, plan.draft_lens, accepted, strict=True)
+            for sample in range(first + count + 1, first + length + 1)
+        }
+
+    @property
     def token_ids(self) -> list[int | None] | None:
-        """[samples], None where the logits were not finite; None as a whole where the result is not in the file."""
+        """[samples], None where the token means nothing; None as a whole where the result is not in the file."""
         if self.result is None:
             return None
-        failed = self.result.failed_samples
-        return [None if i in failed else token_id for i, token_id in enumerate(self.result.token_ids)]
+        without = self.result.failed_samples | self.rejected_samples
+        return [None if i in without else token_id for i, token_id in enumerate(self.result.token_ids)]
 
 
 class PlanFileReader:

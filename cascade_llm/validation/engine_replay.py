@@ -127,7 +127,10 @@ class _Replay:
         if step.token_ids is None:  # the step failed, or the recording ends before its result
             return
         differing = []
+        rejected = step.rejected_samples
         for sample, (recorded, lane) in enumerate(zip(step.token_ids, plan.sample_lanes, strict=True)):
+            if sample in rejected:
+                continue
             is_failed = sample in result.failed_samples
             self.tokens.compared += 1
             self.tokens.greedy += self._plainly_greedy[lane]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cascade_llm.plan import StepPlan
-from tests.plan_file.recordings import messages, read, result_of, write
+from cascade_llm.outputs import TokenLogprob
+from cascade_llm.plan import PageCopy, StepPlan, StepResult, Tier
+from cascade_llm.plan_file import PlanFileWriter
+from tests.plan_file.recordings import header, messages, read, result_of, write
 from tests.scheduler.generated import generated_steps, random_config
 from tests.test_plan_codec import full_step, kept_objects, plain
 
@@ -62,3 +65,21 @@ def test_without_token_ids_the_users_words_are_left_out(tmp_path: Path) -> None:
     assert found.params.stop == ("end", "\u00e4\n")
     assert not any(b'"' + word in content or b"[" + word in content for word in words)
     assert len(messages(path)) == 3, "a header, two steps and no result"
+
+
+def test_samples_behind_what_was_accepted_mean_nothing(tmp_path: Path) -> None:
+    """Three samples of a draft of two tokens, of which one was accepted; the third is left over."""
+    step = full_step()
+    with_prompt = header(page_size=4, num_layers=3, vocab_size=64)
+    writer = PlanFileWriter(tmp_path / "plans.gz", token_ids=True)
+    writer.begin(with_prompt)
+    start = replace(step.lane_starts[0], lane=10, epoch=1)
+    copies = (PageCopy(1, 2), PageCopy(2**40, 9, Tier.REMOTE, Tier.HOST))
+    writer.write_step(replace(step, lane_starts=(start,), page_copies=copies))
+    logprob = TokenLogprob(4, -1.0, 1, ())
+    writer.write_result(StepResult(step_id=7, token_ids=[3, 9, -1], accepted_counts=[1], prompt_logprobs=[logprob]))
+    writer.close()
+    (found,) = read(tmp_path / "plans.gz")
+    assert found.token_ids == [3, 9, None]
+    assert found.rejected_samples == {2}
+    assert found.plan.page_copies == copies
