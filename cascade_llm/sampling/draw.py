@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BLOCK_LEN", "Filters", "accepted_counts", "draw", "draw_key", "keep", "softmax_weights", "uniforms"]
+__all__ = ["BLOCK_LEN", "Filters", "draw", "draw_key", "keep", "softmax_weights", "uniforms"]
 
 BLOCK_LEN = 128
 """Tokens per partial sum: prefix sums over blocks, then inside one, are fast on a GPU where one over a row is not."""
@@ -150,16 +150,3 @@ def _first_prefix(
     places = torch.arange(BLOCK_LEN, device=weights.device)
     last_positive = torch.where(inside > 0, places, 0).amax(-1)  # rounding may leave the block's prefix sums short
     return block[:, 0] * BLOCK_LEN + torch.minimum(offset, last_positive)
-
-
-def accepted_counts(drafted: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """How many proposed tokens the model drew itself: the longest common prefix of each row.
-
-    Args:
-        drafted: [n, longest draft], int64; shorter drafts are padded with -1
-        drawn: [n, longest draft], int64, what was drawn at the position of each draft, given the drafts before it
-
-    Returns:
-        [n], int64
-    """
-    return (drafted == drawn).cumprod(-1).sum(-1)

@@ -225,13 +225,17 @@ class CudaGraphs:
         if not count:
             return None
         rows = self._sampling.capacity(count)
-        if rows is None or len(plan.prompt_logprob_rows):
-            reason = "prompt log-probabilities" if rows else "more samples than a graph has rows"
-            self.counters.eagerly_sampled_steps[reason] += 1
-            return None
-        needs = self._sampling.prepared(plan, rows)
-        if isinstance(needs, str):
-            self.counters.eagerly_sampled_steps[needs] += 1
+        needs: Needs | str
+        if rows is None:
+            needs = "more samples than a graph has rows"
+        elif len(plan.prompt_logprob_rows):
+            needs = "prompt log-probabilities"
+        elif len(plan.draft_lens) or plan.token_bitmasks:
+            needs = "proposed tokens" if len(plan.draft_lens) else "a token mask"
+        else:
+            needs = self._sampling.prepared(plan, rows)
+        if rows is None or isinstance(needs, str):
+            self.counters.eagerly_sampled_steps[str(needs)] += 1
             return None
         host = self._buffers.take_host()
         self._write_padding(host, 0, rows, first_leaf_page=0)
@@ -263,6 +267,8 @@ class CudaGraphs:
             return "prompt log-probabilities"
         if len(set(plan.sample_rows)) != len(plan.sample_rows):
             return "several samples of one row"
+        if plan.token_bitmasks:
+            return "a token mask"
         return self._fitting_shape(plan.cascade) or "no graph of that shape"
 
     def _fitting_shape(self, plan: CascadePlan) -> GraphShape | None:

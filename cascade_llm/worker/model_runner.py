@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import IntColumn, StepPlan, StepResult
 from cascade_llm.sampling.lanes import LaneState
 from cascade_llm.sampling.logprobs import token_logprobs
+from cascade_llm.sampling.masks import TokenMasks
 from cascade_llm.sampling.sampler import Sampler
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 
@@ -97,17 +98,32 @@ class ModelRunner:
         place = {row: i for i, row in enumerate(rows)}
         logits = self.decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
         sampled = self._sampler.sample(
-            logits, plan.sample_lanes, plan.sample_positions, [place[row] for row in plan.sample_rows]
+            logits,
+            plan.sample_lanes,
+            plan.sample_positions,
+            [place[row] for row in plan.sample_rows],
+            self._masks(plan),
         )
-        self._lanes.record(plan.sample_lanes, sampled.token_ids)
+        token_ids: list[int] = sampled.token_ids.tolist()
+        accepted_counts = _accepted_counts(plan, token_ids)
+        for samples in _in_turns(plan, accepted_counts):
+            self._lanes.record([plan.sample_lanes[i] for i in samples], sampled.token_ids[samples])
         return StepResult(
             step_id=plan.step_id,
-            token_ids=sampled.token_ids.tolist(),
+            token_ids=token_ids,
+            accepted_counts=accepted_counts,
             logprobs=sampled.logprobs,
             prompt_logprobs=prompt_logprobs,
             failed_samples=frozenset((~sampled.finite).nonzero().flatten().tolist()),
             failure_detail=broken_stage,
         )
+
+    def _masks(self, plan: StepPlan) -> TokenMasks | None:
+        """Which tokens the samples may be; None where any."""
+        if not plan.token_bitmasks:
+            return None
+        words = torch.stack([column_tensor(mask) for mask in plan.token_bitmasks])
+        return TokenMasks(words.to(self.decoder.device), self._index(plan.sample_mask_rows))
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> list[TokenLogprob]:
         """What prompts asked for, some rows at a time: logits of a long prompt would fill the memory."""
@@ -140,3 +156,25 @@ class ModelRunner:
         for, behind the step before."""
         values = column_tensor(column).long()
         return values.to(self.decoder.device) if self._stream is None else self._stream.upload(values)
+
+
+def _accepted_counts(plan: StepPlan, token_ids: Sequence[int]) -> list[int]:
+    """For each draft how many proposed tokens the model drew itself, up to the first that it did not."""
+    counts = []
+    for first, length in zip(plan.draft_samples, plan.draft_lens, strict=True):
+        proposed = [plan.token_ids[row] for row in plan.sample_rows[first + 1 : first + length + 1]]
+        drawn = token_ids[first : first + length]
+        counts.append(next((i for i in range(length) if drawn[i] != proposed[i]), length))
+    return counts
+
+
+def _in_turns(plan: StepPlan, accepted_counts: Sequence[int]) -> list[list[int]]:
+    """The samples that count, in turns in which no lane comes twice: of a draft the accepted ones and the one after."""
+    turns: list[list[int]] = [list(range(len(plan.sample_lanes)))]
+    for first, length, accepted in zip(plan.draft_samples, plan.draft_lens, accepted_counts, strict=True):
+        for offset in range(1, length + 1):
+            turns[0].remove(first + offset)
+            if offset <= accepted:
+                turns += [[]] if len(turns) <= offset else []
+                turns[offset].append(first + offset)
+    return turns

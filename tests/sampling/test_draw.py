@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from cascade_llm.sampling.draw import (
     BLOCK_LEN,
     Filters,
-    accepted_counts,
     draw,
     draw_key,
     keep,
@@ -189,10 +188,3 @@ def test_the_largest_uniform_number_draws_the_last_token_with_weight(
     weights[0, 3], weights[0, BLOCK_LEN + 1] = 0.5, total - 0.5
     uniform = torch.full((1,), 1.0 - 2.0**-53, dtype=torch.float64)
     assert drawn(native, weights, uniform, all_rows(1)) == [BLOCK_LEN + 1]
-
-
-def test_accepted_drafts_are_the_longest_common_prefix() -> None:
-    drafted = torch.tensor([[4, 5, 6], [4, 5, 6], [4, 5, -1], [9, 5, 6], [-1, -1, -1]])
-    drawn_tokens = torch.tensor([[4, 5, 6], [4, 7, 6], [4, 5, 6], [4, 5, 6], [0, 1, 2]])
-    assert accepted_counts(drafted, drawn_tokens).tolist() == [3, 1, 2, 0, 0]
-    assert accepted_counts(drafted[:, :0], drawn_tokens[:, :0]).tolist() == [0] * 5
