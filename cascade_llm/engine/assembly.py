@@ -112,6 +112,8 @@ def build_scheduler(
         enable_prefix_caching=enable_prefix_caching,
         cascade=cascade or CascadeConfig(),
         cache_salt=cache_salt,
+        attention_kinds=facts.model.attention_kinds,
+        layer_kinds=facts.model.layer_kinds,
     )
     return FlashInferScheduler(config, costs)
 

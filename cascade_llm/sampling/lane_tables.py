@@ -8,18 +8,13 @@ import torch
 
 from cascade_llm.plan import LaneStart
 
-__all__ = ["TokenLists", "Upload", "UsageCounts", "is_penalized", "masked_endings"]
+__all__ = ["TokenLists", "Upload", "UsageCounts", "masked_endings"]
 
 Upload = Callable[[torch.Tensor], torch.Tensor]
 """Gives the device's copy of a host tensor."""
 
 MOST_INT16_USES = 2**14 - 1
 """What an int16 counts beside the bit for the prompt."""
-
-
-def is_penalized(start: LaneStart) -> bool:
-    """Whether a sequence's penalties change any logit."""
-    return _penalties(start) != (0.0, 0.0, 1.0)
 
 
 def masked_endings(start: LaneStart, vocab_size: int) -> list[int]:
@@ -66,7 +61,7 @@ class UsageCounts:
         lanes = self._upload(torch.tensor([start.lane for start in starts]))
         self.penalties[lanes] = self._upload(torch.tensor([_penalties(start) for start in starts]))
         for start in starts:
-            if is_penalized(start):
+            if start.params.has_penalties:
                 self._start_row(self.allocate()[start.lane], start)
 
     def note(self, lanes: torch.Tensor, token_ids: torch.Tensor) -> None:

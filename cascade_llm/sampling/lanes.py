@@ -14,7 +14,7 @@ import torch
 
 from cascade_llm.plan import LaneStart
 from cascade_llm.sampling.draw import Filters, draw_key
-from cascade_llm.sampling.lane_tables import TokenLists, Upload, UsageCounts, is_penalized, masked_endings
+from cascade_llm.sampling.lane_tables import TokenLists, Upload, UsageCounts, masked_endings
 from cascade_llm.sampling_params import SamplingParams
 
 __all__ = ["BIAS_CAPACITY", "ENDING_CAPACITY", "NO_TOKEN", "LaneState", "Needs"]
@@ -189,7 +189,7 @@ def _needs(start: LaneStart) -> Needs:
         needs |= Needs.DRAW
         if params.top_k or params.top_p < 1.0 or params.min_p > 0.0:
             needs |= Needs.FILTER
-    if is_penalized(start):
+    if start.params.has_penalties:
         needs |= Needs.ADJUST
     return needs if params.logprobs is None else needs | Needs.REPORT
 

@@ -147,9 +147,11 @@ class Sequence:
 
     @property
     def can_draft(self) -> bool:
-        """Whether it decodes, knows all its tokens, and may draw any: then proposed tokens can be checked."""
+        """Whether it decodes, knows all its tokens, and may draw any, whichever came before: then proposed tokens can
+        be checked together. A penalty would have to count each of them before the next is drawn."""
         is_last = self.planned_len == len(self.token_ids) - 1 >= self.prompt_len
-        return is_last and not self.num_unresolved and self.request.mask is None
+        is_free = self.request.mask is None and not self.request.params.has_penalties
+        return is_last and is_free and not self.num_unresolved
 
     @property
     def only_waited(self) -> bool:

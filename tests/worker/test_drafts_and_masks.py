@@ -1,0 +1,109 @@
+"""Proposed tokens and token masks through the whole engine: they change speed and choice, never the law of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cascade_llm import LLM, SamplingParams
+from cascade_llm.plan import IntColumn, StepPlan, int_column
+from cascade_llm.scheduler.scheduler import Drafter, FlashInferScheduler
+from cascade_llm.scheduler.sequence import Request
+from cascade_llm.scheduler.sequence import Sequence as TokenStream
+from tests.engine.tiny_llm import assert_equal_outputs, save_tiny, tiny_llm
+
+SHARED = [3 + (i * 7) % 80 for i in range(24)]
+PROMPTS = [[*SHARED, 11], [*SHARED, 12, 13], [7, 8, 9], [*SHARED[:9], 2], [*SHARED, 14]]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=0.9, seed=3, n=2, max_tokens=20, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=1.0, seed=5, top_p=0.8, max_tokens=25, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=0, max_tokens=18, ignore_eos=True, logprobs=2, repetition_penalty=1.3),
+    SamplingParams(temperature=0, max_tokens=12, min_tokens=5, stop_token_ids=[75], logprobs=2),
+]
+VOCAB = 96
+WORDS = VOCAB // 32
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("llama"), vocab_size=VOCAB)
+
+
+def with_drafter(llm: LLM, drafter: Drafter) -> LLM:
+    scheduler = llm.engine.scheduler
+    llm.engine.scheduler = FlashInferScheduler(scheduler.config, scheduler._costs, drafter)
+    return llm
+
+
+def knowing(texts: Sequence[Sequence[int]]) -> Drafter:
+    """Proposes what was generated before, every fifth token wrong."""
+
+    def drafter(sequence: TokenStream, most: int) -> Iterable[int]:
+        so_far = sequence.token_ids.tolist()
+        for text in texts:
+            if list(text[: len(so_far)]) == so_far:
+                for position in range(len(so_far), min(len(text), len(so_far) + 4)):
+                    yield text[position] if position % 5 else (text[position] + 1) % VOCAB
+                return
+
+    return drafter
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_drafts_change_no_text(tiny: Path, lag: int) -> None:
+    with tiny_llm(tiny) as llm:
+        expected = llm.generate(PROMPTS, PARAMS)
+    texts = [
+        [*prompt, *sample.token_ids]
+        for prompt, output in zip(PROMPTS, expected, strict=True)
+        for sample in output.outputs
+    ]
+    with with_drafter(tiny_llm(tiny, schedule_lag=lag), knowing(texts)) as llm:
+        found = llm.generate(PROMPTS, PARAMS)
+        counters = llm.engine.scheduler.counters
+        assert_equal_outputs(found, expected)
+        assert counters.accepted_tokens > 40
+        assert counters.drafted_tokens > counters.accepted_tokens
+        llm.engine.scheduler.check()
+
+
+def even_then_odd(output: Sequence[int]) -> IntColumn:
+    """Even tokens at even positions, odd ones at odd positions; none below 10."""
+    parity = len(output) % 2
+    bits = sum(1 << token for token in range(10, VOCAB) if token % 2 == parity)
+    words = ((bits >> (32 * i)) & 0xFFFFFFFF for i in range(WORDS))
+    return int_column(word - (1 << 32) if word >= 1 << 31 else word for word in words)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_mask_is_obeyed_by_its_own_samples_alone(tiny: Path, lag: int) -> None:
+    plans: list[StepPlan] = []
+    with tiny_llm(tiny, schedule_lag=lag) as llm:
+        (plain,) = llm.generate(PROMPTS[2], SamplingParams(temperature=0, max_tokens=15, ignore_eos=True))
+        llm.engine.on_step.append(lambda event: plans.append(event.plan))
+        states = [
+            llm.engine.add(request_of(index, PROMPTS[index], params, mask))
+            for index, (params, mask) in enumerate(
+                [
+                    (SamplingParams(temperature=0, max_tokens=15, ignore_eos=True), even_then_odd),
+                    (SamplingParams(temperature=1.0, n=2, max_tokens=15, ignore_eos=True), even_then_odd),
+                    (SamplingParams(temperature=0, max_tokens=15, ignore_eos=True), None),
+                ]
+            )
+        ]
+        while llm.engine.has_unfinished:
+            llm.engine.step()
+    for state in states[:2]:
+        for sample in state.output.outputs:
+            assert len(sample.token_ids) == 15
+            assert all(token >= 10 and token % 2 == i % 2 for i, token in enumerate(sample.token_ids))
+    assert states[2].output["token_ids"] == plain["token_ids"]
+    assert any(plan.token_bitmasks for plan in plans)
+
+
+def request_of(index: int, prompt: Sequence[int], params: SamplingParams, mask: Any) -> Request:
+    return Request(request_id=f"masked-{index}", prompt_token_ids=prompt, params=params, seed=index, mask=mask)
