@@ -1,4 +1,4 @@
-"""Decode steps made from the one before, against a scheduler that decides each of them anew."""
+"""Lanes; and decode steps made from the one before, against a scheduler that decides each of them anew."""
 
 from __future__ import annotations
 
@@ -7,8 +7,34 @@ from itertools import pairwise
 import pytest
 
 from cascade_llm.plan import StepPlan
+from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.prefix_cache import root_key
+from cascade_llm.scheduler.sequence import Request, Sequence
+from cascade_llm.scheduler.step import LanePool
 from tests.scheduler.generated import RandomLoad, random_engine
 from tests.scheduler.simulated_engine import SimulatedEngine, small_config
+
+# lanes
+
+
+def test_lanes_and_epochs() -> None:
+    request = Request(request_id="a", prompt_token_ids=[5, 6], params=SamplingParams(), seed=3)
+    first, second, third = (Sequence(request, index, 0, 4, root_key()) for index in range(3))
+    lanes = LanePool(2)
+    starts = [lanes.enter(first), lanes.enter(second)]
+    assert [(start.lane, start.epoch) for start in starts] == [(0, 1), (1, 1)]
+    assert lanes.num_free == 0
+    lanes.leave(first)
+    assert (lanes.num_free, first.epoch) == (1, 0)
+    third.token_ids.append(7)
+    start = lanes.enter(third)
+    assert (start.lane, start.epoch, start.sample_index, start.seed) == (0, 2, 2, 3)
+    assert (list(start.prompt_token_ids), list(start.output_token_ids)) == ([5, 6], [7])
+    assert start.ending_token_ids is request.ending_token_ids
+
+
+# runs of decode steps
+
 
 ROW_COLUMNS = ("token_ids", "positions", "lane_rows", "lane_row_lanes", "sequence_lanes", "sequence_epochs")
 SAMPLE_COLUMNS = ("sample_rows", "sample_lanes", "sample_positions")
