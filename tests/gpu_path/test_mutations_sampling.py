@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from cascade_llm import SamplingParams
 from cascade_llm.plan import LaneStart, StepPlan
 from cascade_llm.sampling import logprobs
-from cascade_llm.sampling.lane_tables import TokenLists, UsageCounts, is_penalized
+from cascade_llm.sampling.lane_tables import TokenLists, UsageCounts
 from cascade_llm.sampling.lanes import LaneState, Needs
 from cascade_llm.worker import graph_sampling
 from cascade_llm.worker.cuda_graphs import CudaGraphs
@@ -154,7 +154,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
     original = UsageCounts.start
 
     def penalized_alone(self: UsageCounts, starts: Sequence[LaneStart]) -> None:
-        if penalized := [start for start in starts if is_penalized(start)]:
+        if penalized := [start for start in starts if start.params.has_penalties]:
             original(self, penalized)
 
     patch.setattr(UsageCounts, "start", penalized_alone)
