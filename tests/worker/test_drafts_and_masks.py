@@ -10,9 +10,11 @@ import pytest
 
 from cascade_llm import LLM, SamplingParams
 from cascade_llm.plan import IntColumn, StepPlan, int_column
+from cascade_llm.plan_file import PlanFileReader
 from cascade_llm.scheduler.scheduler import Drafter, FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request
 from cascade_llm.scheduler.sequence import Sequence as TokenStream
+from cascade_llm.validation.replay_file import replay
 from tests.engine.tiny_llm import assert_equal_outputs, save_tiny, tiny_llm
 
 SHARED = [3 + (i * 7) % 80 for i in range(24)]
@@ -107,3 +109,49 @@ def test_a_mask_is_obeyed_by_its_own_samples_alone(tiny: Path, lag: int) -> None
 
 def request_of(index: int, prompt: Sequence[int], params: SamplingParams, mask: Any) -> Request:
     return Request(request_id=f"masked-{index}", prompt_token_ids=prompt, params=params, seed=index, mask=mask)
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("a") + token_id % 26) for token_id in token_ids)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_stop_string_inside_accepted_tokens_ends_the_text_there(tiny: Path, lag: int) -> None:
+    """What was accepted behind it is neither shown nor counted."""
+    greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    with tiny_llm(tiny) as llm:
+        tokens = llm.generate(PROMPTS[0], greedy)[0].outputs[0].token_ids
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop=Letters().decode(tokens[6:8]))
+    found = []
+    for drafter in (None, lambda sequence, most: tokens[len(sequence.token_ids) - sequence.prompt_len :]):
+        llm = tiny_llm(tiny, schedule_lag=lag)
+        with llm if drafter is None else with_drafter(llm, drafter):
+            llm.engine._tokenizer = Letters()  # type: ignore[assignment]
+            state = llm.engine.add(request_of(0, PROMPTS[0], params, None))
+            while llm.engine.has_unfinished:
+                llm.engine.step()
+            counters = llm.engine.scheduler.counters
+            assert (drafter is None) == (counters.accepted_tokens == 0)
+            found.append((state.output, counters.generated_tokens))
+    assert found[0] == found[1]
+    output, num_generated = found[0]
+    assert output.outputs[0].finish_reason == "stop"
+    assert len(output.outputs[0].token_ids) == num_generated < 30
+
+
+def test_a_recording_of_drafts_is_replayed(tiny: Path, tmp_path: Path) -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    options = {"attention_backend": "torch", "max_model_len": 64}
+    with tiny_llm(tiny, **options) as llm:
+        texts = [[*p, *out.outputs[0].token_ids] for p, out in zip(PROMPTS, llm.generate(PROMPTS, greedy), strict=True)]
+    path = tmp_path / "drafts.plans"
+    with with_drafter(tiny_llm(tiny, record_plans=path, record_token_ids=True, **options), knowing(texts)) as llm:
+        llm.generate(PROMPTS, greedy)
+        assert llm.engine.scheduler.counters.accepted_tokens > 40
+    with PlanFileReader(path) as reader:
+        assert any(step.rejected_samples for step in reader)
+    report = replay(path, tiny, {"attention_backend": "torch"})
+    assert report.passed, report
