@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from reprlib import repr as short_repr
 from typing import Any
 
 from cascade_llm.errors import ConfigError, nearest_name_hint
@@ -17,6 +18,17 @@ from cascade_llm.errors import ConfigError, nearest_name_hint
 __all__ = ["CascadeConfig", "EngineOptions", "ModelConfig", "RopeConfig", "SchedulerConfig"]
 
 MAX_CASCADE_LEVELS = 4
+LIMITS: Mapping[str, int] = {
+    "page_size": 2**20,
+    "max_num_seqs": 2**20,
+    "max_num_batched_tokens": 2**31 - 1,
+    "num_threads": 1024,
+    "max_model_len": 2**31 - 1,
+    "kv_cache_bytes": 2**63 - 1,
+}
+"""The largest value of each option that is a count; more threads than these end a process."""
+RESOLVED = ("num_threads", "max_model_len", "kv_cache_bytes")
+"""Those that may be None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +233,9 @@ class EngineOptions:
         self._choice("quantization", (None, "int4"))
         self._choice("load_format", ("auto", "dummy"))
         self._choice("distributed_executor_backend", ("uni", "mp"))
-        for name in ("page_size", "max_num_seqs", "max_num_batched_tokens"):
-            self._positive(name)
-        for name in ("num_threads", "max_model_len", "kv_cache_bytes"):
-            if getattr(self, name) is not None:
-                self._positive(name)
+        for name, most in LIMITS.items():
+            if getattr(self, name) is not None or name not in RESOLVED:
+                self._positive(name, most)
         _check_batch(self.max_num_batched_tokens, self.max_num_seqs)
         for name in (
             "enable_prefix_caching",
@@ -278,9 +288,11 @@ class EngineOptions:
         if value not in allowed:
             raise ConfigError(f"{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}")
 
-    def _positive(self, name: str) -> None:
-        if not _is_positive_integer(getattr(self, name)):
-            raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be an integer, 1 or larger")
+    def _positive(self, name: str, most: int) -> None:
+        value = getattr(self, name)
+        if not _is_positive_integer(value) or value > most:
+            wanted = "1 or larger" if isinstance(value, int) and value < 1 else f"1 to {most:,}"
+            raise ConfigError(f"{name} is {short_repr(value)}: it must be an integer, {wanted}")
 
 
 def _is_integer(value: object) -> bool:

@@ -13,10 +13,17 @@ __all__ = ["compiled_kernels", "is_out_of_memory", "memory_for"]
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device had no memory left: torch's own error, or what CUDA says where torch does not allocate."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
-    )
+    """Whether a device had no memory left: torch's own error, or what CUDA and the system say in its place."""
+    if isinstance(error, CapacityError):
+        return False
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(known in words for known in OUT_OF_MEMORY_WORDS)
+
+
+OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+"""CUDA's, torch's on the CPU, the system's."""
 
 
 @contextmanager
@@ -24,7 +31,7 @@ def memory_for(what_and_cure: str) -> Iterator[None]:
     """A device without memory left is a `CapacityError` that says for what, and what to change."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         raise CapacityError(f"the device has no memory for {what_and_cure}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from reprlib import repr as short_repr
 from typing import Any
 
 from cascade_llm.config import ModelConfig, RopeConfig
@@ -127,25 +128,34 @@ def model_config_from_hf(
         )
     if head_dim % 2:
         raise CheckpointError(f"config.json: head_dim is {head_dim}: rotary embedding needs an even one")
+    rope = _rope_config(hf_config)
+    if rope.rope_type == "dynamic" and head_dim == 2:
+        raise CheckpointError("config.json: head_dim is 2: a dynamic rotary embedding needs 4 or more")
 
     return ModelConfig(
         architecture=name,
         vocab_size=_count(hf_config, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=_count(hf_config, "intermediate_size"),
-        num_layers=_count(hf_config, "num_hidden_layers"),
+        num_layers=_count(hf_config, "num_hidden_layers", most=MAX_LAYERS),
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=_count(hf_config, "max_position_embeddings"),
-        rms_norm_eps=_number(hf_config, "rms_norm_eps", 1e-6),
-        rope=_rope_config(hf_config),
-        tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
-        own={name: bool(hf_config.get(name, default)) for name, default in architecture.own_fields.items()},
+        rms_norm_eps=_number(hf_config, "rms_norm_eps", 1e-6, least=0.0),
+        rope=rope,
+        tie_word_embeddings=_flag(hf_config, "tie_word_embeddings", False),
+        own={name: _flag(hf_config, name, default) for name, default in architecture.own_fields.items()},
         dtype=_dtype(hf_config),
-        ending_token_ids=_ending_ids(hf_config) | _ending_ids(generation_config or {}),
+        ending_token_ids=_ending_ids(hf_config) | _ending_ids(generation_config or {}, "generation_config.json"),
     )
 
+
+MAX_LAYERS = 4096
+MAX_COUNT = 2**31 - 1
+"""Of any dimension: what an index of 32 bits reaches."""
+LARGEST = 1e30
+"""Of any number."""
 
 REQUIRED_FIELDS = (
     "vocab_size",
@@ -165,7 +175,7 @@ def _require(hf_config: Mapping[str, Any]) -> None:
 
 def _architecture_name(hf_config: Mapping[str, Any]) -> str:
     """The key of `ARCHITECTURES`; the class name decides where both are there, as it says which head is on top."""
-    classes = [str(name) for name in hf_config.get("architectures") or ()]
+    classes = _texts(hf_config, "architectures")
     model_type = hf_config.get("model_type")
     for name, architecture in ARCHITECTURES.items():
         if architecture.hf_class in classes or (not classes and name == model_type):
@@ -183,12 +193,11 @@ def _refuse_unimplemented(hf_config: Mapping[str, Any], architecture: Architectu
     ]
     if hf_config.get("sliding_window") is not None and not architecture.has_window_switch:
         refused.append(f"sliding_window={hf_config['sliding_window']!r}")
-    layer_types = set(hf_config.get("layer_types") or ()) - {"full_attention"}
+    layer_types = set(_texts(hf_config, "layer_types")) - {"full_attention"}
     if layer_types:
-        refused.append(f"layer_types with {', '.join(sorted(map(str, layer_types)))}")
-    if hf_config.get("quantization_config"):
-        method = hf_config["quantization_config"].get("quant_method", "unknown")
-        refused.append(f"quantization_config ({method})")
+        refused.append(f"layer_types with {', '.join(sorted(layer_types))}")
+    if quantization := _mapping(hf_config, "quantization_config"):
+        refused.append(f"quantization_config ({quantization.get('quant_method', 'unknown')})")
     if refused:
         raise UnsupportedModelError(
             f"config.json asks for what is not implemented: {'; '.join(refused)}. Serving the model without it would "
@@ -198,8 +207,8 @@ def _refuse_unimplemented(hf_config: Mapping[str, Any], architecture: Architectu
 
 def _rope_config(hf_config: Mapping[str, Any]) -> RopeConfig:
     """From `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (before)."""
-    newer = hf_config.get("rope_parameters") or {}
-    fields: Mapping[str, Any] = hf_config.get("rope_scaling") or newer
+    newer = _mapping(hf_config, "rope_parameters")
+    fields = _mapping(hf_config, "rope_scaling") or newer
     where = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
     if any(isinstance(value, Mapping) for value in fields.values()):
         raise UnsupportedModelError(f"config.json: {where} differs between layer types, which is not implemented")
@@ -211,7 +220,7 @@ def _rope_config(hf_config: Mapping[str, Any]) -> RopeConfig:
     if fields.get("partial_rotary_factor") not in (None, 1) or fields.get("mrope_section"):
         raise UnsupportedModelError(f"config.json: {where} rotates by partial_rotary_factor or mrope_section")
     holder = next((held for held in (fields, newer, hf_config) if held.get("rope_theta") is not None), fields)
-    theta = _number(holder, "rope_theta", 10000.0)
+    theta = _number(holder, "rope_theta", 10000.0, least=1.0)
     if rope_type == "default":
         return RopeConfig(theta=theta)
     return RopeConfig(theta=theta, rope_type=rope_type, **_rope_scaling(hf_config, fields, rope_type, where))
@@ -227,48 +236,103 @@ def _rope_scaling(
         original_len = _count(hf_config, "original_max_position_embeddings", inner)
     else:
         original_len = max_len
-    factor = fields.get("factor")
-    if factor is None and rope_type == "yarn":
-        factor = max_len / original_len
-    scaling: dict[str, Any] = {"original_max_position_embeddings": original_len, "factor": factor}
+    scaling: dict[str, Any] = {"original_max_position_embeddings": original_len}
+    if fields.get("factor") is not None:
+        scaling["factor"] = _number(fields, "factor", 1.0, least=0.0, where=where)
+    elif rope_type == "yarn":
+        scaling["factor"] = max_len / original_len
+    given = {name: least for name, least in SCALING_NUMBERS.items() if fields.get(name) is not None}
+    # 0 means "not given" for the two ends of yarn's ramp, as transformers reads them
+    given = {name: least for name, least in given.items() if least is None or fields[name] != 0}
+    scaling.update({name: _number(fields, name, 1.0, least=least, where=where) for name, least in given.items()})
     required = ("factor", "low_freq_factor", "high_freq_factor") if rope_type == "llama3" else ("factor",)
-    missing = [name for name in required if {**fields, **scaling}.get(name) is None]
-    if missing:
+    if missing := [name for name in required if name not in scaling]:
         raise CheckpointError(f"config.json: {where} of type {rope_type} lacks {', '.join(missing)}")
-    names = ("low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim")
-    given = {**scaling, **{name: fields[name] for name in names if fields.get(name) is not None}}
-    # 0 means "not given" for the two ends of the ramp, as transformers reads them.
-    given.update({name: fields[name] for name in ("beta_fast", "beta_slow") if fields.get(name)})
-    return {**given, "truncate": bool(fields.get("truncate", True))}
+    if rope_type == "llama3" and scaling["low_freq_factor"] == scaling["high_freq_factor"]:
+        raise CheckpointError(f"config.json: {where} has equal low_freq_factor and high_freq_factor")
+    return {**scaling, "truncate": _flag(fields, "truncate", True)}
 
 
-def _count(fields: Mapping[str, Any], name: str, default: int | None = None) -> int:
+SCALING_NUMBERS: Mapping[str, float | None] = {
+    "low_freq_factor": None,
+    "high_freq_factor": None,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "beta_fast": 0.0,
+    "beta_slow": 0.0,
+}
+"""Each with what it must be larger than."""
+
+
+def _wrong(name: str, value: object, wanted: str, where: str = "config.json") -> CheckpointError:
+    return CheckpointError(f"{where}: {name} is {short_repr(value)}: it must be {wanted}")
+
+
+def _count(fields: Mapping[str, Any], name: str, default: int | None = None, most: int = MAX_COUNT) -> int:
     """A field that must be a positive integer."""
     value = default if fields.get(name) is None else fields[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {name} is {value!r}: it must be an integer, 1 or larger")
+        raise _wrong(name, value, "an integer, 1 or larger")
+    if value > most:
+        raise _wrong(name, value, f"at most {most:,}")
     return value
 
 
-def _number(fields: Mapping[str, Any], name: str, default: float) -> float:
+def _number(
+    fields: Mapping[str, Any], name: str, default: float, *, least: float | None = None, where: str = ""
+) -> float:
+    """A field that must be a finite number, above `least`."""
     value = default if fields.get(name) is None else fields[name]
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise CheckpointError(f"config.json: {name} is {value!r}: it must be a number")
+    where = f"config.json: {where}" if where else "config.json"
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -LARGEST <= value <= LARGEST:
+        raise _wrong(name, value, "a number", where)
+    if least is not None and value <= least:
+        raise _wrong(name, value, f"larger than {least:g}", where)
     return float(value)
+
+
+def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = default if fields.get(name) is None else fields[name]
+    if not isinstance(value, bool):
+        raise _wrong(name, value, "true or false")
+    return value
+
+
+def _mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A field that must be an object; empty where it is null or not there."""
+    value = fields.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise _wrong(name, value, "an object")
+    return value or {}
+
+
+def _texts(fields: Mapping[str, Any], name: str) -> list[str]:
+    """A field that must be a list of texts; empty where it is null or not there."""
+    value = fields.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise _wrong(name, value, "a list of texts")
+    return list(value)
 
 
 def _dtype(hf_config: Mapping[str, Any]) -> str:
     """The checkpoint's dtype; what it does not say, or no plain float, is float32."""
-    stated = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
+    name = "dtype" if hf_config.get("dtype") is not None else "torch_dtype"
+    stated = "float32" if hf_config.get(name) is None else hf_config[name]
+    if not isinstance(stated, str):
+        raise _wrong(name, stated, "a text, such as 'bfloat16'")
+    stated = stated.removeprefix("torch.")
     return stated if stated in ("float32", "float16", "bfloat16") else "float32"
 
 
-def _ending_ids(config: Mapping[str, Any]) -> frozenset[int]:
+def _ending_ids(config: Mapping[str, Any], where: str = "config.json") -> frozenset[int]:
     """`eos_token_id`: null, one id, or a list of them."""
     ids = config.get("eos_token_id")
     if ids is None:
         return frozenset()
     listed = ids if isinstance(ids, list | tuple) else (ids,)
-    if any(not isinstance(token_id, int) for token_id in listed):
-        raise CheckpointError(f"eos_token_id is {ids!r}: it must be a token id or a list of them")
+    if any(not isinstance(token_id, int) or isinstance(token_id, bool) for token_id in listed):
+        raise _wrong("eos_token_id", ids, "a token id or a list of them", where)
     return frozenset(listed)

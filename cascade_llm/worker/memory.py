@@ -7,16 +7,20 @@ from pathlib import Path
 import psutil
 import torch
 
-from cascade_llm.config import EngineOptions
+from cascade_llm.config import EngineOptions, ModelConfig
+from cascade_llm.device.devices import resolve_device
 from cascade_llm.device.start_errors import memory_for
 from cascade_llm.errors import CapacityError
 from cascade_llm.models.decoder import Decoder
 
-__all__ = ["available_bytes", "pool_pages", "step_bytes"]
+__all__ = ["available_bytes", "check_sizes", "pool_pages", "step_bytes"]
 
 CGROUP = Path("/sys/fs/cgroup")
 GRAPH_BYTES = 1 << 30
 """An estimate of all graphs' memory: 5 to 15 MB each, and FlashInfer's workspace."""
+
+LANE_BYTES = 512
+"""At least, of a sequence that may run, on device and host."""
 
 
 def available_bytes(device: torch.device) -> int:
@@ -25,6 +29,40 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return min([int(psutil.virtual_memory().available), *_cgroup_rooms(CGROUP)])
+
+
+def check_sizes(options: EngineOptions, model: ModelConfig, dtype: torch.dtype, kv_bytes: int, max_len: int) -> None:
+    """Compare what must be held in any case with the free memory, before anything is built.
+
+    Args:
+        kv_bytes: of a token, over all layers
+        max_len: tokens of the longest sequence
+
+    Raises:
+        CapacityError: with the number and the limit
+    """
+    free = available_bytes(resolve_device(options.device))
+    heads = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim
+    layers = model.num_layers * model.hidden_size * (heads + 3 * model.intermediate_size)
+    vocabularies = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    needs = (
+        (
+            (layers + vocabularies) * dtype.itemsize,
+            f"the weights of {model.num_layers:,} layers, hidden size {model.hidden_size:,} and a vocabulary of "
+            f"{model.vocab_size:,}",
+            "take a smaller model, or end what else holds memory",
+        ),
+        (max_len * kv_bytes, f"K and V of one sequence of max_model_len {max_len:,}", "set a smaller max_model_len"),
+        (max_len * model.head_dim * 4, f"the rotary table of max_model_len {max_len:,}", "set a smaller max_model_len"),
+        (
+            options.max_num_seqs * LANE_BYTES,
+            f"the state of max_num_seqs {options.max_num_seqs:,} sequences",
+            "set a smaller max_num_seqs",
+        ),
+    )
+    for num_bytes, what, cure in needs:
+        if num_bytes > free:
+            raise CapacityError(f"{what} takes {num_bytes:,} bytes, {free:,} are free: {cure}")
 
 
 def step_bytes(decoder: Decoder, options: EngineOptions, *, has_graphs: bool) -> int:

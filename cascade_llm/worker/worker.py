@@ -16,6 +16,7 @@ from cascade_llm.device.start_errors import compiled_kernels, memory_for
 from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, KVScale, PagedKVCache
 from cascade_llm.layers.flashinfer_layer_ops import FlashInferLayerOps
+from cascade_llm.layers.rope import max_context_len
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
@@ -25,7 +26,7 @@ from cascade_llm.sampling.lanes import LaneState
 from cascade_llm.weights.format import WeightOptions
 from cascade_llm.weights.select import select_format
 from cascade_llm.worker.cuda_graphs import CaptureReport, CudaGraphs, OnCapture
-from cascade_llm.worker.memory import available_bytes, pool_pages, step_bytes
+from cascade_llm.worker.memory import available_bytes, check_sizes, pool_pages, step_bytes
 from cascade_llm.worker.model_runner import ModelRunner
 
 __all__ = ["WorkerFacts", "build_worker"]
@@ -88,6 +89,7 @@ def build_worker(
     dtype = resolve_dtype(options.dtype, model.dtype, device)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     max_model_len = _max_model_len(options, model)
+    check_sizes(options, model, dtype, model.kv_bytes_per_token(kv_dtype.itemsize), max_model_len)
     spec = AttentionSpec.for_model(model, dtype, device, kv_dtype)
     if platform is not None:
         choice = BackendChoice(name="flashinfer", backend=FlashInferAttentionBackend, refused=())
@@ -237,11 +239,7 @@ def _capture(
 
 def _max_model_len(options: EngineOptions, model: ModelConfig) -> int:
     wanted = options.max_model_len
-    if wanted is None:
-        return model.max_position_embeddings
-    if wanted > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len is {wanted}: the model was made for {model.max_position_embeddings} positions, "
-            "use that or less"
-        )
-    return wanted
+    longest = max_context_len(model)
+    if wanted is not None and wanted > longest:
+        raise ConfigError(f"max_model_len is {wanted}: the model was made for {longest} positions, use that or less")
+    return longest if wanted is None else wanted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 
@@ -34,6 +36,13 @@ def test_a_cuda_device_has_its_index_so_that_memory_is_kept_under_one_key() -> N
         (RuntimeError("CUDA error: out of memory"), True),  # a graph that is instantiated
         (torch.AcceleratorError("CUDA error: Out of Memory"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOENT, "No such file or directory"), False),
         (CapacityError("the pool is out of memory"), False),
     ],
 )
