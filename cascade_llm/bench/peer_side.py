@@ -142,7 +142,7 @@ class PeerSide(Side):
 
 def _gguf_file(checkpoint: Checkpoint) -> Path | None:
     source = checkpoint.tokenizer_source
-    return source if source is not None and source.suffix == ".gguf" else None
+    return source if source is not None and source.is_file() else None
 
 
 def _environment(name: str, num_threads: int, kv_cache_bytes: int | None) -> dict[str, str]:

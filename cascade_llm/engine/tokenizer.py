@@ -27,7 +27,7 @@ def load_tokenizer(source: Path | None) -> Tokenizer | None:
     """
     if source is None:
         return None
-    return Tokenizer(_from_gguf(source) if source.suffix == ".gguf" else _from_folder(source))
+    return Tokenizer(_from_gguf(source) if source.is_file() else _from_folder(source))
 
 
 class Tokenizer:

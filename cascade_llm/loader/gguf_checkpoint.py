@@ -14,7 +14,7 @@ import torch
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.gguf_config import ending_token_ids, hf_config_of
-from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize
+from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize, first_part
 from cascade_llm.weights.format import StoredTensor
 
 __all__ = ["GGUFCheckpoint"]
@@ -42,17 +42,12 @@ ROPE_DIVISORS = "rope_freqs.weight"
 
 
 class GGUFCheckpoint(Checkpoint):
-    """One .gguf file of the llama, qwen2 or qwen3 architecture, in any block type that `gguf` dequantizes."""
+    """A GGUF file, or any part of a split one: llama, qwen2 or qwen3, in any block type that `gguf` dequantizes."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = GGUFFile(path)
+        self._file = GGUFFile(first_part(Path(path)))
         metadata = self._file.metadata
-        if metadata.get("split.count", 1) > 1:
-            raise CheckpointError(
-                f"{path} is one of {metadata['split.count']} parts: join them with "
-                "llama-gguf-split --merge and give the whole file"
-            )
-        ending_ids = ending_token_ids(metadata)
+        ending_ids = ending_token_ids(self._file)
         super().__init__(
             self._file.path.stem,
             self._file.path if metadata.get("tokenizer.ggml.tokens") else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,8 @@ END_OF_TURN_TEXTS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 CONTROL_TOKEN = 3
 
+BLOCK_NAME = re.compile(r"blk\.\d{1,9}\.")
+
 LLAMA3_ORIGINAL_LEN, LLAMA3_LOW_FREQ_FACTOR, LLAMA3_HIGH_FREQ_FACTOR = 8192, 1.0, 4.0
 
 
@@ -59,7 +62,7 @@ def hf_config_of(file: GGUFFile) -> dict[str, Any]:
         "vocab_size": _embedding_rows(file),
         "hidden_size": hidden_size,
         "intermediate_size": keys.integer("feed_forward_length"),
-        "num_hidden_layers": keys.integer("block_count"),
+        "num_hidden_layers": _num_layers(keys),
         "num_attention_heads": num_heads,
         "num_key_value_heads": keys.integer("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
@@ -72,18 +75,46 @@ def hf_config_of(file: GGUFFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": _dtype(file),
         "hidden_act": "silu",
-        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": _token_id(file, "bos"),
+        "eos_token_id": _token_id(file, "eos"),
     }
 
 
-def ending_token_ids(metadata: Mapping[str, Any]) -> list[int]:
+def _num_layers(keys: _Keys) -> int:
+    """`block_count`, which must be what the tensors say where there are any."""
+    num_layers = keys.integer("block_count")
+    numbers = {int(name.split(".")[1]) for name in keys.file.tensors if BLOCK_NAME.match(name)}
+    if numbers and num_layers != len(numbers):
+        raise CheckpointError(
+            f"{keys.file.path}: {keys.architecture}.block_count is {num_layers}, its tensors are of {len(numbers)} "
+            "blocks: the file is corrupt"
+        )
+    return num_layers
+
+
+def ending_token_ids(file: GGUFFile) -> list[int]:
     """End of sequence, of turn (eot) and of message (eom), in this order, each once."""
-    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ids = [_token_id(file, name) for name in ("eos", "eot", "eom")]
     if ids[1] is None:
-        texts, types = metadata.get("tokenizer.ggml.tokens", ()), metadata.get("tokenizer.ggml.token_type", ())
-        ids += [i for i, kind in enumerate(types) if kind == CONTROL_TOKEN and texts[i] in END_OF_TURN_TEXTS]
-    return [int(token_id) for token_id in dict.fromkeys(ids) if token_id is not None]
+        texts, types = _list(file, "tokens", str), _list(file, "token_type", int)
+        pairs = enumerate(zip(texts, types, strict=False))
+        ids += [i for i, (text, kind) in pairs if kind == CONTROL_TOKEN and text in END_OF_TURN_TEXTS]
+    return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
+
+
+def _token_id(file: GGUFFile, name: str) -> int | None:
+    value = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.{name}_token_id is {value!r}, it must be a token id")
+    return value
+
+
+def _list(file: GGUFFile, name: str, kind: type) -> list[Any]:
+    """A list of the vocabulary; empty where there is none."""
+    values = file.metadata.get(f"tokenizer.ggml.{name}", [])
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.{name} is no list of {kind.__name__}")
+    return values
 
 
 class _Keys:
@@ -105,18 +136,18 @@ class _Keys:
         value = self.get(name, default)
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
-        if not isinstance(value, int) or value < 1:
-            raise self._unusable(name, value, "a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise self._unusable(name, value, "an integer from 1 to 2147483647")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.get(name, default)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise self._unusable(name, value, "a finite number")
         return _shortest(value)
 
     def _unusable(self, name: str, value: object, wanted: str) -> CheckpointError | UnsupportedModelError:
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             return UnsupportedModelError(f"{self.file.path}: {name} differs from layer to layer, not implemented")
         return CheckpointError(f"{self.file.path}: {self.architecture}.{name} is {value!r}, it must be {wanted}")
 

@@ -1,4 +1,4 @@
-"""The GGUF container, versions 2 and 3: metadata, table of tensors, and their bytes mapped from disk.
+"""The GGUF container, versions 2 and 3, whole or in parts: metadata, table of tensors, their bytes mapped from disk.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package's own reader makes numpy views
 of every string of the vocabulary, 2 s for 50 thousand tokens; this one takes 0.1 s, and checks every length against
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 
-__all__ = ["PLAIN_TYPES", "GGUFFile", "GGUFTensor", "dequantize"]
+__all__ = ["PART_NAME", "PLAIN_TYPES", "GGUFFile", "GGUFTensor", "dequantize", "first_part", "is_gguf"]
 
 MAGIC, VERSIONS, MAX_DIMS = b"GGUF", (2, 3), 4
 PLAIN_TYPES = {
@@ -63,14 +64,69 @@ class GGUFTensor:
     num_bytes: int
 
 
+PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is of this format, by its first bytes: whatever it is called."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def first_part(path: Path) -> Path:
+    """The part of a split file that holds the metadata, of any of its parts; a file of another name is whole."""
+    match = PART_NAME.fullmatch(path.name)
+    return path if match is None else path.with_name(f"{match['stem']}-00001-of-{match['count']}{path.suffix}")
+
+
 class GGUFFile:
     """An opened GGUF file; `CheckpointError` names the first thing in it that cannot be.
 
-    The file is mapped copy-on-write and stays mapped as long as this, or an array from `data`, lives.
+    Of a split file the first part is opened, and brings the tensors of the others. Files are mapped copy-on-write and
+    stay mapped as long as this, or an array from `data`, lives.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self._open(Path(path))
+        count = self._split("count", 1)
+        self._parts = dict.fromkeys(self.tensors, self._map)
+        for number in range(1, count):
+            self._add_part(number, count)
+        total = self._split("tensors.count", len(self.tensors))
+        if count > 1 and total != len(self.tensors):
+            raise CheckpointError(
+                f"{self.path}: its parts hold {len(self.tensors)} tensors of {total}: copy them again"
+            )
+
+    def _split(self, name: str, default: int) -> int:
+        value = self.metadata.get(f"split.{name}", default)
+        if not isinstance(value, int):
+            raise CheckpointError(f"{self.path}: split.{name} is {value!r}, it must be an integer")
+        return value
+
+    def _add_part(self, number: int, count: int) -> None:
+        match = PART_NAME.fullmatch(self.path.name)
+        if match is None or (int(match["number"]), int(match["count"])) != (1, count):
+            raise CheckpointError(
+                f"{self.path} is one of {count} parts: give the first, and name them all as they were split: "
+                f"NAME-00001-of-{count:05d}.gguf"
+            )
+        path = self.path.with_name(f"{match['stem']}-{number + 1:05d}-of-{match['count']}{self.path.suffix}")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, {self.path.name} is one of {count} parts: copy it there")
+        part = GGUFFile.__new__(GGUFFile)
+        part._open(path)
+        if (part._split("no", -1), part._split("count", -1)) != (number, count):
+            raise CheckpointError(f"{path} says that it is another part, or of another file: copy it again")
+        if twice := part.tensors.keys() & self.tensors.keys():
+            raise CheckpointError(f"{path}: tensor {min(twice)} is in an earlier part too, the files are corrupt")
+        self.tensors.update(part.tensors)
+        self._parts.update(dict.fromkeys(part.tensors, part._map))
+
+    def _open(self, path: Path) -> None:
+        self.path = path
         self._map = self._mapped()
         cursor = _Cursor(self.path, self._map)
         num_tensors, num_keys = self._read_head(cursor)
@@ -83,8 +139,8 @@ class GGUFFile:
             self._add_tensor(name, shape, tensor_type, start + offset)
 
     def data(self, tensor: GGUFTensor) -> npt.NDArray[np.uint8]:
-        """[num_bytes], the tensor's bytes in the map, not copied."""
-        return np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
+        """[num_bytes], the tensor's bytes in the map of its part, not copied."""
+        return np.frombuffer(self._parts[tensor.name], np.uint8, tensor.num_bytes, tensor.offset)
 
     def _mapped(self) -> mmap.mmap:
         with self.path.open("rb") as file:

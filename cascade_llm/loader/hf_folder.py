@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -14,14 +15,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cascade_llm.errors import CheckpointError, ModelNotFoundError
+from cascade_llm.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.weights.format import StoredTensor
 
 __all__ = ["DummyCheckpoint", "HuggingFaceCheckpoint", "write_hf_folder"]
 
+log = logging.getLogger("cascade_llm")
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2 << 30
+ADAPTER = "adapter_config.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -31,6 +36,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         if not (self.folder / "config.json").is_file():
+            _refuse_adapter(self.folder)
             raise ModelNotFoundError(
                 f"{self.folder} has no config.json: give the folder that holds config.json and *.safetensors, "
                 "or the path of a .gguf file"
@@ -43,16 +49,33 @@ class HuggingFaceCheckpoint(Checkpoint):
             generation_config,
         )
         self._names_per_file = _names_per_file(self.folder)
+        if self._hf_config.get("tie_word_embeddings") is True:
+            self._settle_head()
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
-        """All weights, file by file, in the order in which they lie there."""
+        """All weights, file by file, in the order in which they lie there; a tied head once, as the embedding."""
         for path, names in self._names_per_file.items():
             with _opened(path) as file:
                 for name in names:
-                    try:
-                        yield name, StoredTensor.plain(file.get_tensor(name))
-                    except SafetensorError as error:
-                        raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
+                    yield name, StoredTensor.plain(_read(path, file, name))
+
+    def _settle_head(self) -> None:
+        """A head beside a tied embedding is left out where it is equal, and untied where it is another.
+
+        That is what transformers does: the file's head is what was trained.
+        """
+        paths = {name: path for path, names in self._names_per_file.items() for name in names}
+        if HEAD not in paths or EMBEDDING not in paths:
+            return
+        with _opened(paths[HEAD]) as head_file, _opened(paths[EMBEDDING]) as embedding_file:
+            head, embedding = _read(paths[HEAD], head_file, HEAD), _read(paths[EMBEDDING], embedding_file, EMBEDDING)
+            if head.shape == embedding.shape and torch.equal(head, embedding.to(head.dtype)):
+                self._names_per_file[paths[HEAD]].remove(HEAD)
+                return
+        log.warning(
+            "%s: config.json ties the head to the embedding, but %s is another matrix: it is used", self.folder, HEAD
+        )
+        self._hf_config = {**self._hf_config, "tie_word_embeddings": False}
 
 
 class DummyCheckpoint(Checkpoint):
@@ -129,6 +152,8 @@ def _names_per_shard(folder: Path) -> dict[Path, list[str]]:
     names_per_file: dict[Path, list[str]] = {}
     for shard, names in sorted(wanted.items()):
         path = folder / shard
+        if not _is_inside(folder, shard):
+            raise CheckpointError(f"{folder / INDEX}: weight_map names {shard!r}, which is no file of this folder")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, {INDEX} names it: download the shard or remove the index")
         present = _tensor_names(path)
@@ -139,6 +164,15 @@ def _names_per_shard(folder: Path) -> dict[Path, list[str]]:
             )
         names_per_file[path] = [name for name in present if name in names]
     return names_per_file
+
+
+def _is_inside(folder: Path, shard: str) -> bool:
+    """Whether a shard is a file beside its index; the hub's cache holds links to the blobs of the same repository."""
+    if Path(shard).name != shard or shard in (".", "..") or "\0" in shard:
+        return False
+    folder, target = folder.resolve(), (folder / shard).resolve()
+    blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
+    return target.parent in (folder, *blobs)
 
 
 def _tensor_names(path: Path) -> list[str]:
@@ -152,6 +186,24 @@ def _opened(path: Path) -> Any:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from error
+
+
+def _read(path: Path, file: Any, name: str) -> torch.Tensor:
+    try:
+        tensor: torch.Tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
+    return tensor
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """A LoRA folder has no model of its own."""
+    if (folder / ADAPTER).is_file():
+        base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
+        raise UnsupportedModelError(
+            f"{folder} is a LoRA adapter of {base!r}, not a whole model: merge the two with peft, "
+            "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder)"
+        )
 
 
 def _missing_weights(folder: Path) -> CheckpointError:
@@ -179,7 +231,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; `CheckpointError` when it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable as JSON ({error}): copy or download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, it must hold an object")

@@ -17,6 +17,7 @@ from cascade_llm.weights.format import StoredTensor
 __all__ = ["KVScaleReader", "init_dummy", "load_weights"]
 
 MAX_NAMED_PROBLEMS = 10
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DUMMY_PERIOD = 1_000_003
 """Random numbers that are drawn once and repeated; a prime, so that no two rows of a matrix are alike."""
 
@@ -29,15 +30,20 @@ SCALE_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.
 def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) -> None:
     """Give a checkpoint's tensors to the decoder, one at a time; call before `pack()`.
 
-    A head beside a tied embedding and recomputed rotary buffers are passed over. Raises `CheckpointError` with every
-    tensor that is missing, unexpected, wrongly shaped, of a dtype that is no plain float, or given twice.
+    Recomputed rotary buffers are passed over, and a head that is equal to the embedding that it is tied to. Raises
+    `CheckpointError` with every tensor that is missing, unexpected, wrongly shaped, of a dtype that is no plain float,
+    or given twice.
     """
     parameters = dict(decoder.named_parameters())
     missing = dict.fromkeys(parameters)
     problems: list[str] = []
+    tied = (HEAD, EMBEDDING) if decoder.config.tie_word_embeddings else ()
+    held: dict[str, StoredTensor] = {}
     for name, tensor in tensors:
+        if name in tied:
+            held[name] = tensor
         if name not in parameters:
-            if not _is_ignored(decoder, name):
+            if name not in tied and not name.endswith(RECOMPUTED_SUFFIXES):
                 problems.append(f"{name} is not a tensor of {decoder.config.architecture}")
         elif name not in missing:
             problems.append(f"{name} is given twice")
@@ -48,6 +54,8 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) 
             else:
                 parameters[name].load(tensor)
     problems.extend(f"{name} is missing" for name in missing)
+    if len(held) == 2 and not torch.equal(held[HEAD].values(), held[EMBEDDING].values()):
+        problems.append(f"{HEAD} is another matrix than {EMBEDDING}, and the configuration ties them")
     if problems:
         raise CheckpointError(_summary(problems, len(parameters)))
 
@@ -102,11 +110,6 @@ def _problem(name: str, tensor: StoredTensor, parameter: Parameter) -> str | Non
     if tensor.decode is None and tensor.data.dtype not in WEIGHT_DTYPES:
         return f"{name} has dtype {str(tensor.data.dtype).removeprefix('torch.')}, not a plain float"
     return None
-
-
-def _is_ignored(decoder: Decoder, name: str) -> bool:
-    tied_head = decoder.config.tie_word_embeddings and name == "lm_head.weight"
-    return tied_head or name.endswith(RECOMPUTED_SUFFIXES)
 
 
 def _summary(problems: list[str], num_expected: int) -> str:

@@ -17,7 +17,7 @@ from cascade_llm.loader.gguf_checkpoint import GGUFCheckpoint
 from cascade_llm.loader.gguf_file import CHUNK_LEN, dequantize
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
-from tests.loader.gguf_files import write_gguf, write_model
+from tests.loader.gguf_files import convert, metadata_of, write_gguf, write_model
 from tests.models.checkpoints import hf_config_of, tiny_model
 
 Type = GGMLQuantizationType
@@ -322,9 +322,50 @@ def test_a_file_without_embedding_is_no_model(tmp_path: Path) -> None:
         GGUFCheckpoint(write_gguf(tmp_path / "tiny.gguf", "llama", metadata()))
 
 
-def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "tiny.gguf", tiny_model("llama"), other_keys={"split.count": 3})
-    with pytest.raises(CheckpointError, match="one of 3 parts"):
+def split(folder: Path, model: PreTrainedModel, ending: str = ".gguf") -> list[Path]:
+    """A model in three parts, the metadata in the first alone, as llama.cpp splits it."""
+    tensors = list(convert(model).items())
+    paths = []
+    for number, chosen in enumerate((tensors[:0], tensors[:5], tensors[5:])):
+        path = folder / f"tiny-{number + 1:05d}-of-00003{ending}"
+        keys = {"split.no": number, "split.count": 3, "split.tensors.count": len(tensors)}
+        first = metadata_of(model) if number == 0 else {}
+        paths.append(write_gguf(path, "llama" if number == 0 else "", first, dict(chosen), other_keys=keys))
+    return paths
+
+
+@pytest.mark.parametrize("ending", [".gguf", ".GGUF"])
+def test_a_split_file_is_one_model_whichever_part_is_given(tmp_path: Path, ending: str) -> None:
+    model = tiny_model("llama")
+    whole = dict(GGUFCheckpoint(write_model(tmp_path / "whole.gguf", model)).tensors())
+    (tmp_path / "parts").mkdir()
+    paths = split(tmp_path / "parts", model, ending)
+    for path in (*paths, tmp_path / "parts"):
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.hf_config()["num_hidden_layers"] == 3
+        tensors = dict(checkpoint.tensors())
+        assert tensors.keys() == whole.keys()
+        assert all(torch.equal(tensors[name], whole[name]) for name in whole)
+
+
+def test_parts_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
+    paths = split(tmp_path, tiny_model("llama"))
+    second = paths[1].read_bytes()
+    paths[1].unlink()
+    with pytest.raises(CheckpointError, match=r"tiny-00002-of-00003\.gguf is missing"):
+        GGUFCheckpoint(paths[0])
+    paths[1].write_bytes(paths[2].read_bytes())
+    with pytest.raises(CheckpointError, match="says that it is another part"):
+        GGUFCheckpoint(paths[2])
+    paths[1].write_bytes(second)
+    with pytest.raises(CheckpointError, match=r"is one of 3 parts: .*NAME-00001-of-00003\.gguf"):
+        GGUFCheckpoint(paths[0].rename(tmp_path / "other.gguf"))
+
+
+@pytest.mark.parametrize("count", ["three", [3]])
+def test_a_count_of_parts_that_is_no_number_is_named(tmp_path: Path, count: object) -> None:
+    path = write_model(tmp_path / "tiny.gguf", tiny_model("llama"), other_keys={"split.count": count})
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf: split\.count is"):
         GGUFCheckpoint(path)
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cascade_llm.errors import CheckpointError, ModelNotFoundError
 from cascade_llm.loader.hf_folder import INDEX, WEIGHTS, HuggingFaceCheckpoint
 from cascade_llm.models.architectures import model_config_from_hf
-from tests.models.checkpoints import hf_config_of, tiny_model
+from cascade_llm.models.decoder import Decoder
+from cascade_llm.models.loading import load_weights
+from cascade_llm.weights.format import WeightOptions
+from tests.models.checkpoints import Replay, hf_config_of, tiny_model
 
 
 def saved(model: PreTrainedModel, folder: Path, max_shard_size: str = "1GB") -> Path:
@@ -106,6 +109,65 @@ def test_index_without_map(tmp_path: Path, index: object) -> None:
         HuggingFaceCheckpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "shard", ["../outside.safetensors", "/outside.safetensors", "a/b.safetensors", "..", "", "a\0b"]
+)
+def test_the_index_never_leaves_the_folder(tmp_path: Path, shard: str) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "outside.safetensors")
+    (tmp_path / "model" / "a").mkdir(parents=True)
+    save_file({"a": torch.ones(1)}, tmp_path / "model" / "a" / "b.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    shard = str(tmp_path / shard[1:]) if shard.startswith("/") else shard
+    (tmp_path / "model" / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError, match="no file of this folder"):
+        HuggingFaceCheckpoint(tmp_path / "model")
+
+
+def test_links_of_the_hub_s_cache_are_followed_and_others_are_not(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "repository" / "snapshots" / "0", tmp_path / "repository" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / INDEX).write_text(json.dumps({"weight_map": {"a": "x.safetensors"}}))
+    for folder, is_taken in ((blobs, True), (tmp_path, False)):
+        save_file({"a": torch.ones(1)}, folder / "blob")
+        (snapshot / "x.safetensors").unlink(missing_ok=True)
+        (snapshot / "x.safetensors").symlink_to(folder / "blob")
+        if is_taken:
+            assert [name for name, _ in HuggingFaceCheckpoint(snapshot).tensors()] == ["a"]
+        else:
+            with pytest.raises(CheckpointError, match="no file of this folder"):
+                HuggingFaceCheckpoint(snapshot)
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "50KB"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_head_beside_a_tied_embedding_counts_as_in_transformers(
+    tmp_path: Path, trained: bool, max_shard_size: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    untied, token_ids = tiny_model("llama"), torch.arange(20)[None]
+    if not trained:
+        untied.lm_head.weight.data.copy_(untied.model.embed_tokens.weight.data)
+    saved(untied, tmp_path, max_shard_size)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
+    assert checkpoint.hf_config()["tie_word_embeddings"] is not trained
+    assert ("lm_head.weight" in dict(checkpoint.tensors())) is trained
+    assert ("another matrix" in caplog.text) is trained
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    decoder = Decoder(
+        model_config_from_hf(checkpoint.hf_config()),
+        WeightOptions(dtype=torch.float32, device=torch.device("cpu")),
+    )
+    load_weights(decoder, checkpoint.stored_tensors())
+    with torch.inference_mode():
+        expected = theirs(token_ids).logits[0]
+    replay = Replay(decoder)
+    ours = torch.cat([replay.step([(0, position, position)]) for position in range(20)])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_tensors_that_the_index_does_not_name_are_left_out(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1), "b": torch.ones(2)}, tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "model-00001-of-00001.safetensors"}}))
@@ -131,7 +193,7 @@ def test_folders_without_readable_weights(tmp_path: Path, files: list[str], mess
 
 def test_configuration_that_is_no_json_object(tmp_path: Path) -> None:
     saved(tiny_model("llama"), tmp_path)
-    for content in ("{", "[]", "\ud800"):
+    for content in ("{", "[]", "\ud800", "[" * 10**6, '{"a":' * 10**6, f'{{"a": {"1" * 5000}}}'):
         (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogatepass"))
         with pytest.raises(CheckpointError, match=r"config\.json"):
             HuggingFaceCheckpoint(tmp_path)

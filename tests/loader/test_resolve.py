@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cascade_llm.errors import ConfigError, ModelNotFoundError
+from cascade_llm.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
 from cascade_llm.loader.gguf_checkpoint import GGUFCheckpoint
 from cascade_llm.loader.hf_folder import DummyCheckpoint, HuggingFaceCheckpoint
 from cascade_llm.loader.resolve import open_checkpoint, packaged_model
@@ -84,6 +85,61 @@ def test_a_weight_file_alone_is_no_model(folder: Path) -> None:
         open_checkpoint(folder / "model.safetensors")
     with pytest.raises(ModelNotFoundError, match="neither a folder nor"):
         open_checkpoint(folder / "config.json")
+
+
+@pytest.mark.parametrize("name", ["sha256-0123", "model.GGUF", "model.bin", "no-ending"])
+def test_a_gguf_file_is_known_by_its_first_bytes(tmp_path: Path, name: str) -> None:
+    path = write_model(tmp_path / "tiny.gguf", tiny_model("llama")).rename(tmp_path / name)
+    assert isinstance(open_checkpoint(path), GGUFCheckpoint)
+
+
+def test_a_folder_may_be_called_like_a_file(folder: Path, tmp_path: Path) -> None:
+    assert isinstance(open_checkpoint(folder.rename(tmp_path / "tiny.gguf")), HuggingFaceCheckpoint)
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="does not start as GGUF files do"):
+        open_checkpoint(tmp_path / "empty.gguf")
+
+
+def test_a_lora_folder_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UnsupportedModelError, match=r"is a LoRA adapter of 'org/base'.*merge"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "~nobody-of-this-name/model", "/root/\udcff"])
+def test_a_name_that_the_system_refuses_is_an_error_with_a_cure(name: str) -> None:
+    with pytest.raises(ModelNotFoundError, match="give a local folder"):
+        open_checkpoint(name)
+
+
+@pytest.mark.parametrize("model", [None, 5, b"smollm2", ["smollm2"]])
+def test_a_model_that_is_no_name(model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"model is .*give a local folder"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("file", ["Tiny-Q8_0.gguf", "Q8/Tiny-00001-of-00002.gguf"])
+def test_a_file_of_a_hub_repository_is_found_in_the_cache(
+    tmp_path: Path, file: str, run_python: Callable[[str], str]
+) -> None:
+    (tmp_path / "files" / "Q8").mkdir(parents=True)
+    path = tmp_path / "files" / file
+    write_model(path, tiny_model("llama"))
+    cached(tmp_path, tmp_path / "files")
+    code = HUB.format(environment={**OFFLINE, "HF_HUB_CACHE": str(tmp_path)}, load_format="auto")
+    assert run_python(code.replace("some-org/some-model", f"some-org/some-model:{file}")).startswith("48 False")
+    printed = run_python(code.replace("some-org/some-model", "some-org/some-model:other.gguf"))
+    assert "other.gguf" in printed
+    printed = run_python(code.replace("some-org/some-model", "some-org/some-model:../../x.gguf"))
+    assert "there is no" in printed
+
+
+def test_a_hub_repository_of_gguf_files_says_how_to_name_one(tmp_path: Path, run_python: Callable[[str], str]) -> None:
+    (tmp_path / "files").mkdir()
+    cached(tmp_path, tmp_path / "files")
+    printed = run_python(HUB.format(environment={**OFFLINE, "HF_HUB_CACHE": str(tmp_path)}, load_format="auto"))
+    assert "some-org/some-model:FILE.gguf" in printed
 
 
 def test_unknown_load_format() -> None:

@@ -59,10 +59,11 @@ def test_tensors_in_any_order_fill_the_same_matrices(seed: int) -> None:
     assert torch.equal(decoder.embedding.matrix.values, state["model.embed_tokens.weight"])
 
 
-def test_a_head_beside_a_tied_embedding_and_old_buffers_are_passed_over() -> None:
+def test_old_buffers_and_a_head_equal_to_a_tied_embedding_are_passed_over() -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     state = dict(model.state_dict())
-    state["lm_head.weight"] = torch.zeros(1)
+    for head in (torch.zeros(1), state["lm_head.weight"] + 1e-3):
+        assert "lm_head.weight is another matrix" in problems(empty_decoder(model), {**state, "lm_head.weight": head})
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
     decoder = empty_decoder(model)
     load_weights(decoder, stored(state))
