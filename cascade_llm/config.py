@@ -20,7 +20,7 @@ __all__ = ["CascadeConfig", "EngineOptions", "ModelConfig", "RopeConfig", "Sched
 MAX_CASCADE_LEVELS = 4
 LIMITS: Mapping[str, int] = {
     "page_size": 2**20,
-    "max_num_seqs": 2**20,
+    "max_num_seqs": 2**31 - 1,
     "max_num_batched_tokens": 2**31 - 1,
     "num_threads": 1024,
     "max_model_len": 2**31 - 1,

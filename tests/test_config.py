@@ -31,7 +31,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("num_threads", 1.5, "an integer"),
     ("page_size", 0, "1 or larger"),
     ("num_threads", 10**9, "1000000000: it must be an integer, 1 to 1,024"),
-    ("max_num_seqs", 10**9, "1 to 1,048,576"),
+    ("max_num_seqs", 10**10, "1 to 2,147,483,647"),
     ("kv_cache_bytes", 2**63, "1 to"),
     ("page_size", True, "an integer"),
     ("page_size", None, "an integer"),
