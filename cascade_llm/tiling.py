@@ -19,12 +19,14 @@ __all__ = [
     "NARROW_TILE",
     "WIDE_TILE",
     "chunk_len",
+    "graph_items",
     "graph_tile",
     "is_wide",
     "level_tile",
     "max_tiles",
     "narrow_capacity",
     "num_tiles",
+    "partial_bytes",
     "segment_tile",
     "tile_for",
     "wide_capacity",
@@ -108,6 +110,19 @@ def graph_tile(rows: int, num_segments: int, group_size: int) -> int:
     It suits the largest segment that there can be: the one that is left all rows but one of each other segment.
     """
     return tile_for((rows - num_segments + 1) * group_size)
+
+
+def graph_items(rows: int, num_segments: int, group_size: int, most: int) -> int:
+    """Items that a graph's kernel is launched with for each KV head: enough for any grouping of its rows.
+
+    most: items where K/V are cut, see `max_tiles`
+    """
+    return max(most, num_tiles(rows, group_size, graph_tile(rows, num_segments, group_size)) + num_segments - 1)
+
+
+def partial_bytes(num_items: int, tile: int, num_qo_heads: int, group_size: int, head_dim: int) -> int:
+    """Memory that a plan with cuts reserves: an output and a log-sum-exp in float32 for each row of each item."""
+    return num_qo_heads * -(-num_items * tile // group_size) * (head_dim + 1) * 4
 
 
 def wide_capacity(rows: int, group_size: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +27,7 @@ from cascade_llm.plan import CascadeLevel, CascadePlan, StepPlan, StepResult
 from cascade_llm.sampling.lanes import NO_TOKEN, LaneState, Needs
 from cascade_llm.tiling import max_tiles
 from cascade_llm.worker.graph_sampling import GraphCounters, SamplingGraphs, report_len
-from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape, graph_shapes, needs_padding_segment
+from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape, needs_padding_segment
 from cascade_llm.worker.step_buffers import HostBuffers, StepBuffers
 
 __all__ = ["CaptureReport", "CudaGraphs", "OnCapture"]
@@ -68,9 +68,8 @@ class CudaGraphs:
         backend: FlashInferAttentionBackend,
         lanes: LaneState,
         *,
-        max_rows: int,
+        shapes: Sequence[GraphShape],
         max_model_len: int,
-        max_shared_levels: int,
     ) -> None:
         """Set memory aside; `capture` fills it.
 
@@ -78,9 +77,8 @@ class CudaGraphs:
             decoder: the model
             backend: its pool's last page belongs to no sequence: padding rows write to it
             lanes: its last lane belongs to no sequence: the tokens of padding rows go there
-            max_rows: sequences of the largest step
+            shapes: to capture, see `graph_shapes`; the largest first
             max_model_len: tokens of the longest sequence
-            max_shared_levels: levels above the leaf
         """
         self._decoder, self._backend, self._lanes = decoder, backend, lanes
         self._stream: DeviceStream = backend.device.stream
@@ -89,7 +87,8 @@ class CudaGraphs:
         self._page_size, self._padding_page = pool.page_size, pool.num_pages - 1
         self._padding_lane = lanes.num_lanes - 1
         self._group_size = backend.spec.group_size
-        self._all_shapes = graph_shapes(max_rows, self._group_size, max_shared_levels)
+        self._all_shapes = tuple(shapes)
+        max_rows, max_shared_levels = shapes[0].rows, max(len(shape.capacities) for shape in shapes)
         self._most_tiles = max_tiles(self._num_processors, backend.spec.num_kv_heads)
         self._row_counts = sorted({shape.rows for shape in self._all_shapes})
         max_segments = max((capacity for shape in self._all_shapes for capacity in shape.capacities), default=0)

@@ -11,7 +11,7 @@ wide level is never below a narrow one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cascade_llm.plan import CascadeLevel, CascadePlan
 from cascade_llm.tiling import WIDE_TILE, graph_tile, level_tile, narrow_capacity, wide_capacity
@@ -23,8 +23,7 @@ FIRST_SHARED_ROWS = 8
 """Fewer rows have no graphs with shared levels of their own."""
 
 
-@dataclass(frozen=True)
-class GraphShape:
+class GraphShape(NamedTuple):
     """The capacities of one graph."""
 
     rows: int

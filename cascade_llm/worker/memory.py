@@ -17,7 +17,7 @@ __all__ = ["available_bytes", "check_sizes", "pool_pages", "step_bytes"]
 
 CGROUP = Path("/sys/fs/cgroup")
 GRAPH_BYTES = 1 << 30
-"""An estimate of all graphs' memory: 5 to 15 MB each, and FlashInfer's workspace."""
+"""An estimate of all graphs' memory: 5 to 15 MB each."""
 
 LANE_BYTES = 512
 """At least, of a sequence that may run, on device and host."""

@@ -9,6 +9,7 @@ import torch
 
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend, GpuPlatform
+from cascade_llm.attention.flashinfer.workspace import float_workspace_bytes
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.device.devices import DTYPES, KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
@@ -26,6 +27,7 @@ from cascade_llm.sampling.lanes import LaneState
 from cascade_llm.weights.format import WeightOptions
 from cascade_llm.weights.select import select_format
 from cascade_llm.worker.cuda_graphs import CaptureReport, CudaGraphs, OnCapture
+from cascade_llm.worker.graph_shapes import GraphShape, graph_shapes
 from cascade_llm.worker.memory import available_bytes, check_sizes, pool_pages, step_bytes
 from cascade_llm.worker.model_runner import ModelRunner
 
@@ -104,7 +106,11 @@ def build_worker(
         padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
         num_lanes = options.max_num_seqs + padding
         has_graphs = platform is not None and not options.enforce_eager and not options.debug
+        shapes = graph_shapes(options.max_num_seqs, spec.group_size, options.cascade.max_shared_levels)
+        shapes = shapes if has_graphs else []
         reserved = 0 if device.type == "cpu" else step_bytes(decoder, options, has_graphs=has_graphs)
+        if platform is not None:
+            reserved += float_workspace_bytes(spec, platform.num_processors, shapes)
         if has_graphs:
             reserved += UsageCounts.bytes_needed(num_lanes, model.vocab_size, max_model_len)
         bytes_per_page = model.kv_bytes_per_token(kv_dtype.itemsize) * options.page_size
@@ -124,9 +130,9 @@ def build_worker(
         if platform is None:
             backend = choice.backend(spec, kv_cache)
         else:
-            backend = FlashInferAttentionBackend(spec, kv_cache, platform)
+            backend = FlashInferAttentionBackend(spec, kv_cache, platform, graph_shapes=shapes)
             if has_graphs:
-                graphs, report = _capture(options, decoder, backend, lanes, max_model_len, on_capture)
+                graphs, report = _capture(decoder, backend, lanes, shapes, max_model_len, on_capture)
     runner = ModelRunner(
         decoder,
         backend,
@@ -209,23 +215,16 @@ def _kv_cache(
 
 
 def _capture(
-    options: EngineOptions,
     decoder: Decoder,
     backend: FlashInferAttentionBackend,
     lanes: LaneState,
+    shapes: list[GraphShape],
     max_model_len: int,
     on_capture: OnCapture | None,
 ) -> tuple[CudaGraphs, CaptureReport]:
     """Capture the decode steps."""
     with backend.device.stream.active():
-        graphs = CudaGraphs(
-            decoder,
-            backend,
-            lanes,
-            max_rows=options.max_num_seqs,
-            max_model_len=max_model_len,
-            max_shared_levels=options.cascade.max_shared_levels,
-        )
+        graphs = CudaGraphs(decoder, backend, lanes, shapes=shapes, max_model_len=max_model_len)
         report = graphs.capture(on_capture)
     log.info(
         "captured %d graphs in %.1f s, %.0f MiB; %.0f MiB of token counts for penalties",

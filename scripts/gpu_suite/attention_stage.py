@@ -99,7 +99,7 @@ class Setting:
         shape = fitting_shape(plan, [s for s in shapes if s.rows == self.tree.rows], self.spec.group_size, most_tiles)
         if shape is None:
             return None
-        backend = FlashInferAttentionBackend(self.spec, self.pool, platform, leaf)
+        backend = FlashInferAttentionBackend(self.spec, self.pool, platform, leaf, [shape])
         attention = _graph_attention(backend, plan, shape)
         return lambda: attention.attend(0, self.q)
 

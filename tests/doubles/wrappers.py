@@ -86,6 +86,8 @@ class _Wrapper:
 
     def _store_columns(self, columns: tuple[torch.Tensor, ...]) -> None:
         """Graph mode copies into the fixed buffers, else the wrapper takes new memory."""
+        if len(columns[2]) and not self._stream.is_on_device(columns[2]):
+            raise DoubleError("page indices on the host: pageable, their copy waits for the stream where they are many")
         if not self._use_cuda_graph:
             self._buffers = tuple(self._copied(torch.empty_like(column), column) for column in columns)
             return
@@ -95,8 +97,6 @@ class _Wrapper:
         assert indices_buffer is not None
         if len(indices) > len(indices_buffer):
             raise DoubleError("more page indices than the buffer holds")
-        if len(indices) and not self._stream.is_on_device(indices):
-            raise DoubleError("page indices on the host: the copy would block until the device is idle")
         if len(indices) and indices.data_ptr() == indices_buffer.data_ptr():
             raise DoubleError("page indices are copied onto themselves")
         for buffer, column in zip(self._buffers, columns, strict=True):
@@ -113,8 +113,14 @@ class _Wrapper:
             self._stream.enqueue(lambda: assign(buffer, staged), [buffer])
         return buffer
 
-    def _store_plan(self, plan: KernelPlan, num_segments: int, num_rows: int) -> None:
+    def _store_plan(self, plan: KernelPlan, num_segments: int, num_rows: int, float_bytes: int) -> None:
         """Write a plan to the pinned workspace, and queue its copy to the device."""
+        if float_bytes > self._float_workspace_buffer.numel():
+            available = self._float_workspace_buffer.numel()
+            raise RuntimeError(
+                f"Buffer overflow when allocating memory for batch_prefill_tmp_v with size {float_bytes} and alignment "
+                f"16, but only {available} bytes available in AlignedAllocator. Increase the workspace buffer size."
+            )
         header = [
             MAGIC,
             len(plan.tiles),
@@ -236,7 +242,8 @@ class PrefillWrapper(_Wrapper):
                 raise DoubleError(f"{num_rows} rows, frozen at {self._max_rows} by the first plan")
         plan, num_segments, num_rows = self._kernel_plan(bound)
         self._store_columns(columns)
-        self._store_plan(plan, num_segments, num_rows)
+        heads = bound["num_qo_heads"], bound["num_kv_heads"], bound["head_dim_qk"]
+        self._store_plan(plan, num_segments, num_rows, _workspace_bytes(plan, num_segments, num_rows, *heads)[0])
         self._num_rows, self._dtype = num_rows, bound["q_data_type"]
         self._heads = (bound["num_qo_heads"], bound["head_dim_qk"])
         self._causal, self._sm_scale, self._window = bound["causal"], bound["sm_scale"], bound["window_left"]
@@ -300,7 +307,7 @@ class DecodeWrapper(_Wrapper):
     def workspace_size(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         bound = _bind_recorded("BatchDecodeWithPagedKVCacheWrapper.workspace_size", args, kwargs)
         plan, rows = self._kernel_plan(bound)
-        return _workspace_bytes(plan, rows, rows, bound["num_qo_heads"], bound["num_kv_heads"], bound["head_dim"])
+        return self._workspace_bytes(plan, rows, bound["num_qo_heads"], bound["num_kv_heads"], bound["head_dim"])
 
     def plan(self, *args: Any, **kwargs: Any) -> None:
         if self._stream.capturing:
@@ -319,7 +326,8 @@ class DecodeWrapper(_Wrapper):
         _check_level(range_column.tolist(), columns[0].tolist(), columns[2].tolist(), bound["page_size"])
         plan, _ = self._kernel_plan(bound)
         self._store_columns((range_column, *columns))
-        self._store_plan(plan, rows, rows)
+        heads = bound["num_qo_heads"], bound["num_kv_heads"], bound["head_dim"]
+        self._store_plan(plan, rows, rows, self._workspace_bytes(plan, rows, *heads)[0])
         self._num_rows, self._dtype = rows, bound["q_data_type"]
         self._heads = (bound["num_qo_heads"], bound["head_dim"])
         self._sm_scale, self._window = bound["sm_scale"], bound["window_left"]
@@ -346,6 +354,14 @@ class DecodeWrapper(_Wrapper):
 
         self._launch(run, [q, out, lse], pools)
         return out, lse
+
+    def _workspace_bytes(
+        self, plan: KernelPlan, rows: int, num_qo_heads: int, num_kv_heads: int, head_dim: int
+    ) -> tuple[int, int]:
+        if self._tensor_cores or not plan.split_kv:
+            return _workspace_bytes(plan, rows, rows, num_qo_heads, num_kv_heads, head_dim)
+        # the decode kernel keeps a partial result for each item, of which each has a row of its own
+        return num_qo_heads * plan.padded_tiles * (head_dim + 1) * 4, _plan_bytes(plan, rows, rows)
 
     def _kernel_plan(self, bound: dict[str, Any]) -> tuple[KernelPlan, int]:
         indptr = bound["indptr"].tolist()

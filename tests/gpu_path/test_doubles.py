@@ -224,12 +224,33 @@ def test_a_capture_refuses_a_wrapper_without_fixed_buffers() -> None:
         torch.empty(64, dtype=torch.uint8), use_tensor_cores=True, backend="fa2"
     )
     indptr, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    wrapper.plan(indptr, one, one, 4, 2, 64, 16, q_data_type=torch.float32, kv_data_type=torch.float32)
+    options = {"q_data_type": torch.float32, "kv_data_type": torch.float32}
+    with pytest.raises(DoubleError, match="pageable"):
+        wrapper.plan(indptr, one, one, 4, 2, 64, 16, **options)
+    wrapper.plan(indptr, double.stream.upload(one), one, 4, 2, 64, 16, **options)
     q, pools = torch.zeros(1, 4, 64), torch.zeros(2, 2, 16, 2, 64)
     out, lse = torch.zeros(1, 4, 64), torch.zeros(1, 4)
     wrapper.run(q, pools.unbind(), out=out, lse=lse, return_lse=True)
     with pytest.raises(DoubleError, match="without fixed buffers"):
         double.stream.capture(lambda: wrapper.run(q, pools.unbind(), out=out, lse=lse, return_lse=True))
+
+
+def test_a_plan_that_the_float_workspace_is_too_small_for_fails_as_the_original_does() -> None:
+    """One row on 100 pages is cut into chunks, each with a partial result."""
+    double = FlashInferDouble(DoubleStream())
+    pages = double.stream.upload(torch.arange(100, dtype=torch.int32))
+    dtypes = dict.fromkeys(("q_data_type", "kv_data_type"), torch.bfloat16)
+    indptr, last = torch.tensor([0, 100], dtype=torch.int32), torch.tensor([16], dtype=torch.int32)
+    for num_bytes, tensor_cores in ((4 << 20, True), (1 << 20, False)):
+        for workspace in (torch.empty(num_bytes, dtype=torch.uint8), torch.empty(1 << 10, dtype=torch.uint8)):
+            wrapper = double.ops().BatchDecodeWithPagedKVCacheWrapper(
+                workspace, use_tensor_cores=tensor_cores, backend="fa2"
+            )
+            if workspace.numel() == num_bytes:
+                wrapper.plan(indptr, pages, last, 8, 8, 128, 16, **dtypes)
+            else:
+                with pytest.raises(RuntimeError, match="Increase the workspace buffer size"):
+                    wrapper.plan(indptr, pages, last, 8, 8, 128, 16, **dtypes)
 
 
 def test_two_streams_may_not_share_a_float_workspace() -> None:

@@ -7,6 +7,7 @@ as the level object lives; the leaf is planned every step.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from cascade_llm.attention.flashinfer.levels import (
     decode_kernel,
 )
 from cascade_llm.attention.flashinfer.ops import FlashInferOps, load_flashinfer_ops
+from cascade_llm.attention.flashinfer.workspace import float_workspace_bytes
 from cascade_llm.device.stream import CudaStream, DeviceStream
 from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
@@ -61,8 +63,17 @@ class FlashInferAttentionBackend(AttentionBackend):
         kv_cache: PagedKVCache,
         platform: GpuPlatform | None = None,
         decode_leaf: DecodeKernel | None = None,
+        graph_shapes: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> None:
-        """`platform`: default the CUDA device of `spec`; `decode_leaf`: default the choice for this model."""
+        """Set the workspace aside.
+
+        Args:
+            spec: the model's attention
+            kv_cache: pages in the layout NHD
+            platform: default the CUDA device of `spec`
+            decode_leaf: default the choice for this model
+            graph_shapes: rows, and segments of each shared level, of the graphs that will be captured
+        """
         super().__init__(spec, kv_cache)
         if kv_cache.layout != "NHD":
             raise BackendError(f"the flashinfer backend reads NHD pages, not {kv_cache.layout}: create the pool so")
@@ -70,7 +81,8 @@ class FlashInferAttentionBackend(AttentionBackend):
         platform = platform or GpuPlatform.cuda(spec.device)
         self.decode_leaf = decode_leaf or decode_kernel(spec)
         self.platform = platform
-        self.device = FlashInferDevice.create(platform.ops, platform.stream)
+        workspace_bytes = float_workspace_bytes(spec, platform.num_processors, graph_shapes)
+        self.device = FlashInferDevice.create(platform.ops, platform.stream, workspace_bytes)
         self._leaves: dict[tuple[bool, int | None], LevelKernel] = {}
         self._shared: list[_SharedLevel] = []
         self._append_table = _append_table(kv_cache)
@@ -96,11 +108,22 @@ class FlashInferAttentionBackend(AttentionBackend):
         """Plan the leaf, and those shared levels that are not the objects planned last."""
         assert plan.page_size == self.kv_cache.page_size
         leaf = self._leaf_kernel(plan)
-        leaf.plan(level_columns(plan.leaf, plan.leaf.num_segments))
+        leaf.plan(self.columns(plan.leaf, plan.leaf.num_segments))
         while len(self._shared) < len(plan.shared_levels):
             self._shared.append(_SharedLevel(self))
         runs = [mine.planned(level) for mine, level in zip(self._shared, plan.shared_levels, strict=False)]
         return _PreparedFlashInferAttention(self, leaf, [run for run in runs if run.num_rows], plan.num_rows)
+
+    def columns(self, level: CascadeLevel, num_segments: int) -> LevelColumns:
+        """The first segments of a level; the page indices on the device, through pinned memory: FlashInfer would copy
+        them from where they are, and wait for the stream where they are many."""
+        kv_page_indptr = level.kv_page_indptr[: num_segments + 1]
+        return LevelColumns(
+            column_tensor(level.qo_indptr[: num_segments + 1]),
+            column_tensor(kv_page_indptr),
+            self.device.stream.upload(column_tensor(level.kv_page_indices[: kv_page_indptr[-1]])),
+            column_tensor(level.kv_last_page_len[:num_segments]),
+        )
 
     def _leaf_kernel(self, plan: CascadePlan) -> LevelKernel:
         decodes = plan.num_rows == plan.leaf.num_segments
@@ -121,6 +144,7 @@ class _SharedLevel:
     """The wrapper of one depth, and the level that it is planned for."""
 
     def __init__(self, backend: FlashInferAttentionBackend) -> None:
+        self._columns = backend.columns
         self._kernel = LevelKernel(backend.device, backend.spec, backend.kv_cache.page_size, "prefill_fa2")
         self._level: weakref.ref[CascadeLevel] | None = None
         self._num_rows = 0
@@ -130,7 +154,7 @@ class _SharedLevel:
             num_segments = _num_read_segments(level)
             self._num_rows = level.qo_indptr[num_segments]
             if num_segments:
-                self._kernel.plan(level_columns(level, num_segments))
+                self._kernel.plan(self._columns(level, num_segments))
             self._level = weakref.ref(level)
         return LevelRun(self._kernel, self._num_rows)
 
@@ -149,17 +173,6 @@ class _PreparedFlashInferAttention(PreparedAttention):
         scale = self._kv_cache.scales[layer]
         attend_levels(self._device, q, (k_pool, v_pool), self._leaf, self._shared, self._result, self._partial, scale)
         return self._result
-
-
-def level_columns(level: CascadeLevel, num_segments: int) -> LevelColumns:
-    """The first segments of a level, on the host."""
-    kv_page_indptr = level.kv_page_indptr[: num_segments + 1]
-    return LevelColumns(
-        column_tensor(level.qo_indptr[: num_segments + 1]),
-        column_tensor(kv_page_indptr),
-        column_tensor(level.kv_page_indices[: kv_page_indptr[-1]]),
-        column_tensor(level.kv_last_page_len[:num_segments]),
-    )
 
 
 def _num_read_segments(level: CascadeLevel) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cascade_llm.attention.backend import AttentionSpec, PreparedAttention
+from cascade_llm.attention.backend import PreparedAttention
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
 from cascade_llm.attention.flashinfer.levels import (
     LevelBuffers,
@@ -23,8 +23,8 @@ from cascade_llm.attention.flashinfer.levels import (
     LevelRun,
     attend_levels,
 )
+from cascade_llm.attention.flashinfer.workspace import leaf_splits, shared_level_splits
 from cascade_llm.plan import CascadeLevel, IntColumn
-from cascade_llm.tiling import max_tiles
 
 __all__ = ["GraphAttention", "SharedColumns"]
 
@@ -73,13 +73,21 @@ class GraphAttention(PreparedAttention):
         self._device, self._kv_cache, spec = backend.device, backend.kv_cache, backend.spec
         self.rows, self.capacities = rows, tuple(capacities)
         decode_leaf, common = backend.decode_leaf, (self._device, spec, backend.kv_cache.page_size)
-        splits = splits_kv(rows, spec, num_processors)
+        splits = leaf_splits(rows, spec, num_processors)
         self._leaf_indices = leaf_buffers.kv_page_indices
         self._leaf = LevelKernel(*common, decode_leaf, buffers=leaf_buffers, split_kv=splits)
         self._leaf_follows_pages = splits or decode_leaf == "decode_cuda_cores"
         self._leaf_pages: IntColumn | None = None
         self._shared = [
-            _SharedLevel(LevelKernel(*common, "prefill_fa2", buffers=columns.first(capacity)), columns)
+            _SharedLevel(
+                LevelKernel(
+                    *common,
+                    "prefill_fa2",
+                    buffers=columns.first(capacity),
+                    split_kv=shared_level_splits(rows, capacity, spec, num_processors),
+                ),
+                columns,
+            )
             for capacity, columns in zip(self.capacities, shared_columns, strict=False)
         ]
         self._result = LevelOutput.empty(rows, spec)
@@ -127,9 +135,3 @@ class GraphAttention(PreparedAttention):
         # the page indices are where they belong already: the wrapper has none left to copy
         shared.kernel.plan(columns._replace(kv_page_indices=indices[:0]))
         shared.columns.owner, shared.level = self, weakref.ref(level) if level is not None else None
-
-
-def splits_kv(rows: int, spec: AttentionSpec, num_processors: int) -> bool:
-    """Whether a leaf of that many rows leaves processors idle unless K/V are split; with more rows FlashInfer never
-    splits, and a plan without splits does not depend on lengths."""
-    return rows < max_tiles(num_processors, spec.num_kv_heads)

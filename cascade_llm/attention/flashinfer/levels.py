@@ -32,7 +32,6 @@ __all__ = [
     "serving_kernels",
 ]
 
-FLOAT_WORKSPACE_BYTES = 128 << 20
 NO_WINDOW = -1
 
 DecodeKernel = Literal["decode_tensor_cores", "decode_cuda_cores"]
@@ -62,14 +61,14 @@ class FlashInferDevice:
     """uint8, split-KV partial results"""
 
     @classmethod
-    def create(cls, ops: FlashInferOps, stream: DeviceStream) -> FlashInferDevice:
-        """Allocate the workspace."""
-        workspace = torch.empty(FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=stream.device)
+    def create(cls, ops: FlashInferOps, stream: DeviceStream, workspace_bytes: int) -> FlashInferDevice:
+        """Allocate the workspace, see `float_workspace_bytes`."""
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=stream.device)
         return cls(ops, stream, workspace)
 
 
 class LevelColumns(NamedTuple):
-    """A level's four columns as `plan` takes them: int32, on the host; the page indices of a graph on the device."""
+    """A level's four columns as `plan` takes them: int32, the page indices on the device, the others on the host."""
 
     qo_indptr: torch.Tensor
     kv_page_indptr: torch.Tensor
@@ -172,7 +171,7 @@ class LevelKernel:
         float_bytes, int_bytes = self._wrapper.workspace_size(*self._arguments(columns), **self._options)
         if float_bytes > self._device.float_workspace.numel():
             raise CapacityError(
-                f"split-KV attention needs a workspace of {float_bytes:,} bytes, "
+                f"attention that cuts K/V needs a workspace of {float_bytes:,} bytes, "
                 f"{self._device.float_workspace.numel():,} are set aside: lower max_num_seqs"
             )
         int_workspace = torch.empty(int_bytes, dtype=torch.uint8, device=self.spec.device)
