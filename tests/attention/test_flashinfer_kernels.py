@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer import kernels as flashinfer_kernels
+from cascade_llm.attention.flashinfer import ops
 from cascade_llm.attention.flashinfer.kernels import (
     build_kernels,
     kernel_folder,
@@ -161,21 +163,36 @@ def test_a_package_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.Monke
     assert reasons_against_flashinfer(spec) == ["FlashInfer cannot be imported (libcudart.so.13)"]
 
 
+PROVIDERS = """
+from types import SimpleNamespace as Provider
+def get_jit_cache_providers():
+    return [
+        Provider(jit_cache_dir={hopper!r}, cuda_architectures=["sm90a"], modules=["page", "rope", "gone"]),
+        Provider(jit_cache_dir={ampere!r}, cuda_architectures=["sm80"], modules=["page"]),
+    ]
+"""
+
+
 def test_states_of_the_modules_that_a_model_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Our folder first, then whatever the package's providers have for the architecture, wherever they lie."""
     monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path / "cache"))
-    package = tmp_path / "package" / "flashinfer_jit_cache"
-    for folder in (package / "jit_cache", kernel_folder("9.0a")):
-        name = "page" if folder.is_relative_to(package) else "rope"
+    hopper, ampere, package = tmp_path / "hopper", tmp_path / "elsewhere", tmp_path / "package"
+    for folder, name in ((hopper, "page"), (hopper, "rope"), (ampere, "page"), (kernel_folder("9.0a"), "rope")):
         (folder / name).mkdir(parents=True)
         (folder / name / f"{name}.so").write_bytes(b"code")
-    (package / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(str(package.parent))
 
-    def there(spec: AttentionSpec, arch: str) -> dict[str, str]:
-        return {s.name: s.state for s in flashinfer_kernels.kernel_states(spec, arch) if s.state != "missing"}
+    def there(arch: str) -> dict[str, str]:
+        return {s.name: s.state for s in flashinfer_kernels.kernel_states(SPEC, arch) if s.state != "missing"}
 
-    assert there(SPEC, "9.0a") == {"rope": "built"}
-    assert there(SPEC, "8.0") == {"page": "prebuilt"}
+    assert there("9.0a") == {"rope": "built"}
+    (package / "flashinfer_jit_cache").mkdir(parents=True)
+    text = PROVIDERS.format(hopper=str(hopper), ampere=str(ampere))
+    (package / "flashinfer_jit_cache" / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(str(package))
+    monkeypatch.delitem(sys.modules, "flashinfer_jit_cache", raising=False)
+    assert there("9.0a") == {"rope": "built", "page": "prebuilt"}
+    assert there("8.9") == {"page": "prebuilt"}
+    assert there("10.0a") == {}
     assert flashinfer_kernels.kernel_states(replace(SPEC, dtype=torch.float32), "9.0a") == []
 
 
@@ -189,3 +206,20 @@ def test_names_are_those_of_the_installed_package(
     kernels = ("prefill_fa2", "decode_tensor_cores", "decode_cuda_cores")
     theirs = {module.name: module.purpose for module in jit_modules(torch.bfloat16, kv_dtype, head_dim, kernels)}
     assert module_purposes(torch.bfloat16, kv_dtype, head_dim, kernels) == theirs
+
+
+@pytest.mark.parametrize(
+    ("has_nvcc", "has_norm", "expected"), [(False, False, None), (True, False, "1"), (False, True, "1")]
+)
+def test_norms_are_by_cuda_where_that_costs_no_process_a_compilation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_nvcc: bool, has_norm: bool, expected: str | None
+) -> None:
+    monkeypatch.setenv("FLASHINFER_USE_CUDA_NORM", "")
+    monkeypatch.delenv("FLASHINFER_USE_CUDA_NORM")
+    monkeypatch.setattr(ops, "find_nvcc", lambda: tmp_path / "nvcc" if has_nvcc else None)
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    if has_norm:
+        (tmp_path / "norm").mkdir()
+    with pytest.raises(BackendError, match="cannot be imported"):
+        ops.load_flashinfer_ops(tmp_path)
+    assert os.environ.get("FLASHINFER_USE_CUDA_NORM") == expected

@@ -7,8 +7,10 @@ major version, and on neither torch's nor Python's.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import logging
 import shutil
 import subprocess
 import time
@@ -47,6 +49,8 @@ __all__ = [
 
 MIN_CAPABILITY = (8, 0)
 MANIFEST = "kernels.json"
+JIT_CACHE = "flashinfer_jit_cache"
+"""The package of prebuilt kernels, which FlashInfer asks too."""
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3"}
 COMMON_MODULES = {
     "cascade": "merging levels",
@@ -57,6 +61,9 @@ COMMON_MODULES = {
     "sampling": "filters of sampling",
 }
 """Modules that every model needs, whatever its shape."""
+
+
+log = logging.getLogger("cascade_llm")
 
 
 @dataclass(frozen=True)
@@ -113,18 +120,19 @@ def list_kernels(folder: Path) -> list[BuiltKernel]:
 def kernel_states(spec: AttentionSpec, arch: str) -> list[KernelState]:
     """The modules that a model needs on an architecture, and which are there; nothing where no kernel serves its dtype.
 
-    Where we have a folder it takes the place of the package flashinfer-jit-cache, which counts only without it.
+    FlashInfer looks into our folder first, then into those of the package flashinfer-jit-cache.
     """
     if spec.dtype not in DTYPE_NAMES:
         return []
-    own = kernel_folder(arch)
-    folder = own if own.exists() else _prebuilt_folder()
-    found: Literal["built", "prebuilt"] = "built" if folder is own else "prebuilt"
+    own, prebuilt = kernel_folder(arch), _prebuilt_modules(arch)
+
+    def state_of(name: str) -> Literal["built", "prebuilt", "missing"]:
+        if _module_file(own, name).exists():
+            return "built"
+        return "prebuilt" if name in prebuilt else "missing"
+
     purposes = module_purposes(spec.dtype, spec.page_dtype, spec.head_dim, serving_kernels(spec))
-    return [
-        KernelState(name, purpose, found if _module_file(folder, name).exists() else "missing")
-        for name, purpose in purposes.items()
-    ]
+    return [KernelState(name, purpose, state_of(name)) for name, purpose in purposes.items()]
 
 
 def module_purposes(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernels: Iterable[str]) -> dict[str, str]:
@@ -152,10 +160,34 @@ def module_purposes(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, ke
     return {**{name: ", ".join(served) for name, served in purposes.items()}, **COMMON_MODULES}
 
 
-def _prebuilt_folder() -> Path:
-    """Where the package flashinfer-jit-cache keeps its modules; a place that is not there without it."""
-    spec = importlib.util.find_spec("flashinfer_jit_cache")
-    return Path(spec.origin or "").parent / "jit_cache" if spec else Path("flashinfer_jit_cache-is-not-installed")
+def _prebuilt_modules(arch: str) -> set[str]:
+    """The modules that the package flashinfer-jit-cache has for an architecture; none without it.
+
+    It names its providers, one or more packages, as FlashInfer's own look-up asks for them (jit/env.py of 0.7.2).
+    """
+    if importlib.util.find_spec(JIT_CACHE) is None:
+        return set()
+    try:
+        providers = importlib.import_module(JIT_CACHE).get_jit_cache_providers()
+    except Exception as error:  # of another version: FlashInfer then does without it too
+        log.warning("the package %s cannot be asked for its kernels: %s", JIT_CACHE, error)
+        return set()
+    return {
+        name
+        for provider in providers
+        if any(_runs_on(target, arch) for target in provider.cuda_architectures)
+        for name in provider.modules
+        if _module_file(Path(provider.jit_cache_dir), name).exists()
+    }
+
+
+def _runs_on(target: str, arch: str) -> bool:
+    """Whether code for "sm90a" or "sm80" runs on "9.0a": the same, or an earlier minor without features of its own."""
+    major, minor = arch.split(".")
+    if target == f"sm{major}{minor}":
+        return True
+    own_minor = target.removeprefix(f"sm{major}")
+    return own_minor != target and own_minor.isdigit() and int(own_minor) <= int(minor.rstrip("af"))
 
 
 def _module_file(folder: Path, name: str) -> Path:
@@ -210,7 +242,7 @@ def _build(module: JitModule, folder: Path) -> BuiltKernel:
 def _kernel_reasons(spec: AttentionSpec) -> list[str]:
     """Kernels that are neither there nor can be compiled."""
     missing = [state for state in kernel_states(spec, device_arch(spec.device)) if state.state == "missing"]
-    if importlib.util.find_spec("cutlass") is not None:  # FlashInfer then makes its norms in another way
+    if importlib.util.find_spec("cutlass") is not None:  # FlashInfer then compiles its norms without nvcc
         missing = [state for state in missing if state.name != "norm"]
     if not missing or find_nvcc() is not None:
         return []

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.device.cuda_toolkit import find_nvcc
 from cascade_llm.errors import BackendError
 
 __all__ = [
@@ -59,8 +60,9 @@ def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
     Args:
         prebuilt: a folder of `<module>/<module>.so`; modules in it are loaded without a compiler
     """
-    if prebuilt is not None and (prebuilt / "norm").exists():
-        os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")  # else each process compiles its norms anew
+    if find_nvcc() is not None or (prebuilt is not None and (prebuilt / "norm").exists()):
+        # norms by CUDA: the package's own choice, a Python DSL, is compiled anew by each process
+        os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
     try:
         import flashinfer
         from flashinfer.activation import silu_and_mul
