@@ -68,6 +68,11 @@ class PageAllocator:
         """Owners of a page; 0 for a free one."""
         return self._num_owners[page]
 
+    def shared(self, pages: array[int], first: int) -> list[int]:
+        """Which of `pages`, from index `first` on, have several owners."""
+        num_owners = self._num_owners
+        return [index for index in range(first, len(pages)) if num_owners[pages[index]] > 1]
+
     def _append_free(self, pages: array[int]) -> None:
         """Put pages at the end of the ring, which has room: it holds every page."""
         start = (self._first_free + self.num_free) % self.total_pages
@@ -126,14 +131,8 @@ class PageTables:
 
         Returns the copies to make first, or None, with nothing changed, when there is no room.
         """
-        size = self.page_size
-        first_written = sequence.planned_len // size
-        shared = [
-            index
-            for index in range(first_written, len(sequence.pages))
-            if self.allocator.num_owners(sequence.pages[index]) > 1
-        ]
-        num_more = max(0, self._num_pages(end_len) - len(sequence.pages))
+        shared = self.allocator.shared(sequence.pages, sequence.planned_len // self.page_size)
+        num_more = max(0, -(-end_len // self.page_size) - len(sequence.pages))
         if not shared and not num_more:
             return []
         if not self._make_room(len(shared) + num_more):

@@ -177,6 +177,7 @@ class FlashInferScheduler:
 
     def _plan_running(self, draft: StepDraft) -> None:
         """Every running sequence gets its rows, the earliest first; each later one is left at least a token."""
+        drafter = self._drafter
         unplanned = deque(self._running)  # forks that join while this runs are not among them
         while unplanned:
             sequence = unplanned.popleft()
@@ -184,11 +185,12 @@ class FlashInferScheduler:
             num_new = min(total_len - sequence.planned_len, draft.budget - len(unplanned))
             if num_new <= 0 or total_len >= sequence.max_len:  # the tokens in flight are the last that it may have
                 continue
-            if sequence.awaits_result or (self._drafter is not None and sequence.num_unresolved):
-                continue
-            drafts = self._propose(sequence, draft.budget - len(unplanned) - 1)
-            if drafts and self._plan_sequence(draft, sequence, 1 + len(drafts), drafts):
-                continue
+            if sequence.num_unresolved and (drafter is not None or sequence.mask is not None):
+                continue  # what comes next depends on tokens that are not known yet
+            if drafter is not None:
+                drafts = self._propose(drafter, sequence, draft.budget - len(unplanned) - 1)
+                if drafts and self._plan_sequence(draft, sequence, 1 + len(drafts), drafts):
+                    continue
             while not self._plan_sequence(draft, sequence, num_new):
                 draft.short_of_pages = True
                 if self._in_flight:  # nobody can go while its token is unresolved
@@ -199,14 +201,14 @@ class FlashInferScheduler:
                 if victim is sequence:
                     break
 
-    def _propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+    def _propose(self, drafter: Drafter, sequence: Sequence, most: int) -> tuple[int, ...]:
         """Tokens to check, as many as a sequence may have; none while somebody could be admitted in their place."""
         most = min(most, sequence.max_len - sequence.total_len - 1)
-        if self._drafter is None or most < 1 or not sequence.can_draft:
+        if most < 1 or not sequence.can_draft:
             return ()
         if self._lanes.num_free and len(self._waiting):
             return ()
-        return tuple(islice(self._drafter(sequence, most), most))
+        return tuple(islice(drafter(sequence, most), most))
 
     def _admit_waiting(self, draft: StepDraft) -> None:
         """Admit from the queue, strictly in its order, while there are tokens, lanes and pages.
@@ -251,11 +253,12 @@ class FlashInferScheduler:
         if start < sequence.prompt_len or start < sequence.computed_len:
             self._count_rows(sequence, start, end)
             self._tables.publish_planned(sequence, min(end, sequence.prompt_len))
+            draft.reports_prompts = draft.reports_prompts or sequence.reports_prompt
         samples: tuple[Sequence, ...] = ()
         if drafts:
             samples = (sequence,)
-            sequence.num_unresolved, sequence.num_drafted = num_new, len(drafts)
-        elif end == sequence.total_len:
+            sequence.num_unresolved = num_new
+        elif end == len(sequence.token_ids) + sequence.num_unresolved:
             samples = (sequence,) if sequence.forked else (sequence, *self._fork_samples(draft, sequence))
             for sampled in samples:
                 sampled.num_unresolved += 1
@@ -344,7 +347,7 @@ class FlashInferScheduler:
     ) -> list[SequenceUpdate]:
         """The same for proposed tokens: a decode step for each that was accepted, and one more; the rest never was."""
         sequence, updates = row.sequence, list[SequenceUpdate]()
-        sequence.num_unresolved, sequence.num_drafted = num_accepted + 1, 0
+        sequence.num_unresolved = num_accepted + 1
         sequence.planned_len = row.start_len + num_accepted + 1
         self._tables.truncate(sequence, sequence.planned_len)
         self.counters.drafted_tokens += len(row.drafts)

@@ -78,7 +78,6 @@ class Sequence:
         "mask",
         "max_len",
         "num_cached_tokens",
-        "num_drafted",
         "num_prompt_logprobs",
         "num_unresolved",
         "pages",
@@ -120,8 +119,6 @@ class Sequence:
         self.computed_len = 0
         """The `planned_len` that it had when it was preempted: rows below are computed again."""
         self.num_unresolved = 0
-        self.num_drafted = 0
-        """Proposed tokens in the step in flight; that many unresolved ones may not come."""
         self.mask = request.first_mask
         """What its next token may be."""
         self.num_prompt_logprobs = 0
@@ -139,11 +136,6 @@ class Sequence:
     def total_len(self) -> int:
         """Tokens that have a place, the unresolved ones counted."""
         return len(self.token_ids) + self.num_unresolved
-
-    @property
-    def awaits_result(self) -> bool:
-        """Whether it cannot be planned before its tokens are known: some are proposed, or the next one has a mask."""
-        return bool(self.num_drafted or (self.num_unresolved and self.request.mask is not None))
 
     @property
     def can_draft(self) -> bool:

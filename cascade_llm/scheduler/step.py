@@ -11,6 +11,7 @@ import heapq
 from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from cascade_llm.config import SchedulerConfig
 from cascade_llm.plan import EMPTY, IntColumn, LaneStart, PageCopy, StepPlan, int_column
@@ -67,20 +68,34 @@ class StepDraft:
     page_copies: list[PageCopy] = field(default_factory=list)
     short_of_pages: bool = False
     """Whether a running sequence found no room: then nobody is admitted."""
+    reports_prompts: bool = False
+    """Whether log-probabilities of prompt tokens may be asked for."""
 
 
 def build_step_plan(
     step_id: int, draft: StepDraft, rows: list[PlannedRows], cascade: PlannedCascade, config: SchedulerConfig
 ) -> StepPlan:
     """Write the columns over `rows`, which are the draft's in the order of the cascade plan."""
-    page_size = config.page_size
+    return StepPlan(
+        step_id=step_id,
+        cascades=(cascade.plan, *cascade.windowed),
+        layer_kinds=config.layer_kinds,
+        sequence_lanes=int_column([row.sequence.lane for row in rows]),
+        sequence_epochs=int_column([row.sequence.epoch for row in rows]),
+        **_row_columns(rows, config.page_size),
+        **_sample_columns(rows),
+        **(_prompt_logprob_columns(rows) if draft.reports_prompts else {}),
+        lane_starts=tuple(draft.lane_starts),
+        page_copies=tuple(draft.page_copies),
+        report=cascade.report,
+    )
+
+
+def _row_columns(rows: list[PlannedRows], page_size: int) -> dict[str, Any]:
+    """Each row's token, where it stands and where its K/V go; and which tokens are on the device."""
     token_ids, positions, slots = array("i"), array("i"), array("i")
     lane_rows, lane_row_lanes = array("i"), array("i")
-    sample_rows, sample_lanes, sample_positions = array("i"), array("i"), array("i")
-    logprob_rows, logprob_ids, logprob_counts = array("i"), array("i"), array("i")
-    draft_samples, draft_lens, masks = array("i"), array("i"), list[IntColumn | None]()
-    row = 0
-    for sequence, start, num_new, samples, drafts in rows:
+    for sequence, start, num_new, _, drafts in rows:
         end = start + num_new
         if num_new == 1:
             positions.append(start)
@@ -89,64 +104,76 @@ def build_step_plan(
             positions.extend(range(start, end))
             _extend_slots(slots, sequence.pages, start, end, page_size)
         token_ids.extend(sequence.token_ids[start:end])
-        row += num_new
         if drafts:
             token_ids.extend(drafts)
+        if len(token_ids) < len(positions):  # its last token is drawn by a step in flight
+            lane_rows.append(len(token_ids))
+            lane_row_lanes.append(sequence.lane)
+            token_ids.append(0)
+    return {
+        "token_ids": int_column(token_ids),
+        "positions": int_column(positions),
+        "slots": int_column(slots),
+        "lane_rows": int_column(lane_rows),
+        "lane_row_lanes": int_column(lane_row_lanes),
+    }
+
+
+def _sample_columns(rows: list[PlannedRows]) -> dict[str, Any]:
+    """Which rows are drawn from, for whom, under which mask; a draft's rows, and its last for the sequence itself."""
+    sample_rows, sample_lanes, sample_positions = array("i"), array("i"), array("i")
+    draft_samples, draft_lens, masks = array("i"), array("i"), dict[int, IntColumn]()
+    num_rows = 0
+    for sequence, start, num_new, samples, drafts in rows:
+        num_rows, end = num_rows + num_new, start + num_new
+        if drafts:
             draft_samples.append(len(sample_rows))
             draft_lens.append(len(drafts))
-            sample_rows.extend(range(row - len(drafts) - 1, row - 1))
+            sample_rows.extend(range(num_rows - len(drafts) - 1, num_rows - 1))
             sample_lanes.extend([sequence.lane] * len(drafts))
             sample_positions.extend(range(end - len(drafts), end))
-            masks.extend([None] * len(drafts))
-        if len(token_ids) < row:  # its last token is drawn by a step in flight
-            token_ids.append(0)
-            lane_rows.append(row - 1)
-            lane_row_lanes.append(sequence.lane)
         for sampled in samples:
-            sample_rows.append(row - 1)
+            if sampled.mask is not None:
+                masks[len(sample_rows)] = sampled.mask
+            sample_rows.append(num_rows - 1)
             sample_lanes.append(sampled.lane)
             sample_positions.append(end)
-            masks.append(sampled.mask)
+    return {
+        **_mask_columns(masks, len(sample_rows)),
+        "sample_rows": int_column(sample_rows),
+        "sample_lanes": int_column(sample_lanes),
+        "sample_positions": int_column(sample_positions),
+        "draft_samples": int_column(draft_samples),
+        "draft_lens": int_column(draft_lens),
+    }
+
+
+def _prompt_logprob_columns(rows: list[PlannedRows]) -> dict[str, Any]:
+    """Rows of prompts whose log-probabilities were asked for, as far as these have not been reported."""
+    logprob_rows, token_ids, counts = array("i"), array("i"), array("i")
+    num_rows = 0
+    for sequence, start, num_new, *_ in rows:
+        num_rows, end = num_rows + num_new, start + num_new
         if start < sequence.prompt_len and sequence.reports_prompt:
             for position in range(max(start, sequence.num_prompt_logprobs), min(end, sequence.prompt_len - 1)):
-                logprob_rows.append(row - end + position)
-                logprob_ids.append(sequence.token_ids[position + 1])
-                logprob_counts.append(sequence.request.params.prompt_logprobs or 0)
-    mask_rows, bitmasks = _mask_columns(masks)
-    return StepPlan(
-        step_id=step_id,
-        cascades=(cascade.plan, *cascade.windowed),
-        layer_kinds=config.layer_kinds,
-        token_ids=int_column(token_ids),
-        positions=int_column(positions),
-        slots=int_column(slots),
-        lane_rows=int_column(lane_rows),
-        lane_row_lanes=int_column(lane_row_lanes),
-        sequence_lanes=int_column([row.sequence.lane for row in rows]),
-        sequence_epochs=int_column([row.sequence.epoch for row in rows]),
-        sample_rows=int_column(sample_rows),
-        sample_lanes=int_column(sample_lanes),
-        sample_positions=int_column(sample_positions),
-        sample_mask_rows=mask_rows,
-        token_bitmasks=bitmasks,
-        draft_samples=int_column(draft_samples),
-        draft_lens=int_column(draft_lens),
-        prompt_logprob_rows=int_column(logprob_rows),
-        prompt_logprob_token_ids=int_column(logprob_ids),
-        prompt_logprob_counts=int_column(logprob_counts),
-        lane_starts=tuple(draft.lane_starts),
-        page_copies=tuple(draft.page_copies),
-        report=cascade.report,
-    )
+                logprob_rows.append(num_rows - end + position)
+                token_ids.append(sequence.token_ids[position + 1])
+                counts.append(sequence.request.params.prompt_logprobs or 0)
+    return {
+        "prompt_logprob_rows": int_column(logprob_rows),
+        "prompt_logprob_token_ids": int_column(token_ids),
+        "prompt_logprob_counts": int_column(counts),
+    }
 
 
-def _mask_columns(masks: list[IntColumn | None]) -> tuple[IntColumn, tuple[IntColumn, ...]]:
-    """`sample_mask_rows` and `token_bitmasks`, in which a mask of several samples stands once."""
-    table = {id(mask): mask for mask in masks if mask is not None}
-    if not table:
-        return EMPTY, ()
+def _mask_columns(masks: dict[int, IntColumn], num_samples: int) -> dict[str, Any]:
+    """A mask of several samples stands once. `masks`: by sample, of those that have one."""
+    if not masks:
+        return {}
+    table = {id(mask): mask for mask in masks.values()}
     places = {key: place for place, key in enumerate(table)}
-    return int_column([-1 if mask is None else places[id(mask)] for mask in masks]), tuple(table.values())
+    rows = [places[id(masks[sample])] if sample in masks else -1 for sample in range(num_samples)]
+    return {"sample_mask_rows": int_column(rows), "token_bitmasks": tuple(table.values())}
 
 
 def _extend_slots(slots: array[int], pages: array[int], start: int, end: int, page_size: int) -> None:
@@ -178,7 +205,7 @@ class InFlightStep:
 
 def is_decode(rows: list[PlannedRows]) -> bool:
     """Whether every sequence computes one row, behind its prompt, and draws one token."""
-    return all(num_new == 1 and start_len >= sequence.prompt_len for sequence, start_len, num_new, *_ in rows)
+    return all(num_new == 1 and start_len >= sequence.prompt_len for sequence, start_len, num_new, _, _ in rows)
 
 
 class DecodeRun:

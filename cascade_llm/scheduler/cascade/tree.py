@@ -48,7 +48,7 @@ def attach_nodes(rows: list[PlannedRows], page_size: int) -> list[RadixNode]:
     below. And another sequence holds it too: while a sequence extends its own path, it stays attached where it is.
     """
     nodes = []
-    for sequence, start_len, *_ in rows:
+    for sequence, start_len, _, _, _ in rows:
         node = sequence.tail
         assert node is not None
         limit = start_len // page_size
