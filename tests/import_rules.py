@@ -19,6 +19,7 @@ from typing import NamedTuple
 PACKAGE = "cascade_llm"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("__main__",),
     ("cli",),
     ("bench", "validation", "server"),
     ("llm",),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,8 +35,9 @@ def error_console() -> Console:
 
 
 def print_json(value: Any, *, indent: int | None = None) -> None:
-    """One JSON value on standard output, never mixed with markup or wrapped."""
-    click.echo(json.dumps(value, ensure_ascii=False, indent=indent))
+    """One JSON value on standard output, never mixed with markup or wrapped; escaped where it takes ASCII only."""
+    has_unicode = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name.startswith("utf")
+    click.echo(json.dumps(value, ensure_ascii=not has_unicode, indent=indent))
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from cascade_llm.cli.main import main
 from cascade_llm.errors import ModelNotFoundError
 from tests.cli.conftest import Run, RunProcess, json_lines, process_args
+
+Capture = pytest.CaptureFixture[str]
 
 
 def test_a_real_process_generates(run_process: RunProcess, tiny_folder: Path) -> None:
@@ -67,3 +75,105 @@ def test_a_reader_that_leaves_is_no_error(repo_root: Path, environment: dict[str
     _, errors = process.communicate("one\ntwo\n", timeout=120)
     assert process.returncode == 1
     assert errors == ""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "words"),
+    [
+        (">&-", 1, "standard output is closed"),
+        (">/dev/full", 1, "No space left on device"),
+        ("2>&-", 0, ""),
+        ("<&-", 0, ""),
+        ("<&- 2>&-", 0, ""),
+    ],
+)
+@pytest.mark.parametrize("args", [["plan", "--help"], ["generate", "x", "--json", "-q"]])
+def test_streams_that_are_closed_or_full(
+    repo_root: Path,
+    environment: dict[str, str],
+    tiny_folder: Path,
+    args: list[str],
+    redirection: str,
+    status: int,
+    words: str,
+) -> None:
+    model = [] if "--help" in args else ["-m", str(tiny_folder), "--max-tokens", "1"]
+    command = f"{shlex.join([*process_args(*args), *model])} {redirection}"
+    done = subprocess.run(
+        command, shell=True, cwd=repo_root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert words in done.stderr
+
+
+def test_no_prompts_on_a_closed_standard_input(repo_root: Path, environment: dict[str, str], tiny_folder: Path) -> None:
+    command = f"{shlex.join(process_args('generate', '-m', tiny_folder))} <&-"
+    done = subprocess.run(
+        command, shell=True, cwd=repo_root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert "prompt" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
+def test_output_in_other_encodings(
+    repo_root: Path, environment: dict[str, str], tiny_folder: Path, encoding: str
+) -> None:
+    args = process_args("generate", "-m", tiny_folder, "--json", "-q", "--max-tokens", "1", "caf\xe9 \u4e16 \U0001f600")
+    done = subprocess.run(
+        args, cwd=repo_root, env={**environment, "PYTHONIOENCODING": encoding}, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert json.loads(done.stdout.decode(encoding))["prompt"] == "caf\xe9 \u4e16 \U0001f600"
+    plain = [arg for arg in args if arg != "--json"]
+    done = subprocess.run(
+        plain, cwd=repo_root, env={**environment, "PYTHONIOENCODING": encoding}, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "x", "-m", "a\0b"],
+        ["generate", "x", "-m", "/" + "x" * 5000],
+        ["generate", "-f", "a\0b"],
+        ["generate", "x", "--num-threads", "1000000000"],
+        ["generate", "x", "--max-num-seqs", "9" * 5000],
+        ["plan", "a\0b"],
+    ],
+)
+def test_names_and_numbers_that_the_system_refuses_are_one_line(args: list[str], capsys: Capture) -> None:
+    assert main(args) in (1, 2)
+    captured = capsys.readouterr()
+    assert "Error: " in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_what_nobody_foresaw_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    class PanicException(BaseException):
+        """As pyo3 raises it for a panic in Rust."""
+
+    def panic(*args: object, **options: object) -> None:
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr("cascade_llm.llm.LLM.__init__", panic)
+    assert main(["generate", "x"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("Error: PanicException: called")
+    assert "--debug" in line
+
+
+def test_the_package_runs_as_a_module(repo_root: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cascade_llm", "--version"],
+        cwd=repo_root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("cascade-llm, version")
