@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from cascade_llm.attention.backend import StepAttention, column_tensor
+from cascade_llm.attention.backend import Attention, StepAttention, column_tensor
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
 from cascade_llm.attention.flashinfer.graph import GraphAttention, SharedColumns
 from cascade_llm.attention.flashinfer.levels import LevelColumns
@@ -28,6 +28,7 @@ from cascade_llm.sampling.lanes import NO_TOKEN, LaneState, Needs
 from cascade_llm.tiling import max_tiles
 from cascade_llm.worker.graph_sampling import GraphCounters, SamplingGraphs, report_len
 from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape, needs_padding_segment
+from cascade_llm.worker.piecewise import PiecewiseGraphs
 from cascade_llm.worker.step_buffers import HostBuffers, StepBuffers
 
 __all__ = ["CaptureReport", "CudaGraphs", "OnCapture"]
@@ -70,6 +71,7 @@ class CudaGraphs:
         *,
         shapes: Sequence[GraphShape],
         max_model_len: int,
+        max_num_batched_tokens: int,
     ) -> None:
         """Set memory aside; `capture` fills it.
 
@@ -79,6 +81,7 @@ class CudaGraphs:
             lanes: its last lane belongs to no sequence: the tokens of padding rows go there
             shapes: to capture, see `graph_shapes`; the largest first
             max_model_len: tokens of the longest sequence
+            max_num_batched_tokens: rows of the largest step, prefill among them
         """
         self._decoder, self._backend, self._lanes = decoder, backend, lanes
         self._stream: DeviceStream = backend.device.stream
@@ -111,6 +114,7 @@ class CudaGraphs:
             send_padding=self._send_padding,
             counters=self.counters,
         )
+        self._pieces = PiecewiseGraphs(decoder, backend.spec, self._stream, max_num_batched_tokens)
         self._usage_bytes = lanes.usage.allocate().nbytes
         self._shapes: dict[GraphShape, _CapturedShape] = {}
         self._last_fit: tuple[tuple[tuple[CascadeLevel, ...], int], GraphShape | None] | None = None
@@ -122,6 +126,7 @@ class CudaGraphs:
         started, bytes_before = time.perf_counter(), self._stream.pool_bytes()
         dropped: list[GraphShape] = []
         num_captured, total = 0, len(self._all_shapes) + self._sampling.num_at_start
+        total += self._pieces.num_graphs
 
         def count(captured: int = 1) -> None:
             nonlocal num_captured
@@ -139,6 +144,7 @@ class CudaGraphs:
                 log.warning("no memory for the graph of %s, such steps will run eagerly: %s", shape, error)
             count(shape in self._shapes)
         self._sampling.capture(count)
+        self._pieces.capture(count)
         self._stream.record_event().synchronize()
         return CaptureReport(
             num_captured,
@@ -214,6 +220,18 @@ class CudaGraphs:
                 captured.attention.plan_shared(position, level, columns)
         captured.forward.replay()
         return self._sampled(plan, shape.rows, needs, host)
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: Attention) -> torch.Tensor | None:
+        """Hidden states [rows, hidden] of a mixed step, all but attention by replays; None where it has too many rows.
+
+        Args:
+            token_ids, positions: [rows] int64
+            attention: of this step's rows
+        """
+        if self._pieces.capacity(len(token_ids)) is None:
+            return None
+        self.counters.piecewise_steps += 1
+        return self._pieces.forward(token_ids, positions, attention)
 
     def sample(self, plan: StepPlan, hidden: torch.Tensor) -> Callable[[], StepResult] | None:
         """Sample a step whose forward pass was eager, without waiting for it; None where no graph does what it needs.

@@ -51,7 +51,9 @@ class GraphCounters:
 
     graph_steps: int = 0
     eager_steps: Counter[str] = field(default_factory=Counter)
-    """Steps outside graphs, by reason."""
+    """Steps that are no replay of one graph, by reason."""
+    piecewise_steps: int = 0
+    """Those of them in which all but attention was replayed."""
     eagerly_sampled_steps: Counter[str] = field(default_factory=Counter)
     """Steps whose sampling was outside graphs, the host waiting for the device, by reason."""
     late_captures: int = 0
@@ -63,6 +65,7 @@ class GraphCounters:
         return {
             "graph_steps": self.graph_steps,
             "eager_steps": self.eager_steps.total(),
+            "piecewise_steps": self.piecewise_steps,
             "eagerly_sampled_steps": self.eagerly_sampled_steps.total(),
             "late_captures": self.late_captures,
             "padding_rows": self.padding_rows,

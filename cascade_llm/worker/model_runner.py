@@ -144,8 +144,11 @@ class ModelRunner:
         prepared = [self.backend.prepare(cascade) for cascade in plan.cascades]
         slots = self._index(plan.slots).to(self.backend.slot_dtype)
         attention = StepAttention(prepared, self.backend, slots, plan.layer_kinds)
+        positions = self._index(plan.positions)
+        if self.graphs is not None and (hidden := self.graphs.forward(token_ids, positions, attention)) is not None:
+            return hidden, None
         observer = FirstNonFinite() if self._debug else None
-        hidden = self.decoder.forward(token_ids, self._index(plan.positions), attention, observer)
+        hidden = self.decoder.forward(token_ids, positions, attention, observer)
         return hidden, observer.stage if observer else None
 
     def _copy_pages(self, plan: StepPlan) -> None:

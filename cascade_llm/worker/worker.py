@@ -132,7 +132,8 @@ def build_worker(
         else:
             backend = FlashInferAttentionBackend(spec, kv_cache, platform, graph_shapes=shapes)
             if has_graphs:
-                graphs, report = _capture(decoder, backend, lanes, shapes, max_model_len, on_capture)
+                most_rows = options.max_num_batched_tokens
+                graphs, report = _capture(decoder, backend, lanes, shapes, max_model_len, most_rows, on_capture)
     runner = ModelRunner(
         decoder,
         backend,
@@ -220,11 +221,19 @@ def _capture(
     lanes: LaneState,
     shapes: list[GraphShape],
     max_model_len: int,
+    max_num_batched_tokens: int,
     on_capture: OnCapture | None,
 ) -> tuple[CudaGraphs, CaptureReport]:
-    """Capture the decode steps."""
+    """Capture the decode steps, and the pieces of mixed ones."""
     with backend.device.stream.active():
-        graphs = CudaGraphs(decoder, backend, lanes, shapes=shapes, max_model_len=max_model_len)
+        graphs = CudaGraphs(
+            decoder,
+            backend,
+            lanes,
+            shapes=shapes,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
         report = graphs.capture(on_capture)
     log.info(
         "captured %d graphs in %.1f s, %.0f MiB; %.0f MiB of token counts for penalties",

@@ -48,7 +48,9 @@ def test_equals_the_torch_backend(tiny: Path, lag: int, enforce_eager: bool) -> 
             assert counters.eagerly_sampled_steps.total() == 0
             assert llm.stats()["graph_steps"] == counters.graph_steps
             assert llm.stats()["eager_steps"] == sum(counters.eager_steps.values())
-            sampled_behind_eager = double.stream.num_replays - 2 * counters.graph_steps
+            assert counters.piecewise_steps == sum(counters.eager_steps.values())
+            replays_of_pieces = (SHAPE["num_hidden_layers"] + 1) * counters.piecewise_steps
+            sampled_behind_eager = double.stream.num_replays - 2 * counters.graph_steps - replays_of_pieces
             assert 0 < sampled_behind_eager <= sum(counters.eager_steps.values())
 
 
@@ -160,7 +162,8 @@ def test_the_capture_report_and_progress(tiny: Path) -> None:
     assert report is not None
     assert seen[-1] == (report.num_graphs, report.num_graphs)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert report.num_graphs == 3 + 2 * 6 + 3 * 5  # forward by shape; sampling by rows and needs
+    pieces = 2 * (SHAPE["num_hidden_layers"] + 1)
+    assert report.num_graphs == 3 + 2 * 6 + 3 * 5 + pieces  # forward by shape; sampling by rows and needs; mixed steps
     assert report.num_later_at_most == 2 * 5
     assert report.usage_bytes == 17 * facts.model.vocab_size * 2
     assert report.num_bytes > 0
