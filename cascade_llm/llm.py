@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, cast
 
 from cascade_llm.config import EngineOptions
 from cascade_llm.engine.assembly import assemble
@@ -17,6 +17,7 @@ from cascade_llm.engine.engine import Engine
 from cascade_llm.engine.input_processor import Prompt, ReadPrompt
 from cascade_llm.engine.requests import RequestState
 from cascade_llm.errors import (
+    BackendError,
     ConfigError,
     EngineClosedError,
     GenerationError,
@@ -31,6 +32,7 @@ from cascade_llm.worker.cuda_graphs import OnCapture
 
 __all__ = ["LLM", "TokenStream"]
 
+SPAWN = "make it in a process that multiprocessing.get_context('spawn') has started"
 OnError = Literal["raise", "return"]
 Messages = Sequence[Mapping[str, Any]]
 Reader = Callable[[], ReadPrompt]
@@ -50,14 +52,18 @@ class LLM:
         CapacityError: it does not fit
     """
 
+    _first_process: ClassVar[int | None] = None
+
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         self.options = EngineOptions(**options)
+        self._check_process()
         with _capture_bar() as on_capture:
             parts = assemble(model, self.options, on_capture=on_capture)
         self.tokenizer, self.facts = parts.tokenizer, parts.facts
         self.model_name, self.cost_source = parts.model_name, parts.cost_source
         self._engine, self._input, self._resources = parts.engine, parts.input_processor, parts.resources
-        self._lock = threading.RLock()
+        self._lock = _ProcessLock()
+        LLM._first_process = os.getpid()
         self._closed = False
 
     # -- generation -------------------------------------------------------------------------------------------------
@@ -202,8 +208,20 @@ class LLM:
             self._check_open()
             self._engine.reset_prefix_cache()
 
+    def __reduce__(self) -> NoReturn:
+        raise BackendError(
+            "an LLM cannot be pickled or copied: hand on the model's name and the options, and make an LLM there"
+        )
+
+    def _check_process(self) -> None:
+        """Threads that the first engine of a process has started do not live in its forks."""
+        if LLM._first_process not in (None, os.getpid()):
+            raise BackendError(f"an LLM was made in process {LLM._first_process}, of which this is a fork: {SPAWN}")
+
     def close(self) -> None:
-        """End what still runs and free the memory; a second call does nothing."""
+        """End what still runs and free the memory; a second call does nothing, nor does one in a forked process."""
+        if self._lock.is_foreign:
+            return
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -225,6 +243,8 @@ class LLM:
             self._engine.step()
 
     def _abort(self, request_id: str) -> None:
+        if self._lock.is_foreign:
+            return
         with self._lock:
             if not self._closed:
                 self._engine.abort(request_id)
@@ -253,6 +273,26 @@ class LLM:
                 self._engine.abandon(request.request_id)
             self._engine.settle()
             raise
+
+
+class _ProcessLock:
+    """A re-entrant lock that a forked process does not get: it would wait for threads that are not there."""
+
+    def __init__(self) -> None:
+        self._lock, self._process = threading.RLock(), os.getpid()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this is another process than the one that made it."""
+        return os.getpid() != self._process
+
+    def __enter__(self) -> None:
+        if self.is_foreign:
+            raise BackendError(f"the LLM belongs to process {self._process}, of which this is a fork: {SPAWN}")
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
 
 
 class TokenStream:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-from collections.abc import Iterator
+import os
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 
 from cascade_llm import LLM, CascadeError, RequestOutput, SamplingParams
 from cascade_llm.errors import (
+    BackendError,
     CapacityError,
     ConfigError,
     EngineClosedError,
@@ -399,3 +403,44 @@ def test_an_interruption_leaves_a_clean_engine(tiny: Path, monkeypatch: pytest.M
 def test_every_error_is_one_of_ours() -> None:
     for error in (ConfigError, RequestError, ModelNotFoundError, CapacityError, GenerationError, EngineClosedError):
         assert issubclass(error, CascadeError)
+
+
+FORKED = """
+import os, sys
+from cascade_llm import LLM, SamplingParams
+from cascade_llm.errors import BackendError
+
+options = dict(num_threads=2, dtype="float32", max_num_seqs=2)
+llm = LLM({folder!r}, **options)
+stream = llm.stream([5, 6, 7])
+llm.generate([list(range(5, 60))] * 2, SamplingParams(max_tokens=4, ignore_eos=True))
+
+def refused(use):
+    try:
+        use()
+    except BackendError as error:
+        assert "spawn" in str(error), error
+        return True
+    return False
+
+child = os.fork()
+if child == 0:
+    uses = (lambda: llm.generate([5]), lambda: llm.stats(), llm.step, lambda: LLM({folder!r}, **options))
+    everything = all(refused(use) for use in uses)
+    stream.close()
+    llm.close()
+    os._exit(0 if everything else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(list(stream)) > 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_is_told_to_spawn(tiny: Path, run_python: Callable[[str], str]) -> None:
+    assert run_python(FORKED.format(folder=str(tiny))).split() == ["0", "True"]
+
+
+def test_pickling_and_copying_say_what_to_do_instead(tiny: Path) -> None:
+    with tiny_llm(tiny) as llm:
+        for use in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(BackendError, match="hand on the model's name"):
+                use(llm)
