@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +22,11 @@ __all__ = [
     "write_calibration",
 ]
 
+log = logging.getLogger("cascade_llm")
+
 FORMAT = 1
+LARGEST = 1e30
+"""Of any number of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,7 @@ def read_entries(path: Path) -> list[Calibration]:
         return [_entry(item) for item in content["calibrations"]]
     except FileNotFoundError:
         raise CalibrationFileError("not calibrated on this machine (cascade-llm bench calibrate)") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CalibrationFileError(
             f"{path} cannot be used ({error}): calibrate again (cascade-llm bench calibrate)"
         ) from None
@@ -80,6 +85,8 @@ def read_calibration(path: Path, key: CalibrationKey) -> tuple[Calibration | Non
     try:
         entries = read_entries(path)
     except CalibrationFileError as error:
+        if path.exists():
+            log.warning(str(error))
         return None, str(error)
     found = [entry for entry in entries if entry.key == key]
     if found:
@@ -114,11 +121,20 @@ def _entry(item: dict[str, Any]) -> Calibration:
         if field.name == "measured":
             continue
         value = getattr(costs, field.name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value) or value < 0:
+        unlimited = field.name.endswith("_per_s") and value == math.inf
+        if not unlimited and not _is_number(value):
             raise ValueError(f"{field.name} is {value!r}")
         if value == 0 and (field.name.endswith("_per_s") or field.name in ("tile_rows", "num_processors")):
             raise ValueError(f"{field.name} is 0")
-    return Calibration(**{**item, "key": CalibrationKey(**item["key"]), "costs": costs})
+    entry = Calibration(**{**item, "key": CalibrationKey(**item["key"]), "costs": costs})
+    for name in ("median_error", "worst_error", "num_measured"):
+        if not _is_number(getattr(entry, name)):
+            raise ValueError(f"{name} is {getattr(entry, name)!r}")
+    return entry
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < LARGEST
 
 
 def _differences(theirs: CalibrationKey, ours: CalibrationKey) -> list[str]:

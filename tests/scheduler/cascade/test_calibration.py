@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,12 @@ def broken_files() -> list[tuple[str, str]]:
         (json.dumps({**good, "calibrations": [{**entry, "costs": {**costs, "level_s": "fast"}}]}), "'fast'"),
         (json.dumps({**good, "calibrations": [{**entry, "costs": {"a": 1}}]}), "a"),
         (json.dumps({**good, "calibrations": [{**entry, "key": {}}]}), "missing"),
+        (json.dumps({**good, "calibrations": [{**entry, "median_error": "small"}]}), "median_error is 'small'"),
+        (json.dumps({**good, "calibrations": [{**entry, "costs": {**costs, "level_s": 10**400}}]}), "level_s is 1000"),
+        (json.dumps({**good, "calibrations": [{**entry, "costs": {**costs, "level_s": math.inf}}]}), "level_s is inf"),
+        (json.dumps({**good, "calibrations": [None]}), "NoneType"),
+        (json.dumps({**good, "calibrations": {"a": 1}}), "string indices"),
+        ("[" * 100_000, "recursion"),
     ]
 
 
@@ -106,12 +113,15 @@ def vars_of(record: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("text", "words"), broken_files())
-def test_a_broken_file_is_named_ignored_and_replaced(tmp_path: Path, text: str, words: str) -> None:
+def test_a_broken_file_is_named_ignored_and_replaced(
+    tmp_path: Path, text: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(text)
     found, reason = read_calibration(path, KEY)
     assert found is None
     assert str(path) in reason
     assert words in reason
+    assert reason in caplog.text
     write_calibration(path, CALIBRATION)
     assert read_calibration(path, KEY)[0] == CALIBRATION
