@@ -1,4 +1,4 @@
-"""Does the double notice? Each rule of sampling in graphs, broken in the engine, must make a run fail or differ.
+"""Rules of sampling in graphs.
 
 The load holds what the rules are about: lanes that are used again while a late row of the sequence before is under way
 (sequences end by a token), graphs captured between steps, lanes that need different things in one step, steps sampled
@@ -7,7 +7,9 @@ eagerly among captured ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,9 @@ from cascade_llm.worker.graph_sampling import SamplingGraphs
 from cascade_llm.worker.step_buffers import HostBuffers, StepBuffers
 from tests.doubles.device import DoubleStream
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
-from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, is_noticed
+from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm
+from tests.mutations.harness import Scenario, mutations_of, scenario
 
-Mutation = Callable[[pytest.MonkeyPatch], None]
-MUTATIONS: dict[str, Mutation] = {}
 Results = list[tuple[list[int], list[list[int]], list[int]]]
 
 ENDINGS = list(range(20, 60))
@@ -49,26 +50,6 @@ PARAMS[17] = SamplingParams(temperature=0, max_tokens=4, logprobs=30)
 OPTIONS: dict[str, Any] = {"max_num_seqs": 5}
 
 
-def mutation(rule: str) -> Callable[[Mutation], Mutation]:
-    def add(function: Mutation) -> Mutation:
-        assert rule not in MUTATIONS
-        MUTATIONS[rule] = function
-        return function
-
-    return add
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"), "qwen3", **SHAPE)
-
-
-@pytest.fixture(scope="module")
-def expected(tiny: Path) -> Results:
-    with tiny_llm(tiny, **OPTIONS) as llm:
-        return results(llm)
-
-
 def results(llm: Any) -> Results:
     """Tokens, the most probable ones, and the ranks, of each request."""
     outputs = [output.outputs[0] for output in llm.generate(PROMPTS, PARAMS)]
@@ -82,13 +63,20 @@ def results(llm: Any) -> Results:
     ]
 
 
-def run(folder: Path) -> Results:
-    with gpu_llm(folder, double_gpu(), **OPTIONS) as llm:
+def run(folder: Path, **options: Any) -> Results:
+    with gpu_llm(folder, double_gpu(), **OPTIONS, **options) as llm:
         return results(llm)
 
 
-def test_unchanged(tiny: Path, expected: Results) -> None:
-    assert run(tiny) == expected
+def expected(folder: Path) -> Results:
+    """By torch on the CPU."""
+    with tiny_llm(folder, **OPTIONS) as llm:
+        return results(llm)
+
+
+SAMPLING = scenario(Scenario("sampling", partial(save_tiny, architecture="qwen3", **SHAPE), expected, run))
+WITHOUT_LAG = scenario(replace(SAMPLING, name="sampling without lag", run=partial(run, schedule_lag=0)))
+mutation = mutations_of(SAMPLING)
 
 
 # -- token counts -----------------------------------------------------------------------------------------------------
@@ -381,18 +369,6 @@ def _(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DoubleStream, "upload", through_one_buffer)
 
 
-@pytest.mark.parametrize("rule", MUTATIONS)
-def test_breaking_a_rule_is_noticed(rule: str, tiny: Path, expected: Results, monkeypatch: pytest.MonkeyPatch) -> None:
-    MUTATIONS[rule](monkeypatch)
-    assert is_noticed(lambda: run(tiny), expected), f"unnoticed: {rule}"
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_where_the_host_has_the_token_the_lane_has_none(
-    tiny: Path, expected: Results, broken: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without lag every token is known to the host. Broken: the lane that padding rows write to stands for no lane."""
-    if broken:
-        monkeypatch.setattr(LaneState, "no_lane", property(lambda self: self.num_lanes - 1))
-    with gpu_llm(tiny, double_gpu(), schedule_lag=0, **OPTIONS) as llm:
-        assert (results(llm) != expected) == broken
+@mutations_of(WITHOUT_LAG)("where the host has a row's token, its lane has none: no lane is that of padding rows")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LaneState, "no_lane", property(lambda self: self.num_lanes - 1))

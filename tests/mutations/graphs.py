@@ -1,12 +1,11 @@
-"""Every rule of the device and of FlashInfer, broken in the engine on purpose: the run must then fail or differ.
-
-A rule whose breach goes unnoticed here would go unnoticed on a GPU until it gave a wrong token. The table names each
-rule; `unchanged` proves that the same run passes where nothing is broken.
-"""
+"""Rules of the device, of graphs and of FlashInfer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,39 +25,14 @@ from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape
 from cascade_llm.worker.step_buffers import StepBuffers
 from tests.engine.tiny_llm import save_tiny, tiny_llm
-from tests.gpu_path.gpu_engine import OPTIONS, PARAMS, PROMPTS, SHAPE, double_gpu, gpu_llm, is_noticed
-
-Mutation = Callable[[pytest.MonkeyPatch], None]
-MUTATIONS: dict[str, Mutation] = {}
+from tests.gpu_path.gpu_engine import OPTIONS, PARAMS, PROMPTS, SHAPE, double_gpu, gpu_llm
+from tests.mutations.harness import Scenario, mutations_of, scenario
 
 
-def mutation(rule: str) -> Callable[[Mutation], Mutation]:
-    def add(function: Mutation) -> Mutation:
-        assert rule not in MUTATIONS
-        MUTATIONS[rule] = function
-        return function
-
-    return add
-
-
-@pytest.fixture(scope="module")
-def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("grouped"), "qwen3", **SHAPE)
-
-
-@pytest.fixture(scope="module")
-def ungrouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many KV heads as query heads: decoded on CUDA cores."""
-    return save_tiny(tmp_path_factory.mktemp("ungrouped"), "llama", **{**SHAPE, "num_key_value_heads": 4})
-
-
-@pytest.fixture(scope="module")
-def expected(grouped: Path, ungrouped: Path) -> dict[Path, list[list[int]]]:
-    found = {}
-    for folder in (grouped, ungrouped):
-        with tiny_llm(folder, **OPTIONS) as llm:
-            found[folder] = [output["token_ids"] for output in llm.generate(PROMPTS, PARAMS)]
-    return found
+def expected(folder: Path) -> list[list[int]]:
+    """By torch on the CPU."""
+    with tiny_llm(folder, **OPTIONS) as llm:
+        return [output["token_ids"] for output in llm.generate(PROMPTS, PARAMS)]
 
 
 def run(folder: Path) -> list[list[int]]:
@@ -66,8 +40,8 @@ def run(folder: Path) -> list[list[int]]:
         return [output["token_ids"] for output in llm.generate(PROMPTS, PARAMS)]
 
 
-@pytest.fixture
-def alternating_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def alternating_graphs() -> Iterator[None]:
     """Every other step takes a larger graph than it needs, so that one level is met by several graphs."""
     steps = count()
 
@@ -79,17 +53,22 @@ def alternating_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         larger = [shape for shape in shapes if shape.rows > smallest.rows]
         return fitting_shape(plan, larger, self._group_size, self._most_tiles) or smallest
 
-    monkeypatch.setattr(CudaGraphs, "_fitting_shape", alternating)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CudaGraphs, "_fitting_shape", alternating)
+        yield
 
 
-def test_unchanged(grouped: Path, ungrouped: Path, expected: dict[Path, list[list[int]]]) -> None:
-    for folder in (grouped, ungrouped):
-        assert run(folder) == expected[folder]
-
-
-@pytest.mark.usefixtures("alternating_graphs")
-def test_unchanged_where_graphs_alternate(grouped: Path, expected: dict[Path, list[list[int]]]) -> None:
-    assert run(grouped) == expected[grouped]
+GROUPED = scenario(Scenario("grouped heads", partial(save_tiny, architecture="qwen3", **SHAPE), expected, run))
+UNGROUPED = scenario(
+    Scenario(
+        "as many KV heads as query heads",  # decoded on CUDA cores
+        partial(save_tiny, architecture="llama", **{**SHAPE, "num_key_value_heads": 4}),
+        expected,
+        run,
+    )
+)
+ALTERNATING = scenario(replace(GROUPED, name="alternating graphs", around=alternating_graphs))
+mutation = mutations_of(GROUPED)
 
 
 # -- plans and columns ------------------------------------------------------------------------------------------------
@@ -295,7 +274,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     def leave_in_pool(self: CudaGraphs, attention: Any, rows: int) -> None:
         columns = self._buffers.columns
-        step = StepAttention(attention, self._backend, columns.slots[:rows])
+        step = StepAttention([attention], self._backend, columns.slots[:rows])
         hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
         logits = self._decoder.logits(hidden)
         self._logits = torch.nn.functional.pad(logits, (0, 0, 0, len(self._logits) - rows))
@@ -449,6 +428,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CudaGraphs, "_write_step", from_host)
 
 
+@mutations_of(ALTERNATING)("columns that another graph has overwritten are written again")
 def _columns_of_another_graph(patch: pytest.MonkeyPatch) -> None:
     def holds(self: GraphAttention, position: int, level: Any) -> bool:
         shared = self._shared[position]
@@ -457,9 +437,7 @@ def _columns_of_another_graph(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GraphAttention, "holds", holds)
 
 
-ALTERNATING = {"columns that another graph has overwritten are written again": _columns_of_another_graph}
-
-
+@mutations_of(UNGROUPED)("CUDA-core decode sees no row without pages")
 def _padding_without_pages(patch: pytest.MonkeyPatch) -> None:
     original = CudaGraphs._write_padding
 
@@ -469,31 +447,3 @@ def _padding_without_pages(patch: pytest.MonkeyPatch) -> None:
         host.columns.leaf_last_page_len[first:rows] = 0
 
     patch.setattr(CudaGraphs, "_write_padding", no_page)
-
-
-UNGROUPED = {"CUDA-core decode sees no row without pages": _padding_without_pages}
-
-
-@pytest.mark.parametrize("rule", MUTATIONS)
-def test_breaking_a_rule_is_noticed(
-    rule: str, grouped: Path, expected: dict[Path, list[list[int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    MUTATIONS[rule](monkeypatch)
-    assert is_noticed(lambda: run(grouped), expected[grouped]), f"unnoticed: {rule}"
-
-
-@pytest.mark.parametrize("rule", UNGROUPED)
-def test_breaking_a_rule_of_cuda_core_decode_is_noticed(
-    rule: str, ungrouped: Path, expected: dict[Path, list[list[int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    UNGROUPED[rule](monkeypatch)
-    assert is_noticed(lambda: run(ungrouped), expected[ungrouped]), f"unnoticed: {rule}"
-
-
-@pytest.mark.usefixtures("alternating_graphs")
-@pytest.mark.parametrize("rule", ALTERNATING)
-def test_breaking_a_rule_of_several_graphs_is_noticed(
-    rule: str, grouped: Path, expected: dict[Path, list[list[int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ALTERNATING[rule](monkeypatch)
-    assert is_noticed(lambda: run(grouped), expected[grouped]), f"unnoticed: {rule}"

@@ -1,7 +1,7 @@
-"""Every rule of pages of 8 bits, broken in the engine on purpose: the run must then fail or differ.
+"""Rules of pages of 8 bits.
 
 The twin that says what is right knows nothing of 8-bit pages: the torch backend on float32 pages, into which K and V
-are written as 8 bits and a scale would give them back. `test_unchanged` compares the engine on the double with it.
+are written as 8 bits and a scale would give them back.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from cascade_llm.attention.flashinfer import graph as flashinfer_graph
 from cascade_llm.attention.flashinfer import levels as flashinfer_levels
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
 from cascade_llm.attention.flashinfer.levels import FlashInferDevice, LevelKernel, LevelOutput, LevelRun
-from cascade_llm.errors import GenerationError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
 from cascade_llm.models.loading import KVScaleReader
-from tests.doubles.planner import DoubleError
 from tests.engine.tiny_llm import save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
+from tests.mutations.harness import Plant, Scenario, mutations_of, scenario
 
 FP8 = torch.float8_e4m3fn
 SCALES = (KVScale(0.05, 0.002), KVScale(0.004, 0.001))
@@ -38,24 +37,12 @@ PROMPTS += [[*PREFIX[:24], 50 + i] for i in range(2)] + [[60 - i for i in range(
 PARAMS = [SamplingParams(temperature=0, max_tokens=6 + i, ignore_eos=True) for i in range(len(PROMPTS))]
 OPTIONS: dict[str, Any] = {"page_size": 4, "cascade_shared_prefix_len": 16, "max_num_seqs": 8}
 
-Mutation = Callable[[pytest.MonkeyPatch], None]
 Tokens = list[list[int]]
-MUTATIONS: dict[str, Mutation] = {}
 
 
-def mutation(rule: str) -> Callable[[Mutation], Mutation]:
-    def add(function: Mutation) -> Mutation:
-        assert rule not in MUTATIONS
-        MUTATIONS[rule] = function
-        return function
-
-    return add
-
-
-@pytest.fixture(scope="module")
-def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_scaled(folder: Path) -> Path:
     """A checkpoint with scales of its own."""
-    folder = save_tiny(tmp_path_factory.mktemp("scaled"), "qwen3", **{**SHAPE, "head_dim": 128})
+    save_tiny(folder, "qwen3", **{**SHAPE, "head_dim": 128})
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for layer, scale in enumerate(SCALES):
@@ -65,7 +52,6 @@ def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
 def expected(scaled: Path) -> Tokens:
     """What the twin generates."""
     original = PagedKVCache.write
@@ -77,7 +63,11 @@ def expected(scaled: Path) -> Tokens:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PagedKVCache, "write", write_rounded)
         with tiny_llm(scaled, attention_backend="torch", **OPTIONS) as twin:
-            return [output["token_ids"] for output in twin.generate(PROMPTS, PARAMS)]
+            rounded = [output["token_ids"] for output in twin.generate(PROMPTS, PARAMS)]
+    with tiny_llm(scaled, attention_backend="torch", **OPTIONS) as exact:
+        unrounded = [output["token_ids"] for output in exact.generate(PROMPTS, PARAMS)]
+    assert unrounded != rounded, "else no mutation shows that scales are used"
+    return rounded
 
 
 def _rounded(x: torch.Tensor, scale: float) -> torch.Tensor:
@@ -92,14 +82,8 @@ def run(folder: Path) -> Tokens:
         return found
 
 
-def test_unchanged(scaled: Path, expected: Tokens) -> None:
-    assert run(scaled) == expected
-
-
-def test_the_twin_needs_the_scales(scaled: Path, expected: Tokens) -> None:
-    """Else nothing below would show that they are used."""
-    with tiny_llm(scaled, attention_backend="torch", **OPTIONS) as exact:
-        assert [output["token_ids"] for output in exact.generate(PROMPTS, PARAMS)] != expected
+FP8_PAGES = scenario(Scenario("FP8 pages", save_scaled, expected, run))
+mutation = mutations_of(FP8_PAGES)
 
 
 # -- what is written --------------------------------------------------------------------------------------------------
@@ -152,7 +136,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 # -- what is read -----------------------------------------------------------------------------------------------------
 
 
-def with_k_scale(change: Callable[[LevelKernel, float], Any]) -> Mutation:
+def with_k_scale(change: Callable[[LevelKernel, float], Any]) -> Plant:
     """Hand a kernel another scale of K than it should have."""
     original = LevelKernel.run
 
@@ -194,7 +178,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 AttendLevels = Callable[..., None]
 
 
-def with_attend_levels(make: Callable[[AttendLevels], AttendLevels]) -> Mutation:
+def with_attend_levels(make: Callable[[AttendLevels], AttendLevels]) -> Plant:
     """Replace the order of levels, in eager steps and in graphs."""
     original = flashinfer_levels.attend_levels
 
@@ -205,7 +189,7 @@ def with_attend_levels(make: Callable[[AttendLevels], AttendLevels]) -> Mutation
     return mutate
 
 
-def changed_scale(change: Callable[[KVScale], KVScale]) -> Mutation:
+def changed_scale(change: Callable[[KVScale], KVScale]) -> Plant:
     return with_attend_levels(lambda original: lambda *arguments: original(*arguments[:-1], change(arguments[-1])))
 
 
@@ -267,14 +251,3 @@ def _(patch: pytest.MonkeyPatch) -> None:
         return cls(torch.zeros((*shape, spec.head_dim), dtype=spec.page_dtype), torch.empty(shape))
 
     patch.setattr(LevelOutput, "empty", classmethod(of_the_pages))
-
-
-@pytest.mark.parametrize("rule", MUTATIONS)
-def test_breaking_a_rule_is_noticed(rule: str, scaled: Path, expected: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
-    MUTATIONS[rule](monkeypatch)
-    try:
-        found = run(scaled)
-    except (DoubleError, GenerationError) as error:
-        print(f"{type(error).__name__}: {error}")
-    else:
-        assert found != expected, f"unnoticed: {rule}"

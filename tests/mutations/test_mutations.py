@@ -1,0 +1,51 @@
+"""Every planted fault is noticed, and nothing is noticed where none is planted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.mutations import fp8_pages, graphs, sampling
+from tests.mutations.harness import MUTATIONS, SCENARIOS, Mutation, is_noticed
+
+TABLES = (graphs, fp8_pages, sampling)
+Prepared = Callable[[str], tuple[Path, Any]]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """The folder and the right results of a scenario, each made once."""
+    known: dict[str, tuple[Path, Any]] = {}
+
+    def prepare(name: str) -> tuple[Path, Any]:
+        if name not in known:
+            folder = SCENARIOS[name].save(tmp_path_factory.mktemp("model"))
+            known[name] = folder, SCENARIOS[name].twin(folder)
+        return known[name]
+
+    return prepare
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_nothing_is_noticed_where_nothing_is_broken(name: str, prepared: Prepared) -> None:
+    folder, expected = prepared(name)
+    with SCENARIOS[name].around():
+        assert SCENARIOS[name].run(folder) == expected
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: f"{mutation.scenario}: {mutation.rule}")
+def test_breaking_a_rule_is_noticed(mutation: Mutation, prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, expected = prepared(mutation.scenario)
+    scenario = SCENARIOS[mutation.scenario]
+    with scenario.around():
+        mutation.plant(monkeypatch)
+        assert is_noticed(lambda: scenario.run(folder), expected), f"unnoticed: {mutation.rule}"
+
+
+def test_every_table_has_its_scenario() -> None:
+    assert {table.__name__.rsplit(".", 1)[1] for table in TABLES} == {"graphs", "fp8_pages", "sampling"}
+    assert {mutation.scenario for mutation in MUTATIONS} == SCENARIOS.keys()
+    assert len(MUTATIONS) >= 60
