@@ -14,7 +14,16 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BLOCK_LEN", "Filters", "draw", "draw_key", "keep", "softmax_weights", "uniforms"]
+__all__ = [
+    "BLOCK_LEN",
+    "Filters",
+    "draw",
+    "draw_key",
+    "first_largest",
+    "keep",
+    "softmax_weights",
+    "uniforms",
+]
 
 BLOCK_LEN = 128
 """Tokens per partial sum: prefix sums over blocks, then inside one, are fast on a GPU where one over a row is not."""
@@ -75,6 +84,21 @@ class Filters:
     """[n], float64; 1 keeps all"""
     min_p: torch.Tensor
     """[n], float64; 0 keeps all"""
+
+
+def first_largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest index of each row's maximum, and the maximum; on a CPU several times as fast as `torch.max`.
+
+    Args:
+        values: [n, whole blocks], float32
+
+    Returns:
+        indices [n], int64; maxima [n], float32, NaN where the row holds one
+    """
+    blocks = values.view(len(values), -1, BLOCK_LEN)
+    maxima, block = blocks.amax(-1).max(-1, keepdim=True)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK_LEN))[:, 0]
+    return block[:, 0] * BLOCK_LEN + inside.argmax(-1), maxima[:, 0]
 
 
 def softmax_weights(logits: torch.Tensor, row_maxima: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,9 @@ ID_BITS = 32
 def padded_floats(logits: torch.Tensor) -> torch.Tensor:
     """A float32 copy of logits [n, vocab], padded with -inf to whole blocks and at least one column more."""
     num_rows, vocab_size = logits.shape
-    padded = torch.full((num_rows, (vocab_size // BLOCK_LEN + 1) * BLOCK_LEN), -torch.inf, device=logits.device)
+    padded = torch.empty(num_rows, (vocab_size // BLOCK_LEN + 1) * BLOCK_LEN, device=logits.device)
     padded[:, :vocab_size] = logits
+    padded[:, vocab_size:].fill_(-torch.inf)
     return padded
 
 

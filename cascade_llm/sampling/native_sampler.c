@@ -316,21 +316,44 @@ static long draw_one(const float *weights, float *listed, double *sums, long siz
 
 /* ---- Adjustments ---- */
 
-static inline float penalized(float logit, int32_t count, const float *penalties) {
-    int32_t uses = count >> 1;
-    if (count > 0) logit = logit > 0 ? logit / penalties[2] : logit * penalties[2];
-    if (uses > 0) logit -= penalties[0];
-    return logit - (float)uses * penalties[1];
+static inline int32_t count_of(const Lanes *lanes, long place) {
+    return lanes->count_bytes == 2 ? ((const int16_t *)lanes->counts)[place] : ((const int32_t *)lanes->counts)[place];
 }
 
-static void penalize(float *row, const Lanes *lanes, long lane, long size) {
-    const float *penalties = lanes->penalties + 3 * lane;
+/* List the tokens that a lane has used, few of a vocabulary; returns how many. */
+static long list_used(const Lanes *lanes, long lane, int32_t *tokens, long size) {
+    long found = 0, i = 0;
+#ifdef __AVX512F__
     const int16_t *halves = (const int16_t *)lanes->counts + lane * size;
     const int32_t *counts = (const int32_t *)lanes->counts + lane * size;
-    if (lanes->count_bytes == 2)
-        for (long i = 0; i < size; i++) row[i] = penalized(row[i], halves[i], penalties);
-    else
-        for (long i = 0; i < size; i++) row[i] = penalized(row[i], counts[i], penalties);
+    __m512i ids = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i + 16 <= size; i += 16) {
+        __m512i here = lanes->count_bytes == 2
+                           ? _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(halves + i)))
+                           : _mm512_loadu_si512(counts + i);
+        __mmask16 used = _mm512_test_epi32_mask(here, here);
+        _mm512_storeu_si512(tokens + found, _mm512_maskz_compress_epi32(used, ids));
+        found += __builtin_popcount(used);
+        ids = _mm512_add_epi32(ids, _mm512_set1_epi32(16));
+    }
+#endif
+    for (; i < size; i++) {
+        tokens[found] = (int32_t)i;
+        found += count_of(lanes, lane * size + i) != 0;
+    }
+    return found;
+}
+
+/* `tokens` is scratch for size + 16 integers. */
+static void penalize(float *row, const Lanes *lanes, long lane, int32_t *tokens, long size) {
+    const float *penalties = lanes->penalties + 3 * lane;
+    long num_used = list_used(lanes, lane, tokens, size);
+    for (long i = 0; i < num_used; i++) {
+        float logit = row[tokens[i]];
+        int32_t uses = count_of(lanes, lane * size + tokens[i]) >> 1;
+        logit = logit > 0.0f ? logit / penalties[2] : logit * penalties[2];
+        row[tokens[i]] = logit - (uses > 0 ? penalties[0] : 0.0f) - (float)uses * penalties[1];
+    }
 }
 
 static int has_penalty(const Lanes *lanes, long lane) {
@@ -343,8 +366,9 @@ static int has_bias(const Lanes *lanes, long lane, long size) {
 }
 
 /* Repetition, presence and frequency penalty, bias, hidden endings, mask. */
-static void adjust(float *row, const Lanes *lanes, long lane, long position, const int32_t *mask, long size) {
-    if (has_penalty(lanes, lane)) penalize(row, lanes, lane, size);
+static void adjust(float *row, const Lanes *lanes, long lane, long position, const int32_t *mask, int32_t *scratch,
+                   long size) {
+    if (has_penalty(lanes, lane)) penalize(row, lanes, lane, scratch, size);
     const int64_t *ids = lanes->bias_ids + lane * lanes->bias_len, *endings = lanes->ending_ids + lane * lanes->endings_len;
     for (long i = 0; i < lanes->bias_len && ids[i] < size; i++) row[ids[i]] += lanes->bias[lane * lanes->bias_len + i];
     if (position < lanes->ends_from[lane])
@@ -386,7 +410,7 @@ void sample_rows(const void *logits, int bfloat16, long stride, long size, const
         if (mask || has_penalty(lanes, lane) || has_bias(lanes, lane, size) || position < lanes->ends_from[lane]) {
             if (bfloat16) widen(halves, weights, size);
             else memcpy(weights, row, size * sizeof *row);
-            adjust(weights, lanes, lane, position, mask, size);
+            adjust(weights, lanes, lane, position, mask, (int32_t *)listed, size);
             row = weights;
             is_half = 0;
         }

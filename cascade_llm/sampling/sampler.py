@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from cascade_llm.outputs import TokenLogprob
-from cascade_llm.sampling.draw import draw, keep, softmax_weights, uniforms
+from cascade_llm.sampling.draw import draw, first_largest, keep, softmax_weights, uniforms
 from cascade_llm.sampling.lanes import LaneState, Needs
 from cascade_llm.sampling.logprobs import padded_floats, token_logprobs
 from cascade_llm.sampling.masks import TokenMasks
@@ -25,6 +25,8 @@ __all__ = ["SampledTokens", "Sampler", "choose"]
 
 CHUNK_ELEMENTS = 2**23
 """float32 logits worked on at a time (32 MiB): what sorting a chunk takes is some ten times as much."""
+CPU_CHUNK_ELEMENTS = 2**19
+"""The same on a CPU (2 MiB): a chunk stays in the cache, and its memory is used again."""
 
 
 def choose(
@@ -55,7 +57,7 @@ def choose(
     if masks is None and not needs & (Needs.DRAW | Needs.ADJUST):
         maxima, token_ids = logits.max(-1)
         return token_ids, maxima.isfinite()
-    chunk_len = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    chunk_len = max(1, (CPU_CHUNK_ELEMENTS if logits.device.type == "cpu" else CHUNK_ELEMENTS) // logits.shape[1])
     chosen = []
     for begin in range(0, len(logits), chunk_len):
         part = slice(begin, begin + chunk_len)
@@ -73,7 +75,7 @@ def _choose_adjusted(
     needs: Needs, values: torch.Tensor, lane_state: LaneState, lanes: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`choose` from adjusted logits [n, padded vocab], float32, which are changed."""
-    maxima, token_ids = values.max(-1)
+    token_ids, maxima = first_largest(values)
     finite = maxima.isfinite()
     if not needs & Needs.DRAW:
         return token_ids, finite

@@ -78,4 +78,4 @@ def test_of_sampling(tmp_path: Path) -> None:
             for needs in (CHOICES[3], Needs.REPORT):
                 sampling._capture_late(ROWS, needs)
         graphs: list[Any] = [sampling._graphs[ROWS, needs] for needs in (*CHOICES, Needs.REPORT)]
-    assert [len(graph.launches) for graph in graphs] == [8, 66, 109, 138, 45]
+    assert [len(graph.launches) for graph in graphs] == [8, 71, 114, 143, 45]
