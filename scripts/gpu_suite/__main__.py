@@ -1,86 +1,78 @@
-"""Check and measure the GPU path on a machine with a GPU and without network, in ten minutes.
+"""Check and measure the GPU path on a machine with a GPU, within ten minutes and without network.
 
-    python -m scripts.gpu_suite --out RESULTS [--archive flashinfer.tar.xz] [--kernels FOLDER] [--fp8] [--budget-s 580]
+    python -m scripts.gpu_suite OUT [--stage NAME ...] [--quick] [--archive packages.tar.xz] [--kernels FOLDER]
 
-`--archive` holds FlashInfer and small packages (a folder of site-packages as .tar.xz); `--kernels` what
-`cascade-llm kernels build` compiled; `--fp8` validates kernels over FP8 pages too. Writes RESULTS/results.json after
-every stage, and plots at the end. `--dry-run` looks at what is carried and what imports, and needs no GPU.
+Each stage is a process with a time limit of its own and writes OUT/NAME.json; OUT/summary.json says how each ended.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 
-from scripts.gpu_suite.imports import REQUIRED, check_imports
-from scripts.gpu_suite.watchdog import start_watchdog
+from scripts.gpu_suite.runner import Runner, Stage, pack
+from scripts.gpu_suite.table import STAGES
 
 CARRIED_LIMIT_BYTES = 64 << 20
 """What may be carried to the machine, archive and kernels together."""
-LAST_WORDS_S = 5.0
+DRY_MACHINE = "tests.gpu_path.double_machine:DoubleMachine"
 
 
 def main() -> int:
-    """Run the command line; 1 where nothing can be measured, 3 where the time was over before the stages were."""
-    started = time.perf_counter()
+    """Run the command line; 1 where a stage failed or too much was carried."""
     arguments = _arguments()
-    # before anything is imported: unset, FlashInfer asks the GPU for its architecture
-    os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     carried = sum(_num_bytes(path) for path in (arguments.archive, arguments.kernels) if path)
-    print(f"carried: {carried / 2**20:.1f} of {CARRIED_LIMIT_BYTES >> 20} MiB", flush=True)
     if carried > CARRIED_LIMIT_BYTES:
-        print("too much to carry: leave packages or kernels out", file=sys.stderr)
+        limit_mib = CARRIED_LIMIT_BYTES >> 20
+        print(f"{carried / 2**20:.1f} MiB are carried, {limit_mib} may be: leave packages or kernels out")
         return 1
+    with tempfile.TemporaryDirectory(prefix="cascade_llm_packages_") as folder:
+        _set_environment(arguments, folder)
+        options = ["--quick"] if arguments.quick or arguments.dry else []
+        options += ["--machine", DRY_MACHINE] if arguments.dry else []
+        summary = Runner(arguments.out, arguments.budget_s, options).run(_chosen(arguments.stage))
+    pack(arguments.out)
+    return int(any(entry["verdict"] == "failed" for entry in summary["stages"].values()))
+
+
+def _set_environment(arguments: argparse.Namespace, folder: str) -> None:
+    """What all stages inherit."""
+    os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")  # unset, FlashInfer asks the GPU when it is imported
     if arguments.kernels:
         os.environ["CASCADE_LLM_CACHE"] = str(arguments.kernels.resolve())
     if arguments.archive:
-        folder = tempfile.mkdtemp(prefix="cascade_llm_packages_")
         with tarfile.open(arguments.archive) as tar:
             tar.extractall(folder, filter="data")
-        sys.path.insert(0, folder)
         os.environ["PYTHONPATH"] = os.pathsep.join((folder, os.environ.get("PYTHONPATH", "")))
-    missing = check_imports()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "results.json").write_text(json.dumps({"imports": missing}, indent=1))
-    if any(missing.get(name) for name in REQUIRED):
-        print("nothing can be measured without these", file=sys.stderr)
-        return 1
-    if arguments.dry_run:
-        return 0
-    import torch
 
-    if not torch.cuda.is_available():
-        print("no CUDA device: nothing to measure", file=sys.stderr)
-        return 1
-    from scripts.gpu_suite.machine import CudaMachine
-    from scripts.gpu_suite.shapes import FULL
-    from scripts.gpu_suite.suite import STAGES, Suite
 
-    left = arguments.budget_s - (time.perf_counter() - started)
-    suite = Suite(CudaMachine(), arguments.out, FULL, left - LAST_WORDS_S, fp8=arguments.fp8)
-    suite.results["imports"] = missing
-    suite.save()
-    watchdog = start_watchdog(left - LAST_WORDS_S, suite.stop)
-    suite.run(arguments.stages.split(",") if arguments.stages else STAGES)
-    watchdog.cancel()
-    return 0
+def _chosen(names: list[str]) -> list[Stage]:
+    """The stages that were named; without names all that are not optional."""
+    if names:
+        return [stage for stage in STAGES if stage.name in {*names, "machine"}]
+    return [stage for stage in STAGES if not stage.optional]
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--archive", type=Path, help="packages to unpack and use")
+    listed = "\n".join(f"  {stage.name:12}{stage.about}{' (optional)' * stage.optional}" for stage in STAGES)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.gpu_suite",
+        description=__doc__,
+        epilog=f"stages:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", type=Path, help="a folder for the results")
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--stage", action="append", default=[], choices=names, metavar="NAME", help="only these")
+    parser.add_argument("--quick", action="store_true", help="small sizes: a first look in about three minutes")
+    parser.add_argument("--dry", action="store_true", help="on doubles of GPU and FlashInfer, quick sizes")
+    parser.add_argument("--archive", type=Path, help="packages to unpack and use, site-packages as .tar.xz")
     parser.add_argument("--kernels", type=Path, help="a cache folder with compiled kernels (CASCADE_LLM_CACHE)")
-    parser.add_argument("--stages", help="comma-separated; default all")
-    parser.add_argument("--fp8", action="store_true", help="validate kernels over FP8 pages too")
-    parser.add_argument("--dry-run", action="store_true", help="only look at what is carried and what imports")
-    parser.add_argument("--budget-s", type=float, default=580.0, help="seconds from start to end")
+    parser.add_argument("--budget-s", type=float, default=570.0, help="seconds for all stages (default 570)")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""The suite for the day of measuring, run from end to end on the doubles at a tiny size."""
+"""The suite for the day of measuring: its stages run on the doubles, its runner with real processes that end badly."""
 
 from __future__ import annotations
 
@@ -8,143 +8,239 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cascade_llm import LLM
-from cascade_llm.attention.flashinfer.backend import GpuPlatform
-from scripts.gpu_suite import __main__ as gpu_suite_module
-from scripts.gpu_suite import attention_stage, imports, suite
-from scripts.gpu_suite.__main__ import main as gpu_suite_main
-from scripts.gpu_suite.engine_stage import VARIANTS
-from scripts.gpu_suite.machine import Machine
-from scripts.gpu_suite.rates import decode_floor_s
-from scripts.gpu_suite.shapes import FULL, MODELS, TREES, ModelShape, Sizes, Tree
-from scripts.gpu_suite.suite import STAGES, Suite
-from scripts.gpu_suite.watchdog import STOPPED
-from tests.gpu_path.gpu_engine import double_gpu, on_double
+from cascade_llm import SamplingParams
+from cascade_llm.attention.flashinfer.graph import GraphAttention
+from cascade_llm.attention.flashinfer.ops import FlashInferOps
+from cascade_llm.bench.attention_cases import AttentionCase
+from cascade_llm.errors import GenerationError
+from cascade_llm.outputs import CompletionOutput, TokenLogprob
+from cascade_llm.scheduler.cascade.device_costs import DeviceCosts
+from scripts.gpu_suite import __main__ as command_line
+from scripts.gpu_suite import runner
+from scripts.gpu_suite.equality import Equality
+from scripts.gpu_suite.machine import CARDS, known_card
+from scripts.gpu_suite.runner import MAX_FILES, Runner, Stage, pack, save_json
+from scripts.gpu_suite.sizes import DRY, FULL, MODELS, QUICK, Sizes, decode_floor_s
+from scripts.gpu_suite.stage import StageRun
+from scripts.gpu_suite.stages import attention, engine, experiments, profile, replay, smoke, timing
+from scripts.gpu_suite.stages import machine as machine_stage
+from scripts.gpu_suite.table import STAGES
+from tests.gpu_path.double_machine import DoubleMachine
 
-TINY = Sizes(
-    trees=(Tree.parse("1,2,4/16,32,8"), Tree.parse("4/24")),
-    heads=((4, 2),),
-    head_dim=64,
-    models=(ModelShape("tiny", 1, 2, 1, 64, 64, 64, 128),),
-    batches=(1, 3),
-    prefixes=(0, 32),
-    own_len=8,
-    decode_steps=4,
-    copy_bytes=1 << 16,
-    matrix_size=32,
-    load_requests=4,
-    load_range=(4, 10),
-)
+ONE_MODEL = replace(DRY, small_models=DRY.small_models[:1])
 
 
-class DoubleMachine(Machine):
-    """The doubles, in bfloat16 as on a GPU."""
+@pytest.fixture
+def stage(tmp_path: Path) -> Callable[..., StageRun]:
+    """A stage's surroundings, on the double."""
 
-    device, dtype = torch.device("cpu"), torch.bfloat16
+    def make(name: str, sizes: Sizes = DRY, seconds: float = 600) -> StageRun:
+        for folder in ("out", "scratch"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        file = tmp_path / "out" / f"{name}.json"
+        ends = time.perf_counter() + seconds
+        return StageRun(
+            name, DoubleMachine(), sizes, file.parent, tmp_path / "scratch", lambda found: save_json(file, found), ends
+        )
 
-    def platform(self) -> GpuPlatform:
-        return double_gpu(exact=False).platform()
+    return make
 
-    def seconds(self, work: Callable[[], object], *, captured: bool = True) -> float:
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
 
-    def llm(self, config: Path, **options: Any) -> LLM:
-        with on_double(double_gpu(exact=False)):
-            return LLM(config, load_format="dummy", device="cpu", dtype="bfloat16", **options)
+# -- stages -----------------------------------------------------------------------------------------------------------
 
-    def synchronize(self) -> None:
+
+def test_the_machine_is_named(stage: Callable[..., StageRun]) -> None:
+    found = machine_stage.run(stage("machine"))
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"driver", "commit", "sources", "memory_bytes", "cannot_import"} <= found.keys()
+    assert {"flashinfer-python", "triton"} <= found["versions"].keys()
+    assert found["copy_bytes_per_s"] > 0
+
+
+def test_every_call_of_flashinfer_is_compared_with_torch(stage: Callable[..., StageRun]) -> None:
+    found = smoke.run(stage("smoke"))
+    assert found["verdict"] == "passed"
+    assert found["never_called"] == []
+    called = {entry["call"].split(":")[0] for entry in found["calls"]}
+    assert called == {field.name for field in fields(FlashInferOps)}
+
+
+def test_a_call_that_is_off_or_refused_fails_the_smoke_test(
+    stage: Callable[..., StageRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = DoubleMachine.platform
+
+    def broken(self: DoubleMachine) -> Any:
+        platform = made(self)
+        ops = replace(
+            platform.ops,
+            silu_and_mul=lambda x: x[:, : x.shape[1] // 2],
+            rmsnorm=lambda *arguments: pytest.fail("no kernel image"),
+        )
+        return replace(platform, ops=ops)
+
+    monkeypatch.setattr(DoubleMachine, "platform", broken)
+    monkeypatch.setattr(pytest, "fail", _refused)
+    found = smoke.run(stage("smoke"))
+    assert found["verdict"] == "failed"
+    assert {name.split(":")[0] for name in found["headline"]["wrong"]} == {"silu_and_mul", "rmsnorm"}
+    assert any("no kernel image" in entry.get("refused", "") for entry in found["calls"])
+
+
+def _refused(reason: str) -> None:
+    raise RuntimeError(reason)
+
+
+def test_replays_are_compared_with_float64(stage: Callable[..., StageRun]) -> None:
+    found = replay.run(stage("replay", ONE_MODEL))
+    assert found["verdict"] == "passed"
+    assert [entry["model"] for entry in found["models"]] == ["gqa-64, 1 layers", "gqa-64, 2 layers"]
+    for entry in found["models"]:
+        assert entry["missing"] == []
+        assert entry["replans"] >= replay.LEAST_REPLANS
+        assert len(entry["shapes"]) > 2
+        assert 0 < entry["out_error"] < 0.02
+
+
+@pytest.mark.parametrize("fault", ["stale levels", "stale leaves", "levels left out"])
+def test_replays_that_are_off_are_noticed(
+    fault: str, stage: Callable[..., StageRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend, plan_leaf = GraphAttention.attend, GraphAttention.plan_leaf
+
+    def leaf_alone(self: GraphAttention, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "_shared", [])
+            return attend(self, layer, q)
+
+    def once(self: GraphAttention, columns: Any, pages: Any) -> None:
+        if pages is None:
+            plan_leaf(self, columns, pages)
+
+    if fault == "stale levels":
+        monkeypatch.setattr(GraphAttention, "holds", lambda self, position, level: self.capacities[position] > 2)
+    elif fault == "stale leaves":
+        monkeypatch.setattr(GraphAttention, "plan_leaf", once)
+    else:
+        monkeypatch.setattr(GraphAttention, "attend", leaf_alone)
+    try:
+        found = replay.run(stage("replay", ONE_MODEL))
+    except GenerationError:  # what is not finite ends the request
         return
+    assert found["verdict"] == "failed"
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("results")
-    Suite(DoubleMachine(), folder, TINY, budget_s=600).run()
-    return folder
+def test_ways_of_running_agree_and_a_race_is_told(stage: Callable[..., StageRun]) -> None:
+    sizes = replace(ONE_MODEL, families=1, longest_equal=10)
+    found = engine.run(stage("engine", sizes))
+    assert found["headline"]["wrong"] == []
+    assert len(found["runs"]) == 2 * 2 * 2 * len(engine.KINDS)
+    assert sum(entry["graph_steps"] > 0 for entry in found["runs"]) == len(found["runs"]) / 2
+    blocking = stage("blocking", sizes)
+    name = next(name for name in found["tokens"] if "graphs, lag 1, cascade, greedy" in name)
+    next(iter(found["tokens"][name].values()))[-1] += 1
+    save_json(blocking.folder / "engine.json", {"result": found})
+    again = engine.run(blocking)
+    assert again["headline"]["races"] == 1
+    assert again["headline"]["wrong"] == [name]
 
 
-def test_every_stage_ends_with_a_result(out: Path) -> None:
-    results = json.loads((out / "results.json").read_text())
-    assert [name for name in results if name.endswith("_failed")] == []
-    assert set(STAGES) <= set(results)
-    assert set(results["seconds"]) == set(STAGES)
+def test_decode_steps_are_timed_by_part(stage: Callable[..., StageRun]) -> None:
+    found = timing.run(stage("timing"))
+    (entry,) = [entry for entry in found["loads"] if "batch" in entry]
+    assert entry["steps"] == len(entry["steps_ms"]) >= DRY.decode_steps
+    assert entry["step_p95_ms"] >= entry["step_ms"] > 0
+    assert entry["host_ms"].keys() == {"schedule", "submit", "wait", "commit"}
+    assert entry["graph_steps"] >= entry["steps"]
+    assert 0 <= entry["gpu_idle_share"] <= 1
+    assert entry["gpu_busy_ms"] > 0
+    assert 0 < entry["share_of_roofline"] < 1
 
 
-def test_kernels_are_validated(out: Path) -> None:
-    entries = json.loads((out / "results.json").read_text())["validation"]
-    for mode in ("eager", "graph"):
-        kernels = {entry["kernels"] for entry in entries if entry["mode"] == mode}
-        assert kernels == {"decode_tensor_cores", "decode_cuda_cores"}
-    for entry in entries:
-        assert "refused" not in entry
-        assert entry["max_error"] < 0.05
-        assert entry["max_lse_error"] < 0.05
+def test_a_profile_lists_kernels_and_leaves_a_trace(stage: Callable[..., StageRun]) -> None:
+    run = stage("profile")
+    (found,) = profile.run(run)["models"]
+    assert 0 < len(found["kernels"]) <= profile.NUM_KERNELS
+    assert found["kernels"][0]["us_per_step"] > 0
+    assert (run.folder / found["trace"]).stat().st_size < profile.TRACE_LIMIT_BYTES
 
 
-def test_refusals_are_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*arguments: Any) -> None:
-        raise RuntimeError("not on this device")
-
-    monkeypatch.setattr(attention_stage.Setting, "eager", refused)
-    entries = attention_stage.validate_kernels(DoubleMachine(), TINY, lambda: True)
-    eager, graphs = ([entry for entry in entries if entry["mode"] == mode] for mode in ("eager", "graph"))
-    assert {entry["refused"] for entry in eager} == {"RuntimeError: not on this device"}
-    assert graphs
-    assert all(entry["max_error"] < 0.05 for entry in graphs), "one refusal leaves the others"
-
-
-def test_attention_is_measured_every_way(out: Path) -> None:
-    shared, alone = json.loads((out / "results.json").read_text())["attention"]
-    assert {"floor_us", "plain_us", "ours_us", "ours_one_level_us", "ours, eager_us"} <= shared.keys()
-    assert "ours, decode_cuda_cores_us" in shared
-    assert [name for name in shared if name.endswith("_error")] == ["flashinfer_cascade_error"]
-    assert "plain_us" in alone
-    assert "ours_us" not in alone
+def test_attention_is_timed_and_constants_are_fitted(stage: Callable[..., StageRun]) -> None:
+    found = attention.run(stage("attention"))
+    shared = found["cases"][-1]
+    assert shared["us"].keys() == {"", "0", "1", "0,1"}
+    assert shared["layers"] > 1, "else a layer finds its K/V in the cache"
+    assert all(entry["errors"] == {} and entry["floor_us"] > 0 for entry in found["cases"])
+    (fit,) = found["costs"]
+    DeviceCosts(**fit["costs"])
+    assert fit["key"]["backend"] == "flashinfer"
 
 
-def test_engine_steps_have_floors_and_run_in_graphs(out: Path) -> None:
-    results = json.loads((out / "results.json").read_text())
-    steps = [entry for entry in results["engine_steps"] if "batch" in entry]
-    assert [entry for entry in steps if "error" in entry] == []
-    assert {(entry["batch"], entry["prefix"]) for entry in steps} == {(1, 0), (3, 0), (1, 32), (3, 32)}
-    assert {entry["variant"] for entry in steps} == set(VARIANTS)
-    assert all(entry["step_ms"] > 0 and entry["floor_ms"] > 0 for entry in steps)
-    assert results["load"]["graph_steps"] > 0
-    assert results["load"]["out_tokens"] > 0
+def test_experiments_run_and_one_that_raises_leaves_the_others(
+    stage: Callable[..., StageRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(stage: StageRun) -> dict[str, Any]:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"broken": fails, **experiments.EXPERIMENTS})
+    found = experiments.run(stage("experiments"))
+    assert "no kernel image" in found["headline"].pop("broken")
+    assert set(found["headline"].values()) == {"done"}
+    assert found["load"]["graph_steps"] > 0
 
 
-def test_plots_come_in_one_archive(out: Path) -> None:
-    pytest.importorskip("matplotlib")
-    with tarfile.open(out / "plots.tar") as archive:
-        names = archive.getnames()
-    assert "steps_tiny.png" in names
-    assert "attention_4_2.png" in names
+def test_stages_without_time_skip_what_they_cannot_do(stage: Callable[..., StageRun]) -> None:
+    assert all("skipped" in entry for entry in timing.run(stage("timing", seconds=0))["loads"])
+    assert all("skipped" in entry for entry in attention.run(stage("attention", seconds=0))["cases"])
+    assert all("skipped" in entry for entry in profile.run(stage("profile", seconds=0))["models"])
+    assert all(not entry["passed"] for entry in engine.run(stage("engine", seconds=0))["runs"])
 
 
-def test_out_of_time_is_said_and_not_silent(tmp_path: Path) -> None:
-    results = Suite(DoubleMachine(), tmp_path, TINY, budget_s=0).run()
-    for stage in ("validation", "attention", "plans", "engine_steps"):
-        assert all("skipped" in entry for entry in results[stage])
-    assert "skipped" in results["load"]
+# -- what equal means -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tree", TREES, ids=str)
-def test_every_tree_of_the_list_becomes_valid_plans(tree: Tree) -> None:
-    for num_shared in (0, 1, None):
-        plan = tree.plan(num_shared)
-        plan.check()
-        assert plan.num_rows == tree.rows
-    assert len(plan.levels) == len(tree.nodes)
-    assert max(page for level in plan.levels for page in level.kv_page_indices) < tree.num_pages
+def output(*token_ids: int, tops: tuple[tuple[int, float], ...] = ((1, -0.5), (2, -0.6), (3, -3.0))) -> Any:
+    reported = [TokenLogprob(token_id, dict(tops)[token_id], 1, tops) for token_id in token_ids]
+    return {"a": CompletionOutput(0, token_ids=list(token_ids), finish_reason="length", logprobs=reported)}
+
+
+def compared(one: Any, other: Any, **params: Any) -> Equality:
+    equality = Equality(tolerance=0.08)
+    equality.add(one, other, SamplingParams(**{"temperature": 0, **params}))
+    return equality
+
+
+def test_equality_allows_near_ties_and_nothing_else() -> None:
+    assert compared(output(1, 2), output(1, 2)).passed
+    tied = compared(output(1, 1), output(1, 2))
+    assert tied.passed
+    assert tied.near_ties == 1
+    assert not compared(output(1, 1), output(1, 3)).passed
+    assert not compared(output(1, 1), output(1)).passed
+    assert not compared(output(1), output(1, tops=((1, -0.7), (2, -0.8), (3, -3.0)))).passed
+    assert not compared(output(1), {}).passed
+    # what was generated already is penalized: 1 is worse than 2 by then, so that taking 1 is no near-tie
+    assert not compared(output(1, 1), output(1, 2), presence_penalty=-1.0).passed
+
+
+def test_equality_counts_draws_and_allows_few() -> None:
+    few = compared(output(*[1] * 60), output(*[1] * 59, 2), temperature=1.0)
+    assert few.passed
+    assert few.draws_differing == 1
+    many = Equality(0.08)
+    for _ in range(9):
+        many.add(output(1, 1, 1), output(1, 1, 2), SamplingParams(temperature=1.0))
+    assert not many.passed
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,106 +253,127 @@ def test_floor_is_that_of_the_roofline_table(model: int, prefix: int, batch: int
     assert floor == pytest.approx(floor_ms, rel=0.04)
 
 
-def test_full_sizes_are_the_whole_list() -> None:
-    assert len(FULL.trees) == 16
-    assert {len(tree.nodes) == len(tree.tokens) for tree in FULL.trees} == {True}
+def test_cards_are_known_by_name_and_others_are_measured() -> None:
+    assert known_card("NVIDIA H200") == CARDS[0]
+    assert known_card("NVIDIA H100 80GB HBM3") == CARDS[1]
+    assert known_card("NVIDIA L40S") is None
 
 
-def test_fp8_pages_are_validated_over_what_they_decode_to(tmp_path: Path) -> None:
-    sizes = replace(TINY, head_dim=128, trees=TINY.trees[:1])
-    entries = Suite(DoubleMachine(), tmp_path, sizes, 600, fp8=True).run(["validation"])["validation"]
-    by_pages = {name: [e for e in entries if e["pages"] == name] for name in ("bfloat16", "float8_e4m3fn")}
-    assert [e["kernels"] for e in by_pages["bfloat16"]] == [e["kernels"] for e in by_pages["float8_e4m3fn"]]
-    assert {e["kernels"] for e in entries} == {"decode_tensor_cores", "decode_cuda_cores"}
-    assert all(entry["max_error"] < 0.05 and entry["max_lse_error"] < 0.05 for entry in entries)
+@pytest.mark.parametrize("sizes", [FULL, QUICK])
+def test_sizes_for_a_gpu_are_what_they_have_to_be(sizes: Sizes) -> None:
+    heads = {(model.num_qo_heads == model.num_kv_heads, model.head_dim) for model in sizes.small_models}
+    assert {is_mha for is_mha, _ in heads} == {True, False}
+    assert {head_dim for _, head_dim in heads} == {64, 128}
+    assert sizes.families * sizes.per_family > 32
+    assert sizes.decode_steps >= 128
+    for name in sizes.cases:
+        AttentionCase.parse(name).plan(()).check()
 
 
-def test_a_stage_that_raises_is_a_result_and_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = {}
-
-    def fails(*arguments: Any, **options: Any) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    def looks(*arguments: Any) -> str:
-        written.update(json.loads((tmp_path / "results.json").read_text()))
-        return "planned"
-
-    monkeypatch.setattr(suite, "validate_kernels", fails)
-    monkeypatch.setattr(suite, "measure_plans", looks)
-    results = Suite(DoubleMachine(), tmp_path, TINY, budget_s=600).run(["rates", "validation", "plans"])
-    assert "an illegal memory access" in results["validation_failed"]
-    assert results["plans"] == "planned"
-    assert {"rates", "validation_failed"} <= written.keys(), "the file is there before the next stage begins"
+# -- the runner -------------------------------------------------------------------------------------------------------
 
 
-HANGS = """
-import sys, time
-from pathlib import Path
-from scripts.gpu_suite import suite
-from scripts.gpu_suite.watchdog import start_watchdog
-from tests.gpu_path.test_gpu_suite import TINY, DoubleMachine
-suite.measure_plans = lambda *arguments: time.sleep(600)
-run = suite.Suite(DoubleMachine(), Path(sys.argv[1]), TINY, 600)
-start_watchdog(1.0, run.stop)
-run.run(["rates", "plans"])
-"""
+def ending(*names: str, limit_s: float = 60.0, **options: Any) -> list[Stage]:
+    module = "tests.gpu_path.suite_processes"
+    return [Stage(name=name, module=module, limit_s=limit_s, about="a test", **options) for name in names]
 
 
-def test_a_stage_that_hangs_is_ended_and_the_results_are_kept(tmp_path: Path, repo_root: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], cwd=repo_root, timeout=300, check=False)
-    assert done.returncode == STOPPED
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["stopped"] == "out of time in stage plans"
-    assert results["rates"]["copy_bytes_per_s"] > 0
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
-@pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run the command line on a machine that has only torch."""
-    monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
-    monkeypatch.setattr(imports, "IMPORTS", ("torch", "no_such_package"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["gpu_suite", "--out", str(tmp_path / "out"), *arguments])
-        return gpu_suite_main()
-
-    return run
-
-
-def test_without_a_gpu_it_says_so_after_listing_what_cannot_be_imported(
-    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert start() == 1
-    printed = capsys.readouterr()
-    assert "cannot import no_such_package" in printed.out
-    assert "no CUDA device" in printed.err
-    assert start("--dry-run") == 0
-    assert "no_such_package" in json.loads((tmp_path / "out" / "results.json").read_text())["imports"]
+def test_a_stage_that_crashes_costs_itself_alone(tmp_path: Path) -> None:
+    summary = Runner(tmp_path, 300).run(ending("crashes", "silent", "raises", "says_no", "works"))
+    assert {name: entry["ended"] for name, entry in summary["stages"].items()} == {
+        "crashes": "killed by SIGSEGV",
+        "silent": "wrote nothing",
+        "raises": "exit status 1",
+        "says_no": "finished",
+        "works": "finished",
+    }
+    verdicts = [entry["verdict"] for entry in summary["stages"].values()]
+    assert verdicts == ["failed", "failed", "failed", "failed", "passed"]
+    assert "an illegal memory access" in summary["stages"]["crashes"]["stderr_tail"]
+    assert "no kernel image" in summary["stages"]["raises"]["stderr_tail"]
+    assert read(tmp_path / "summary.json") == summary
+    assert read(tmp_path / "crashes.json")["result"]["so_far"] == 1, "what it had is kept"
 
 
-def test_what_it_cannot_do_without_ends_it(
-    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu_suite_module, "REQUIRED", ("no_such_package",))
-    assert start("--dry-run") == 1
-    assert "nothing can be measured" in capsys.readouterr().err
+def test_a_stage_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "GRACE_S", 0.2)
+    started = time.perf_counter()
+    stages = [*ending("hangs", limit_s=4), *ending("works", environment={"OF_THE_STAGE": "yes"})]
+    summary = Runner(tmp_path, 300).run(stages)
+    assert time.perf_counter() - started < 60
+    assert summary["stages"]["hangs"]["ended"] == "ran past its 4 s"
+    assert "waiting for the device" in summary["stages"]["hangs"]["stderr_tail"]
+    assert summary["stages"]["works"]["headline"] == {"environment": "yes"}
 
 
-def test_imports_are_checked_before_anything_else_is_imported(run_python: Callable[[str], str]) -> None:
+def test_stages_are_cut_when_the_budget_is_spent(tmp_path: Path) -> None:
+    summary = Runner(tmp_path, 1.0).run(ending("works"))
+    assert summary["stages"]["works"] == {"verdict": "not run", "ended": "no time left", "seconds": 0.0}
+
+
+def test_a_wrapper_that_is_missing_is_told(tmp_path: Path) -> None:
+    summary = Runner(tmp_path, 300).run(ending("works", wrapper=("no-such-program",)))
+    assert summary["stages"]["works"]["ended"] == "no-such-program is not on the PATH"
+
+
+def test_more_files_than_come_back_are_packed(tmp_path: Path) -> None:
+    for number in range(MAX_FILES):
+        (tmp_path / f"{number}.json").write_text("{}")
+    pack(tmp_path)
+    assert len(list(tmp_path.iterdir())) == MAX_FILES
+    (tmp_path / "summary.json").write_text("{}")
+    pack(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "stages.tar.gz"}
+    with tarfile.open(tmp_path / "stages.tar.gz") as archive:
+        assert len(archive.getnames()) == MAX_FILES
+
+
+def test_the_parent_imports_no_torch(run_python: Callable[[str], str]) -> None:
     code = "import sys\nimport scripts.gpu_suite.__main__\nprint({'torch', 'cascade_llm'} & set(sys.modules))"
     assert run_python(code).strip() == "set()"
 
 
-def test_too_much_to_carry_is_said_before_it_is_carried(
-    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_too_much_to_carry_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kernels = tmp_path / "kernels" / "page"
-    kernels.mkdir(parents=True)
-    (kernels / "page.so").write_bytes(b"x" * (1 << 20))
-    assert start("--dry-run", "--kernels", str(kernels.parent)) == 0
-    assert "carried: 1.0 of 64 MiB" in capsys.readouterr().out
-    with (kernels / "page.so").open("wb") as file:
+    (tmp_path / "kernels").mkdir()
+    with (tmp_path / "kernels" / "page.so").open("wb") as file:
         file.truncate(65 << 20)
-    assert start("--dry-run", "--kernels", str(kernels.parent)) == 1
-    assert "too much to carry" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", str(tmp_path / "out"), "--kernels", str(tmp_path / "kernels")])
+    assert command_line.main() == 1
+    assert "65.0 MiB are carried, 64 may be" in capsys.readouterr().out
+
+
+def test_stages_that_are_named_run_after_the_machine_is_known() -> None:
+    assert [stage.name for stage in command_line._chosen(["timing", "smoke"])] == ["machine", "smoke", "timing"]
+    assert "experiments" not in [stage.name for stage in command_line._chosen([])]
+    assert [stage.name for stage in command_line._chosen(["experiments"])] == ["machine", "experiments"]
+
+
+def dry(out: Path, repo_root: Path, *options: str) -> Any:
+    command = [sys.executable, "-m", "scripts.gpu_suite", str(out), "--dry", *options]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=590, check=False)
+    assert done.returncode == 0, done.stdout
+    return read(out / "summary.json")
+
+
+def test_the_command_runs_a_stage_in_a_process_of_its_own(tmp_path: Path, repo_root: Path) -> None:
+    summary = dry(tmp_path, repo_root, "--stage", "smoke")
+    assert summary["stages"]["smoke"]["verdict"] == "passed"
+    assert summary["machine"]["name"] == "double"
+    assert read(tmp_path / "smoke.json")["machine"]["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_the_command_runs_every_stage(tmp_path: Path, repo_root: Path) -> None:
+    summary = dry(tmp_path, repo_root)
+    assert set(summary["stages"]) == {stage.name for stage in STAGES if not stage.optional}
+    assert {entry["ended"] for entry in summary["stages"].values()} <= {
+        "finished",
+        "compute-sanitizer is not on the PATH",
+    }
+    assert len(list(tmp_path.iterdir())) <= MAX_FILES
