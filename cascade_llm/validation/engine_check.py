@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 
 from cascade_llm.config import CascadeConfig
+from cascade_llm.errors import GenerationError
+from cascade_llm.validation.graph_check import GraphReading, read_through_graphs
 from cascade_llm.validation.report import Check, Progress
 from cascade_llm.validation.teacher_forcing import ForcedReader, ForcedText, Reading
 from cascade_llm.worker.model_runner import ModelRunner
@@ -30,6 +32,7 @@ __all__ = ["BATCH", "EngineLoad", "check_engine"]
 BATCH = 64
 TYPICAL_ALLOWANCE, LARGEST_ALLOWANCE = 1.25, 2.0
 MAX_LISTED = 8
+GRAPHS_RAN = "captured graphs ran"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +122,10 @@ def check_engine(
     progress("cascade on, warm cache", 4, 5)
     num_cached = sharing.counters.cached_tokens
     warm = sharing.read(texts, observed)
-    progress("done", 5, 5)
+    progress("captured graphs" if runner.graphs is not None else "done", 5, 5)
 
     limit = _limit(noise, facts.dtype)
-    return [
+    checks = [
         Check(
             name=f"yardstick: batch 1 against {BATCH}, nothing shared",
             passed=True,
@@ -137,6 +140,14 @@ def check_engine(
         _compare_greedy("greedy tokens, cascade on against off", off, cold, limit),
         _compare_greedy("greedy tokens, cold cache against warm", cold, warm, limit),
     ]
+    if runner.graphs is not None:
+        cascade = CascadeConfig(shared_prefix_len=page_size, max_levels=max_levels)
+        try:
+            found = read_through_graphs(runner, facts, texts, observed, page_size=page_size, cascade=cascade)
+        except GenerationError as error:
+            return [*checks, Check(name=GRAPHS_RAN, passed=False, found=str(error))]
+        checks += _graph_checks(found, limit)
+    return checks
 
 
 def _read_alone(reader: ForcedReader, texts: Sequence[ForcedText], observed: Sequence[int]) -> Reading:
@@ -179,8 +190,12 @@ def _evidence(sharing: ForcedReader, num_cached_cold: int) -> Check:
 
 def _compare(name: str, one: Reading, other: Reading, load: EngineLoad, limit: Difference) -> Check:
     found = Difference.between(one, other, load.num_settling)
+    return _difference_check(f"log-probabilities, {name}", found, limit)
+
+
+def _difference_check(name: str, found: Difference, limit: Difference) -> Check:
     return Check(
-        name=f"log-probabilities, {name}",
+        name=name,
         passed=found.typical <= limit.typical and found.largest <= limit.largest,
         found=str(found),
         allowed=str(limit),
@@ -193,14 +208,32 @@ def _compare(name: str, one: Reading, other: Reading, load: EngineLoad, limit: D
     )
 
 
+def _graph_checks(found: GraphReading, limit: Difference) -> list[Check]:
+    """Captured graphs, as the whole engine replays them, against eager steps."""
+    difference = Difference(sum(found.differences) / len(found.differences), max(found.differences))
+    return [
+        Check(
+            name=GRAPHS_RAN,
+            passed=found.graph_steps > 0,
+            found=f"{found.graph_steps} steps",
+            allowed="more than 0",
+            figures={"graph_steps": found.graph_steps},
+        ),
+        _difference_check("log-probabilities, graphs against eager steps", difference, limit),
+        _margin_check("greedy tokens, graphs against eager steps", found.margins, found.num_tokens, limit),
+    ]
+
+
 def _compare_greedy(name: str, one: Reading, other: Reading, limit: Difference) -> Check:
-    """Where the most probable token differs, the two best must have been close in the first reading.
+    differ = one.greedy != other.greedy
+    return _margin_check(name, sorted(one.margins[differ].tolist(), reverse=True), differ.numel(), limit)
+
+
+def _margin_check(name: str, margins: Sequence[float], total: int, limit: Difference) -> Check:
+    """Where the most probable token differs, the two best must have been close in the first reading; largest first.
 
     Two logs of probability that both move by the yardstick's largest difference change places within twice of it.
     """
-    differ = one.greedy != other.greedy
-    margins = sorted(one.margins[differ].tolist(), reverse=True)
-    total = differ.numel()
     listed = ", ".join(f"{margin:.2g}" for margin in margins[:MAX_LISTED]) + (
         " ..." if len(margins) > MAX_LISTED else ""
     )
