@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as BackendTokenizer
 
-from cascade_llm.errors import CheckpointError, RequestError, UnsupportedModelError
+from cascade_llm.errors import CascadeError, CheckpointError, RequestError, UnsupportedModelError
 from cascade_llm.loader.gguf_file import GGUFFile
 from cascade_llm.loader.gguf_tokenizer import build_tokenizer
+from cascade_llm.loader.hf_folder import read_json
 
 __all__ = ["Tokenizer", "load_tokenizer"]
 
@@ -27,7 +29,20 @@ def load_tokenizer(source: Path | None) -> Tokenizer | None:
     """
     if source is None:
         return None
-    return Tokenizer(_from_gguf(source) if source.is_file() else _from_folder(source))
+    try:
+        return Tokenizer(_from_gguf(source) if source.is_file() else _from_folder(source))
+    except (CascadeError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # from a missing file to a panic of the Rust library, which is no Exception
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"the tokenizer in {source} cannot be loaded ({reason}): {_cure(source)}") from error
+
+
+def _cure(source: Path) -> str:
+    needs_sentencepiece = (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file()
+    if needs_sentencepiece and find_spec("sentencepiece") is None:
+        return "it has a tokenizer.model and no tokenizer.json, so pip install sentencepiece"
+    return "copy it again"
 
 
 class Tokenizer:
@@ -129,15 +144,16 @@ def _from_folder(folder: Path) -> Any:
     with _quiet_transformers():
         from transformers import AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # from a missing file to a panic of the Rust library, each of another class
-            reason = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({reason}): copy it again") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), BackendTokenizer):
         raise UnsupportedModelError(
             f"{folder}: {type(tokenizer).__name__} is no fast tokenizer: add the model's tokenizer.json to the folder"
         )
+    template = folder / "chat_template.json"  # where older folders have it
+    if tokenizer.chat_template is None and template.is_file():
+        tokenizer.chat_template = read_json(template).get("chat_template")
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise CheckpointError(f"{folder}: chat_template is a {type(tokenizer.chat_template).__name__}, not a text")
     return tokenizer
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from cascade_llm.errors import CheckpointError, UnsupportedModelError
+from cascade_llm.errors import CascadeError, CheckpointError, UnsupportedModelError
 from cascade_llm.loader.gguf_file import GGUFFile
 
 __all__ = ["build_tokenizer"]
@@ -58,9 +58,9 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
             raise _unsupported(file, f"tokenizer {kind!r}", "gpt2 and llama")
         _add_tokens(tokenizer, file.metadata)
         _add_template(tokenizer, file.metadata, add_bos)
-    except (CheckpointError, UnsupportedModelError):
+    except (CascadeError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the tokenizers library raises plain Exception for merges outside the vocabulary
+    except BaseException as error:  # the tokenizers library raises plain Exception, and its panics are not even that
         raise CheckpointError(f"{file.path}: its vocabulary makes no tokenizer: {error!r}") from error
     return tokenizer
 

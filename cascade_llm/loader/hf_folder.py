@@ -19,7 +19,7 @@ from cascade_llm.errors import CheckpointError, ModelNotFoundError, UnsupportedM
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.weights.format import StoredTensor
 
-__all__ = ["DummyCheckpoint", "HuggingFaceCheckpoint", "write_hf_folder"]
+__all__ = ["DummyCheckpoint", "HuggingFaceCheckpoint", "read_json", "write_hf_folder"]
 
 log = logging.getLogger("cascade_llm")
 
@@ -45,7 +45,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         super().__init__(
             self.folder.resolve().name,
             _find_tokenizer(self.folder),
-            _read_json(self.folder / "config.json"),
+            read_json(self.folder / "config.json"),
             generation_config,
         )
         self._names_per_file = _names_per_file(self.folder)
@@ -98,7 +98,7 @@ class DummyCheckpoint(Checkpoint):
                 raise ModelNotFoundError(f"{path} does not exist: dummy weights need the model's config.json")
             folder = path.resolve().parent
             generation_config = _read_optional_json(folder / "generation_config.json")
-            super().__init__(folder.name, _find_tokenizer(folder), _read_json(path), generation_config)
+            super().__init__(folder.name, _find_tokenizer(folder), read_json(path), generation_config)
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """None: the model fills its own weights."""
@@ -143,7 +143,7 @@ def _names_per_file(folder: Path) -> dict[Path, list[str]]:
 
 
 def _names_per_shard(folder: Path) -> dict[Path, list[str]]:
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f'{folder / INDEX} has no "weight_map" from tensor to shard: download it again')
     wanted: dict[str, set[str]] = defaultdict(set)
@@ -199,7 +199,7 @@ def _read(path: Path, file: Any, name: str) -> torch.Tensor:
 def _refuse_adapter(folder: Path) -> None:
     """A LoRA folder has no model of its own."""
     if (folder / ADAPTER).is_file():
-        base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
         raise UnsupportedModelError(
             f"{folder} is a LoRA adapter of {base!r}, not a whole model: merge the two with peft, "
             "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder)"
@@ -227,7 +227,7 @@ def _write_shard(folder: Path, number: int, shard: dict[str, torch.Tensor], weig
     shard.clear()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; `CheckpointError` when it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -239,8 +239,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_optional_json(path: Path) -> dict[str, Any]:
-    """As `_read_json`; empty when there is no such file."""
-    return _read_json(path) if path.is_file() else {}
+    """As `read_json`; empty when there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _find_tokenizer(folder: Path) -> Path | None:

@@ -88,6 +88,45 @@ def test_broken_tokenizer_files_are_named(tmp_path: Path, content: str) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_model_alone_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr("cascade_llm.engine.tokenizer.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="pip install sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_panic_of_the_rust_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As pyo3 raises it."""
+
+    def panic(*args: object, **options: object) -> None:
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", panic)
+    with pytest.raises(CheckpointError, match="PanicException: called"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "chat_template.jinja"])
+def test_a_chat_template_in_a_file_of_its_own(folder: Path, tmp_path: Path, file: str) -> None:
+    for path in folder.iterdir():
+        if not path.name.startswith("chat_template"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    (tmp_path / file).write_text(json.dumps({"chat_template": template}) if file.endswith("json") else template)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}]) == "<a>"
+    if file.endswith("json"):
+        (tmp_path / file).write_text('{"chat_template": 5}')
+        with pytest.raises(CheckpointError, match="chat_template is a int"):
+            load_tokenizer(tmp_path)
+
+
 def test_transformers_verbosity_is_left_as_it_was(folder: Path) -> None:
     logger = logging.getLogger("transformers")
     before = logger.level
