@@ -16,7 +16,7 @@ import torch
 from cascade_llm.attention.flashinfer.backend import GpuPlatform
 from cascade_llm.attention.flashinfer.ops import FlashInferOps
 from tests.doubles.device import DoubleStream
-from tests.doubles.kernels import assign, merge_states_in_place, normalized, renormalized
+from tests.doubles.kernels import assign, merge_states_in_place, normalized
 from tests.doubles.planner import DoubleError
 from tests.doubles.wrappers import HEAD_DIMS, DecodeWrapper, PrefillWrapper
 
@@ -50,8 +50,6 @@ class FlashInferDouble:
             fused_add_rmsnorm=self.fused_add_rmsnorm,
             silu_and_mul=self.silu_and_mul,
             apply_rope_with_cos_sin_cache_inplace=self.apply_rope_with_cos_sin_cache_inplace,
-            top_k_renorm_probs=self.top_k_renorm_probs,
-            top_p_renorm_probs=self.top_p_renorm_probs,
         )
 
     def platform(self) -> GpuPlatform:
@@ -239,43 +237,3 @@ class FlashInferDouble:
                 parts.copy_(torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1))
 
         self.stream.launch(run, [positions, query, key, cos_sin_cache])
-
-    def top_k_renorm_probs(
-        self, probs: torch.Tensor, top_k: torch.Tensor | int, is_deterministic: bool = False
-    ) -> torch.Tensor:
-        self._check_probs(probs, top_k, torch.int32, is_deterministic)
-        result = torch.empty_like(probs)
-
-        def run() -> None:
-            place = torch.as_tensor(top_k).long().clamp(max=probs.shape[1]).sub(1).expand(len(probs))
-            lowest = probs.sort(-1, descending=True).values.gather(1, place[:, None])
-            result.copy_(renormalized(probs, lowest))
-
-        self.stream.launch(run, [probs, result])
-        return result
-
-    def top_p_renorm_probs(
-        self, probs: torch.Tensor, top_p: torch.Tensor | float, is_deterministic: bool = False
-    ) -> torch.Tensor:
-        self._check_probs(probs, top_p, torch.float32, is_deterministic)
-        result = torch.empty_like(probs)
-
-        def run() -> None:
-            share = torch.as_tensor(top_p).double().expand(len(probs))
-            if bool((share <= 0).any()) or bool((share >= 1).any()):
-                raise DoubleError("top_p must lie between 0 and 1")
-            ordered = probs.double().sort(-1, descending=True).values
-            place = (ordered.cumsum(-1) < share[:, None]).sum(-1, keepdim=True).clamp(max=probs.shape[1] - 1)
-            result.copy_(renormalized(probs, ordered.gather(1, place).float()))
-
-        self.stream.launch(run, [probs, result])
-        return result
-
-    def _check_probs(self, probs: torch.Tensor, limit: Any, dtype: torch.dtype, is_deterministic: bool) -> None:
-        if probs.dtype != torch.float32 or not probs.is_contiguous() or probs.dim() != 2:
-            raise DoubleError("probabilities must be contiguous float32")
-        if isinstance(limit, torch.Tensor) and (limit.dtype != dtype or limit.shape != probs.shape[:1]):
-            raise DoubleError(f"a limit of {limit.dtype} {tuple(limit.shape)}: converted by another kernel")
-        if not is_deterministic:
-            raise DoubleError("sums in any order: the same step would not give the same token")
-        self.use("renorm", dtype)

@@ -15,7 +15,6 @@ __all__ = [
     "merge_states_in_place",
     "normalized",
     "readable_keys",
-    "renormalized",
     "run_tiles",
 ]
 
@@ -127,11 +126,6 @@ def merge_states_in_place(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tenso
     merged, total = joined_states(v.double(), s.double(), v_other.double(), s_other.double())
     v.copy_(merged)
     s.copy_(total)
-
-
-def renormalized(probs: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
-    kept = torch.where(probs >= lowest, probs, 0.0)
-    return kept / kept.sum(-1, keepdim=True)
 
 
 def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

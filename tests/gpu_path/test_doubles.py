@@ -31,8 +31,6 @@ CALLS = {
     "flashinfer.norm:fused_add_rmsnorm": DOUBLE.fused_add_rmsnorm,
     "flashinfer.activation:silu_and_mul": DOUBLE.silu_and_mul,
     "flashinfer.rope:apply_rope_with_cos_sin_cache_inplace": DOUBLE.apply_rope_with_cos_sin_cache_inplace,
-    "flashinfer.sampling:top_k_renorm_probs": DOUBLE.top_k_renorm_probs,
-    "flashinfer.sampling:top_p_renorm_probs": DOUBLE.top_p_renorm_probs,
 }
 WRAPPERS = {
     "flashinfer:BatchPrefillWithPagedKVCacheWrapper": PrefillWrapper,

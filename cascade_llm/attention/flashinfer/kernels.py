@@ -58,7 +58,6 @@ COMMON_MODULES = {
     "rope": "rotary embedding",
     "norm": "norms",
     "silu_and_mul": "gated activation",
-    "sampling": "filters of sampling",
 }
 """Modules that every model needs, whatever its shape."""
 

@@ -50,8 +50,6 @@ class FlashInferOps:
     fused_add_rmsnorm: Callable[..., Any]
     silu_and_mul: Callable[..., Any]
     apply_rope_with_cos_sin_cache_inplace: Callable[..., Any]
-    top_k_renorm_probs: Callable[..., Any]
-    top_p_renorm_probs: Callable[..., Any]
 
 
 def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
@@ -69,7 +67,6 @@ def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
         from flashinfer.jit import env
         from flashinfer.norm import fused_add_rmsnorm, rmsnorm
         from flashinfer.rope import apply_rope_with_cos_sin_cache_inplace
-        from flashinfer.sampling import top_k_renorm_probs, top_p_renorm_probs
     except (ImportError, OSError, RuntimeError) as error:  # of its own, or of a CUDA library that it loads
         raise BackendError(f"FlashInfer cannot be imported ({error}): pip install 'cascade-llm[cuda]'") from error
     if prebuilt is not None:
@@ -83,8 +80,6 @@ def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
         fused_add_rmsnorm=fused_add_rmsnorm,
         silu_and_mul=silu_and_mul,
         apply_rope_with_cos_sin_cache_inplace=apply_rope_with_cos_sin_cache_inplace,
-        top_k_renorm_probs=top_k_renorm_probs,
-        top_p_renorm_probs=top_p_renorm_probs,
     )
 
 
@@ -119,7 +114,6 @@ def jit_modules(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernel
     from flashinfer.jit.norm import gen_norm_module
     from flashinfer.jit.page import gen_page_module
     from flashinfer.jit.rope import gen_rope_module
-    from flashinfer.jit.sampling import gen_sampling_module
 
     # no position encoding, no sliding window, no soft cap
     shape = (dtype, kv_dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False)
@@ -135,7 +129,6 @@ def jit_modules(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernel
         ("rotary embedding", gen_rope_module()),
         ("norms", gen_norm_module()),
         ("gated activation", gen_act_and_mul_module("silu")),
-        ("filters of sampling", gen_sampling_module()),
     ]
     purposes: dict[str, list[str]] = {}
     for purpose, spec in specs:
