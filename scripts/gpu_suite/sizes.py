@@ -1,8 +1,9 @@
-"""Model shapes, and how much is run."""
+"""Model shapes, and how much is run; `python -m scripts.gpu_suite.sizes FOLDER` writes the shapes' configurations."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,3 +161,8 @@ def decode_floor_s(
     )
     head = shape.hidden * shape.vocab
     return shape.num_layers * layer + part(2 * head, 2 * head * batch)
+
+
+if __name__ == "__main__":
+    for model in (*MODELS, *SMALL_MODELS):
+        print(model.write(Path(sys.argv[1])))

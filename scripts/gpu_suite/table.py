@@ -25,7 +25,7 @@ STAGES = (
     Stage(
         name="blocking",
         module=CHILD,
-        limit_s=60,
+        limit_s=100,
         about="the same, every launch waited for: a difference is a race",
         environment={"CUDA_LAUNCH_BLOCKING": "1"},
     ),

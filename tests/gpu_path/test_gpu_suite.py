@@ -150,6 +150,10 @@ def test_ways_of_running_agree_and_a_race_is_told(stage: Callable[..., StageRun]
     again = engine.run(blocking)
     assert again["headline"]["races"] == 1
     assert again["headline"]["wrong"] == [name]
+    (blocking.folder / "engine.json").unlink()
+    alone = engine.run(blocking)
+    assert alone["verdict"] == "passed"
+    assert alone["headline"]["compared_for_races"] == 0, "engine left nothing to compare with"
 
 
 def test_decode_steps_are_timed_by_part(stage: Callable[..., StageRun]) -> None:
@@ -200,7 +204,10 @@ def test_stages_without_time_skip_what_they_cannot_do(stage: Callable[..., Stage
     assert all("skipped" in entry for entry in timing.run(stage("timing", seconds=0))["loads"])
     assert all("skipped" in entry for entry in attention.run(stage("attention", seconds=0))["cases"])
     assert all("skipped" in entry for entry in profile.run(stage("profile", seconds=0))["models"])
-    assert all(not entry["passed"] for entry in engine.run(stage("engine", seconds=0))["runs"])
+    for name, module in (("engine", engine), ("replay", replay)):
+        found = module.run(stage(name, seconds=0))
+        assert found["verdict"] == "failed", "nothing was compared"
+        assert found["headline"]["skipped"]
 
 
 # -- what equal means -------------------------------------------------------------------------------------------------

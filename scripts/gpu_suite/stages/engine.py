@@ -59,7 +59,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     tokens: dict[str, dict[str, list[int]]] = {}
     for model in stage.sizes.small_models:
         if not stage.has_time():
-            results.append({"run": model.name, "skipped": "out of time", "passed": False})
+            results.append({"run": model.name, "skipped": "out of time"})
             continue
         outputs, counters = _all_ways(stage, model)
         for (way, kind), found in outputs.items():
@@ -70,24 +70,28 @@ def run(stage: StageRun) -> dict[str, Any]:
             entry: dict[str, Any] = {"run": name, **equality.as_dict(), **counters[way]}
             if earlier is not None:
                 entry["races"] = _num_different(earlier.get(name), tokens[name])
-                entry["passed"] = entry["passed"] and entry["races"] == 0
+                entry["passed"] = entry["passed"] and not entry["races"]
             results.append(entry)
         stage.save(_told(results, tokens))
     return _told(results, tokens)
 
 
 def _told(results: list[dict[str, Any]], tokens: Mapping[str, Any]) -> dict[str, Any]:
-    wrong = [entry["run"] for entry in results if not entry["passed"]]
+    made = [entry for entry in results if "skipped" not in entry]
+    wrong = [entry["run"] for entry in made if not entry["passed"]]
     headline = {
-        "runs": len(results),
+        "runs": len(made),
         "wrong": wrong,
-        "tokens": sum(entry.get("tokens", 0) for entry in results),
-        "near_ties": sum(entry.get("near_ties", 0) for entry in results),
-        "draws_differing": sum(entry.get("draws_differing", 0) for entry in results),
-        "largest_logprob_difference": max(entry.get("largest_logprob_difference", 0.0) for entry in results),
-        "races": sum(entry.get("races") or 0 for entry in results),
+        "skipped": [entry["run"] for entry in results if "skipped" in entry],
+        "tokens": sum(entry["tokens"] for entry in made),
+        "near_ties": sum(entry["near_ties"] for entry in made),
+        "draws_differing": sum(entry["draws_differing"] for entry in made),
+        "largest_logprob_difference": max((entry["largest_logprob_difference"] for entry in made), default=None),
+        "races": sum(entry.get("races") or 0 for entry in made),
+        "compared_for_races": sum(entry.get("races") is not None for entry in made),
     }
-    return {"verdict": "failed" if wrong else "passed", "headline": headline, "runs": results, "tokens": tokens}
+    verdict = "passed" if made and not wrong else "failed"
+    return {"verdict": verdict, "headline": headline, "runs": results, "tokens": tokens}
 
 
 def _all_ways(
@@ -144,6 +148,8 @@ def _engine(llm: LLM, way: Way) -> Engine:
 def _earlier(stage: StageRun) -> dict[str, dict[str, list[int]]]:
     """The tokens of the stage `engine`; nothing where it got nowhere."""
     file = stage.folder / "engine.json"
+    if not file.exists():
+        return {}
     found: dict[str, dict[str, list[int]]] = json.loads(file.read_text())["result"].get("tokens", {})
     return found
 

@@ -135,9 +135,10 @@ def run(stage: StageRun) -> dict[str, Any]:
     tolerance = TOLERANCES[stage.machine.dtype]
     for shape in stage.sizes.small_models:
         for num_layers in LAYERS:
-            if not stage.has_time():
-                break
             model = replace(shape, num_layers=num_layers, name=f"{shape.name}, {num_layers} layers")
+            if not stage.has_time():
+                results.append({"model": model.name, "skipped": "out of time"})
+                continue
             seen = _replays(stage, model)
             passed = seen.error.within(tolerance) and not seen.missing
             results.append({"model": model.name, "passed": passed, "missing": seen.missing, **seen.as_dict()})
@@ -146,14 +147,17 @@ def run(stage: StageRun) -> dict[str, Any]:
 
 
 def _told(results: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
+    made = [entry for entry in results if "skipped" not in entry]
+    wrong = [entry["model"] for entry in made if not entry["passed"]]
     return {
-        "verdict": "passed" if results and all(entry["passed"] for entry in results) else "failed",
+        "verdict": "passed" if made and not wrong else "failed",
         "headline": {
-            "replays": sum(entry["replays"] for entry in results),
-            "out_error": max((entry["out_error"] for entry in results), default=None),
-            "lse_error": max((entry["lse_error"] for entry in results), default=None),
+            "replays": sum(entry["replays"] for entry in made),
+            "out_error": max((entry["out_error"] for entry in made), default=None),
+            "lse_error": max((entry["lse_error"] for entry in made), default=None),
             "tolerance": tolerance,
-            "wrong": [entry["model"] for entry in results if not entry["passed"]],
+            "wrong": wrong,
+            "skipped": [entry["model"] for entry in results if "skipped" in entry],
         },
         "least_replans": LEAST_REPLANS,
         "models": results,
