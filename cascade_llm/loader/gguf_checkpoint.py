@@ -60,6 +60,7 @@ class GGUFCheckpoint(Checkpoint):
         """All weights in the order of the file; blocks stay as they are until somebody asks for their values."""
         for name, hf_name in self._hf_names.items():
             yield hf_name, self._stored(self._file.tensors[name])
+            self._file.release(self._file.tensors[name])
 
     def _stored(self, tensor: GGUFTensor) -> StoredTensor:
         data = self._file.data(tensor)
@@ -86,8 +87,8 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def _decoded(tensor: GGUFTensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Float32 values of uint8 `blocks` [rows, bytes of a row]."""
-    return dequantize(blocks.numpy().reshape(-1), tensor.type, tensor.shape)
+    """Float32 values [rows, row length] of some rows of the tensor, uint8 `blocks` [rows, bytes of a row]."""
+    return dequantize(blocks.numpy().reshape(-1), tensor.type, (len(blocks), tensor.shape[-1]))
 
 
 def _hf_name(path: Path, name: str) -> str:

@@ -125,6 +125,12 @@ class GGUFFile:
         self.tensors.update(part.tensors)
         self._parts.update(dict.fromkeys(part.tensors, part._map))
 
+    def release(self, tensor: GGUFTensor) -> None:
+        """Let the system take the memory that reading a tensor has brought in; reading it again brings it back."""
+        start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._parts[tensor.name].madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.num_bytes - start)
+
     def _open(self, path: Path) -> None:
         self.path = path
         self._map = self._mapped()

@@ -30,7 +30,7 @@ class Dense(WeightFormat):
 
     def load(self, part: str, stored: StoredTensor) -> None:
         """See `WeightFormat`; converts the dtype."""
-        self.values[self.spec.rows_of(part)] = stored.values()
+        stored.write_to(self.values[self.spec.rows_of(part)])
 
     def pack(self) -> None:
         """Nothing: this is its form."""

@@ -20,6 +20,8 @@ import torch
 __all__ = ["MatrixSpec", "StoredTensor", "WeightFormat", "WeightOptions"]
 
 PLAIN = "plain"
+CHUNK_LEN = 1 << 20
+"""Values that are decoded at a time, so that a large matrix does not stand in memory twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,7 @@ class StoredTensor:
     data: torch.Tensor
     """Plain: the values. Else the stored bytes, uint8 [rows, bytes of a row]."""
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """Turns `data` into float32 values of `shape`; None where it holds them."""
+    """Turns rows of `data` into as many rows of float32 values; None where it holds the values."""
 
     @classmethod
     def plain(cls, values: torch.Tensor) -> StoredTensor:
@@ -42,7 +44,17 @@ class StoredTensor:
 
     def values(self) -> torch.Tensor:
         """The values, of `shape`: a view of the file where they are plain, else new float32 ones."""
-        return self.data if self.decode is None else self.decode(self.data)
+        return self.data if self.decode is None else self.decode(self.data).view(self.shape)
+
+    def write_to(self, out: torch.Tensor) -> None:
+        """Write the values into contiguous memory of `shape`, in its dtype; few of them are decoded at a time."""
+        if self.decode is None:
+            out.copy_(self.data)
+            return
+        rows = out.view(len(self.data), -1)
+        step = max(1, CHUNK_LEN // rows.shape[1])
+        for first in range(0, len(rows), step):
+            rows[first : first + step] = self.decode(self.data[first : first + step])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
@@ -73,3 +74,16 @@ def test_sizes() -> None:
     cache = make_cache("NHD", torch.bfloat16)
     assert (cache.num_layers, cache.num_slots) == (2, 28)
     assert cache.num_bytes == 2 * 2 * 28 * 3 * 8 * 2
+
+
+def test_a_pool_on_the_cpu_is_zero_and_costs_memory_as_it_is_written() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    shape = {"num_layers": 2, "num_pages": 1 << 14, "page_size": 16, "num_kv_heads": 4, "head_dim": 64}
+    cache = PagedKVCache(**shape, dtype=torch.float32)
+    assert cache.num_bytes == 1 << 30
+    assert process.memory_info().rss - before < 50_000_000
+    slots = torch.arange(1000, 1064)
+    cache.write(1, torch.ones(64, 4, 64), torch.ones(64, 4, 64), slots)
+    assert process.memory_info().rss - before < 50_000_000
+    assert cache.layer(1)[0].view(-1, 4, 64)[990:1074].sum() == 64 * 4 * 64
