@@ -100,15 +100,17 @@ class Runner:
             "headline": result.get("headline", {}),
         }
         if entry["verdict"] == "failed":
-            entry["stderr_tail"] = tail
+            entry["output_tail"] = tail
         save_json(file, {"stage": stage.name, **entry, "machine": self.summary["machine"], "result": result})
         return entry
 
 
 def _run_process(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> tuple[str, str]:
-    """How a process ended, and the end of what it said on its standard error."""
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stderr=errors, env={**os.environ, **environment}, process_group=0)
+    """How a process ended, and the end of what it said, on its standard error too."""
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **environment}, process_group=0
+        )
         try:
             status = process.wait(limit_s)
             ended = "finished" if status == 0 else _told(status)
@@ -116,8 +118,8 @@ def _run_process(command: Sequence[str], environment: Mapping[str, str], limit_s
             ended = f"ran past its {limit_s:.0f} s"
         finally:
             _end(process)
-        errors.seek(max(0, errors.seek(0, os.SEEK_END) - TAIL_CHARACTERS))
-        return ended, errors.read().decode(errors="replace")
+        said.seek(max(0, said.seek(0, os.SEEK_END) - TAIL_CHARACTERS))
+        return ended, said.read().decode(errors="replace")
 
 
 def _told(status: int) -> str:

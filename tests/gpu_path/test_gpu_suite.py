@@ -300,8 +300,8 @@ def test_a_stage_that_crashes_costs_itself_alone(tmp_path: Path) -> None:
     }
     verdicts = [entry["verdict"] for entry in summary["stages"].values()]
     assert verdicts == ["failed", "failed", "failed", "failed", "passed"]
-    assert "an illegal memory access" in summary["stages"]["crashes"]["stderr_tail"]
-    assert "no kernel image" in summary["stages"]["raises"]["stderr_tail"]
+    assert "an illegal memory access" in summary["stages"]["crashes"]["output_tail"]
+    assert "no kernel image" in summary["stages"]["raises"]["output_tail"]
     assert read(tmp_path / "summary.json") == summary
     assert read(tmp_path / "crashes.json")["result"]["so_far"] == 1, "what it had is kept"
 
@@ -313,7 +313,7 @@ def test_a_stage_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     summary = Runner(tmp_path, 300).run(stages)
     assert time.perf_counter() - started < 60
     assert summary["stages"]["hangs"]["ended"] == "ran past its 4 s"
-    assert "waiting for the device" in summary["stages"]["hangs"]["stderr_tail"]
+    assert "waiting for the device" in summary["stages"]["hangs"]["output_tail"]
     assert summary["stages"]["works"]["headline"] == {"environment": "yes"}
 
 
