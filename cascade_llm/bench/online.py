@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cascade_llm.bench.arrivals import Arrival, ArrivalQueue
 from cascade_llm.bench.load import Load
-from cascade_llm.bench.peers.arrivals import Arrival, ArrivalQueue
 from cascade_llm.bench.reading import COUNTERS, Reading
 from cascade_llm.errors import ConfigError
 from cascade_llm.llm import LLM, TokenStream

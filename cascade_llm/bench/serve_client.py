@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from cascade_llm.bench.arrivals import Arrival
 from cascade_llm.bench.load import Load, LoadRequest
 from cascade_llm.bench.online import Arrivals, RequestTiming
-from cascade_llm.bench.peers.arrivals import Arrival
 from cascade_llm.errors import BackendError, ConfigError
 
 __all__ = ["CompletionsServer", "ServeRun", "StreamedAnswer", "run_against_server"]

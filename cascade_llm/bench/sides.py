@@ -44,6 +44,10 @@ class Side(ABC):
     def close(self) -> None:
         """Free what it holds."""
 
+    def peak_memory_bytes(self) -> int | None:
+        """The most memory that it has held; None where it shares a process with others."""
+        return None
+
 
 class EngineSide(Side):
     """An engine of ours; keeps the step plans of its last run of each kind."""

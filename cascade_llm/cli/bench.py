@@ -11,11 +11,8 @@ __all__ = ["bench"]
 PLACES = {
     "throughput": "cascade_llm.cli.bench_throughput:throughput",
     "latency": "cascade_llm.cli.bench_latency:latency",
-    "goals": "cascade_llm.cli.bench_goals:goals",
     "attention": "cascade_llm.cli.bench_attention:attention",
-    "growth": "cascade_llm.cli.bench_growth:growth",
     "serve": "cascade_llm.cli.bench_serve:serve",
-    "plan": "cascade_llm.cli.bench_plan:plan",
     "calibrate": "cascade_llm.cli.bench_calibrate:calibrate",
 }
 

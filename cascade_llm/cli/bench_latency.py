@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cascade_llm.cli.bench_throughput import choose_peer, load_options, peer_options
+from cascade_llm.cli.bench_throughput import OpenOthers, load_options
 from cascade_llm.cli.bench_workloads import WorkloadGroup
 from cascade_llm.cli.console import print_json, result_console
 from cascade_llm.cli.field_options import engine_options, model_option, take_engine
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cascade_llm.bench.online import Arrivals
     from cascade_llm.bench.workloads import Workload
 
-__all__ = ["arrival_options", "latency", "make_arrivals", "with_history"]
+__all__ = ["arrival_options", "latency", "latency_options", "make_arrivals", "measure", "with_history"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -61,22 +61,18 @@ def make_arrivals(request_rate: float | None, concurrency: int | None, seed: int
     return AllAtOnce() if concurrency is None else AtConcurrency(concurrency)
 
 
-def _options(command: Command) -> Command:
+def latency_options(command: Command) -> Command:
+    """All options of a workload's command."""
     off = click.option("--off/--no-off", "with_off", default=True, help="Compare with cascade attention off.")
     records = engine_options(without=("enable_cascade_attention",))
-    return model_option(arrival_options(load_options(off(peer_options(output_options(records(command)))))))
+    return model_option(arrival_options(load_options(off(output_options(records(command))))))
 
 
-def _run(workload: Workload, **arguments: Any) -> None:
-    options = take_engine(arguments)
-    _measure(workload, options=options, **arguments)
-
-
-def _measure(
+def measure(
     workload: Workload,
     *,
     model: str,
-    options: dict[str, Any],
+    open_others: OpenOthers = lambda bench, load: [],
     request_rate: float | None,
     concurrency: int | None,
     arrival_seed: int,
@@ -85,14 +81,14 @@ def _measure(
     top_p: float,
     repeat: int,
     with_off: bool,
-    against: str | None,
-    peer_python: Path | None,
-    install_peer: bool,
     as_json: bool,
     output: Path | None,
     plot: Path | None,
     force: bool,
+    **arguments: Any,
 ) -> None:
+    """Measure a workload and show the result; `arguments`: the engine's options, as the command line gives them."""
+    options = take_engine(arguments)
     check_output_files(output, plot, force=force)
     arrivals = make_arrivals(request_rate, concurrency, arrival_seed)
     from cascade_llm.bench.compare import opened_sides
@@ -102,12 +98,12 @@ def _measure(
 
     bench = open_model(model, options)
     load = with_history(bench.load(workload, temperature=temperature, top_p=top_p), history)
-    peer = choose_peer(against, bench, python=peer_python, install=install_peer)
+    others = open_others(bench, load)
     report = LatencyReport(model, load, arrivals)
-    num_sides = 1 + with_off + (peer is not None)
+    num_sides = 1 + with_off + len(others)
     with (
-        run_bar(num_sides * (repeat + 1) + (peer is not None)) as on_run,
-        opened_sides(bench, load, with_off=with_off, peer=peer, online=True, on_run=on_run) as sides,
+        run_bar(num_sides * (repeat + 1) + len(others)) as on_run,
+        opened_sides(bench, load, with_off=with_off, others=others, on_run=on_run) as sides,
     ):
         measure_latency(report, sides, repeat=repeat, on_run=on_run)
     if output is not None:
@@ -141,6 +137,6 @@ def _draw(report: LatencyReport, path: Path) -> None:
     draw_charts(path, charts(report.runs), caption=title(report))
 
 
-@click.group(cls=WorkloadGroup, run=_run, options=_options)
+@click.group(cls=WorkloadGroup, run=measure, options=latency_options)
 def latency() -> None:
-    """Time to first token, between tokens, to the end: cascade on, off, another engine; arrivals by the clock."""
+    """Time to first token, between tokens, to the end: cascade on and off; arrivals by the clock."""

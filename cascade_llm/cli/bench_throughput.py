@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cascade_llm.cli.bench_workloads import WorkloadGroup
-from cascade_llm.cli.console import error_console, print_json, result_console
+from cascade_llm.cli.console import print_json, result_console
 from cascade_llm.cli.field_options import engine_options, model_option, take_engine
 from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
 
 if TYPE_CHECKING:
-    from cascade_llm.bench.peer_environment import PeerInterpreter
+    from cascade_llm.bench.compare import OpenSide
+    from cascade_llm.bench.load import Load
     from cascade_llm.bench.setup import BenchModel
     from cascade_llm.bench.throughput import ThroughputReport
     from cascade_llm.bench.workloads import Workload
 
-__all__ = ["choose_peer", "load_options", "peer_options", "throughput"]
+__all__ = ["OpenOthers", "load_options", "measure", "throughput", "throughput_options"]
+
+OpenOthers = Callable[["BenchModel", "Load"], "list[OpenSide]"]
+"""How other engines are opened for a load."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -37,63 +41,32 @@ def load_options(command: Command) -> Command:
     return command
 
 
-def peer_options(command: Command) -> Command:
-    """Another engine to compare with."""
-    for option in reversed(
-        (
-            click.option("--against", help="Another engine to take turns with: vllm, transformers or llama.cpp."),
-            click.option("--peer-python", type=click.Path(path_type=Path), help="The interpreter that has it."),
-            click.option("--install-peer", is_flag=True, help="Make an environment for it in the user's cache folder."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def choose_peer(name: str | None, model: BenchModel, *, python: Path | None, install: bool) -> PeerInterpreter | None:
-    """The interpreter of another engine; None where none is wanted. An installation says what it does."""
-    if name is None and (python is not None or install):
-        raise click.UsageError("--peer-python and --install-peer are for --against: name the engine.")
-    if name is None:
-        return None
-    from cascade_llm.bench.peer_side import peer_for
-
-    def say(what: str) -> None:
-        error_console().print(f"{name}: {what}", style="dim")
-
-    return peer_for(name, model, python=python, install=install, on_install=say)
-
-
-def _options(command: Command) -> Command:
+def throughput_options(command: Command) -> Command:
+    """All options of a workload's command."""
     off = click.option("--off/--no-off", "with_off", default=True, help="Compare with cascade attention off.")
     parts = click.option("--parts/--no-parts", default=True, help="One more run for where a step's time goes.")
     records = engine_options(without=("enable_cascade_attention",))
-    return model_option(load_options(off(parts(peer_options(output_options(records(command)))))))
+    return model_option(load_options(off(parts(output_options(records(command))))))
 
 
-def _run(workload: Workload, **arguments: Any) -> None:
-    options = take_engine(arguments)
-    _measure(workload, options=options, **arguments)
-
-
-def _measure(
+def measure(
     workload: Workload,
     *,
     model: str,
-    options: dict[str, Any],
+    open_others: OpenOthers = lambda bench, load: [],
     temperature: float | None,
     top_p: float,
     repeat: int,
     with_off: bool,
     parts: bool,
-    against: str | None,
-    peer_python: Path | None,
-    install_peer: bool,
     as_json: bool,
     output: Path | None,
     plot: Path | None,
     force: bool,
+    **arguments: Any,
 ) -> None:
+    """Measure a workload and show the result; `arguments`: the engine's options, as the command line gives them."""
+    options = take_engine(arguments)
     check_output_files(output, plot, force=force)
     from cascade_llm.bench.compare import compare
     from cascade_llm.bench.setup import open_model
@@ -102,10 +75,9 @@ def _measure(
 
     bench = open_model(model, options)
     load = bench.load(workload, temperature=temperature, top_p=top_p)
-    peer = choose_peer(against, bench, python=peer_python, install=install_peer)
-    num_sides = 1 + with_off + (peer is not None)
-    with run_bar(num_runs(num_sides, repeat, load, with_off=with_off)) as on_run:
-        report = compare(bench, load, with_off=with_off, peer=peer, repeat=repeat, split_steps=parts, on_run=on_run)
+    others = open_others(bench, load)
+    with run_bar(num_runs(1 + with_off + len(others), repeat, load, with_off=with_off)) as on_run:
+        report = compare(bench, load, with_off=with_off, others=others, repeat=repeat, split_steps=parts, on_run=on_run)
     if output is not None:
         write_json_file(output, report.as_dict())
     if plot is not None:
@@ -139,6 +111,6 @@ def _draw(report: ThroughputReport, path: Path) -> None:
     draw_charts(path, charts(report), caption=load_line(report.model, report.load))
 
 
-@click.group(cls=WorkloadGroup, run=_run, options=_options)
+@click.group(cls=WorkloadGroup, run=measure, options=throughput_options)
 def throughput() -> None:
-    """Output tokens per second of a workload: cascade on and off, another engine, the machine's limit."""
+    """Output tokens per second of a workload: cascade on and off, the machine's limit."""

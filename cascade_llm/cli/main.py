@@ -19,7 +19,7 @@ from cascade_llm import __version__
 from cascade_llm.cli.lazy_group import LazyGroup
 from cascade_llm.errors import CascadeError
 
-__all__ = ["cli", "main"]
+__all__ = ["RootGroup", "cli", "main", "run_command"]
 
 INTERRUPTED = 130
 """What a shell reports for a process that SIGINT ended."""
@@ -50,7 +50,7 @@ class RootGroup(LazyGroup):
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # a panic of a Rust library is no Exception
-            if ctx.params["debug"]:
+            if ctx.params.get("debug"):
                 raise
             raise click.ClickException(_one_line(error)) from error
 
@@ -75,11 +75,16 @@ def cli(debug: bool) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own); returns the exit status."""
+    return run_command(cli, "cascade-llm", args)
+
+
+def run_command(command: click.Command, name: str, args: Sequence[str] | None = None) -> int:
+    """Run a command line of a `RootGroup`; returns the exit status."""
     if not _open_streams():
         click.echo("Error: standard output is closed", err=True)
         return 1
     try:
-        status = cli.main(args, prog_name="cascade-llm", standalone_mode=False)
+        status = command.main(args, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
     except click.Abort:
         _tell("Interrupted.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cascade_llm.bench.peers.arrivals import Arrival, ArrivalQueue
+from cascade_llm.bench.arrivals import Arrival, ArrivalQueue
 
 
 def request(follows: int | None = None, *, goes_on: bool = True, delay_s: float = 0.0) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`cascade-llm bench growth`: how speed and planning time grow with sequences and with the shared prefix."""
+"""`python -m benchmarks growth`: how speed and planning time grow with sequences and with the shared prefix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cascade_llm.cli.output_files import check_output_files, check_settings, out
 from cascade_llm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cascade_llm.bench.growth import GrowthPoint, GrowthResult
+    from benchmarks.growth import GrowthPoint, GrowthResult
     from cascade_llm.bench.sides import Run
 
 __all__ = ["growth"]
@@ -60,12 +60,12 @@ def growth(
     if resume and output is None:
         raise click.UsageError("--resume needs --output, the file to go on with.")
     check_output_files(output, plot, force=force or resume)
+    from benchmarks import growth_report as text
+    from benchmarks.growth import GrowthPoint, growth_loads, growth_result
     from cascade_llm.bench.compare import compare_each
-    from cascade_llm.bench.growth import GrowthPoint, growth_loads, growth_result
     from cascade_llm.bench.machine import describe_machine
     from cascade_llm.bench.setup import open_model
     from cascade_llm.bench.throughput import num_runs
-    from cascade_llm.cli import growth_report as text
     from cascade_llm.cli.demo_runs import run_bar
 
     points = [GrowthPoint(batch, at_prefix) for batch in _numbers("--batches", batches, 1)]
@@ -124,7 +124,7 @@ def _as_dicts(results: Mapping[GrowthPoint, GrowthResult]) -> dict[str, Any]:
 
 def _read_results(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[GrowthPoint, GrowthResult]]:
     """The whole file, and the results in it."""
-    from cascade_llm.bench.growth import GrowthResult
+    from benchmarks.growth import GrowthResult
 
     try:
         written = json.loads(path.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
-from cascade_llm.bench.growth import GrowthResult
+from benchmarks.growth import GrowthResult
 from cascade_llm.cli.charts import Lines
 
 __all__ = ["charts", "growth_table", "result_line"]

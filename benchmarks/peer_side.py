@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.peer_environment import PeerInterpreter, find_peer
+from benchmarks.peer_process import PeerProcess
 from cascade_llm.bench.load import Load
 from cascade_llm.bench.online import AllAtOnce, Arrivals, OnlineRun, RequestTiming
-from cascade_llm.bench.peer_environment import PeerInterpreter, find_peer
-from cascade_llm.bench.peer_process import PeerProcess
 from cascade_llm.bench.reading import Reading
 from cascade_llm.bench.setup import BenchModel, options_for
 from cascade_llm.bench.sides import Run, Side
@@ -128,7 +128,7 @@ class PeerSide(Side):
         """What the engine can read: the model's own folder or file, else a copy that lasts as long as this side."""
         checkpoint = model.checkpoint
         file = _gguf_file(checkpoint)
-        if name == "llama.cpp" and file is not None:
+        if name in ("llama.cpp", "checkout") and file is not None:
             return file
         if isinstance(checkpoint, HuggingFaceCheckpoint):
             return checkpoint.folder

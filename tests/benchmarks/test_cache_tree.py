@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cascade_llm.bench.cache_tree import CacheTreeLoad, measure_cache_tree
+from benchmarks.cache_tree import CacheTreeLoad, measure_cache_tree
 from cascade_llm.errors import ConfigError
 
 

@@ -1,4 +1,4 @@
-"""`cascade-llm bench goals`: the loads by which the engine is judged, in turns with another, saved as they come."""
+"""`python -m benchmarks goals`: the loads by which the engine is judged, in turns with another, saved as they come."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade_llm.cli.bench_throughput import choose_peer, peer_options
+from benchmarks.peer_options import open_peer, peer_options
 from cascade_llm.cli.console import error_console, print_json, result_console
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
 from cascade_llm.cli.output_files import check_output_files, check_settings, output_options, write_json_file
 from cascade_llm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cascade_llm.bench.goals import GoalResult
+    from benchmarks.goals import GoalResult
 
 __all__ = ["goals"]
 
@@ -54,12 +54,12 @@ def goals(
     if resume and output is None:
         raise click.UsageError("--resume needs --output, the file to go on with.")
     check_output_files(output, plot, markdown, force=force or resume)
+    from benchmarks import goals_report as text
+    from benchmarks.goals import choose_goals, goal_loads, goal_result
     from cascade_llm.bench.compare import compare_each
-    from cascade_llm.bench.goals import choose_goals, goal_loads, goal_result
     from cascade_llm.bench.machine import describe_machine
     from cascade_llm.bench.setup import open_model
     from cascade_llm.bench.throughput import num_runs
-    from cascade_llm.cli import goals_report as text
     from cascade_llm.cli.demo_runs import run_bar
 
     bench = open_model(model, options)
@@ -79,14 +79,12 @@ def goals(
     wanted = goal_loads(bench, {name: goal for name, goal in chosen.items() if name not in done})
     interrupted = False
     if wanted:
-        peer = choose_peer(against, bench, python=peer_python, install=install_peer)
-        num_sides = 1 + with_off + (peer is not None)
-        total = sum(num_runs(num_sides, repeat, load, with_off=with_off) for load in wanted.values()) + (
-            peer is not None
-        )
+        others = open_peer(bench, *wanted.values(), against=against, peer_python=peer_python, install_peer=install_peer)
+        num_sides = 1 + with_off + len(others)
+        total = sum(num_runs(num_sides, repeat, load, with_off=with_off) for load in wanted.values()) + len(others)
         with run_bar(total) as on_run:
             reports = compare_each(
-                bench, wanted, with_off=with_off, peer=peer, repeat=repeat, split_steps=False, on_run=on_run
+                bench, wanted, with_off=with_off, others=others, repeat=repeat, split_steps=False, on_run=on_run
             )
             try:
                 for name, report in reports:
@@ -126,7 +124,7 @@ def _save(output: Path | None, record: dict[str, Any], done: dict[str, GoalResul
 
 def _read_results(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, GoalResult]]:
     """The whole file, and the results in it that were not interrupted."""
-    from cascade_llm.bench.goals import GoalResult
+    from benchmarks.goals import GoalResult
 
     try:
         written = json.loads(path.read_text(encoding="utf-8"))

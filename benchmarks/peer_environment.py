@@ -17,6 +17,7 @@ from cascade_llm.errors import BackendError, ConfigError, nearest_name_hint
 __all__ = ["PEERS", "PeerInterpreter", "PeerKind", "find_peer", "install_peer"]
 
 DRIVERS = Path(__file__).parent / "peers"
+CHECKOUT = "checkout_driver.py"
 DONE = "complete"
 """A file in an environment whose installation came to its end."""
 LOOK_ONCE = ("--retries", "0", "--timeout", "15")
@@ -67,6 +68,8 @@ class PeerInterpreter:
     name: str
     python: Path
     driver: Path
+    path: tuple[str, ...] = ()
+    """Folders that come first when it imports."""
 
 
 def find_peer(
@@ -80,7 +83,7 @@ def find_peer(
     """The interpreter of a peer: the given one, its own environment, or ours where it is a dependency of ours.
 
     Args:
-        name: vllm, transformers or llama.cpp
+        name: vllm, transformers, llama.cpp, or the folder of another checkout of this repository
         python: an interpreter that has it
         install: make its environment where there is none; minutes, and a download
         gpu: whether it is for a GPU
@@ -90,6 +93,10 @@ def find_peer(
         ConfigError: an unknown name
         BackendError: there is none, or it has not the engine; says what to do
     """
+    if (Path(name) / "cascade_llm" / "__init__.py").is_file():
+        return PeerInterpreter(
+            "checkout", python or Path(sys.executable), DRIVERS / CHECKOUT, (str(Path(name).resolve()),)
+        )
     if name not in PEERS:
         raise ConfigError(f"unknown engine {name!r}: {nearest_name_hint(name, PEERS)}")
     kind, folder = PEERS[name], _environment(name)

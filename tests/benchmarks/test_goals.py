@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from cascade_llm.bench.goals import GOALS, GoalResult, choose_goals
+from benchmarks.goals import GOALS, GoalResult, choose_goals
 from cascade_llm.bench.reading import Spread
 from cascade_llm.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""`cascade-llm bench plan`: how long planning takes and how it grows, and what a large prefix cache costs."""
+"""`python -m benchmarks planning`: how long planning takes and how it grows, and what a large prefix cache costs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cascade_llm.cli.console import format_bytes, print_json, result_console
 from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
 
 if TYPE_CHECKING:
-    from cascade_llm.bench.cache_tree import CacheTreeReport
-    from cascade_llm.bench.planning import PlanningTimes
+    from benchmarks.cache_tree import CacheTreeReport
+    from benchmarks.planning import PlanningTimes
     from cascade_llm.cli.charts import Lines
 
-__all__ = ["plan"]
+__all__ = ["planning"]
 
 KINDS = {
     "unchanged_s": "unchanged",
@@ -37,7 +37,7 @@ GROWTH_FROM = 256
 @click.option("--repeat", type=int, default=15, show_default=True, help="Plans of each kind; the median counts.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random token ids.")
 @output_options
-def plan(
+def planning(
     max_sequences: int,
     max_context_len: int,
     cache_pages: int,
@@ -51,8 +51,8 @@ def plan(
 ) -> None:
     """Planning time by running sequences, levels and context; memory and time of a large prefix cache."""
     check_output_files(output, plot, force=force)
-    from cascade_llm.bench.cache_tree import CacheTreeLoad, measure_cache_tree
-    from cascade_llm.bench.planning import measure_planning, planning_sweep
+    from benchmarks.cache_tree import CacheTreeLoad, measure_cache_tree
+    from benchmarks.planning import measure_planning, planning_sweep
     from cascade_llm.cli.demo_runs import run_bar
 
     loads = planning_sweep(max_sequences=max_sequences, max_context_len=max_context_len, seed=seed)
@@ -116,7 +116,7 @@ def _table(times: Sequence[PlanningTimes]) -> Table:
 
 def _growth(times: Sequence[PlanningTimes]) -> dict[int, dict[str, float]]:
     """By levels and kind, over the loads that differ in sequences alone."""
-    from cascade_llm.bench.planning import growth_exponent
+    from benchmarks.planning import growth_exponent
 
     context_len = times[0].load.context_len
     growth = {}

@@ -11,10 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade_llm.bench.compare import compare, opened_sides
-from cascade_llm.bench.latency import LatencyReport, measure_latency
-from cascade_llm.bench.online import AllAtOnce, AtConcurrency, AtRate
-from cascade_llm.bench.peer_environment import (
+from benchmarks.peer_environment import (
     DRIVERS,
     PEERS,
     PeerInterpreter,
@@ -23,8 +20,11 @@ from cascade_llm.bench.peer_environment import (
     find_peer,
     install_peer,
 )
-from cascade_llm.bench.peer_process import PeerProcess
-from cascade_llm.bench.peer_side import PeerSide, peer_for
+from benchmarks.peer_process import PeerProcess
+from benchmarks.peer_side import PeerSide, peer_for
+from cascade_llm.bench.compare import compare, opened_sides
+from cascade_llm.bench.latency import LatencyReport, measure_latency
+from cascade_llm.bench.online import AllAtOnce, AtConcurrency, AtRate
 from cascade_llm.bench.setup import open_model
 from cascade_llm.bench.workloads import ChatWorkload, RandomWorkload, RolloutWorkload, SharedPrefixWorkload
 from cascade_llm.errors import BackendError, ConfigError

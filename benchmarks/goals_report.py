@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from cascade_llm.bench.goals import RIVAL, GoalResult
+from benchmarks.goals import RIVAL, GoalResult
 from cascade_llm.cli.charts import Bars
 from cascade_llm.cli.console import format_bytes
 from cascade_llm.cli.throughput_report import machine_line

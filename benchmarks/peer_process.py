@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -13,7 +14,8 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any
 
-from cascade_llm.bench.peer_environment import PeerInterpreter
+from benchmarks.peer_environment import PeerInterpreter
+from cascade_llm.bench import arrivals
 from cascade_llm.errors import BackendError
 
 __all__ = ["PeerProcess"]
@@ -23,7 +25,7 @@ LOG_LINES = 6
 
 
 class PeerProcess:
-    """Runs a driver script of `bench/peers`.
+    """Runs a driver script of `peers`.
 
     Its standard output carries answers alone (a driver sends everything else to standard error, which goes to a file).
     It has a process group of its own: an interruption reaches us alone, and closing ends its children as well. Between
@@ -34,13 +36,15 @@ class PeerProcess:
         """`environment`: variables in addition to ours."""
         self.name = peer.name
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
+        self._path = tempfile.TemporaryDirectory(prefix="cascade-llm-")  # removed in close()
+        shutil.copy(arrivals.__file__, self._path.name)  # drivers read no other module of the package
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         self._process = subprocess.Popen(
             [str(peer.python), str(peer.driver)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**inherited, **environment},
+            env={**inherited, "PYTHONPATH": os.pathsep.join((self._path.name, *peer.path)), **environment},
             start_new_session=True,
         )
         self._partial = b""
@@ -76,6 +80,7 @@ class PeerProcess:
         self._signal(signal.SIGKILL)  # also children that outlived it
         self._process.wait()
         self._log.close()
+        self._path.cleanup()
 
     def _signal(self, number: signal.Signals) -> None:
         """To the whole process group, as far as it lives."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cascade_llm.bench.planning import PlanningLoad, growth_exponent, measure_planning, planning_sweep
+from benchmarks.planning import PlanningLoad, growth_exponent, measure_planning, planning_sweep
 from cascade_llm.errors import ConfigError
 
 

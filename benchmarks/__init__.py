@@ -1,0 +1,1 @@
+"""What the developers of the project measure: score tables against other engines, growth, planning."""
