@@ -39,7 +39,7 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy scripts
+	$(BIN)/mypy scripts benchmarks
 	$(BIN)/python -m pytest tests/test_imports.py
 
 format: venv

@@ -132,6 +132,6 @@ def _read_results(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any],
         whole = [name for name in results if not reports[name]["interrupted"]]
         before, done = written["settings"], {name: GoalResult.from_dict(results[name]) for name in whole}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} does not hold results of `bench goals` ({error}): leave out --resume") from None
+        raise ConfigError(f"{path} does not hold results of `benchmarks goals` ({error}): leave out --resume") from None
     check_settings(path, before, settings)
     return written, done

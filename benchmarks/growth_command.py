@@ -131,7 +131,9 @@ def _read_results(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any],
         results = [GrowthResult.from_dict(result) for result in written["points"].values()]
         before = written["settings"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} does not hold results of `bench growth` ({error}): leave out --resume") from None
+        raise ConfigError(
+            f"{path} does not hold results of `benchmarks growth` ({error}): leave out --resume"
+        ) from None
     check_settings(path, before, settings)
     return written, {result.point: result for result in results}
 

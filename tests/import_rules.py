@@ -79,16 +79,10 @@ class Import(NamedTuple):
         return self.target.split(".")[0]
 
 
-SCRIPTS = ("bench", "peers")
-"""A folder of scripts, not modules: interpreters of other engines run them, where this package is not installed."""
-
-
 def read_sources(root: Path) -> dict[str, str]:
     """All modules of the package below `root`."""
     sources = {}
     for path in sorted((root / PACKAGE).rglob("*.py")):
-        if path.parent == (root / PACKAGE).joinpath(*SCRIPTS):
-            continue
         parts = path.relative_to(root).with_suffix("").parts
         sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
     return sources

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,9 @@ def test_transformers_runs_and_every_quantity_is_compared(tiny: Path) -> None:
     load = model.load(SHARED)
     peer = peer_for("transformers", model)
     assert peer.python == Path(sys.executable)
-    report = compare(model, load, with_off=False, peer=peer, repeat=1, split_steps=False)
+    report = compare(
+        model, load, with_off=False, others=[partial(PeerSide, peer, model, load)], repeat=1, split_steps=False
+    )
     assert list(report.readings) == ["cascade on", "transformers"]
     assert report.readings["transformers"]["cold"][0].num_generated == 15
     assert report.ratio("transformers", "cold").median > 0
@@ -174,7 +177,7 @@ def test_transformers_meets_the_same_arrivals_and_every_token_has_a_time(tiny: P
     load = model.load(RolloutWorkload(prompts=3, samples=2, prompt_len=8, output_len=4))
     peer = peer_for("transformers", model)
     report = LatencyReport(model.name, load, AtRate(200.0, seed=1))
-    with opened_sides(model, load, with_off=False, peer=peer, online=True) as sides:
+    with opened_sides(model, load, with_off=False, others=[partial(PeerSide, peer, model, load, online=True)]) as sides:
         measure_latency(report, sides, repeat=2)
         timings = sides[1].run_online(AtConcurrency(1)).timings
     assert "all that has arrived" in report.sides["transformers"]["batch"]
@@ -207,7 +210,9 @@ def test_an_engine_that_hands_out_whole_answers_tells_no_times_of_tokens(countin
     model = open_model(str(tiny), OPTIONS)
     load = model.load(SHARED)
     report = LatencyReport(model.name, load, AllAtOnce())
-    with opened_sides(model, load, with_off=False, peer=counting, online=True) as sides:
+    with opened_sides(
+        model, load, with_off=False, others=[partial(PeerSide, counting, model, load, online=True)]
+    ) as sides:
         measure_latency(report, sides, repeat=1)
     assert report.spread("counting", "ttft", 50) is None
     assert report.ratios()["counting"].keys() == {"ttft", "itl", "e2e"}
@@ -289,6 +294,7 @@ def test_an_environment_is_made_once_by_the_users_own_settings(
         _check_import("unwanted", made.python, "unwanted_engine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

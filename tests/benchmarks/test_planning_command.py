@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.conftest import Run
 
-SMALL = ("bench", "plan", "--max-sequences", "32", "--max-context-len", "8192", "--repeat", "2")
+SMALL = ("planning", "--max-sequences", "32", "--max-context-len", "8192", "--repeat", "2")
 TREE = ("--cache-pages", "2000", "--cache-prefixes", "50")
 
 
@@ -60,6 +60,6 @@ def test_a_file_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
     ],
 )
 def test_bad_numbers(run: Run, arguments: tuple[str, ...], words: str) -> None:
-    done = run("bench", "plan", *arguments)
+    done = run("planning", *arguments)
     assert done.exit_code in (1, 2)
     assert words in done.stderr
