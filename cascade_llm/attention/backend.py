@@ -150,7 +150,7 @@ class StepAttention:
 
 
 def column_tensor(column: IntColumn) -> torch.Tensor:
-    """A column as an int32 CPU tensor: the column's own memory where it covers its array, so never write to it."""
+    """A column as an int32 CPU tensor [len(column)]: its own memory where it covers its array, so do not write."""
     owner = column.obj
     if len(column) == 0:  # torch.frombuffer refuses empty buffers
         return torch.empty(0, dtype=torch.int32)

@@ -20,7 +20,7 @@ class Workspace:
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor; it is overwritten by the next `take` of the same name and dtype."""
+        """An uninitialised tensor [*shape]; it is overwritten by the next `take` of the same name and dtype."""
         size = math.prod(shape)
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:

@@ -35,7 +35,7 @@ def merge_state(
 
 
 def merge_state_in_place(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor) -> None:
-    """Merge another state into (v, s), v float32; shapes as in `merge_state`."""
+    """Merge another state into (v, s): v [rows, num_heads, head_dim] float32, s [rows, num_heads] base 2."""
     # how much of the whole the other is: sigmoid of the difference; -inf less -inf is NaN, any weight will do there
     weight = torch.sub(s_other, s).nan_to_num_(nan=0.0).mul_(LN_2).sigmoid_()
     v.lerp_(v_other.float(), weight.unsqueeze(-1))

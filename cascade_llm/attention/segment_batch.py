@@ -84,7 +84,7 @@ class SegmentBatch:
         """Join segments of one level.
 
         Args:
-            pages: the level's `kv_page_indices`, int64, on the device
+            pages: [page entries], the level's `kv_page_indices`, int64, on the device
             causal: whether a segment's rows are its last tokens and see no later ones
             window_len: how many tokens back a row may look; only with `causal`
         """

@@ -80,6 +80,7 @@ class _PreparedTorchAttention(PreparedAttention):
         self._shared = [level for level in shared if not level.is_empty]
 
     def attend(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `PreparedAttention`."""
         out, lse = self._leaf.attend(layer, q)
         if self.on_part is not None:
             self.on_part("suffix attention", 1.0)

@@ -46,10 +46,10 @@ class DeviceStream(ABC):
 
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy between a pinned host buffer and a device tensor of the same shape and dtype."""
+        """Queue a copy between a pinned host buffer and a device tensor, both [...] of one shape and dtype."""
 
     def upload(self, values: torch.Tensor) -> torch.Tensor:
-        """A copy of a host tensor on the device, queued: the host does not wait, and may change the tensor at once."""
+        """A copy of a host tensor [...] on the device, queued: the host does not wait, and may change it at once."""
         host = self.pinned(values.numel(), values.dtype)
         host.copy_(values.flatten())
         copy = torch.empty(values.shape, dtype=values.dtype, device=self.device)

@@ -84,8 +84,8 @@ class PagedKVCache:
         return self._layers[index]
 
     def encode(self, x: torch.Tensor, scale: float) -> torch.Tensor:
-        """x in the pool's dtype. 8-bit numbers are divided by their scale in float32 and clamped to the largest that
-        there is: a conversion may make NaN of what lies beyond."""
+        """x, of any shape [...], in the pool's dtype. 8-bit numbers are divided by their scale in float32 and
+        clamped to the largest that there is: a conversion may make NaN of what lies beyond."""
         if self.dtype.itemsize > 1:
             return x.to(self.dtype)
         limit = torch.finfo(self.dtype).max

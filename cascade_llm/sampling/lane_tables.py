@@ -51,7 +51,7 @@ class UsageCounts:
         return num_lanes * vocab_size * _dtype(max_model_len).itemsize
 
     def allocate(self) -> torch.Tensor:
-        """The counts; set aside by the first call."""
+        """The counts [num_lanes, vocab]; set aside by the first call."""
         if self.counts is None:
             self.counts = torch.zeros(self._shape, dtype=self._dtype, device=self.penalties.device)
         return self.counts

@@ -22,7 +22,7 @@ class AttentionError:
     num_rows: int = 0
 
     def add(self, found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Take in one plan's (out, lse)."""
+        """Take in one plan's out [rows, num_qo_heads, head_dim] and lse [rows, num_qo_heads]."""
         self.out = max(self.out, largest_difference(found[0], expected[0]))
         self.lse = max(self.lse, largest_difference(found[1], expected[1]))
         self.num_plans += 1
@@ -37,6 +37,6 @@ class AttentionError:
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest absolute difference, in float64; infinite where either holds NaN."""
+    """Largest absolute difference of two tensors [...] of one shape, in float64; infinite where either holds NaN."""
     difference = (a.double() - b.double()).abs().max().item()
     return float("inf") if difference != difference else float(difference)

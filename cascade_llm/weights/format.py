@@ -39,15 +39,15 @@ class StoredTensor:
 
     @classmethod
     def plain(cls, values: torch.Tensor) -> StoredTensor:
-        """Values of any shape and dtype, not copied."""
+        """Values [...] of any shape and dtype, not copied."""
         return cls(PLAIN, tuple(values.shape), values)
 
     def values(self) -> torch.Tensor:
-        """The values, of `shape`: a view of the file where they are plain, else new float32 ones."""
+        """The values [*shape]: a view of the file where they are plain, else new float32 ones."""
         return self.data if self.decode is None else self.decode(self.data).view(self.shape)
 
     def write_to(self, out: torch.Tensor) -> None:
-        """Write the values into contiguous memory of `shape`, in its dtype; few of them are decoded at a time."""
+        """Write the values into contiguous memory [*shape], in its dtype; few of them are decoded at a time."""
         if self.decode is None:
             out.copy_(self.data)
             return

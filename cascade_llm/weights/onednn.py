@@ -45,7 +45,7 @@ class OneDNN(WeightFormat):
 
     @property
     def packed(self) -> torch.Tensor | None:
-        """oneDNN's own tensor, which torch cannot index; None before `pack()`."""
+        """oneDNN's own tensor of [out_features, in_features], which torch cannot index; None before `pack()`."""
         return self._packed
 
     def load(self, part: str, stored: StoredTensor) -> None:

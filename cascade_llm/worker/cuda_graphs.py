@@ -367,7 +367,7 @@ class _Room:
         self._memory, self._used = memory, 0
 
     def put(self, values: list[int]) -> torch.Tensor:
-        """The values, in the next free piece."""
+        """The values [len(values)], int32, in the next free piece."""
         piece = self._memory[self._used : self._used + len(values)]
         piece.copy_(torch.tensor(values, dtype=torch.int32))
         self._used += len(values)

@@ -38,7 +38,7 @@ class StepColumns:
 
     @classmethod
     def in_block(cls, block: torch.Tensor, max_rows: int, max_leaf_pages: int) -> StepColumns:
-        """Cut a block of `block_len` elements."""
+        """Cut a block [block_len], int32, into columns."""
         columns, begin = [], 0
         for length in _lengths(max_rows, max_leaf_pages):
             columns.append(block[begin : begin + length])

@@ -93,7 +93,10 @@ class FlashInferAttentionBackend(AttentionBackend):
         return "NHD"
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-        """Append through FlashInfer: the pool is one request over all pages in order, so a slot is a position in it."""
+        """See `AttentionBackend`: k, v [rows, num_kv_heads, head_dim], slots [rows] int32.
+
+        The pool is one request over all pages in order, so a slot is a position in it.
+        """
         indices, indptr, last_page_len, batch_indices = self._append_table
         if len(slots) > len(batch_indices):
             batch_indices = torch.zeros_like(slots)
@@ -169,6 +172,7 @@ class _PreparedFlashInferAttention(PreparedAttention):
         self._partial = LevelOutput.empty(max(run.num_rows for run in shared), backend.spec) if shared else None
 
     def attend(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `PreparedAttention`."""
         k_pool, v_pool = self._kv_cache.layer(layer)
         scale = self._kv_cache.scales[layer]
         attend_levels(self._device, q, (k_pool, v_pool), self._leaf, self._shared, self._result, self._partial, scale)

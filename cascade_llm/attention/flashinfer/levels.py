@@ -226,7 +226,7 @@ def attend_levels(
     partial: LevelOutput | None,
     scale: KVScale,
 ) -> None:
-    """Attend level after level into `result`; `partial` holds one shared level's result at a time.
+    """Attend q [rows, num_qo_heads, head_dim] level after level into `result`; `partial` holds a shared level's result.
 
     V's scale is the same in all levels, so it is multiplied once, behind the last merge.
     """
