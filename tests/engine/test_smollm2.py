@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -62,3 +62,19 @@ def test_greedy_tokens_are_transformers_best(llm: LLM, reference: LlamaForCausal
         for place, token_id in enumerate(output["token_ids"], start=len(output.prompt_token_ids) - 1):
             best, second = logprobs[place].topk(2).values.tolist()
             assert token_id == int(logprobs[place].argmax()) or best - second < 2e-3
+
+
+START = """
+import resource
+from cascade_llm import LLM, SamplingParams
+with LLM("smollm2", dtype={dtype!r}) as llm:
+    llm.generate("a", SamplingParams(max_tokens=1))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize(("dtype", "most_bytes"), [("bfloat16", 0.8e9), ("float32", 1.1e9)])
+def test_a_start_with_default_options_holds_little_more_than_the_weights(
+    run_python: Callable[[str], str], dtype: str, most_bytes: float
+) -> None:
+    assert int(run_python(START.format(dtype=dtype))) < most_bytes
