@@ -35,7 +35,7 @@ __all__ = ["LLM", "TokenStream"]
 SPAWN = "make it in a process that multiprocessing.get_context('spawn') has started"
 OnError = Literal["raise", "return"]
 Messages = Sequence[Mapping[str, Any]]
-Reader = Callable[[], ReadPrompt]
+Reader = Callable[[SamplingParams], ReadPrompt]
 Item = TypeVar("Item")
 
 
@@ -102,24 +102,56 @@ class LLM:
         priority: int | Sequence[int] = 0,
         on_error: OnError = "raise",
         progress: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[RequestOutput]:
-        """Answer one conversation or many, each a list of {"role": ..., "content": ...}; otherwise as `generate`."""
-        readers = [partial(self._input.read_chat, conversation) for conversation in _as_conversations(messages)]
+        """Answer one conversation or many, each a list of {"role": ..., "content": ...}; otherwise as `generate`.
+
+        Args:
+            messages: one conversation, or a list of them
+            params: as for `generate`, and so are `priority`, `on_error` and `progress`
+            tools: JSON schemas of functions that the model may call
+            chat_template: the text of another template than the model's, or the name of one of the model's
+            chat_template_kwargs: what else the template reads, such as Qwen3's {"enable_thinking": False}
+            add_generation_prompt: end the prompt where the assistant's turn begins
+            continue_final_message: go on with the last message instead of beginning a new one
+        """
+        arguments = _template_arguments(
+            tools, chat_template, chat_template_kwargs, add_generation_prompt, continue_final_message
+        )
+        read = self._input.read_chat
+        readers = [partial(read, conversation, arguments) for conversation in _as_conversations(messages)]
         return self._serve(readers, params, priority, on_error, progress)
 
     def stream(
-        self, prompt: Prompt | Messages, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        prompt: Prompt | Messages,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> TokenStream:
-        """Yield what one prompt (or conversation) gains, as it comes. Closing the stream aborts the request."""
+        """Yield what one prompt, or a conversation as `chat` takes it, gains. Closing the stream aborts the request."""
+        arguments = _template_arguments(
+            tools, chat_template, chat_template_kwargs, add_generation_prompt, continue_final_message
+        )
+        if isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+            reader = partial(self._input.read_chat, cast(Messages, prompt), arguments)
+        else:
+            reader = partial(self._input.read_prompt, cast(Prompt, prompt))
         with self._lock:
             self._check_open()
-            params = params or SamplingParams()
-            self._input.check_params(params)
-            is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-            if is_chat:
-                read = self._input.read_chat(cast(Messages, prompt))
-            else:
-                read = self._input.read_prompt(cast(Prompt, prompt))
+            params = SamplingParams() if params is None else params
+            read = self._read(reader, params, priority)
+            if isinstance(read, RequestError):
+                raise read
             request = self._input.request(read, params, priority)
             with self._abandoned_on_error([request]):
                 return TokenStream(self, self._engine.add(request, read.text))
@@ -136,9 +168,10 @@ class LLM:
             raise ConfigError(f"on_error is {on_error!r}: it must be 'raise' or 'return'")
         with self._lock:
             self._check_open()
-            all_params = _one_per_prompt("params", params or SamplingParams(), SamplingParams, len(readers))
+            params = SamplingParams() if params is None else params
+            all_params = _one_per_prompt("params", params, SamplingParams, len(readers))
             priorities = _one_per_prompt("priority", priority, int, len(readers))
-            prompts = self._read_all(readers, all_params, on_error)
+            prompts = self._read_all(readers, all_params, priorities, on_error)
             admitted = [
                 prompt if isinstance(prompt, RequestError) else (self._input.request(prompt, p, rank), prompt.text)
                 for prompt, p, rank in zip(prompts, all_params, priorities, strict=True)
@@ -152,15 +185,13 @@ class LLM:
         return outputs
 
     def _read_all(
-        self, readers: Sequence[Reader], all_params: Sequence[SamplingParams], on_error: OnError
+        self,
+        readers: Sequence[Reader],
+        all_params: Sequence[SamplingParams],
+        priorities: Sequence[int],
+        on_error: OnError,
     ) -> list[ReadPrompt | RequestError]:
-        read: list[ReadPrompt | RequestError] = []
-        for reader, params in zip(readers, all_params, strict=True):
-            try:
-                self._input.check_params(params)
-                read.append(reader())
-            except RequestError as error:
-                read.append(error)
+        read = [self._read(*item) for item in zip(readers, all_params, priorities, strict=True)]
         bad = [(index, item) for index, item in enumerate(read) if isinstance(item, RequestError)]
         if bad and on_error == "raise":
             if len(read) == 1:
@@ -169,6 +200,18 @@ class LLM:
             listed = "; ".join(f"prompt {index}: {error}" for index, error in bad)
             raise kind(f"{len(bad)} of {len(read)} prompts cannot be served (nothing has run): {listed}")
         return read
+
+    def _read(self, reader: Reader, params: SamplingParams, priority: int) -> ReadPrompt | RequestError:
+        """One prompt, with everything about its request checked; or what is wrong with it, whatever it is."""
+        try:
+            self._input.check(params, priority)
+            return reader(params)
+        except RequestError as error:
+            return error
+        except Exception as error:
+            wrapped = RequestError(f"the prompt cannot be read ({type(error).__name__}: {error})")
+            wrapped.__cause__ = error
+            return wrapped
 
     # -- the engine's own state --------------------------------------------------------------------------------------
 
@@ -348,17 +391,42 @@ class TokenStream:
         self._llm._engine.abandon(self._state.request.request_id)
 
 
+def _template_arguments(
+    tools: Sequence[Mapping[str, Any]] | None,
+    chat_template: str | None,
+    kwargs: Mapping[str, Any] | None,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+) -> dict[str, Any]:
+    """What `chat` and `stream` hand to the template."""
+    if tools is not None and (
+        not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools)
+    ):
+        raise RequestError("tools must be a list of JSON schemas, each a mapping")
+    if not isinstance(kwargs, Mapping | None) or not all(isinstance(name, str) for name in kwargs or ()):
+        raise RequestError(f"chat_template_kwargs is a {type(kwargs).__name__}: it must map names to values")
+    arguments: dict[str, Any] = {
+        "chat_template": chat_template,
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
+        **({} if tools is None else {"tools": tools}),
+    }
+    if taken := sorted({"messages", "tools", *arguments} & set(kwargs or ())):
+        raise RequestError(f"chat_template_kwargs has {taken[0]!r}: it is an argument of its own")
+    return arguments | dict(kwargs or {})
+
+
 def _as_many(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
         raise PromptError(
             f"prompts is a {type(prompts).__name__}: give a text, a list of token ids, or a list of these"
         )
     if prompts and all(isinstance(item, int) for item in prompts):
         return [cast(Sequence[int], prompts)]
     for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, Sequence):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
             raise PromptError(f"prompt {index} is a {type(prompt).__name__}: give a text or a list of token ids")
     return cast(Sequence[Prompt], prompts)
 

@@ -1,8 +1,7 @@
-"""What a user may ask of the sampling of one request."""
+"""What a user may ask of the sampling of one request, with the bounds that a step can carry."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,6 +9,12 @@ from typing import Any
 from cascade_llm.errors import SamplingParamsError, nearest_name_hint
 
 __all__ = ["SamplingParams"]
+
+MOST_SAMPLES = 65_536
+MOST_STOPS, LONGEST_STOP = 256, 4096
+LARGEST_BIAS = 1e30
+MOST_SHOWN = 80
+"""Characters of a wrong value that its message repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +46,16 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids."""
     seed: int | None = None
-    """Makes the request's draws reproducible; None takes one from the engine's own seed."""
+    """Makes the request's draws reproducible; None (or -1) takes one from the engine's own seed."""
     n: int = 1
     """Independent samples of the one prompt; they share its pages."""
     max_tokens: int = 256
-    """Generated tokens at most."""
+    """Generated tokens at most; 0, with prompt_logprobs, scores the prompt alone, which may then fill the context."""
     min_tokens: int = 0
     """Ending tokens are masked until this many tokens were generated."""
     stop: str | Sequence[str] | None = None
-    """Strings that end the text; kept in it only with `include_stop_str_in_output`."""
+    """Strings that end the text; kept in it only with `include_stop_str_in_output`. One that is a special token ends
+    it at that token, also where special tokens are left out of the text."""
     stop_token_ids: Sequence[int] | None = None
     """Token ids that end the output."""
     ignore_eos: bool = False
@@ -57,11 +63,15 @@ class SamplingParams:
     logprobs: int | None = None
     """Report the chosen token's log-probability and this many most probable ones."""
     prompt_logprobs: int | None = None
-    """The same for each prompt token after the first."""
+    """The same for each prompt token after the first; nothing that is scored comes from the prefix cache."""
+    prompt_logprobs_start: int = 0
+    """Score the prompt from this token on only, so that what stands before may come from the prefix cache."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
     include_stop_str_in_output: bool = False
     """Keep the stop string that ended the text."""
+    split_special_tokens: bool = False
+    """Read special tokens that are spelled out in the prompt, or in a chat's messages, as plain text."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Refuse unknown names, naming the nearest known one."""
@@ -77,10 +87,12 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self._tuple("stop"))
         object.__setattr__(self, "stop_token_ids", self._tuple("stop_token_ids"))
         if not isinstance(self.logit_bias, Mapping | None):
-            raise SamplingParamsError(f"logit_bias is {self.logit_bias!r}: it must map token ids to numbers")
+            raise SamplingParamsError(f"logit_bias is {_shown(self.logit_bias)}: it must map token ids to numbers")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         self._check()
 
     @property
@@ -99,53 +111,78 @@ class SamplingParams:
         return tuple(self.stop or ())
 
     def _check(self) -> None:
-        self._number("temperature", "0 or larger (0 is greedy)", lambda x: x >= 0)
-        self._integer("top_k", "0 (all) or larger", lambda x: x >= 0)
+        self._number("temperature", "0 or larger (0 is greedy), at most 1e30", lambda x: 0 <= x <= 1e30)
+        self._integer("top_k", "0 (all) or larger, below 2**31", lambda x: 0 <= x < 2**31)
         self._number("top_p", "in (0, 1]; 1 keeps all tokens", lambda x: 0 < x <= 1)
         self._number("min_p", "in [0, 1]; 0 keeps all tokens", lambda x: 0 <= x <= 1)
         self._number("presence_penalty", "in [-2, 2]", lambda x: -2 <= x <= 2)
         self._number("frequency_penalty", "in [-2, 2]", lambda x: -2 <= x <= 2)
-        self._number("repetition_penalty", "above 0; 1 switches it off", lambda x: x > 0)
-        self._integer("n", "1 or larger", lambda x: x >= 1)
-        self._integer("max_tokens", "1 or larger", lambda x: x >= 1)
+        self._number("repetition_penalty", "above 0, 1e-6 to 1e6; 1 switches it off", lambda x: 1e-6 <= x <= 1e6)
+        self._integer("n", f"1 or larger, at most {MOST_SAMPLES}", lambda x: 1 <= x <= MOST_SAMPLES)
+        least = 0 if self.prompt_logprobs is not None else 1
+        allowed = "1 or larger (0 with prompt_logprobs, to score the prompt alone), below 2**31"
+        self._integer("max_tokens", allowed, lambda x: least <= x < 2**31)
         self._integer("min_tokens", "between 0 and max_tokens", lambda x: 0 <= x <= self.max_tokens)
         if self.seed is not None:
             self._integer("seed", "in [-2**63, 2**63)", lambda x: -(2**63) <= x < 2**63)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                self._integer(name, "None, 0 or larger", lambda x: x >= 0)
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+                self._integer(name, "None, 0 or larger, below 2**31", lambda x: 0 <= x < 2**31)
+        self._integer("prompt_logprobs_start", "0 or larger, below 2**31", lambda x: 0 <= x < 2**31)
+        if self.prompt_logprobs_start and self.prompt_logprobs is None:
+            raise SamplingParamsError("prompt_logprobs_start does nothing without prompt_logprobs: give both")
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "split_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise SamplingParamsError(f"{name} is {getattr(self, name)!r}: it must be True or False")
-        for text in self.stop_strings:
-            if not isinstance(text, str) or not text:
-                raise SamplingParamsError(f"stop has {text!r}: give non-empty strings")
-        for token_id in self.stop_token_ids or ():
-            if not _is_integer(token_id) or token_id < 0:
-                raise SamplingParamsError(f"stop_token_ids has {token_id!r}: give token ids, 0 or larger")
+                raise SamplingParamsError(f"{name} is {_shown(getattr(self, name))}: it must be True or False")
+        self._check_stops()
         for token_id, bias in (self.logit_bias or {}).items():
             if not _is_integer(token_id) or token_id < 0:
-                raise SamplingParamsError(f"logit_bias has the key {token_id!r}: give token ids, 0 or larger")
-            if not _is_number(bias) or not math.isfinite(bias):
-                raise SamplingParamsError(f"logit_bias[{token_id}] is {bias!r}: give a finite number")
+                raise SamplingParamsError(f"logit_bias has the key {_shown(token_id)}: give token ids, 0 or larger")
+            if not _is_number(bias) or not abs(bias) <= LARGEST_BIAS:
+                raise SamplingParamsError(
+                    f"logit_bias[{_shown(token_id)}] is {_shown(bias)}: give a finite number, at most {LARGEST_BIAS}"
+                )
+
+    def _check_stops(self) -> None:
+        if len(self.stop_strings) > MOST_STOPS:
+            raise SamplingParamsError(f"stop has {len(self.stop_strings)} strings: give at most {MOST_STOPS}")
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise SamplingParamsError(f"stop has {_shown(text)}: give non-empty strings")
+            if len(text) > LONGEST_STOP:
+                raise SamplingParamsError(f"stop has a string of {len(text)} characters: at most {LONGEST_STOP} can be")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise SamplingParamsError(f"stop has {_shown(text)}: half a surrogate pair stands in no text")
+        for token_id in self.stop_token_ids or ():
+            if not _is_integer(token_id) or token_id < 0:
+                raise SamplingParamsError(f"stop_token_ids has {_shown(token_id)}: give token ids, 0 or larger")
 
     def _tuple(self, name: str) -> tuple[Any, ...]:
         value = getattr(self, name)
         if value is None:
             return ()
         if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-            raise SamplingParamsError(f"{name} is {value!r}: it must be a list")
+            raise SamplingParamsError(f"{name} is {_shown(value)}: it must be a list")
         return tuple(value)
 
     def _number(self, name: str, allowed: str, test: Any) -> None:
         value = getattr(self, name)
-        if not _is_number(value) or not math.isfinite(value) or not test(value):
-            raise SamplingParamsError(f"{name} is {value!r}: it must be {allowed}")
+        if not _is_number(value) or value != value or not test(value):
+            raise SamplingParamsError(f"{name} is {_shown(value)}: it must be {allowed}")
 
     def _integer(self, name: str, allowed: str, test: Any) -> None:
         value = getattr(self, name)
         if not _is_integer(value) or not test(value):
-            raise SamplingParamsError(f"{name} is {value!r}: it must be an integer, {allowed}")
+            raise SamplingParamsError(f"{name} is {_shown(value)}: it must be an integer, {allowed}")
+
+
+def _shown(value: object) -> str:
+    """A wrong value for a message: not all of a long one, and no digits of a number that Python will not write."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more than 4300 digits, or an object's own
+        return f"an unreadable {type(value).__name__}"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _is_number(value: object) -> bool:

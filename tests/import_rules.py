@@ -49,6 +49,7 @@ class Door(NamedTuple):
 
 DOORS: Mapping[str, Door] = {
     "transformers": Door(("engine.tokenizer", "validation.transformers_model")),
+    "jinja2": Door(("engine.chat_template",)),
     "tokenizers": Door(("engine.tokenizer", "loader")),
     "gguf": Door(("loader",)),
     "safetensors": Door(("loader",)),

@@ -211,13 +211,14 @@ def _read_all(processor: InputProcessor, prompts: Sequence[Prompt | Messages]) -
     """Token ids of all prompts, or one error that names every bad one."""
     read: list[list[int]] = []
     bad: list[str] = []
+    params = SamplingParams()
     for index, prompt in enumerate(prompts):
         is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         try:
             if is_chat:
-                read.append(processor.read_chat(cast(Messages, prompt)).token_ids)
+                read.append(processor.read_chat(cast(Messages, prompt), {}, params).token_ids)
             else:
-                read.append(processor.read_prompt(cast(Prompt, prompt)).token_ids)
+                read.append(processor.read_prompt(cast(Prompt, prompt), params).token_ids)
         except RequestError as error:
             bad.append(f"prompt {index}: {error}")
     if bad:

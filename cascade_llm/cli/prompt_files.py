@@ -137,6 +137,6 @@ def _messages(where: str, messages: Any) -> list[dict[str, Any]]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # an editor's mark at the beginning is no text
     except UnicodeDecodeError as error:
         raise PromptError(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None

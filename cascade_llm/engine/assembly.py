@@ -83,7 +83,7 @@ def assemble(
             tokenizer,
             vocab_size=facts.model.vocab_size,
             max_model_len=facts.max_model_len,
-            ending_token_ids=facts.model.ending_token_ids,
+            ending_token_ids=facts.model.ending_token_ids | (tokenizer.eos_token_ids if tokenizer else frozenset()),
             seed=options.seed,
         )
         return EngineParts(

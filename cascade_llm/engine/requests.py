@@ -30,7 +30,7 @@ class RequestState:
             for output in self.output.outputs:
                 output.logprobs, output.cumulative_logprob = [], 0.0
         if params.prompt_logprobs is not None:
-            self.output.prompt_logprobs = [None]
+            self.output.prompt_logprobs = [None] * max(1, params.prompt_logprobs_start)
         self._detokenizers = [
             IncrementalDetokenizer(tokenizer, params, request.prompt_token_ids) if tokenizer else None
             for _ in range(params.n)
@@ -46,6 +46,9 @@ class RequestState:
             self.output.prompt_logprobs.extend(update.prompt_logprobs)
             return None
         output = self.output.outputs[update.sample_index]
+        if self.request.params.max_tokens == 0:  # only its prompt was asked about
+            output.finish_reason = "length" if update.finish_reason is not None else None
+            return None
         if update.token_id is not None:
             output.token_ids.append(update.token_id)
         if update.logprob is not None and output.logprobs is not None:

@@ -7,6 +7,7 @@ still gives tokens, only not those that the model was trained on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from cascade_llm.errors import CascadeError, CheckpointError, UnsupportedModelEr
 from cascade_llm.loader.gguf_file import GGUFFile
 
 __all__ = ["build_tokenizer"]
+
+log = logging.getLogger("cascade_llm")
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 """tokenizer.ggml.token_type"""
@@ -68,7 +71,14 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
 def _byte_level(file: GGUFFile) -> tuple[Tokenizer, bool]:
     """GPT-2's byte-level BPE, as Llama 3, Qwen and SmolLM have it; and whether BOS is added by default."""
     families = _families()
-    name = file.metadata.get("tokenizer.ggml.pre", "default")
+    name = file.metadata.get("tokenizer.ggml.pre")
+    if name is None:
+        log.warning(
+            "%s names no pre-tokenizer (tokenizer.ggml.pre), as files of before May 2024: text is split as for GPT-2, "
+            "which gives other tokens than most newer models were trained on; convert the model again",
+            file.path,
+        )
+        name = "default"
     if name not in families:
         raise _unsupported(file, f"pre-tokenizer {name!r}", ", ".join(families))
     family = families[name]
@@ -122,9 +132,9 @@ def _sentencepiece(file: GGUFFile) -> Tokenizer:
     unk_token = file.metadata["tokenizer.ggml.tokens"][unk_id]
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
     prefix_space = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement="▁", prepend_scheme="first" if prefix_space else "never", split=False
-    )
+    # each piece of text, after a special token too, gets a space before it, also one that begins with a space
+    prefix = [normalizers.Prepend("▁")] if prefix_space else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix_space:
         steps.append(decoders.Strip(" ", 1, 0))
@@ -145,7 +155,15 @@ def _merges_by_score(vocab: Mapping[str, int], scores: list[float], types: list[
 
 
 def _vocab(file: GGUFFile) -> dict[str, int]:
-    return {token: token_id for token_id, token in enumerate(file.metadata["tokenizer.ggml.tokens"])}
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    for token_id, token in enumerate(tokens if len(vocab) < len(tokens) else ()):
+        if vocab[token] != token_id:
+            raise CheckpointError(
+                f"{file.path}: the token {token!r} stands twice in its vocabulary, as {token_id} and {vocab[token]}: "
+                "use the model's Hugging Face folder, or convert it again"
+            )
+    return vocab
 
 
 def _add_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:

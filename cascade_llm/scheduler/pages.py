@@ -108,9 +108,10 @@ class PageTables:
 
     def match(self, sequence: Sequence) -> PrefixMatch:
         """What of a waiting sequence the cache has: full pages before its last known token."""
+        last = len(sequence.token_ids) - 1
         if sequence.reports_prompt and sequence.num_prompt_logprobs < sequence.prompt_len - 1:
-            return PrefixMatch(self.cache.root, 0)  # needs the logits of every prompt token
-        max_pages = (len(sequence.token_ids) - 1) // self.page_size
+            last = sequence.num_prompt_logprobs  # a page holds no logits, and those of this token on are to be reported
+        max_pages = last // self.page_size
         return self.cache.match(sequence.token_ids, sequence.keys, max_pages)
 
     def can_admit(self, sequence: Sequence, match: PrefixMatch, num_new: int, reserve: int) -> bool:

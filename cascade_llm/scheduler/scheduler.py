@@ -96,7 +96,7 @@ class FlashInferScheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Its prompt fits the context: the caller has checked."""
         assert request.request_id not in self._sequences
-        assert 0 < len(request.prompt_token_ids) < self.config.max_model_len
+        assert 0 < len(request.prompt_token_ids) + min(1, request.params.max_tokens) <= self.config.max_model_len
         sequence = self._new_sequence(request, 0, self._num_arrived)
         self._num_arrived += 1
         self._sequences[request.request_id] = [sequence]

@@ -104,8 +104,10 @@ class Sequence:
         self.arrival = arrival
         self.token_ids = array("i", request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
-        self.max_len = min(self.prompt_len + request.params.max_tokens, max_model_len or sys.maxsize)
-        """It ends when it has so many tokens."""
+        most = min(self.prompt_len + request.params.max_tokens, max_model_len or sys.maxsize)
+        self.max_len = max(most, self.prompt_len + 1)
+        """It ends when it has so many tokens. Where only its prompt is scored, the one token that is drawn has no
+        place in the pool and is shown to nobody."""
         self.keys = PageKeys(root_key, self.token_ids, page_size)
         self.status = SequenceStatus.WAITING
         self.pages = array("i")
@@ -121,8 +123,8 @@ class Sequence:
         self.num_unresolved = 0
         self.mask = request.first_mask
         """What its next token may be."""
-        self.num_prompt_logprobs = 0
-        """Prompt tokens whose log-probabilities were reported."""
+        self.num_prompt_logprobs = max(0, request.params.prompt_logprobs_start - 1)
+        """Prompt tokens after the first whose log-probabilities were reported, or not asked for."""
         self.forked = request.params.n == 1 or sample_index > 0
         """Whether the other samples of the request exist already."""
         self.finish_reason: str | None = None

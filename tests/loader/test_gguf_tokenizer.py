@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import string
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -114,14 +117,65 @@ def sentencepiece_keys() -> dict[str, Any]:
     }
 
 
-def test_sentencepiece_equals_transformers_conversion(tmp_path: Path) -> None:
-    path = tokenizer_file(tmp_path, "llama", sentencepiece_keys())
-    ours, theirs = build_tokenizer(GGUFFile(path)), transformers_tokenizer(path)
-    for text in TEXTS:
-        for added in (True, False):
-            ids = ours.encode(text, add_special_tokens=added).ids
-            assert ids == theirs.encode(text, add_special_tokens=added), text
-            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+def sentencepiece_ids(keys: Mapping[str, Any], text: str) -> list[int]:
+    """SentencePiece BPE by its definition: of all neighbours that make a token, the best score is joined first.
+
+    As llama.cpp has it: pieces between special tokens each begin with a space, spelled "▁".
+    """
+    tokens = {token: token_id for token_id, token in enumerate(keys["tokens"])}
+    special = [token for token, kind in zip(keys["tokens"], keys["token_type"], strict=True) if kind == 3]
+    ids: list[int] = []
+    for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
+        if piece in special:
+            ids.append(tokens[piece])
+            continue
+        symbols = list((" " + piece).replace(" ", "▁")) if piece else []
+        while True:
+            joined = [
+                (-keys["scores"][tokens[a + b]], i) for i, (a, b) in enumerate(pairwise(symbols)) if a + b in tokens
+            ]
+            if not joined:
+                break
+            _, index = min(joined)
+            symbols[index : index + 2] = ["".join(symbols[index : index + 2])]
+        for symbol in symbols:
+            ids += [tokens[symbol]] if symbol in tokens else [tokens[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+    return ids
+
+
+@given(
+    st.one_of(
+        st.sampled_from(TEXTS), st.lists(st.sampled_from(["in", "the", " ", "  and", "</s>", "é", "\n"])).map("".join)
+    )
+)
+@example(" Hello")
+@example("Hello</s>Hello</s> Hello")
+def test_sentencepiece_by_its_definition(text: str) -> None:
+    """A space before each piece of text, one that begins with a space too, and after a special token."""
+    ours = sentencepiece_tokenizer()
+    ids = ours.encode(text, add_special_tokens=False).ids
+    assert ids == sentencepiece_ids(sentencepiece_keys(), text)
+    assert ours.encode(text).ids == [1, *ids]
+    if "<" not in text:
+        assert ours.decode(ids) == text
+
+
+@functools.cache
+def sentencepiece_tokenizer() -> Tokenizer:
+    with TemporaryDirectory() as folder:
+        return build_tokenizer(GGUFFile(tokenizer_file(Path(folder), "llama", sentencepiece_keys())))
+
+
+def test_a_token_that_stands_twice_is_named(tmp_path: Path) -> None:
+    keys = byte_level_keys("gpt-2")
+    file = GGUFFile(tokenizer_file(tmp_path, "llama", {**keys, "tokens": [*keys["tokens"][:-1], "!"]}))
+    with pytest.raises(CheckpointError, match="the token '!' stands twice in its vocabulary"):
+        build_tokenizer(file)
+
+
+def test_a_file_that_names_no_pre_tokenizer_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build_tokenizer(GGUFFile(tokenizer_file(tmp_path, "llama", byte_level_keys(None))))
+    assert "names no pre-tokenizer" in caplog.text
 
 
 def test_sentencepiece_without_prefix_space(tmp_path: Path) -> None:
