@@ -126,6 +126,23 @@ def test_sliding_window_masks_the_leaf() -> None:
     assert_equals_reference(backend, case, plan, pool, random_q(case, torch.float32))
 
 
+def test_kinds_of_one_step_keep_their_shared_levels_apart() -> None:
+    """Both cascades are prepared before either runs. Their shared runs differ: 4 pages, and the first 2 of them."""
+    case, other = decode_case([20, 30, 40], 4), decode_case([20 + 32, 30 + 32, 40 + 32], 2)
+    pool = pool_with_only(other, num_layers=1, dtype=torch.float32, seed=5)
+    for pages in pool.layer(0):
+        pages.nan_to_num_()  # the two plans read different slots
+    backend, _ = backend_of(case, pool)
+    windowed = CascadePlan(other.plan.levels, other.plan.page_size, window_len=200)  # every sequence fits
+    q = random_q(case, torch.float32)
+    prepared = [backend.prepare(plan) for plan in (case.plan, windowed)]
+    for plan, ready in zip((case.plan, windowed), prepared, strict=True):
+        out, lse = ready.attend(0, q)
+        expected_out, expected_lse = reference_attention(plan, pool, 0, q, backend.spec.sm_scale)
+        torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+
+
 def test_a_shared_level_is_planned_once_for_as_long_as_it_is_the_same_object() -> None:
     case = decode_case([20, 30, 40], 4)
     pool = pool_with_only(case, num_layers=1, dtype=torch.float32, seed=4)

@@ -84,7 +84,7 @@ class FlashInferAttentionBackend(AttentionBackend):
         workspace_bytes = float_workspace_bytes(spec, platform.num_processors, graph_shapes)
         self.device = FlashInferDevice.create(platform.ops, platform.stream, workspace_bytes)
         self._leaves: dict[tuple[bool, int | None], LevelKernel] = {}
-        self._shared: list[_SharedLevel] = []
+        self._shared: dict[int | None, list[_SharedLevel]] = {}
         self._append_table = _append_table(kv_cache)
 
     @staticmethod
@@ -112,9 +112,12 @@ class FlashInferAttentionBackend(AttentionBackend):
         assert plan.page_size == self.kv_cache.page_size
         leaf = self._leaf_kernel(plan)
         leaf.plan(self.columns(plan.leaf, plan.leaf.num_segments))
-        while len(self._shared) < len(plan.shared_levels):
-            self._shared.append(_SharedLevel(self))
-        runs = [mine.planned(level) for mine, level in zip(self._shared, plan.shared_levels, strict=False)]
+        shared = self._shared.setdefault(
+            plan.window_len, []
+        )  # by kind: all kinds of a step are prepared before it runs
+        while len(shared) < len(plan.shared_levels):
+            shared.append(_SharedLevel(self))
+        runs = [mine.planned(level) for mine, level in zip(shared, plan.shared_levels, strict=False)]
         return _PreparedFlashInferAttention(self, leaf, [run for run in runs if run.num_rows], plan.num_rows)
 
     def columns(self, level: CascadeLevel, num_segments: int) -> LevelColumns:
