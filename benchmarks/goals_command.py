@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.peer_options import open_peer, peer_options
-from cascade_llm.cli.console import error_console, print_json, result_console
+from cascade_llm.cli.console import error_console, print_json, result_console, run_bar
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
 from cascade_llm.cli.output_files import check_output_files, check_settings, output_options, write_json_file
 from cascade_llm.errors import ConfigError
@@ -60,7 +60,6 @@ def goals(
     from cascade_llm.bench.machine import describe_machine
     from cascade_llm.bench.setup import open_model
     from cascade_llm.bench.throughput import num_runs
-    from cascade_llm.cli.demo_runs import run_bar
 
     bench = open_model(model, options)
     chosen = choose_goals([name.strip() for name in loads.split(",") if name.strip()])

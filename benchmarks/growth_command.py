@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade_llm.cli.console import error_console, print_json, result_console
+from cascade_llm.cli.console import error_console, print_json, result_console, run_bar
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
 from cascade_llm.cli.output_files import check_output_files, check_settings, output_options, write_json_file
 from cascade_llm.errors import ConfigError
@@ -66,7 +66,6 @@ def growth(
     from cascade_llm.bench.machine import describe_machine
     from cascade_llm.bench.setup import open_model
     from cascade_llm.bench.throughput import num_runs
-    from cascade_llm.cli.demo_runs import run_bar
 
     points = [GrowthPoint(batch, at_prefix) for batch in _numbers("--batches", batches, 1)]
     points += [GrowthPoint(at_batch, length) for length in _numbers("--prefix-lens", prefix_lens, 0)]

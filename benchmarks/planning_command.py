@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from cascade_llm.cli.console import format_bytes, print_json, result_console
+from cascade_llm.cli.console import format_bytes, print_json, result_console, run_bar
 from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ def planning(
     check_output_files(output, plot, force=force)
     from benchmarks.cache_tree import CacheTreeLoad, measure_cache_tree
     from benchmarks.planning import measure_planning, planning_sweep
-    from cascade_llm.cli.demo_runs import run_bar
 
     loads = planning_sweep(max_sequences=max_sequences, max_context_len=max_context_len, seed=seed)
     tree = CacheTreeLoad(num_pages=cache_pages, num_prefixes=cache_prefixes, seed=seed) if cache_pages else None

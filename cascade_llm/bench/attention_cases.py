@@ -45,7 +45,7 @@ class AttentionCase:
         try:
             nodes, tokens = (tuple(int(number) for number in part.split(",")) for part in text.split("/"))
         except ValueError:
-            raise ConfigError(f"{text!r} is no case: write nodes and tokens as '1,4,256/512,128,32'") from None
+            raise ConfigError(f"{text!r} is no tree: write nodes and tokens as '1,4,256/512,128,32'") from None
         return cls(nodes, tokens)
 
     def __str__(self) -> str:
@@ -115,6 +115,14 @@ class AttentionCase:
         last_page_len = (self.tokens[-1] - 1) % PAGE_SIZE + 1
         rows = range(self.num_sequences + 1)
         return CascadeLevel(*map(int_column, (rows, indptr, pages, [last_page_len] * self.num_sequences)))
+
+    def prompts(self) -> Iterator[list[int]]:
+        """Token ids of each sequence; nodes differ in every token."""
+        for sequence in range(self.num_sequences):
+            ids: list[int] = []
+            for depth, length in enumerate(self.tokens):
+                ids += [1 + (depth << 24 | self._node(sequence, depth))] * length
+            yield ids
 
     def _forest(self) -> Run:
         """The shared runs; a node of one sequence is part of what is below it."""

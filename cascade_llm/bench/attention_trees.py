@@ -1,40 +1,32 @@
 """Attention alone: decode steps over trees of shared prefixes, the planner's plan against one level.
 
 The trees are the public yardstick of PAT (ASPLOS 2026): nodes per level over tokens per node. A decode step of as many
-sequences as the last level has nodes is planned by the real scheduler and cost model, and layers are timed on the
-attention backend that this machine uses: so many layers one after the other that none finds its K/V in a cache.
-`prepare` is told apart, since it is made once for all layers.
+sequences as the last level has nodes is planned by the real scheduler and cost model, and timed on the attention
+backend that this machine uses. `prepare` is told apart, since it is made once for all layers.
 """
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from cascade_llm.attention.backend import AttentionBackend, AttentionSpec, PreparedAttention
-from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend, GpuPlatform
-from cascade_llm.attention.select import BackendChoice, select_backend
+from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.select import select_backend
+from cascade_llm.bench.attention_cases import PAGE_SIZE, AttentionCase
+from cascade_llm.bench.attention_timing import check_memory, time_plans
 from cascade_llm.bench.machine_limits import MachineLimits
+from cascade_llm.bench.plan_tree import decode_step
 from cascade_llm.bench.step_work import ModelShape, floor_s, step_work
-from cascade_llm.config import CascadeConfig, SchedulerConfig
+from cascade_llm.config import CascadeConfig
 from cascade_llm.device.devices import thread_limit
 from cascade_llm.engine.cost_setup import choose_cost_model
 from cascade_llm.errors import ConfigError
-from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
-from cascade_llm.plan import CascadePlan, StepPlan, StepResult
-from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
-from cascade_llm.scheduler.scheduler import FlashInferScheduler
-from cascade_llm.scheduler.sequence import Request
-from cascade_llm.worker.memory import available_bytes
+from cascade_llm.scheduler.cascade.cost_model import AttentionShape
 
-__all__ = ["PUBLIC_TREES", "HeadLayout", "PrefixTreeShape", "TreeResult", "measure_tree", "parse_trees", "tree_plan"]
+__all__ = ["PUBLIC_TREES", "HeadLayout", "TreeResult", "measure_tree", "parse_trees"]
 
 PUBLIC_TREES = (
     "1,10/4096,416",
@@ -56,50 +48,8 @@ PUBLIC_TREES = (
 )
 """The last two share nothing: there a plan must not lose."""
 
-PAGE_SIZE = 16
-MEMORY_SHARE = 0.25
-UNCACHED_BYTES = 256 << 20
-"""K/V of all layers together: beyond any cache."""
 MAX_LAYERS = 64
-
-
-@dataclass(frozen=True)
-class PrefixTreeShape:
-    """Nodes per level, from the roots to the sequences, and tokens per node."""
-
-    nodes: tuple[int, ...]
-    tokens: tuple[int, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> PrefixTreeShape:
-        """Of "1,4,256/32,256,32": 1 root of 32 tokens, 4 nodes of 256, 256 sequences of 32 more."""
-        cure = "write nodes per level, a slash and tokens per node, such as 1,4,256/32,256,32"
-        try:
-            nodes, tokens = (tuple(map(int, part.split(","))) for part in text.split("/"))
-        except ValueError:
-            raise ConfigError(f"{text!r} is no tree: {cure}") from None
-        if len(nodes) != len(tokens) or min(*nodes, *tokens) < 1:
-            raise ConfigError(f"{text!r} is no tree: give as many levels on both sides, numbers from 1; {cure}")
-        if any(below % above for above, below in itertools.pairwise(nodes)):
-            raise ConfigError(f"{text!r}: each level's nodes must be a multiple of those above")
-        return cls(nodes, tokens)
-
-    def __str__(self) -> str:
-        return f"{','.join(map(str, self.nodes))}/{','.join(map(str, self.tokens))}"
-
-    @property
-    def num_tokens(self) -> int:
-        """Of all nodes."""
-        return sum(count * length for count, length in zip(self.nodes, self.tokens, strict=True))
-
-    def prompts(self) -> Iterator[list[int]]:
-        """Token ids of each sequence; nodes differ in every page."""
-        for sequence in range(self.nodes[-1]):
-            ids: list[int] = []
-            for depth, (count, length) in enumerate(zip(self.nodes, self.tokens, strict=True)):
-                node = sequence * count // self.nodes[-1]
-                ids += [1 + (depth << 24 | node)] * length
-            yield ids
+"""Attended one after the other, as far as the pool has so many."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +77,7 @@ class HeadLayout:
 
 @dataclass(frozen=True)
 class TreeResult:
-    """One tree on one layout; times of one layer in seconds, medians."""
+    """One tree on one layout; times of one layer in seconds, the shortest of several."""
 
     tree: str
     heads: str
@@ -155,7 +105,7 @@ class TreeResult:
 
 
 def measure_tree(
-    tree: PrefixTreeShape,
+    tree: AttentionCase,
     heads: HeadLayout,
     limits: MachineLimits,
     *,
@@ -168,17 +118,11 @@ def measure_tree(
     """Time a layer of a tree's decode step, the planner's plan and one level in turns.
 
     Raises:
-        ConfigError: its K/V do not fit a quarter of the free memory
+        ConfigError: its K/V do not fit the free memory
         BackendError: the backend cannot serve
     """
-    num_bytes = 2 * tree.num_tokens * heads.num_kv_heads * heads.head_dim * dtype.itemsize
-    if num_bytes > available_bytes(device) * MEMORY_SHARE:
-        raise ConfigError(
-            f"the tree {tree} has {num_bytes / 1e9:.1f} GB of K/V with {heads} heads, more than a quarter of the free "
-            "memory: leave it out, or choose fewer heads"
-        )
     spec = AttentionSpec(
-        num_layers=max(1, min(MAX_LAYERS, UNCACHED_BYTES // num_bytes)),
+        num_layers=MAX_LAYERS,
         num_qo_heads=heads.num_qo_heads,
         num_kv_heads=heads.num_kv_heads,
         head_dim=heads.head_dim,
@@ -186,114 +130,29 @@ def measure_tree(
         dtype=dtype,
         device=device,
     )
+    check_memory(tree, spec)
     choice = select_backend(backend, spec)
     costs, source = choose_cost_model(spec, choice.name, num_threads=num_threads)
-    chosen, planning_s = tree_plan(tree, costs, CascadeConfig())
-    single, _ = tree_plan(tree, costs, CascadeConfig(enabled=False))
-    with torch.inference_mode(), thread_limit(num_threads):
-        engine = _backend(choice, spec, max(_last_page(chosen), _last_page(single)) + 1)
-        q = torch.randn(chosen.num_rows, heads.num_qo_heads, heads.head_dim, device=device).to(dtype)
-        cascade_s, one_level_s, prepare_s = _times(engine, q, chosen.cascade, single.cascade, measure_s)
+    prompts = list(tree.prompts())
+    sizes = {"page_size": PAGE_SIZE, "max_model_len": sum(tree.tokens) + 2}
+    _, chosen, planning_s = decode_step(prompts, costs, CascadeConfig(), **sizes)
+    single = decode_step(prompts, costs, CascadeConfig(enabled=False), **sizes).plan
+    plans = {"chosen": chosen.cascade, "single": single.cascade}
+    with thread_limit(num_threads):
+        times = time_plans(tree, plans, spec, choice.backend, measure_s=2 * measure_s)
     work = step_work(chosen, _layer_shape(costs.shape))
     return TreeResult(
         tree=str(tree),
         heads=str(heads),
         num_levels=chosen.report.num_levels,
         num_groups=chosen.report.num_groups,
-        cascade_s=cascade_s,
-        one_level_s=one_level_s,
-        prepare_s=prepare_s,
+        cascade_s=times["chosen"].attend_s,
+        one_level_s=times["single"].attend_s,
+        prepare_s=times["chosen"].prepare_s,
         planning_s=planning_s,
         floor_s=floor_s([work], bytes_per_s=limits.bytes_per_s, flops_per_s=limits.flops_per_s),
         costs=source,
     )
-
-
-def tree_plan(tree: PrefixTreeShape, costs: CostModel, cascade: CascadeConfig) -> tuple[StepPlan, float]:
-    """The plan of a decode step over all of a tree's sequences, and the seconds that the scheduler took for it."""
-    prompts = list(tree.prompts())
-    longest = max(map(len, prompts)) + 2
-    config = SchedulerConfig(
-        page_size=PAGE_SIZE,
-        total_pages=sum(
-            count * (-(-length // PAGE_SIZE) + 2) for count, length in zip(tree.nodes, tree.tokens, strict=True)
-        )
-        + len(prompts) * 4,
-        max_model_len=longest,
-        max_num_seqs=len(prompts),
-        max_num_batched_tokens=sum(map(len, prompts)),
-        cascade=cascade,
-    )
-    scheduler = FlashInferScheduler(config, costs)
-    params = SamplingParams(max_tokens=2, ignore_eos=True)
-    for index, token_ids in enumerate(prompts):
-        scheduler.add(Request(request_id=str(index), prompt_token_ids=token_ids, params=params, seed=0))
-    prefill = scheduler.schedule()
-    assert prefill is not None
-    tokens = [0] * len(prefill.sample_rows)
-    scheduler.commit(prefill, StepResult(step_id=prefill.step_id, token_ids=tokens))
-    start_s = time.perf_counter()
-    decode = scheduler.schedule()
-    planning_s = time.perf_counter() - start_s
-    assert decode is not None
-    assert decode.num_rows == len(prompts)
-    return decode, planning_s
-
-
-def _backend(choice: BackendChoice, spec: AttentionSpec, num_pages: int) -> AttentionBackend:
-    kv_cache = PagedKVCache(
-        num_layers=spec.num_layers,
-        num_pages=num_pages,
-        page_size=PAGE_SIZE,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=spec.dtype,
-        device=spec.device,
-        layout=choice.backend.preferred_layout(spec.device),
-    )
-    for layer in range(spec.num_layers):
-        kv_cache.layer(layer).normal_()
-    if choice.name == "flashinfer":
-        return FlashInferAttentionBackend(spec, kv_cache, GpuPlatform.cuda(spec.device))
-    return choice.backend(spec, kv_cache)
-
-
-def _times(
-    backend: AttentionBackend, q: torch.Tensor, chosen: CascadePlan, single: CascadePlan, measure_s: float
-) -> tuple[float, float, float]:
-    """Medians of a layer's `attend` for both plans, in turns, and of `prepare` for the chosen one."""
-    times: dict[str, list[float]] = {"chosen": [], "single": [], "prepare": []}
-    num_layers = backend.spec.num_layers
-    end_s, num_turns = time.perf_counter() + 2 * measure_s, 0
-    while num_turns < 4 or time.perf_counter() < end_s:
-        for name, plan in (("chosen", chosen), ("single", single))[:: 1 if num_turns % 2 else -1]:
-            prepare_s, prepared = _timed(lambda plan=plan: backend.prepare(plan), q.device)  # type: ignore[misc]
-            attend_s, _ = _timed(lambda prepared=prepared: _attend_all(prepared, num_layers, q), q.device)  # type: ignore[misc]
-            if num_turns:  # the first turn warms up
-                times[name].append(attend_s / num_layers)
-                if name == "chosen":
-                    times["prepare"].append(prepare_s)
-        num_turns += 1
-    return tuple(statistics.median(of_name) for of_name in times.values())  # type: ignore[return-value]
-
-
-def _attend_all(prepared: PreparedAttention, num_layers: int, q: torch.Tensor) -> None:
-    for layer in range(num_layers):
-        prepared.attend(layer, q)
-
-
-def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start_s = time.perf_counter()
-    result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start_s, result
-
-
-def _last_page(plan: StepPlan) -> int:
-    return max(max(level.kv_page_indices, default=0) for level in plan.cascade.levels)
 
 
 def _layer_shape(shape: AttentionShape) -> ModelShape:
@@ -308,6 +167,6 @@ def _layer_shape(shape: AttentionShape) -> ModelShape:
     )
 
 
-def parse_trees(texts: Sequence[str]) -> list[PrefixTreeShape]:
+def parse_trees(texts: Sequence[str]) -> list[AttentionCase]:
     """The public trees where none is given."""
-    return [PrefixTreeShape.parse(text) for text in texts or PUBLIC_TREES]
+    return [AttentionCase.parse(text) for text in texts or PUBLIC_TREES]

@@ -200,15 +200,7 @@ def attention_of(model: str, options: EngineOptions) -> tuple[AttentionSpec, Bac
     checkpoint = open_checkpoint(model, load_format=options.load_format)
     config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     device = resolve_device(options.device)
-    spec = AttentionSpec(
-        num_layers=config.num_layers,
-        num_qo_heads=config.num_qo_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        sm_scale=config.sm_scale,
-        dtype=resolve_dtype(options.dtype, config.dtype, device),
-        device=device,
-    )
+    spec = AttentionSpec.for_model(config, resolve_dtype(options.dtype, config.dtype, device), device)
     return spec, select_backend(options.attention_backend, spec)
 
 
@@ -244,7 +236,7 @@ def calibrate(
         case = AttentionCase.parse(name)
         plans = {depths: case.plan(depths) for depths in case.subsets(max_levels)}
         times = time_plans(case, plans, spec, backend, measure_s=measure_s / len(cases))
-        measured += [(plan_work(plans[depths]), seconds) for depths, seconds in times.items()]
+        measured += [(plan_work(plans[depths]), taken.layer_s) for depths, taken in times.items()]
     _, start = table_costs(spec.device)
     start = replace(start, llc_bytes=last_level_cache_bytes(spec.device) // 2)
     model = fit_costs(CostModel(attention_shape(spec), start), measured)
@@ -290,11 +282,12 @@ def check_choices(
         on_case(name)
         case = AttentionCase.parse(name)
         plans = {_label(depths): case.plan(depths) for depths in case.subsets(max_levels)}
+        times = time_plans(case, plans, spec, backend, measure_s=measure_s / len(cases))
         checked.append(
             CheckedCase(
                 case=name,
                 predicted_s={label: model.plan_s(plan_work(plan)) for label, plan in plans.items()},
-                measured_s=time_plans(case, plans, spec, backend, measure_s=measure_s / len(cases)),
+                measured_s={label: taken.layer_s for label, taken in times.items()},
                 chosen=_label(case.chosen(model, max_levels)),
             )
         )

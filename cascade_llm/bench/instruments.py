@@ -1,6 +1,7 @@
-"""What happens inside a step, observed from outside: the engine's own code knows nothing of it and pays nothing.
+"""What happens inside a step, observed from outside for the length of a `with` block.
 
-For the length of a `with` block a few callables of one engine's parts are replaced by ones that note and call them.
+Plans come from the engine's own observer. To time the parts of a step a few callables of one engine are replaced by
+ones that note and call them: the engine's own code knows nothing of it and pays nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from cascade_llm.attention.backend import PreparedAttention
+from cascade_llm.engine.engine import StepEvent
 from cascade_llm.llm import LLM
 from cascade_llm.plan import CascadePlan, StepPlan
 from cascade_llm.weights.linear import Linear
@@ -73,18 +75,17 @@ class StepClock:
 @contextmanager
 def recorded_plans(llm: LLM) -> Iterator[list[StepPlan]]:
     """Yields a list that gets the plan of each step."""
-    scheduler = llm.engine.scheduler
-    schedule, plans = scheduler.schedule, list[StepPlan]()
+    plans: list[StepPlan] = []
 
-    def recorded() -> StepPlan | None:
-        plan = schedule()
-        if plan is not None:
-            plans.append(plan)
-        return plan
+    def record(event: StepEvent) -> None:
+        if event.result is None:
+            plans.append(event.plan)
 
-    with ExitStack() as stack:
-        _replace(stack, scheduler, "schedule", recorded)
+    llm.engine.on_step.append(record)
+    try:
         yield plans
+    finally:
+        llm.engine.on_step.remove(record)
 
 
 @contextmanager

@@ -1,15 +1,15 @@
 """The tree of shared prefixes of a set of prompts, and the cascade plan of their decode step, without the model.
 
-The scheduler itself is driven: it prefills all prompts and plans one decode step. Tokens that a model would have drawn
-are made up, since a plan depends on lengths and prompts alone.
+The scheduler itself is driven: it prefills all prompts and plans one decode step.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.select import select_backend
@@ -30,7 +30,7 @@ from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request
 from cascade_llm.scheduler.sequence import Sequence as TokenSequence
 
-__all__ = ["PrefixNode", "PrefixTree", "plan_prompts", "plan_tree"]
+__all__ = ["DecodeStep", "PrefixNode", "PrefixTree", "decode_step", "plan_prompts", "plan_tree"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -161,9 +161,9 @@ def plan_tree(
     """
     spec = _attention_spec(config, options)
     cost_model, source = _cost_model(spec, options, costs)
-    scheduler, decode = _decode_step(prompts, _scheduler_config(prompts, config, options, options.cascade), cost_model)
-    one_level = _scheduler_config(prompts, config, options, CascadeConfig(enabled=False))
-    _, plain = _decode_step(prompts, one_level, cost_model)
+    sizes = {"page_size": options.page_size, "max_model_len": _max_model_len(config, options)}
+    scheduler, decode, _ = decode_step(prompts, cost_model, options.cascade, **sizes)
+    plain = decode_step(prompts, cost_model, CascadeConfig(enabled=False), **sizes).plan
     by_lane = {sequence.lane: sequence for sequence in scheduler.sequences()}
     ordered = [by_lane[lane] for lane in decode.sequence_lanes]
     return PrefixTree(
@@ -181,16 +181,7 @@ def plan_tree(
 def _attention_spec(config: ModelConfig, options: EngineOptions) -> AttentionSpec:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, config.dtype, device)
-    return AttentionSpec(
-        num_layers=config.num_layers,
-        num_qo_heads=config.num_qo_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        sm_scale=config.sm_scale,
-        dtype=dtype,
-        device=device,
-        kv_dtype=resolve_kv_dtype(options.kv_cache_dtype, dtype),
-    )
+    return AttentionSpec.for_model(config, dtype, device, resolve_kv_dtype(options.kv_cache_dtype, dtype))
 
 
 def _cost_model(spec: AttentionSpec, options: EngineOptions, device: str | None) -> tuple[CostModel, str]:
@@ -228,26 +219,31 @@ def _read_all(processor: InputProcessor, prompts: Sequence[Prompt | Messages]) -
     return read
 
 
-def _scheduler_config(
-    prompts: Sequence[Sequence[int]], config: ModelConfig, options: EngineOptions, cascade: CascadeConfig
-) -> SchedulerConfig:
-    """Room for all prompts at once, in one step: what is asked is what they share, not how many fit."""
-    size, max_model_len = options.page_size, _max_model_len(config, options)
-    num_pages = sum(len(prompt) // size + 2 for prompt in prompts) + len(prompts)
-    return SchedulerConfig(
-        page_size=size,
-        total_pages=max(num_pages, -(-max_model_len // size)),
+class DecodeStep(NamedTuple):
+    """A decode step over all prompts."""
+
+    scheduler: FlashInferScheduler
+    plan: StepPlan
+    planning_s: float
+    """What the scheduler took for it."""
+
+
+def decode_step(
+    prompts: Sequence[Sequence[int]], costs: CostModel, cascade: CascadeConfig, *, page_size: int, max_model_len: int
+) -> DecodeStep:
+    """Prefill all prompts in one step and plan the next: what is asked is what they share, not how many fit.
+
+    Tokens that a model would have drawn are made up, since a plan depends on lengths and prompts alone.
+    """
+    num_pages = sum(len(prompt) // page_size + 2 for prompt in prompts) + len(prompts)
+    config = SchedulerConfig(
+        page_size=page_size,
+        total_pages=max(num_pages, -(-max_model_len // page_size)),
         max_model_len=max_model_len,
         max_num_seqs=len(prompts),
         max_num_batched_tokens=sum(map(len, prompts)),
         cascade=cascade,
     )
-
-
-def _decode_step(
-    prompts: Sequence[Sequence[int]], config: SchedulerConfig, costs: CostModel
-) -> tuple[FlashInferScheduler, StepPlan]:
-    """A scheduler that has prefilled all prompts, and its plan of the step after that."""
     scheduler = FlashInferScheduler(config, costs)
     params = SamplingParams(max_tokens=2, ignore_eos=True)
     for index, token_ids in enumerate(prompts):
@@ -256,10 +252,12 @@ def _decode_step(
     assert prefill is not None
     tokens = [MADE_UP_TOKEN] * len(prefill.sample_rows)
     scheduler.commit(prefill, StepResult(step_id=prefill.step_id, token_ids=tokens))
+    start_s = time.perf_counter()
     decode = scheduler.schedule()
+    planning_s = time.perf_counter() - start_s
     assert decode is not None
     assert decode.num_rows == decode.num_sequences == scheduler.num_running
-    return scheduler, decode
+    return DecodeStep(scheduler, decode, planning_s)
 
 
 def _forest(sequences: list[TokenSequence], page_size: int) -> Run:

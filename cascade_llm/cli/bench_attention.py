@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade_llm.cli.console import error_console, print_json, result_console
+from cascade_llm.cli.console import error_console, print_json, result_console, run_bar
 from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
 from cascade_llm.errors import ConfigError
 
@@ -21,7 +21,12 @@ __all__ = ["attention"]
 
 
 @click.command()
-@click.option("--tree", "trees", multiple=True, help="Nodes per level / tokens per node; default: a public list.")
+@click.option(
+    "--tree",
+    "trees",
+    multiple=True,
+    help="Nodes per level / tokens per node; default: a public list.",
+)
 @click.option("--heads", multiple=True, default=("32/8",), show_default=True, help="Query heads / KV heads.")
 @click.option("--head-dim", type=int, default=128, show_default=True, help="Of every head.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -55,7 +60,6 @@ def attention(
     from cascade_llm.bench.attention_trees import HeadLayout, measure_tree, parse_trees
     from cascade_llm.bench.machine import describe_machine
     from cascade_llm.bench.machine_limits import machine_limits
-    from cascade_llm.cli.demo_runs import run_bar
     from cascade_llm.config import EngineOptions
     from cascade_llm.device.devices import resolve_device, resolve_dtype
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from cascade_llm.cli.console import print_json, result_console
+from cascade_llm.cli.console import print_json, result_console, run_bar
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
 from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
 from cascade_llm.config import EngineOptions
@@ -63,7 +63,6 @@ def calibrate(
     from cascade_llm.bench.attention_cases import AttentionCase
     from cascade_llm.bench.calibration import FIT_CASES, HELD_OUT_CASES, attention_of, check_choices
     from cascade_llm.bench.calibration import calibrate as measure
-    from cascade_llm.cli.demo_runs import run_bar
     from cascade_llm.device.devices import thread_limit
     from cascade_llm.engine.cost_setup import attention_shape, calibration_path, choose_cost_model
     from cascade_llm.scheduler.cascade.calibration import write_calibration

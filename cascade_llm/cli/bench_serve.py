@@ -11,7 +11,7 @@ import click
 from cascade_llm.cli.bench_latency import arrival_options, make_arrivals, with_history
 from cascade_llm.cli.bench_throughput import load_options
 from cascade_llm.cli.bench_workloads import WorkloadGroup
-from cascade_llm.cli.console import print_json, result_console
+from cascade_llm.cli.console import print_json, result_console, run_bar
 from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
 from cascade_llm.errors import BackendError
 
@@ -71,7 +71,6 @@ def _run(
     from cascade_llm.bench.latency import LatencyReport, LatencyRun
     from cascade_llm.bench.reading import Reading
     from cascade_llm.bench.serve_client import CompletionsServer, run_against_server
-    from cascade_llm.cli.demo_runs import run_bar
 
     load = with_history(_load(workload, tokenizer, vocab_size, temperature, top_p), history)
     load.check(1 << 62)

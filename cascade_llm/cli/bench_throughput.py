@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cascade_llm.cli.bench_workloads import WorkloadGroup
-from cascade_llm.cli.console import print_json, result_console
+from cascade_llm.cli.console import print_json, result_console, run_bar
 from cascade_llm.cli.field_options import engine_options, model_option, take_engine
 from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
 
@@ -71,7 +71,6 @@ def measure(
     from cascade_llm.bench.compare import compare
     from cascade_llm.bench.setup import open_model
     from cascade_llm.bench.throughput import num_runs
-    from cascade_llm.cli.demo_runs import run_bar
 
     bench = open_model(model, options)
     load = bench.load(workload, temperature=temperature, top_p=top_p)

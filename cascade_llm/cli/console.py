@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from cascade_llm.llm import LLM
 
-__all__ = ["error_console", "format_bytes", "open_llm", "print_json", "result_console"]
+__all__ = ["error_console", "format_bytes", "open_llm", "print_json", "result_console", "run_bar"]
 
 REPORT_WIDTH = 110
 """Columns of tables and trees where the output is no terminal."""
@@ -59,3 +59,21 @@ def open_llm(model: str, options: dict[str, Any]) -> Iterator[LLM]:
         llm = LLM(model, **options)
     with llm:
         yield llm
+
+
+@contextmanager
+def run_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """Yields a function to call with a name before each run."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = error_console()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading", total=total)
+        started: list[str] = []
+
+        def on_run(name: str) -> None:
+            bar.update(task, description=name, completed=len(started))
+            started.append(name)
+
+        yield on_run

@@ -78,16 +78,9 @@ def attention_spec(model: str, dtype: str, kv_cache_dtype: str = "auto") -> Atte
     from cascade_llm.models.architectures import model_config_from_hf
 
     config = model_config_from_hf(open_checkpoint(model, load_format="dummy").hf_config())
-    return AttentionSpec(
-        num_layers=config.num_layers,
-        num_qo_heads=config.num_qo_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        sm_scale=config.sm_scale,
-        dtype=getattr(torch, dtype),
-        device=torch.device("cpu"),
-        kv_dtype=resolve_kv_dtype(kv_cache_dtype, getattr(torch, dtype)),
-    )
+    computed = getattr(torch, dtype)
+    kv_dtype = resolve_kv_dtype(kv_cache_dtype, computed)
+    return AttentionSpec.for_model(config, computed, torch.device("cpu"), kv_dtype)
 
 
 def _print(built: list[BuiltKernel], folder: Path, as_json: bool) -> None:
