@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from cascade_llm.cli.field_options import (
     take_engine,
     take_sampling,
 )
+from cascade_llm.cli.prompt_files import take_template, template_options
 from cascade_llm.errors import PromptError, RequestError, SamplingParamsError, nearest_name_hint
 from cascade_llm.sampling_params import SamplingParams
 
@@ -47,19 +48,22 @@ COMMANDS = {"/reset": "forget the conversation", "/exit": "leave (or Ctrl-D)", "
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The system message.",
 )
+@template_options
 @click.option("-q", "--quiet", is_flag=True, help="Print answers only.")
 @sampling_options
 @engine_options()
 def chat(model: str, system_file: Path | None, quiet: bool, **arguments: Any) -> None:
     """Talk to a model; each line is a message. /reset forgets, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
-    params, options = take_sampling(arguments), take_engine(arguments)
+    params, options, template = take_sampling(arguments), take_engine(arguments), take_template(arguments)
+    if template.pop("continue_final_message", False):
+        raise PromptError("--continue-final-message goes with `generate`: here each line begins a message of its own")
     if params.n != 1:
         raise SamplingParamsError(f"n is {params.n}: a conversation goes on from one answer, leave it at 1")
-    system = system_file.read_text(encoding="utf-8") if system_file else None
+    system = system_file.read_text(encoding="utf-8-sig") if system_file else None
     with open_llm(model, options) as llm:
         if llm.tokenizer is None:
             raise PromptError(f"{model} has no tokenizer: a conversation needs one, copy its tokenizer.json beside it")
-        conversation = Conversation(llm.tokenizer, system)
+        conversation = Conversation(llm.tokenizer, system, template, params.split_special_tokens)
         if not quiet and sys.stdin.isatty():
             _tell(f"{llm.model_name}: write a message, or {', '.join(COMMANDS)}")
         for line in _lines():
@@ -74,8 +78,17 @@ def chat(model: str, system_file: Path | None, quiet: bool, **arguments: Any) ->
 class Conversation:
     """Messages and the token ids that spell them."""
 
-    def __init__(self, tokenizer: Tokenizer, system: str | None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        system: str | None,
+        template: Mapping[str, Any] | None = None,
+        split_special_tokens: bool = False,
+    ) -> None:
+        """`template`: what its chat template is told, as `LLM.chat` takes it."""
+        self._tokenizer, self._splits = tokenizer, split_special_tokens
+        template = dict(template or {})
+        self._template = {**template.pop("chat_template_kwargs", {}), **template}
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 
@@ -87,7 +100,9 @@ class Conversation:
     def prompt_ids(self, text: str) -> list[int]:
         """The whole conversation with a new message at its end, starting with the ids of what was said so far."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        return self._tokenizer.encode_continuation(self._history_ids, messages)
+        if self._splits:
+            return self._tokenizer.encode_chat(messages, split_special_tokens=True, **self._template)
+        return self._tokenizer.encode_continuation(self._history_ids, messages, **self._template)
 
     def add_turn(self, text: str, output: RequestOutput) -> None:
         """Keep a message and its answer, as far as it came."""

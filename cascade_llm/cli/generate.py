@@ -23,8 +23,8 @@ from cascade_llm.cli.field_options import (
     take_engine,
     take_sampling,
 )
-from cascade_llm.cli.prompt_files import PromptInput, read_prompts
-from cascade_llm.errors import GenerationError
+from cascade_llm.cli.prompt_files import PromptInput, read_prompts, take_template, template_options
+from cascade_llm.errors import GenerationError, PromptError
 from cascade_llm.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from cascade_llm.sampling_params import SamplingParams
 
@@ -57,6 +57,7 @@ def prompt_options(command: Any) -> Any:
     help='One prompt per line; a .jsonl file holds {"prompt": ...} or {"messages": [...]} per line.',
 )
 @prompt_options
+@template_options
 @model_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per prompt.")
 @click.option(
@@ -81,13 +82,15 @@ def generate(
     **arguments: Any,
 ) -> None:
     """Complete PROMPTs; without any, and without --file, each line of standard input is one."""
-    params, options = take_sampling(arguments), take_engine(arguments)
+    params, options, template = take_sampling(arguments), take_engine(arguments), take_template(arguments)
     inputs = read_prompts(prompts, file, system_file, as_chat=as_chat)
+    if template and not inputs[0].is_chat:
+        raise PromptError(f"--{next(iter(template)).replace('_', '-')} does nothing to plain prompts: add --chat")
     with open_llm(model, options) as llm:
         start_s = time.perf_counter()
         failure: GenerationError | None = None
         try:
-            outputs = _run(llm, inputs, params, on_error, progress=not quiet)
+            outputs = _run(llm, inputs, params, on_error, template, progress=not quiet)
         except GenerationError as error:  # what was computed by then is printed all the same
             outputs, failure = [o for o in error.outputs if isinstance(o, RequestOutput)], error
         elapsed_s = time.perf_counter() - start_s
@@ -101,11 +104,17 @@ def generate(
 
 
 def _run(
-    llm: LLM, inputs: list[PromptInput], params: SamplingParams, on_error: Any, progress: bool
+    llm: LLM,
+    inputs: list[PromptInput],
+    params: SamplingParams,
+    on_error: Any,
+    template: dict[str, Any],
+    progress: bool,
 ) -> list[RequestOutput]:
     contents: list[Any] = [item.content for item in inputs]
-    complete = llm.chat if inputs[0].is_chat else llm.generate
-    return complete(contents, params, on_error=on_error, progress=progress)
+    if inputs[0].is_chat:
+        return llm.chat(contents, params, on_error=on_error, progress=progress, **template)
+    return llm.generate(contents, params, on_error=on_error, progress=progress)
 
 
 def _print_outputs(outputs: list[RequestOutput], *, as_json: bool) -> None:

@@ -14,7 +14,7 @@ import click
 from cascade_llm.errors import PromptError
 from cascade_llm.sampling_params import SamplingParams
 
-__all__ = ["PromptInput", "read_file", "read_prompts", "with_system"]
+__all__ = ["PromptInput", "read_file", "read_prompts", "take_template", "template_options", "with_system"]
 
 CURE = 'write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
 SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
@@ -32,6 +32,54 @@ class PromptInput:
     def is_chat(self) -> bool:
         """Whether it is a conversation."""
         return isinstance(self.content, list) and bool(self.content) and isinstance(self.content[0], dict)
+
+
+TEMPLATE_NAMES = ("chat_template", "chat_template_kwargs", "tools", "continue_final_message")
+
+
+def template_options(command: Any) -> Any:
+    """What a chat template is told; collect it with `take_template`."""
+    readable = click.Path(exists=True, dir_okay=False, path_type=Path)
+    for option in (
+        click.option(
+            "--continue-final-message", is_flag=True, help="Go on with the last message of each conversation."
+        ),
+        click.option("--tools", type=readable, help="A JSON file with a list of the functions that may be called."),
+        click.option(
+            "--chat-template-kwargs",
+            metavar="JSON",
+            help="What else the chat template reads, such as '{\"enable_thinking\": false}'.",
+        ),
+        click.option("--chat-template", type=readable, help="A file with another chat template than the model's."),
+    ):
+        command = option(command)
+    return command
+
+
+def take_template(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Remove the template options from a command's arguments; returns those that were given, as `LLM.chat` takes them.
+
+    Raises `PromptError` for what is no JSON.
+    """
+    given = {name: arguments.pop(name) for name in TEMPLATE_NAMES if name in arguments}
+    given = {name: value for name, value in given.items() if value}
+    if "chat_template" in given:
+        given["chat_template"] = _read_text(given["chat_template"])
+    if "tools" in given:
+        given["tools"] = _json(f"--tools {given['tools']}", _read_text(given["tools"]), list)
+    if "chat_template_kwargs" in given:
+        given["chat_template_kwargs"] = _json("--chat-template-kwargs", given["chat_template_kwargs"], dict)
+    return given
+
+
+def _json(where: str, text: str, kind: type) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{where} is no JSON ({error})") from None
+    if not isinstance(value, kind):
+        raise PromptError(f"{where} is a JSON {type(value).__name__}: give {'a list' if kind is list else 'an object'}")
+    return value
 
 
 def read_prompts(
