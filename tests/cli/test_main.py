@@ -55,7 +55,7 @@ def test_an_interruption_is_one_line(repo_root: Path, environment: dict[str, str
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert errors.strip() == "Interrupted."
 
 
