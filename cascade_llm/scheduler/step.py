@@ -171,8 +171,8 @@ def _mask_columns(masks: dict[int, IntColumn], num_samples: int) -> dict[str, An
     if not masks:
         return {}
     table = {id(mask): mask for mask in masks.values()}
-    places = {key: place for place, key in enumerate(table)}
-    rows = [places[id(masks[sample])] if sample in masks else -1 for sample in range(num_samples)]
+    positions = {key: position for position, key in enumerate(table)}
+    rows = [positions[id(masks[sample])] if sample in masks else -1 for sample in range(num_samples)]
     return {"sample_mask_rows": int_column(rows), "token_bitmasks": tuple(table.values())}
 
 

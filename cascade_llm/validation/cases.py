@@ -131,7 +131,7 @@ def pool_with_only(
 ) -> PagedKVCache:
     """A pool with random K/V in the slots that the case may read and NaN in all others.
 
-    Where the case says `identical`, a token's K/V are a function of its place in its sequence alone.
+    Where the case says `identical`, a token's K/V are a function of its position in its sequence alone.
     """
     kv_cache = PagedKVCache(
         num_layers=num_layers,

@@ -4,9 +4,9 @@ Rounding makes any two ways of computing a model differ. How much of that a user
 run: a sequence computed alone against the same sequence in a batch of 64, nothing shared in either. Cascade attention
 must stay in that range.
 
-Two figures are compared: the largest difference of a log-probability at each place, averaged over places, and the
+Two figures are compared: the largest difference of a log-probability at each position, averaged over positions, and the
 largest of all. In bfloat16 any difference, however small, has grown to one and the same level after some ten tokens
-and stays there, so both comparisons are draws from nearly one distribution. The average of hundreds of places then
+and stays there, so both comparisons are draws from nearly one distribution. The average of hundreds of positions then
 hardly varies: over eight texts its ratio went from 1.03 to 1.12, so 1.25 is allowed. The largest of millions of
 differences is a single draw from a long tail: over nineteen texts its ratio went from 0.82 to 1.48, so 2 is allowed.
 One page of 16 tokens left out of a prefix of 64 makes the average 8 times as large as the yardstick's.
@@ -54,7 +54,7 @@ class EngineLoad:
         return self.prefix_len + self.num_places + 1
 
     def texts(self, token_ids: Sequence[int]) -> list[ForcedText]:
-        """`BATCH` sequences: one prefix, and continuations from as many places of the same text."""
+        """`BATCH` sequences: one prefix, and continuations from as many positions of the same text."""
         long_enough = list(token_ids) * (1 + 2 * self.max_model_len // len(token_ids))
         prefix = long_enough[: self.prefix_len]
         room = len(long_enough) - self.prefix_len - self.num_places
@@ -67,15 +67,18 @@ class Difference:
     """Two readings of the same texts."""
 
     typical: float
-    """The largest difference of a log-probability at each place, averaged over places."""
+    """The largest difference of a log-probability at each position, averaged over positions."""
     largest: float
     """The largest of all."""
 
     @classmethod
-    def between(cls, one: Reading, other: Reading, first_place: int) -> Difference:
-        """Over the whole vocabulary, at all observed places from `first_place` on."""
+    def between(cls, one: Reading, other: Reading, first_position: int) -> Difference:
+        """Over the whole vocabulary, at all observed positions from `first_position` on."""
         per_place = torch.cat(
-            [(one.logprobs[i][first_place:] - other.logprobs[i][first_place:]).abs().amax(-1) for i in one.logprobs]
+            [
+                (one.logprobs[i][first_position:] - other.logprobs[i][first_position:]).abs().amax(-1)
+                for i in one.logprobs
+            ]
         )
         return cls(per_place.double().mean().item(), per_place.max().item())
 
@@ -101,7 +104,7 @@ def check_engine(
     max_levels: int,
     progress: Progress,
 ) -> list[Check]:
-    """All comparisons; `token_ids` is the text, read in many places."""
+    """All comparisons; `token_ids` is the text, read in many positions."""
     texts = load.texts(token_ids)
     observed = list(range(0, BATCH, BATCH // load.num_observed))
 
@@ -151,7 +154,7 @@ def check_engine(
 
 
 def _read_alone(reader: ForcedReader, texts: Sequence[ForcedText], observed: Sequence[int]) -> Reading:
-    """The observed texts one by one, joined to one reading; places of the others stay empty."""
+    """The observed texts one by one, joined to one reading; positions of the others stay empty."""
     readings = {index: reader.read([texts[index]], [0]) for index in observed}
     greedy = torch.zeros(len(texts), len(texts[0].continuation), dtype=torch.int64)
     return Reading(

@@ -26,23 +26,23 @@ from cascade_llm.worker.worker import WorkerFacts
 __all__ = ["GraphReading", "read_through_graphs"]
 
 REPORTED = 5
-"""Log-probabilities of the best tokens at each place, beside the chosen one's."""
+"""Log-probabilities of the best tokens at each position, beside the chosen one's."""
 OWN_TOKENS = 4
 """Of a prompt, beyond what all share."""
 
 
 class GraphReading:
-    """What graphs said at each place of their own continuations, and what the eager runner says there."""
+    """What graphs said at each position of their own continuations, and what the eager runner says there."""
 
     def __init__(self, outputs: Sequence[CompletionOutput], eager: Reading, graph_steps: int) -> None:
         self.graph_steps = graph_steps
         """Steps that graphs ran."""
         self.differences = [
-            max(abs(logprob - eager.logprobs[index][place, token_id].item()) for token_id, logprob in found.top)
+            max(abs(logprob - eager.logprobs[index][position, token_id].item()) for token_id, logprob in found.top)
             for index in eager.logprobs
-            for place, found in enumerate(outputs[index].logprobs or ())
+            for position, found in enumerate(outputs[index].logprobs or ())
         ]
-        """At each observed place, the largest difference of a reported log-probability."""
+        """At each observed position, the largest difference of a reported log-probability."""
         tokens = torch.tensor([output.token_ids for output in outputs])
         self.margins = sorted(eager.margins[tokens != eager.greedy].tolist(), reverse=True)
         """Where graphs chose another token than the eager runner would, its margin there."""

@@ -34,14 +34,14 @@ class ForcedText:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the model thought at each place of each continuation, before it was shown the token there."""
+    """What the model thought at each position of each continuation, before it was shown the token there."""
 
     greedy: torch.Tensor
-    """[texts, places], int64: the most probable token"""
+    """[texts, positions], int64: the most probable token"""
     margins: torch.Tensor
-    """[texts, places], float32: its log-probability less that of the second"""
+    """[texts, positions], float32: its log-probability less that of the second"""
     logprobs: dict[int, torch.Tensor]
-    """for each observed text [places, vocab], float32, on the CPU"""
+    """for each observed text [positions, vocab], float32, on the CPU"""
 
 
 class ForcedReader:
@@ -102,16 +102,16 @@ class ForcedReader:
     def _step(self, plan: StepPlan, texts: Sequence[ForcedText], read_now: list[int], reading: Reading) -> None:
         """Run one step; sample i of it belongs to text `read_now[i]`."""
         logits = self._runner.logits(plan, plan.sample_rows)
-        places = [
+        positions = [
             position - len(texts[index].prompt_token_ids)
             for index, position in zip(read_now, plan.sample_positions, strict=True)
         ]
-        forced = [texts[index].continuation[place] for index, place in zip(read_now, places, strict=True)]
-        for row, (index, place) in enumerate(zip(read_now, places, strict=True)):
+        forced = [texts[index].continuation[position] for index, position in zip(read_now, positions, strict=True)]
+        for row, (index, position) in enumerate(zip(read_now, positions, strict=True)):
             logprobs = logits[row].float().log_softmax(-1)
             best, second = logprobs.topk(2).values.tolist()
-            reading.greedy[index, place] = logprobs.argmax()
-            reading.margins[index, place] = best - second
+            reading.greedy[index, position] = logprobs.argmax()
+            reading.margins[index, position] = best - second
             if index in reading.logprobs:
-                reading.logprobs[index][place] = logprobs.cpu()
+                reading.logprobs[index][position] = logprobs.cpu()
         self._scheduler.commit(plan, StepResult(step_id=plan.step_id, token_ids=forced))

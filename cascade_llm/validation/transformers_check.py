@@ -29,10 +29,10 @@ from cascade_llm.worker.worker import WorkerFacts
 __all__ = ["check_transformers"]
 
 Report = Sequence[TokenLogprob]
-"""What the engine reported of one continuation, place by place."""
+"""What the engine reported of one continuation, position by position."""
 
 NUM_COMPARED = 50
-"""Most probable tokens whose log-probabilities are compared at each place."""
+"""Most probable tokens whose log-probabilities are compared at each position."""
 
 FLOAT32_TOLERANCE = 1e-3
 """Of a log-probability, between two float32 implementations of thirty-odd layers."""
@@ -50,7 +50,7 @@ def check_transformers(
     num_new: int,
     progress: Progress,
 ) -> list[Check]:
-    """Greedy continuations by the whole engine, and the log-probabilities that it reports at every place of them."""
+    """Greedy continuations by the whole engine, and the log-probabilities that it reports at every position of them."""
     if checkpoint.is_dummy:
         return [Check(name="against transformers", passed=None, note="dummy weights: there is nothing to load")]
     if facts.kv_dtype.itemsize == 1:
@@ -66,8 +66,10 @@ def check_transformers(
     except UnsupportedModelError as error:
         return [Check(name="against transformers", passed=None, note=str(error))]
     progress("done", 3, 3)
-    top_ids = [torch.tensor([[token_id for token_id, _ in place.top] for place in places]) for places in ours]
-    found = [torch.tensor([[logprob for _, logprob in place.top] for place in places]) for places in ours]
+    top_ids = [
+        torch.tensor([[token_id for token_id, _ in position.top] for position in positions]) for positions in ours
+    ]
+    found = [torch.tensor([[logprob for _, logprob in position.top] for position in positions]) for positions in ours]
     wanted, theirs = _at(truth, top_ids), _at(same, top_ids)
     own_error = _largest_difference(theirs, wanted)
     tolerance = max(FLOAT32_TOLERANCE, DTYPE_ALLOWANCE * own_error)
@@ -106,11 +108,11 @@ def _read(
     prompts: Sequence[Sequence[int]],
     ours: Sequence[Report],
 ) -> list[torch.Tensor]:
-    """What transformers thinks at each place of our continuations: [places, vocab] per prompt."""
+    """What transformers thinks at each position of our continuations: [positions, vocab] per prompt."""
     model = TransformersModel(checkpoint, dtype, device)
     return [
-        model.logprobs([*prompt, *(place.token_id for place in places)])[len(prompt) - 1 : -1]
-        for prompt, places in zip(prompts, ours, strict=True)
+        model.logprobs([*prompt, *(position.token_id for position in positions)])[len(prompt) - 1 : -1]
+        for prompt, positions in zip(prompts, ours, strict=True)
     ]
 
 
@@ -126,12 +128,12 @@ def _check_logprobs(
     name: str,
     found: Sequence[torch.Tensor],
     wanted: Sequence[torch.Tensor],
-    places: slice,
+    positions: slice,
     own_error: float,
     tolerance: float,
     facts: WorkerFacts,
 ) -> Check:
-    error = _largest_difference([each[places] for each in found], [each[places] for each in wanted])
+    error = _largest_difference([each[positions] for each in found], [each[positions] for each in wanted])
     rounding = f"transformers in {_name(facts.dtype)} is off by {own_error:.2g}"
     return Check(
         name=f"{name}, {NUM_COMPARED} most probable",
@@ -146,11 +148,11 @@ def _check_logprobs(
 def _check_greedy(ours: Sequence[Report], truth: Sequence[torch.Tensor], tolerance: float) -> Check:
     """Each of our tokens is transformers' most probable one, or as good as it within twice the tolerance."""
     margins, total = [], 0
-    for places, logprobs in zip(ours, truth, strict=True):
-        total += len(places)
-        for place, row in zip(places, logprobs, strict=True):
-            if int(row.argmax()) != place.token_id:
-                margins.append((row.max() - row[place.token_id]).item())
+    for positions, logprobs in zip(ours, truth, strict=True):
+        total += len(positions)
+        for position, row in zip(positions, logprobs, strict=True):
+            if int(row.argmax()) != position.token_id:
+                margins.append((row.max() - row[position.token_id]).item())
     margins.sort(reverse=True)
     return Check(
         name="greedy tokens",
