@@ -218,9 +218,9 @@ def _graph_checks(found: GraphReading, limit: Difference) -> list[Check]:
         Check(
             name=GRAPHS_RAN,
             passed=found.graph_steps > 0,
-            found=f"{found.graph_steps} steps",
+            found=f"{found.graph_steps} steps, and {found.piecewise_steps} in pieces",
             allowed="more than 0",
-            figures={"graph_steps": found.graph_steps},
+            figures={"graph_steps": found.graph_steps, "piecewise_steps": found.piecewise_steps},
         ),
         _difference_check("log-probabilities, graphs against eager steps", difference, limit),
         _margin_check("greedy tokens, graphs against eager steps", found.margins, found.num_tokens, limit),

@@ -34,9 +34,13 @@ OWN_TOKENS = 4
 class GraphReading:
     """What graphs said at each position of their own continuations, and what the eager runner says there."""
 
-    def __init__(self, outputs: Sequence[CompletionOutput], eager: Reading, graph_steps: int) -> None:
+    def __init__(
+        self, outputs: Sequence[CompletionOutput], eager: Reading, *, graph_steps: int, piecewise_steps: int
+    ) -> None:
         self.graph_steps = graph_steps
-        """Steps that graphs ran."""
+        """Steps that one graph ran."""
+        self.piecewise_steps = piecewise_steps
+        """Steps of which graphs ran all but attention."""
         self.differences = [
             max(abs(logprob - eager.logprobs[index][position, token_id].item()) for token_id, logprob in found.top)
             for index in eager.logprobs
@@ -69,12 +73,14 @@ def read_through_graphs(
     num_places = len(texts[0].continuation)
     num_own = min(OWN_TOKENS, num_places // 2)
     prompts = [[*text.prompt_token_ids, *text.continuation[:num_own]] for text in texts]
-    before = runner.graphs.counters.graph_steps
+    counters = runner.graphs.counters
+    before = counters.as_dict()
     outputs = _generated(runner, facts, prompts, num_places - num_own, page_size=page_size, cascade=cascade)
-    graph_steps = runner.graphs.counters.graph_steps - before
+    after = counters.as_dict()
     generated = [ForcedText(prompt, out.token_ids) for prompt, out in zip(prompts, outputs, strict=True)]
     reader = ForcedReader(runner, facts, page_size=page_size, max_num_seqs=len(texts), share=cascade)
-    return GraphReading(outputs, reader.read(generated, observed), graph_steps)
+    steps = {name: after[name] - before[name] for name in ("graph_steps", "piecewise_steps")}
+    return GraphReading(outputs, reader.read(generated, observed), **steps)
 
 
 def _generated(

@@ -85,13 +85,15 @@ class Sizes:
     small_models: tuple[ModelShape, ...] = SMALL_MODELS
     families: int = 4
     """Groups of requests that share a prefix, where correctness is looked at."""
-    per_family: int = 12
+    per_family: int = 16
     prefix_pages: int = 6
     """Of what a family shares."""
-    longest: int = 40
+    longest: int = 56
     """Tokens that such a request generates at most."""
-    longest_equal: int = 40
+    longest_equal: int = 56
     """The same where ways of running are compared."""
+    least_rows: int = 33
+    """Of the widest decode step: from here on no leaf's K/V is split, on 132 processors and 8 KV heads."""
     models: tuple[ModelShape, ...] = MODELS
     loads: tuple[tuple[int, int], ...] = ((0, 1), (8192, 1), (1024, 64), (8192, 64), (8192, 256))
     """(shared prefix, sequences) of timed decode steps."""
@@ -129,6 +131,7 @@ DRY = Sizes(
     prefix_pages=2,
     longest=40,
     longest_equal=12,
+    least_rows=5,
     models=(TINY_MODEL,),
     loads=((32, 3),),
     own_len=8,

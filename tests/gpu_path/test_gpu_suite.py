@@ -143,6 +143,7 @@ def test_ways_of_running_agree_and_a_race_is_told(stage: Callable[..., StageRun]
     assert found["headline"]["wrong"] == []
     assert len(found["runs"]) == 2 * 2 * 2 * len(engine.KINDS)
     assert sum(entry["graph_steps"] > 0 for entry in found["runs"]) == len(found["runs"]) / 2
+    assert sum(entry["piecewise_steps"] > 0 for entry in found["runs"]) == len(found["runs"]) / 2
     blocking = stage("blocking", sizes)
     name = next(name for name in found["tokens"] if "graphs, lag 1, cascade, greedy" in name)
     next(iter(found["tokens"][name].values()))[-1] += 1
@@ -154,6 +155,18 @@ def test_ways_of_running_agree_and_a_race_is_told(stage: Callable[..., StageRun]
     alone = engine.run(blocking)
     assert alone["verdict"] == "passed"
     assert alone["headline"]["compared_for_races"] == 0, "engine left nothing to compare with"
+
+
+def test_loads_that_show_too_little_are_no_proof() -> None:
+    ran = {"graph_steps": 9, "piecewise_steps": 9, "cascade_steps": 9, "most_rows": 40}
+    assert engine._missing(engine.Way(graphs=True, lag=1, cascade=True), ran, 33) == []
+    assert engine._missing(engine.Way(graphs=True, lag=1, cascade=True), {**ran, "piecewise_steps": 0}, 41) == [
+        "most_rows",
+        "piecewise_steps",
+    ]
+    assert engine._missing(engine.Way(graphs=True, lag=1, cascade=False), ran, 33) == ["cascade_steps"]
+    seen = replay._Seen(replays=30, replans=30, groups_changed=1, levels_emptied=1, empty_segments=1)
+    assert seen.missing(33) == ["pages_crossed", "shapes_changed", "most_rows"]
 
 
 def test_decode_steps_are_timed_by_part(stage: Callable[..., StageRun]) -> None:

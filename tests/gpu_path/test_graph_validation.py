@@ -56,6 +56,7 @@ def test_graphs_are_compared_with_eager_steps(tiny: Path) -> None:
     checks = checked(tiny)
     assert [name for name, check in checks.items() if not check.passed] == []
     assert checks["captured graphs ran"].figures["graph_steps"] >= LOAD.num_places - 5
+    assert checks["captured graphs ran"].figures["piecewise_steps"] > 0
     assert checks[COMPARED[0]].figures["typical"] > 0, "else nothing was computed twice"
     assert checks[COMPARED[1]].figures["tokens"] == BATCH * 8
 
