@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,6 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = False
         self._special_tokens = dict(special_tokens)
-        self._splitting = BackendTokenizer.from_str(backend.to_str())
-        self._splitting.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
         self.special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         """Ids of the tokens that `skip_special_tokens` leaves out of the text, by their own text."""
@@ -95,6 +94,13 @@ class Tokenizer:
         """The tokenizer's own; a checkpoint's generation_config may add more."""
         self._sources = {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
         self._templates: dict[str, ChatTemplate] = {}
+
+    @cached_property
+    def _splitting(self) -> BackendTokenizer:
+        """A copy that reads special tokens in a text as plain text."""
+        copy = BackendTokenizer.from_str(self.backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     def _id_of(self, name: str) -> int | None:
         text = self._special_tokens.get(name)

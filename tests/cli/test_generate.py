@@ -90,6 +90,28 @@ def test_conversations_from_a_file(run: Run, tiny_folder: Path, llm: LLM, tmp_pa
     assert [r["token_ids"] for r in json_lines(result.stdout)] == [o["token_ids"] for o in llm.chat(chats, PARAMS)]
 
 
+def test_a_chat_template_is_told_what_the_command_line_says(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "template.jinja").write_text(
+        "{{ messages[0].content }}|{{ tools[0].name }}|{{ mood }}", encoding="utf-8"
+    )
+    (tmp_path / "tools.json").write_text('\ufeff[{"name": "f"}]', encoding="utf-8")
+    told = ["--chat-template", str(tmp_path / "template.jinja"), "--tools", str(tmp_path / "tools.json")]
+    told += ["--chat-template-kwargs", '{"mood": "good"}']
+    result = run("generate", "-m", tiny_folder, "--json", "--chat", "hi", *told, *GREEDY, *ENGINE)
+    (record,) = json_lines(result.stdout)
+    assert record["prompt"] == "hi|f|good"
+    result = run("chat", "-m", tiny_folder, "--quiet", *told, *GREEDY, *ENGINE, stdin="hi\n")
+    assert result.exit_code == 0, result.output
+    result = run("chat", "-m", tiny_folder, "--continue-final-message", *ENGINE, stdin="hi\n")
+    assert "goes with `generate`" in result.stderr
+
+
+def test_an_editor_s_mark_at_the_beginning_of_a_file_is_no_text(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfThe sea is\r\n")
+    result = run("generate", "-m", tiny_folder, "--json", "--file", tmp_path / "prompts.txt", *GREEDY, *ENGINE)
+    assert [record["prompt"] for record in json_lines(result.stdout)] == ["The sea is"]
+
+
 def test_samples_and_logprobs(run: Run, tiny_folder: Path, llm: LLM) -> None:
     options = ("--n", "3", "--seed", "5", "--logprobs", "2", "--prompt-logprobs", "1", "--max-tokens", "4")
     result = run("generate", "-m", tiny_folder, "--json", "one two", *options, *ENGINE)
@@ -115,6 +137,10 @@ WRONG: list[tuple[list[str], str]] = [
     (["fine", ""], "the prompt is empty"),
     (["word " * 600], "shorten it, or raise max_model_len"),
     (["hi", "--stop-token-ids", "999999"], "the model's vocabulary is 0 to"),
+    (["caf\udce9"], "half a surrogate pair"),
+    (["hi", "--chat-template-kwargs", "{}x", "--chat"], "--chat-template-kwargs is no JSON"),
+    (["hi", "--chat-template-kwargs", "[1]", "--chat"], "is a JSON list: give an object"),
+    (["hi", "--continue-final-message"], "--continue-final-message does nothing to plain prompts: add --chat"),
 ]
 
 
