@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.peer_options import open_peer, peer_options
-from cascade_llm.cli.console import error_console, print_json, result_console, run_bar
+from cascade_llm.cli.console import error_console, result_console, run_bar
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
-from cascade_llm.cli.output_files import check_output_files, check_settings, output_options, write_json_file
+from cascade_llm.cli.output_files import Outputs, check_settings, output_options, write_json_file
 from cascade_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ __all__ = ["goals"]
 @output_options
 @engine_options(without=("enable_cascade_attention",))
 def goals(
+    *,
+    out: Outputs,
     model: str,
     against: str | None,
     peer_python: Path | None,
@@ -40,10 +42,6 @@ def goals(
     with_off: bool,
     resume: bool,
     markdown: Path | None,
-    as_json: bool,
-    output: Path | None,
-    plot: Path | None,
-    force: bool,
     **arguments: Any,
 ) -> None:
     """Measure the goal table: several loads, ours and another engine in turns, ratios against their goals.
@@ -51,9 +49,10 @@ def goals(
     Each load's result goes to --output as soon as it is there.
     """
     options = take_engine(arguments)
+    output = out.output
     if resume and output is None:
         raise click.UsageError("--resume needs --output, the file to go on with.")
-    check_output_files(output, plot, markdown, force=force or resume)
+    out.check(markdown, resume=resume)
     from benchmarks import goals_report as text
     from benchmarks.goals import choose_goals, goal_loads, goal_result
     from cascade_llm.bench.compare import compare_each
@@ -91,7 +90,9 @@ def goals(
                     record["sides"] = {side: dict(flags) for side, flags in report.sides.items()}
                     record["reports"][name] = report.as_dict()
                     interrupted = interrupted or report.interrupted
-                    _save(output, record, done)
+                    if output is not None:
+                        results = {name: result.as_dict() for name, result in done.items()}
+                        write_json_file(output, {**record, "results": results})
                     error_console().print(text.result_line(done[name]), style="dim")
             except KeyboardInterrupt:
                 if not done:
@@ -100,25 +101,18 @@ def goals(
     ordered = [done[name] for name in chosen if name in done]
     if markdown is not None:
         markdown.write_text(text.markdown(ordered), encoding="utf-8")
-    if plot is not None:
-        from cascade_llm.cli.charts import draw_charts
 
-        draw_charts(plot, text.charts(ordered), caption=text.caption(record["machine"], repeat))
-    if as_json:
-        print_json({**record, "results": {result.name: result.as_dict() for result in ordered}}, indent=2)
-    else:
+    def show() -> None:
         result_console().print(text.goals_table(ordered))
         for line in text.comparison_lines(ordered):
             result_console().print(line)
         for line in text.setting_lines(record):
             result_console().print(line, style="dim")
+
+    whole = {**record, "results": {result.name: result.as_dict() for result in ordered}}
+    out.deliver(whole, show, lambda: text.charts(ordered), caption=text.caption(record["machine"], repeat))
     if interrupted:
         raise click.Abort
-
-
-def _save(output: Path | None, record: dict[str, Any], done: dict[str, GoalResult]) -> None:
-    if output is not None:
-        write_json_file(output, {**record, "results": {name: result.as_dict() for name, result in done.items()}})
 
 
 def _read_results(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, GoalResult]]:

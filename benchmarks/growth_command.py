@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade_llm.cli.console import error_console, print_json, result_console, run_bar
+from cascade_llm.cli.console import error_console, result_console, run_bar
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
-from cascade_llm.cli.output_files import check_output_files, check_settings, output_options, write_json_file
+from cascade_llm.cli.output_files import Outputs, check_settings, output_options, write_json_file
 from cascade_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ DECODE_RUNS: tuple[Run, ...] = ("first", "warm")
 @output_options
 @engine_options(without=("enable_cascade_attention",))
 def growth(
+    *,
+    out: Outputs,
     model: str,
     batches: str,
     prefix_lens: str,
@@ -46,10 +48,6 @@ def growth(
     output_len: int,
     repeat: int,
     resume: bool,
-    as_json: bool,
-    output: Path | None,
-    plot: Path | None,
-    force: bool,
     **arguments: Any,
 ) -> None:
     """Decode speed with cascade on and off, planning time and share of the limit, over batch and prefix length.
@@ -57,9 +55,10 @@ def growth(
     Engines are opened once for all points. Each point's result goes to --output as soon as it is there.
     """
     options = take_engine(arguments)
+    output = out.output
     if resume and output is None:
         raise click.UsageError("--resume needs --output, the file to go on with.")
-    check_output_files(output, plot, force=force or resume)
+    out.check(resume=resume)
     from benchmarks import growth_report as text
     from benchmarks.growth import GrowthPoint, growth_loads, growth_result
     from cascade_llm.bench.compare import compare_each
@@ -103,14 +102,12 @@ def growth(
     results = [done[point] for point in loads if point in done]
     if not results:
         raise click.Abort
-    if plot is not None:
-        from cascade_llm.cli.charts import draw_charts
-
-        draw_charts(plot, text.charts(results, at_batch=at_batch, at_prefix=at_prefix), columns=4)
-    if as_json:
-        print_json({**record, "points": _as_dicts({result.point: result for result in results})}, indent=2)
-    else:
-        result_console().print(text.growth_table(results))
+    out.deliver(
+        {**record, "points": _as_dicts({result.point: result for result in results})},
+        lambda: result_console().print(text.growth_table(results)),
+        lambda: text.charts(results, at_batch=at_batch, at_prefix=at_prefix),
+        columns=4,
+    )
     if len(results) < len(loads):
         if output is not None:
             error_console().print(f"{len(results)} of {len(loads)} points: --resume measures the others", style="dim")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from cascade_llm.cli.console import error_console
+from cascade_llm.cli.field_options import stacked
 
 if TYPE_CHECKING:
     from cascade_llm.bench.compare import OpenSide
@@ -18,24 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["open_peer", "peer_options"]
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def peer_options(command: Command) -> Command:
-    """Another engine to compare with."""
-    for option in reversed(
-        (
-            click.option(
-                "--against",
-                help="Another engine to take turns with: vllm, transformers, llama.cpp, or another checkout of this "
-                "repository by its folder.",
-            ),
-            click.option("--peer-python", type=click.Path(path_type=Path), help="The interpreter that has it."),
-            click.option("--install-peer", is_flag=True, help="Make an environment for it in the user's cache folder."),
-        )
-    ):
-        command = option(command)
-    return command
+peer_options = stacked(
+    click.option(
+        "--against",
+        help="Another engine to take turns with: vllm, transformers, llama.cpp, or another checkout of this repository "
+        "by its folder.",
+    ),
+    click.option("--peer-python", type=click.Path(path_type=Path), help="The interpreter that has it."),
+    click.option("--install-peer", is_flag=True, help="Make an environment for it in the user's cache folder."),
+)
+"""Another engine to compare with."""
 
 
 def open_peer(

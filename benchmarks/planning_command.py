@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
-from cascade_llm.cli.console import format_bytes, print_json, result_console, run_bar
-from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
+from cascade_llm.cli.console import format_bytes, result_console, run_bar
+from cascade_llm.cli.output_files import Outputs, output_options
 
 if TYPE_CHECKING:
     from benchmarks.cache_tree import CacheTreeReport
@@ -38,19 +37,17 @@ GROWTH_FROM = 256
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random token ids.")
 @output_options
 def planning(
+    *,
+    out: Outputs,
     max_sequences: int,
     max_context_len: int,
     cache_pages: int,
     cache_prefixes: int,
     repeat: int,
     seed: int,
-    as_json: bool,
-    output: Path | None,
-    plot: Path | None,
-    force: bool,
 ) -> None:
     """Planning time by running sequences, levels and context; memory and time of a large prefix cache."""
-    check_output_files(output, plot, force=force)
+    out.check()
     from benchmarks.cache_tree import CacheTreeLoad, measure_cache_tree
     from benchmarks.planning import measure_planning, planning_sweep
 
@@ -69,16 +66,7 @@ def planning(
         "growth": _growth(times),
         "cache_tree": None if tree_report is None else tree_report.as_dict(),
     }
-    if output is not None:
-        write_json_file(output, report)
-    if plot is not None:
-        from cascade_llm.cli.charts import draw_charts
-
-        draw_charts(plot, _charts(times))
-    if as_json:
-        print_json(report, indent=2)
-    else:
-        _print(times, tree_report)
+    out.deliver(report, lambda: _print(times, tree_report), lambda: _charts(times))
 
 
 def _print(times: Sequence[PlanningTimes], tree_report: CacheTreeReport | None) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade_llm.cli.console import error_console, print_json, result_console, run_bar
-from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
+from cascade_llm.cli.console import error_console, result_console, run_bar
+from cascade_llm.cli.output_files import Outputs, output_options
 from cascade_llm.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from cascade_llm.bench.attention_trees import TreeResult
+    from cascade_llm.bench.machine_limits import MachineLimits
+    from cascade_llm.cli.charts import Bars
 
 __all__ = ["attention"]
 
@@ -42,6 +43,8 @@ __all__ = ["attention"]
 )
 @output_options
 def attention(
+    *,
+    out: Outputs,
     trees: Sequence[str],
     heads: Sequence[str],
     head_dim: int,
@@ -50,13 +53,9 @@ def attention(
     backend: str,
     num_threads: int | None,
     measure_s: float,
-    as_json: bool,
-    output: Path | None,
-    plot: Path | None,
-    force: bool,
 ) -> None:
     """Time one layer of decode attention over trees of shared prefixes: the planner's plan against one level."""
-    check_output_files(output, plot, force=force)
+    out.check()
     from cascade_llm.bench.attention_trees import HeadLayout, measure_tree, parse_trees
     from cascade_llm.bench.machine import describe_machine
     from cascade_llm.bench.machine_limits import machine_limits
@@ -104,23 +103,22 @@ def attention(
         "interrupted": interrupted,
         "machine": describe_machine(),
     }
-    if output is not None:
-        write_json_file(output, record)
-    if plot is not None:
-        _draw(results, plot)
-    if as_json:
-        print_json(record, indent=2)
-    else:
-        result_console().print(_table(results))
-        result_console().print(
-            f"limit: {limits.bytes_per_s / 1e9:,.1f} GB/s, {limits.flops_per_s / 1e9:,.0f} GFLOP/s in {limits.dtype}, "
-            f"{limits.num_threads} threads of {limits.device}",
-            style="dim",
-        )
-        for line in _cost_lines(results):
-            result_console().print(line, style="dim")
+    caption = "; ".join(f"{index}: {tree}" for index, tree in enumerate(dict.fromkeys(r.tree for r in results)))
+    out.deliver(record, lambda: _print(results, limits), lambda: _charts(results), caption=caption)
     if interrupted:
         raise click.Abort
+
+
+def _print(results: Sequence[TreeResult], limits: MachineLimits) -> None:
+    console = result_console()
+    console.print(_table(results))
+    console.print(
+        f"limit: {limits.bytes_per_s / 1e9:,.1f} GB/s, {limits.flops_per_s / 1e9:,.0f} GFLOP/s in {limits.dtype}, "
+        f"{limits.num_threads} threads of {limits.device}",
+        style="dim",
+    )
+    for line in _cost_lines(results):
+        console.print(line, style="dim")
 
 
 def _table(results: Sequence[TreeResult]) -> Table:
@@ -158,8 +156,8 @@ def _cost_lines(results: Sequence[TreeResult]) -> Iterator[str]:
         yield f"cost model: {source}{whose}"
 
 
-def _draw(results: Sequence[TreeResult], path: Path) -> None:
-    from cascade_llm.cli.charts import Bars, draw_charts
+def _charts(results: Sequence[TreeResult]) -> list[Bars]:
+    from cascade_llm.cli.charts import Bars
 
     trees, layouts = [list(dict.fromkeys(names)) for names in zip(*((r.tree, r.heads) for r in results), strict=True)]
     by_key = {(result.tree, result.heads): result for result in results}
@@ -171,9 +169,4 @@ def _draw(results: Sequence[TreeResult], path: Path) -> None:
         }
         return Bars(title=title, y_label=y_label, groups=[str(i) for i in range(len(trees))], values=rows)
 
-    caption = "; ".join(f"{index}: {tree}" for index, tree in enumerate(trees))
-    draw_charts(
-        path,
-        [bars("speed-up over one level", "times", "speedup"), bars("share of the limit", "", "share_of_limit")],
-        caption=caption,
-    )
+    return [bars("speed-up over one level", "times", "speedup"), bars("share of the limit", "", "share_of_limit")]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
-from cascade_llm.cli.console import print_json, result_console, run_bar
+from cascade_llm.cli.console import result_console, run_bar
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
-from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
+from cascade_llm.cli.output_files import Outputs, output_options
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import ConfigError
 
@@ -38,16 +37,14 @@ ATTENTION = ("dtype", "device", "num_threads", "attention_backend")
 @output_options
 @engine_options(only=ATTENTION)
 def calibrate(
+    *,
+    out: Outputs,
     model: str,
     seconds: float,
     check: bool,
     fit: bool,
     cases: tuple[str, ...],
     keep: bool,
-    as_json: bool,
-    output: Path | None,
-    plot: Path | None,
-    force: bool,
     **arguments: Any,
 ) -> None:
     """Measure attention of a model's shape on this machine, so that the planner decides by what is true here.
@@ -59,7 +56,7 @@ def calibrate(
         raise ConfigError(f"seconds is {seconds}: it must be positive")
     if not fit and not check:
         raise ConfigError("--no-fit with --no-check leaves nothing to do")
-    check_output_files(output, plot, force=force)
+    out.check()
     from cascade_llm.bench.attention_cases import AttentionCase
     from cascade_llm.bench.calibration import FIT_CASES, HELD_OUT_CASES, attention_of, check_choices
     from cascade_llm.bench.calibration import calibrate as measure
@@ -100,7 +97,7 @@ def calibrate(
                 measure_s=seconds,
                 on_case=on_case,
             )
-    as_dict = {
+    record = {
         "model": model,
         "backend": choice.name,
         "constants": source,
@@ -108,24 +105,19 @@ def calibrate(
         "calibration": None if calibration is None else asdict(calibration),
         "check": None if report is None else report.as_dict(),
     }
-    if output is not None:
-        write_json_file(output, as_dict)
-    if plot is not None and report is not None:
-        from cascade_llm.cli.charts import draw_charts
 
-        draw_charts(plot, _charts(report))
-    if as_json:
-        print_json(as_dict, indent=2)
-        return
-    console = result_console()
-    console.print(f"{model}, backend {choice.name}; constants: {source}", style="bold")
-    console.print(_costs_table(cost_model.costs))
-    if calibration is not None:
-        console.print(_fit_line(calibration, str(calibration_path()) if keep else None))
-    if report is not None:
-        console.print(_check_table(report))
-        for line in _check_lines(report):
-            console.print(line)
+    def show() -> None:
+        console = result_console()
+        console.print(f"{model}, backend {choice.name}; constants: {source}", style="bold")
+        console.print(_costs_table(cost_model.costs))
+        if calibration is not None:
+            console.print(_fit_line(calibration, str(calibration_path()) if keep else None))
+        if report is not None:
+            console.print(_check_table(report))
+            for line in _check_lines(report):
+                console.print(line)
+
+    out.deliver(record, show, lambda: [] if report is None else _charts(report))
 
 
 def _costs_table(costs: DeviceCosts) -> Table:

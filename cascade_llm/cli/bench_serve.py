@@ -2,72 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
-from cascade_llm.cli.bench_latency import arrival_options, make_arrivals, with_history
+from cascade_llm.cli.bench_latency import arrival_options, with_history
 from cascade_llm.cli.bench_throughput import load_options
 from cascade_llm.cli.bench_workloads import WorkloadGroup
-from cascade_llm.cli.console import print_json, result_console, run_bar
-from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
+from cascade_llm.cli.console import result_console, run_bar
+from cascade_llm.cli.field_options import stacked
+from cascade_llm.cli.output_files import Outputs, output_options
 from cascade_llm.errors import BackendError
 
 if TYPE_CHECKING:
+    from cascade_llm.bench.latency import LatencyReport
     from cascade_llm.bench.load import History, Load
+    from cascade_llm.bench.online import Arrivals
     from cascade_llm.bench.workloads import Workload
 
 __all__ = ["serve"]
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def _options(command: Command) -> Command:
-    for option in reversed(
-        (
-            click.option("--url", default="http://localhost:8000", show_default=True, help="Of the server."),
-            click.option("--served-model", help="The model's name at the server; default: its first."),
-            click.option("--api-key", envvar="OPENAI_API_KEY", help="Sent as a bearer token."),
-            click.option("--tokenizer", help="A model whose tokenizer reads texts: a folder, .gguf file or hub id."),
-            click.option(
-                "--vocab-size",
-                type=click.IntRange(min=1),
-                default=10_000,
-                show_default=True,
-                help="Token ids are below it.",
-            ),
-            click.option("--ignore-eos/--no-ignore-eos", default=True, help="Ask for outputs of full length."),
-        )
-    ):
-        command = option(command)
-    return arrival_options(load_options(output_options(command)))
+serve_options = stacked(
+    arrival_options,
+    load_options,
+    output_options,
+    click.option("--url", default="http://localhost:8000", show_default=True, help="Of the server."),
+    click.option("--served-model", help="The model's name at the server; default: its first."),
+    click.option("--api-key", envvar="OPENAI_API_KEY", help="Sent as a bearer token."),
+    click.option("--tokenizer", help="A model whose tokenizer reads texts: a folder, .gguf file or hub id."),
+    click.option(
+        "--vocab-size", type=click.IntRange(min=1), default=10_000, show_default=True, help="Token ids are below it."
+    ),
+    click.option("--ignore-eos/--no-ignore-eos", default=True, help="Ask for outputs of full length."),
+)
+"""All options of a workload's command."""
 
 
 def _run(
     workload: Workload,
     *,
+    out: Outputs,
     url: str,
     served_model: str | None,
     api_key: str | None,
     tokenizer: str | None,
     vocab_size: int,
     ignore_eos: bool,
-    request_rate: float | None,
-    concurrency: int | None,
-    arrival_seed: int,
+    arrivals: Arrivals,
     history: History,
     temperature: float | None,
     top_p: float,
     repeat: int,
-    as_json: bool,
-    output: Path | None,
-    plot: Path | None,
-    force: bool,
 ) -> None:
-    check_output_files(output, plot, force=force)
-    arrivals = make_arrivals(request_rate, concurrency, arrival_seed)
+    out.check()
     from cascade_llm.bench.latency import LatencyReport, LatencyRun
     from cascade_llm.bench.reading import Reading
     from cascade_llm.bench.serve_client import CompletionsServer, run_against_server
@@ -102,7 +89,10 @@ def _run(
                 break
     if not report.runs:
         raise BackendError(f"no request succeeded; the first error: {errors[0] if errors else 'interrupted'}")
-    _show(report, errors, as_json=as_json, output=output, plot=plot)
+    from cascade_llm.cli.latency_report import charts, title
+
+    record = {**report.as_dict(), "errors": errors}
+    out.deliver(record, lambda: _print(report, errors), lambda: charts(report.runs), caption=title(report))
     if report.interrupted:
         raise click.Abort
 
@@ -121,19 +111,9 @@ def _load(workload: Workload, tokenizer: str | None, vocab_size: int, temperatur
     return workload.load(vocabulary, temperature=temperature, top_p=top_p)
 
 
-def _show(report: Any, errors: list[str], *, as_json: bool, output: Path | None, plot: Path | None) -> None:
+def _print(report: LatencyReport, errors: list[str]) -> None:
     from cascade_llm.cli import latency_report as text
 
-    record = {**report.as_dict(), "errors": errors}
-    if output is not None:
-        write_json_file(output, record)
-    if plot is not None:
-        from cascade_llm.cli.charts import draw_charts
-
-        draw_charts(plot, text.charts(report.runs), caption=text.title(report))
-    if as_json:
-        print_json(record, indent=2)
-        return
     console = result_console()
     console.print(text.title(report), style="bold")
     console.print(text.latency_table(report.runs))
@@ -143,6 +123,6 @@ def _show(report: Any, errors: list[str], *, as_json: bool, output: Path | None,
         console.print(line, style="dim")
 
 
-@click.group(cls=WorkloadGroup, run=_run, options=_options)
+@click.group(cls=WorkloadGroup, run=_run, options=serve_options)
 def serve() -> None:
     """Measure a server that speaks OpenAI's protocol: time to first token, between tokens, to the end."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cascade_llm.cli.bench_workloads import WorkloadGroup
-from cascade_llm.cli.console import print_json, result_console, run_bar
-from cascade_llm.cli.field_options import engine_options, model_option, take_engine
-from cascade_llm.cli.output_files import check_output_files, output_options, write_json_file
+from cascade_llm.cli.console import result_console, run_bar
+from cascade_llm.cli.field_options import engine_options, model_option, stacked, take_engine
+from cascade_llm.cli.output_files import Outputs, output_options
 
 if TYPE_CHECKING:
     from cascade_llm.bench.compare import OpenSide
@@ -20,54 +19,47 @@ if TYPE_CHECKING:
     from cascade_llm.bench.throughput import ThroughputReport
     from cascade_llm.bench.workloads import Workload
 
-__all__ = ["OpenOthers", "load_options", "measure", "throughput", "throughput_options"]
+__all__ = ["OpenOthers", "load_options", "measure", "off_option", "throughput", "throughput_options"]
 
 OpenOthers = Callable[["BenchModel", "Load"], "list[OpenSide]"]
 """How other engines are opened for a load."""
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+load_options = stacked(
+    click.option("--temperature", type=float, help="0 is greedy; default: the workload's own."),
+    click.option("--top-p", type=float, default=1.0, show_default=True, help="Of the sampling."),
+    click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Turns."),
+)
+"""How tokens are drawn, and how often all is run."""
 
+off_option = click.option("--off/--no-off", "with_off", default=True, help="Compare with cascade attention off.")
 
-def load_options(command: Command) -> Command:
-    """How tokens are drawn, and how often all is run."""
-    for option in reversed(
-        (
-            click.option("--temperature", type=float, help="0 is greedy; default: the workload's own."),
-            click.option("--top-p", type=float, default=1.0, show_default=True, help="Of the sampling."),
-            click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Turns."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def throughput_options(command: Command) -> Command:
-    """All options of a workload's command."""
-    off = click.option("--off/--no-off", "with_off", default=True, help="Compare with cascade attention off.")
-    parts = click.option("--parts/--no-parts", default=True, help="One more run for where a step's time goes.")
-    records = engine_options(without=("enable_cascade_attention",))
-    return model_option(load_options(off(parts(output_options(records(command))))))
+throughput_options = stacked(
+    model_option,
+    load_options,
+    off_option,
+    click.option("--parts/--no-parts", default=True, help="One more run for where a step's time goes."),
+    output_options,
+    engine_options(without=("enable_cascade_attention",)),
+)
+"""All options of a workload's command."""
 
 
 def measure(
     workload: Workload,
     *,
     model: str,
+    out: Outputs,
     open_others: OpenOthers = lambda bench, load: [],
     temperature: float | None,
     top_p: float,
     repeat: int,
     with_off: bool,
     parts: bool,
-    as_json: bool,
-    output: Path | None,
-    plot: Path | None,
-    force: bool,
     **arguments: Any,
 ) -> None:
     """Measure a workload and show the result; `arguments`: the engine's options, as the command line gives them."""
     options = take_engine(arguments)
-    check_output_files(output, plot, force=force)
+    out.check()
     from cascade_llm.bench.compare import compare
     from cascade_llm.bench.setup import open_model
     from cascade_llm.bench.throughput import num_runs
@@ -77,14 +69,11 @@ def measure(
     others = open_others(bench, load)
     with run_bar(num_runs(1 + with_off + len(others), repeat, load, with_off=with_off)) as on_run:
         report = compare(bench, load, with_off=with_off, others=others, repeat=repeat, split_steps=parts, on_run=on_run)
-    if output is not None:
-        write_json_file(output, report.as_dict())
-    if plot is not None:
-        _draw(report, plot)
-    if as_json:
-        print_json(report.as_dict(), indent=2)
-    else:
-        _print(report)
+    from cascade_llm.cli.throughput_report import charts, load_line
+
+    out.deliver(
+        report.as_dict(), lambda: _print(report), lambda: charts(report), caption=load_line(report.model, report.load)
+    )
     if report.interrupted:
         raise click.Abort
 
@@ -101,13 +90,6 @@ def _print(report: ThroughputReport) -> None:
         console.print(text.parts_table(report))
     for line in text.setting_lines(report):
         console.print(line, style="dim")
-
-
-def _draw(report: ThroughputReport, path: Path) -> None:
-    from cascade_llm.cli.charts import draw_charts
-    from cascade_llm.cli.throughput_report import charts, load_line
-
-    draw_charts(path, charts(report), caption=load_line(report.model, report.load))
 
 
 @click.group(cls=WorkloadGroup, run=measure, options=throughput_options)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Bars", "Lines", "Span", "Spans", "Stacks", "draw_charts"]
+__all__ = ["Bars", "Chart", "Lines", "Span", "Spans", "Stacks", "draw_charts"]
 
 COLORS = ("#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#6d597a", "#b56576", "#355070", "#adb5bd")
 PALE_COLORS = ("#ced4da", "#eef1f4")

@@ -27,6 +27,7 @@ __all__ = [
     "model_option",
     "record_options",
     "sampling_options",
+    "stacked",
     "take_engine",
     "take_record",
     "take_sampling",
@@ -71,11 +72,20 @@ class FieldKind(NamedTuple):
     is_list: bool
 
 
-def model_option(command: Command) -> Command:
-    """`--model`, with the demo's model as default."""
-    return click.option(
-        "-m", "--model", default="smollm2", show_default=True, help="A folder, a .gguf file, a hub id, or smollm2."
-    )(command)
+def stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Decorators as one, in the order in which help lists them."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+model_option = click.option(
+    "-m", "--model", default="smollm2", show_default=True, help="A folder, a .gguf file, a hub id, or smollm2."
+)
 
 
 def sampling_options(command: Command) -> Command:

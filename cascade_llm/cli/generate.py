@@ -20,6 +20,7 @@ from cascade_llm.cli.field_options import (
     engine_options,
     model_option,
     sampling_options,
+    stacked,
     take_engine,
     take_sampling,
 )
@@ -34,18 +35,15 @@ if TYPE_CHECKING:
 __all__ = ["generate", "prompt_options"]
 
 
-def prompt_options(command: Any) -> Any:
-    """`--system-file` and `--chat`, as every command with prompts takes them."""
-    for option in (
-        click.option("--chat", "as_chat", is_flag=True, help="Send each prompt through the model's chat template."),
-        click.option(
-            "--system-file",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="A text placed before each prompt: as the system message of conversations, else as it is.",
-        ),
-    ):
-        command = option(command)
-    return command
+prompt_options = stacked(
+    click.option(
+        "--system-file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A text placed before each prompt: as the system message of conversations, else as it is.",
+    ),
+    click.option("--chat", "as_chat", is_flag=True, help="Send each prompt through the model's chat template."),
+)
+"""As every command with prompts takes them."""
 
 
 @click.command(cls=SectionedCommand)

@@ -1,36 +1,77 @@
-"""Files that a command writes: refused before the work where they are there already, or cannot be written."""
+"""Where a command's result goes: a table or JSON, and files, refused before the work where they cannot be written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from cascade_llm.cli.console import print_json
+from cascade_llm.cli.field_options import stacked
 from cascade_llm.errors import ConfigError
 
-__all__ = ["check_output_files", "check_settings", "output_options", "write_json_file"]
+if TYPE_CHECKING:
+    from cascade_llm.cli.charts import Chart
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+__all__ = ["Outputs", "check_output_files", "check_settings", "output_options", "write_json_file"]
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def output_options(command: Command) -> Command:
-    """`--json`, `--output`, `--plot` and `--force`."""
-    for option in reversed(
-        (
-            click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
-            click.option("--output", type=click.Path(path_type=Path), help="Write the JSON to this file as well."),
-            click.option("--plot", type=click.Path(path_type=Path), help="Draw a chart: a .png, .svg or .pdf file."),
-            click.option("--force", is_flag=True, help="Replace files that exist."),
-        )
-    ):
-        command = option(command)
-    return command
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What the user asked for of a command's result."""
+
+    as_json: bool
+    output: Path | None
+    plot: Path | None
+    force: bool
+
+    def check(self, *others: Path | None, resume: bool = False) -> None:
+        """See `check_output_files`; a file that is gone on with may exist."""
+        check_output_files(self.output, self.plot, *others, force=self.force or resume)
+
+    def deliver(
+        self,
+        record: Mapping[str, Any],
+        show: Callable[[], None],
+        charts: Callable[[], Sequence[Chart]],
+        *,
+        caption: str = "",
+        columns: int = 3,
+    ) -> None:
+        """Write and draw the files, then print the record as JSON or `show` it."""
+        if self.output is not None:
+            write_json_file(self.output, record)
+        if self.plot is not None and (drawn := charts()):
+            from cascade_llm.cli.charts import draw_charts
+
+            draw_charts(self.plot, drawn, caption=caption, columns=columns)
+        if self.as_json:
+            print_json(record, indent=2)
+        else:
+            show()
+
+
+def output_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`--json`, `--output`, `--plot` and `--force`, which the command gets as `out`, an `Outputs`."""
+
+    @wraps(command)
+    def call(*, as_json: bool, output: Path | None, plot: Path | None, force: bool, **arguments: Any) -> None:
+        command(out=Outputs(as_json=as_json, output=output, plot=plot, force=force), **arguments)
+
+    return stacked(
+        click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
+        click.option("--output", type=click.Path(path_type=Path), help="Write the JSON to this file as well."),
+        click.option("--plot", type=click.Path(path_type=Path), help="Draw a chart: a .png, .svg or .pdf file."),
+        click.option("--force", is_flag=True, help="Replace files that exist."),
+    )(call)
 
 
 def check_output_files(output: Path | None, plot: Path | None, *others: Path | None, force: bool) -> None:
