@@ -39,9 +39,14 @@ SAMPLING_CASES: dict[str, tuple[list[str], Any]] = {
     "ignore_eos": (["--ignore-eos"], True),
     "logprobs": (["--logprobs", "0"], 0),
     "prompt_logprobs": (["--prompt-logprobs", "2"], 2),
+    "prompt_logprobs_start": (["--prompt-logprobs", "2", "--prompt-logprobs-start", "3"], 3),
     "skip_special_tokens": (["--no-skip-special-tokens"], False),
     "include_stop_str_in_output": (["--include-stop-str-in-output"], True),
+    "split_special_tokens": (["--split-special-tokens"], True),
 }
+
+ALSO_NEEDED = {"prompt_logprobs_start": {"prompt_logprobs": 2}}
+"""What a field does nothing without."""
 
 ENGINE_CASES: dict[str, tuple[list[str], Any]] = {
     "dtype": (["--dtype", "float32"], "float32"),
@@ -80,7 +85,7 @@ def test_every_sampling_field_has_a_case() -> None:
 @pytest.mark.parametrize("name", SAMPLING_CASES)
 def test_a_sampling_option_is_its_field(name: str) -> None:
     args, value = SAMPLING_CASES[name]
-    assert parse(args)[0] == SamplingParams(**{name: value})
+    assert parse(args)[0] == SamplingParams(**{name: value, **ALSO_NEEDED.get(name, {})})
 
 
 def test_all_sampling_options_together() -> None:
