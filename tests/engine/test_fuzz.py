@@ -35,8 +35,9 @@ def drive(llm: LLM, rng: random.Random, num_requests: int) -> list[RequestState]
     idle = 0
     while len(states) < num_requests or engine.has_unfinished:
         if len(states) < num_requests and rng.random() < 0.5:
-            read = llm._input.read_prompt(prompts[len(states)])
-            states.append(engine.add(llm._input.request(read, random_params(rng), rng.choice([0, 0, 1]))))
+            params = random_params(rng)
+            read = llm._input.read_prompt(prompts[len(states)], params)
+            states.append(engine.add(llm._input.request(read, params, rng.choice([0, 0, 1]))))
         if states and rng.random() < 0.02:
             engine.abort(rng.choice(states).request.request_id)
         before = scheduler.counters.steps

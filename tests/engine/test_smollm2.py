@@ -40,8 +40,9 @@ def reference() -> LlamaForCausalLM:
 def test_last_position_logits_are_within_a_thousandth(llm: LLM, reference: LlamaForCausalLM) -> None:
     engine = llm._engine
     for prompt in PROMPTS:
-        read = llm._input.read_prompt(prompt)
-        state = engine.add(llm._input.request(read, SamplingParams(max_tokens=1)))
+        params = SamplingParams(max_tokens=1)
+        read = llm._input.read_prompt(prompt, params)
+        state = engine.add(llm._input.request(read, params))
         plan = engine.scheduler.schedule()
         assert plan is not None
         ours = engine.executor.runner.logits(plan, plan.sample_rows)[0]
