@@ -147,7 +147,8 @@ class FlashInferDouble:
                 else:
                     cache[pages, offsets] = rows
 
-        self.stream.launch(run, [append_key, append_value, positions, k_cache, v_cache])
+        table = [batch_indices, kv_indices, kv_indptr, kv_last_page_len]
+        self.stream.launch(run, [append_key, append_value, positions, *table, k_cache, v_cache])
 
     def _check_append(self, pages: list[int], slots: list[int]) -> None:
         published = self.published_pages.intersection(pages)
@@ -169,7 +170,7 @@ class FlashInferDouble:
         if input.dim() not in (2, 3) or weight.dtype != input.dtype or input.stride(-1) != 1:
             raise DoubleError(f"rmsnorm of {input.shape} {input.dtype} with {weight.dtype}")
         self.use("rmsnorm", input.dtype, input.dim())
-        result = torch.empty(input.shape, dtype=input.dtype) if out is None else out
+        result = torch.empty(input.shape, dtype=input.dtype, device=input.device) if out is None else out
         self.stream.launch(lambda: assign(result, normalized(input, weight, eps)), [input, weight, result])
         return result
 
@@ -201,7 +202,7 @@ class FlashInferDouble:
             raise DoubleError("silu_and_mul reads 16 bytes at a time from each contiguous half")
         self.use("silu_and_mul", input.dtype)
         half = input.shape[-1] // 2
-        result = torch.empty((*input.shape[:-1], half), dtype=input.dtype) if out is None else out
+        result = torch.empty((*input.shape[:-1], half), dtype=input.dtype, device=input.device) if out is None else out
 
         def run() -> None:
             gate, up = input.float().split(half, dim=-1)

@@ -43,7 +43,7 @@ class _Wrapper:
         self._double, self._stream = double, double.stream
         self._float_workspace_buffer, self._use_cuda_graph = float_workspace, use_cuda_graph
         self._buffers = buffers
-        self._take_int_workspace(torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8))
+        self._take_int_workspace(torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self._stream.device))
         self._max_rows: int | None = None
         self._captured_layout: tuple[Any, ...] | None = None
         self._num_rows = -1
@@ -89,7 +89,9 @@ class _Wrapper:
         if len(columns[2]) and not self._stream.is_on_device(columns[2]):
             raise DoubleError("page indices on the host: pageable, their copy waits for the stream where they are many")
         if not self._use_cuda_graph:
-            self._buffers = tuple(self._copied(torch.empty_like(column), column) for column in columns)
+            self._buffers = tuple(
+                self._copied(torch.empty_like(column, device=self._stream.device), column) for column in columns
+            )
             return
         if len(columns[3]) != self._fixed_segments:
             raise DoubleError(f"{len(columns[3])} segments for {self._fixed_segments} fixed slots")
@@ -299,7 +301,9 @@ class DecodeWrapper(_Wrapper):
     ) -> None:
         if backend != "fa2":
             raise DoubleError(f"backend {backend!r}: 'auto' may choose cuDNN, whose log-sum-exp is wrong")
-        range_buffer = None if paged_kv_indptr_buffer is None else torch.arange(len(paged_kv_indptr_buffer)).int()
+        range_buffer = None
+        if paged_kv_indptr_buffer is not None:
+            range_buffer = torch.arange(len(paged_kv_indptr_buffer), dtype=torch.int32, device=double.stream.device)
         buffers = (range_buffer, paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer)
         super().__init__(double, float_workspace_buffer, kv_layout, use_cuda_graph, buffers)
         self._tensor_cores = use_tensor_cores
