@@ -18,18 +18,17 @@ import torch
 from cascade_llm.attention.backend import Attention, StepAttention, column_tensor
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
 from cascade_llm.attention.flashinfer.graph import GraphAttention, SharedColumns
-from cascade_llm.attention.flashinfer.levels import LevelColumns
 from cascade_llm.device.start_errors import is_out_of_memory
 from cascade_llm.device.stream import DeviceStream, Graph
 from cascade_llm.errors import CapacityError
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.plan import CascadeLevel, CascadePlan, StepPlan, StepResult
-from cascade_llm.sampling.lanes import NO_TOKEN, LaneState, Needs
+from cascade_llm.sampling.lanes import LaneState, Needs
 from cascade_llm.tiling import max_tiles
 from cascade_llm.worker.graph_sampling import GraphCounters, SamplingGraphs, report_len
-from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape, needs_padding_segment
+from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape
 from cascade_llm.worker.piecewise import PiecewiseGraphs
-from cascade_llm.worker.step_buffers import HostBuffers, StepBuffers
+from cascade_llm.worker.step_buffers import HostBuffers, Padding, StepBuffers
 
 __all__ = ["CaptureReport", "CudaGraphs", "OnCapture"]
 
@@ -87,8 +86,6 @@ class CudaGraphs:
         self._stream: DeviceStream = backend.device.stream
         self._num_processors = backend.platform.num_processors
         pool = backend.kv_cache
-        self._page_size, self._padding_page = pool.page_size, pool.num_pages - 1
-        self._padding_lane = lanes.num_lanes - 1
         self._group_size = backend.spec.group_size
         self._all_shapes = tuple(shapes)
         max_rows, max_shared_levels = shapes[0].rows, max(len(shape.capacities) for shape in shapes)
@@ -102,6 +99,7 @@ class CudaGraphs:
             max_leaf_pages=max_rows * -(-max_model_len // pool.page_size),
             shared_len=max_shared_levels * (3 * (max_segments + 1) + pool.num_pages),
             num_logprobs=report_len(lanes.vocab_size),
+            padding=Padding(pool.num_pages - 1, pool.page_size, lanes.num_lanes - 1, lanes.no_lane),
         )
         self._logits = torch.zeros(max_rows, lanes.vocab_size, dtype=decoder.dtype, device=lanes.device)
         self.counters = GraphCounters()
@@ -111,7 +109,6 @@ class CudaGraphs:
             lanes,
             logits=self._logits,
             row_counts=self._row_counts,
-            send_padding=self._send_padding,
             counters=self.counters,
         )
         self._pieces = PiecewiseGraphs(decoder, backend.spec, self._stream, max_num_batched_tokens)
@@ -165,19 +162,18 @@ class CudaGraphs:
             self._num_processors,
         )
         host = self._buffers.take_host()
-        self._write_padding(host, 0, shape.rows, first_leaf_page=0)
+        host.write_padding(0, shape.rows, first_leaf_page=0)
         self._buffers.send(host, shape.rows)
-        attention.plan_leaf(self._leaf_columns(host, shape.rows), None)
-        room = _Room(host.shared)
+        attention.plan_leaf(host.leaf_columns(shape.rows), None)
         for position, capacity in enumerate(shape.capacities):
-            attention.plan_shared(position, None, self._stand_in_columns(room, shape.rows, capacity))
+            attention.plan_shared(position, None, host.stand_in_columns(shape.rows, capacity))
         host.in_use = self._stream.record_event()
         work = partial(self._forward, attention, shape.rows)
         work()
         self._shapes[shape] = _CapturedShape(attention, self._stream.capture(work))
 
     def _forward(self, attention: GraphAttention, rows: int) -> None:
-        """What a forward graph holds: from the buffers's columns to logits in fixed memory."""
+        """What a forward graph holds: from the columns in the buffers to logits in fixed memory."""
         columns = self._buffers.columns
         step = StepAttention([attention], self._backend, columns.slots[:rows])
         hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
@@ -188,15 +184,6 @@ class CudaGraphs:
         columns = self._buffers.columns
         from_lanes = self._lanes.last_tokens.index_select(0, columns.token_lanes[:rows])
         return torch.maximum(from_lanes, columns.token_ids[:rows])
-
-    def _stand_in_columns(self, room: _Room, rows: int, capacity: int) -> LevelColumns:
-        """A level to capture with: all rows over the padding page."""
-        return LevelColumns(
-            room.put([0] + [rows] * capacity),
-            room.put([0] + [1] * capacity),
-            room.put([self._padding_page]),
-            room.put([self._page_size] + [0] * (capacity - 1)),
-        )
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -210,13 +197,12 @@ class CudaGraphs:
         self.counters.graph_steps += 1
         self.counters.padding_rows += shape.rows - plan.num_rows
         host = self._buffers.take_host()
-        num_leaf_pages = self._write_step(host, plan, shape.rows)
+        num_leaf_pages = host.write_step(plan, shape.rows)
         self._buffers.send(host, num_leaf_pages)
-        captured.attention.plan_leaf(self._leaf_columns(host, shape.rows), plan.cascade.leaf.kv_page_indptr)
-        room = _Room(host.shared)
+        captured.attention.plan_leaf(host.leaf_columns(shape.rows), plan.cascade.leaf.kv_page_indptr)
         for position, level in enumerate(plan.cascade.shared_levels):
             if not captured.attention.holds(position, level):
-                columns = self._shared_columns(room, level, shape, shape.capacities[position])
+                columns = host.shared_columns(level, shape.rows, shape.capacities[position])
                 captured.attention.plan_shared(position, level, columns)
         captured.forward.replay()
         return self._sampled(plan, shape.rows, needs, host)
@@ -255,7 +241,7 @@ class CudaGraphs:
             self.counters.eagerly_sampled_steps[str(needs)] += 1
             return None
         host = self._buffers.take_host()
-        self._write_padding(host, 0, rows, first_leaf_page=0)
+        host.write_padding(0, rows, first_leaf_page=0)
         host.columns.positions[:count] = column_tensor(plan.sample_positions) - 1
         host.columns.sample_lanes[:count] = column_tensor(plan.sample_lanes)
         self._buffers.send(host, rows)
@@ -294,81 +280,3 @@ class CudaGraphs:
         if self._last_fit is None or self._last_fit[0] != key:
             self._last_fit = key, fitting_shape(plan, list(self._shapes), self._group_size, self._most_tiles)
         return self._last_fit[1]
-
-    # -- columns ----------------------------------------------------------------------------------------------------
-
-    def _write_step(self, host: HostBuffers, plan: StepPlan, rows: int) -> int:
-        """Write a step's columns, padded to `rows`; returns how many page indices the leaf has."""
-        columns, count, leaf = host.columns, plan.num_rows, plan.cascade.leaf
-        columns.token_ids[:count] = column_tensor(plan.token_ids)
-        columns.positions[:count] = column_tensor(plan.positions)
-        columns.slots[:count] = column_tensor(plan.slots)
-        columns.token_lanes[:count] = self._lanes.no_lane
-        lane_rows = column_tensor(plan.lane_rows).long()
-        columns.token_ids[lane_rows] = NO_TOKEN
-        columns.token_lanes[lane_rows] = column_tensor(plan.lane_row_lanes)
-        columns.sample_lanes[:count] = self._padding_lane
-        columns.sample_lanes[column_tensor(plan.sample_rows).long()] = column_tensor(plan.sample_lanes)
-        num_pages = len(leaf.kv_page_indices)
-        columns.leaf_indptr[: count + 1] = column_tensor(leaf.kv_page_indptr)
-        columns.leaf_last_page_len[:count] = column_tensor(leaf.kv_last_page_len)
-        columns.leaf_indices[:num_pages] = column_tensor(leaf.kv_page_indices)
-        self._write_padding(host, count, rows, first_leaf_page=num_pages)
-        return num_pages + rows - count
-
-    def _write_padding(self, host: HostBuffers, first: int, rows: int, *, first_leaf_page: int) -> None:
-        """Rows that nobody asked for: token 0 on the padding page, each with that one page and one token."""
-        columns, count = host.columns, rows - first
-        columns.token_ids[first:rows] = 0
-        columns.positions[first:rows] = 0
-        columns.slots[first:rows] = self._padding_page * self._page_size
-        columns.token_lanes[first:rows] = self._lanes.no_lane
-        columns.sample_lanes[first:rows] = self._padding_lane
-        columns.leaf_indptr[0] = 0
-        columns.leaf_indptr[first + 1 : rows + 1] = torch.arange(first_leaf_page + 1, first_leaf_page + count + 1)
-        columns.leaf_last_page_len[first:rows] = 1
-        columns.leaf_indices[first_leaf_page : first_leaf_page + count] = self._padding_page
-
-    def _send_padding(self, rows: int) -> None:
-        """Queue the columns of a step that nobody asked for, between two steps."""
-        host = self._buffers.next_host()
-        self._write_padding(host, 0, rows, first_leaf_page=0)
-        self._buffers.send(host, rows)
-        host.in_use = self._stream.record_event()
-
-    def _leaf_columns(self, host: HostBuffers, rows: int) -> LevelColumns:
-        columns = host.columns
-        return LevelColumns(
-            torch.arange(rows + 1, dtype=torch.int32),
-            columns.leaf_indptr[: rows + 1],
-            columns.leaf_indices[:0],
-            columns.leaf_last_page_len[:rows],
-        )
-
-    def _shared_columns(self, room: _Room, level: CascadeLevel, shape: GraphShape, capacity: int) -> LevelColumns:
-        """A shared level padded to its capacity: padding rows in an empty segment, the rest without rows."""
-        own = level.num_segments
-        num_rows, num_pages = level.num_rows, len(level.kv_page_indices)
-        qo_indptr, kv_page_indptr = level.qo_indptr.tolist(), level.kv_page_indptr.tolist()
-        if not needs_padding_segment(level, num_rows, shape.rows):
-            qo_indptr[-1] = shape.rows  # the last segment is empty, or there are no padding rows
-        return LevelColumns(
-            room.put(qo_indptr + [shape.rows] * (capacity - own)),
-            room.put(kv_page_indptr + [num_pages] * (capacity - own)),
-            room.put(level.kv_page_indices.tolist()),
-            room.put(level.kv_last_page_len.tolist() + [0] * (capacity - own)),
-        )
-
-
-class _Room:
-    """Hands out pinned memory, piece by piece."""
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        self._memory, self._used = memory, 0
-
-    def put(self, values: list[int]) -> torch.Tensor:
-        """The values [len(values)], int32, in the next free piece."""
-        piece = self._memory[self._used : self._used + len(values)]
-        piece.copy_(torch.tensor(values, dtype=torch.int32))
-        self._used += len(values)
-        return piece

@@ -83,7 +83,6 @@ class SamplingGraphs:
         *,
         logits: torch.Tensor,
         row_counts: Sequence[int],
-        send_padding: Callable[[int], None],
         counters: GraphCounters,
     ) -> None:
         """Set memory aside.
@@ -94,11 +93,10 @@ class SamplingGraphs:
             lanes: whose tables stay where they are; the last lane belongs to no sequence
             logits: [max_rows, vocab], fixed memory
             row_counts: ascending; one graph each
-            send_padding: queues a step of so many rows that nobody asked for, to run graphs on before they are captured
             counters: what happened
         """
         self._stream, self._buffers, self._logits, self._row_counts = stream, buffers, logits, tuple(row_counts)
-        self._lanes, self._send_padding, self._counters = lanes, send_padding, counters
+        self._lanes, self._counters = lanes, counters
         max_rows, vocab_size = logits.shape
         self._results = torch.zeros(2, max_rows, dtype=torch.int64, device=lanes.device)
         """[2, max_rows]: tokens, and whether their logits were finite"""
@@ -181,7 +179,7 @@ class SamplingGraphs:
     def _capture_late(self, rows: int, needs: Needs) -> None:
         """Capture between steps: nothing may be under way on a stream that is captured."""
         self._stream.record_event().synchronize()
-        self._send_padding(rows)
+        self._buffers.send_padding(rows)
         self._capture(rows, needs)
         if self._graphs[rows, needs] is None:
             return

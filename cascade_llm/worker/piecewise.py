@@ -27,8 +27,9 @@ __all__ = ["PiecewiseGraphs", "piece_rows"]
 
 log = logging.getLogger("cascade_llm")
 
-ROWS = (32, 64, 128, 256, 512)
-"""With more rows the device takes longer for a layer than the host for its launches."""
+ROWS = (32, 64, 128, 256, 384, 512)
+"""Up to 256 the device reads weights as long as it computes, so rows that fill up cost little; beyond 512 a layer of a
+model of 8B takes the device longer than its launches take the host."""
 
 
 def piece_rows(max_rows: int) -> tuple[int, ...]:

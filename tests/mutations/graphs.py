@@ -23,7 +23,7 @@ from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.worker import graph_sampling
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape
-from cascade_llm.worker.step_buffers import StepBuffers
+from cascade_llm.worker.step_buffers import HostBuffers, StepBuffers
 from tests.engine.tiny_llm import save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import OPTIONS, PARAMS, PROMPTS, SHAPE, double_gpu, gpu_llm
 from tests.mutations.harness import Scenario, mutations_of, scenario
@@ -76,46 +76,44 @@ mutation = mutations_of(GROUPED)
 
 @mutation("the number of segments of a captured level is fixed")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = CudaGraphs._shared_columns
+    original = HostBuffers.shared_columns
 
-    def unpadded(self: CudaGraphs, room: Any, level: Any, shape: Any, capacity: int) -> LevelColumns:
-        return original(self, room, level, shape, level.num_segments)
+    def unpadded(self: HostBuffers, level: Any, rows: int, capacity: int) -> LevelColumns:
+        return original(self, level, rows, level.num_segments)
 
-    patch.setattr(CudaGraphs, "_shared_columns", unpadded)
+    patch.setattr(HostBuffers, "shared_columns", unpadded)
 
 
 @mutation("the first plan freezes the number of rows, so it is made with all of them")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = CudaGraphs._stand_in_columns
+    original = HostBuffers.stand_in_columns
     patch.setattr(
-        CudaGraphs,
-        "_stand_in_columns",
-        lambda self, room, rows, capacity: original(self, room, max(1, rows - 1), capacity),
+        HostBuffers, "stand_in_columns", lambda self, rows, capacity: original(self, max(1, rows - 1), capacity)
     )
 
 
 @mutation("padding rows are inside a segment: rows outside qo_indptr are not written")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = CudaGraphs._shared_columns
+    original = HostBuffers.shared_columns
 
-    def short(self: CudaGraphs, room: Any, level: Any, shape: Any, capacity: int) -> LevelColumns:
-        columns = original(self, room, level, shape, capacity)
+    def short(self: HostBuffers, level: Any, rows: int, capacity: int) -> LevelColumns:
+        columns = original(self, level, rows, capacity)
         columns.qo_indptr.clamp_(max=level.num_rows)
         return columns
 
-    patch.setattr(CudaGraphs, "_shared_columns", short)
+    patch.setattr(HostBuffers, "shared_columns", short)
 
 
 @mutation("an empty segment has last_page_len 0")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = CudaGraphs._shared_columns
+    original = HostBuffers.shared_columns
 
-    def ones(self: CudaGraphs, room: Any, level: Any, shape: Any, capacity: int) -> LevelColumns:
-        columns = original(self, room, level, shape, capacity)
+    def ones(self: HostBuffers, level: Any, rows: int, capacity: int) -> LevelColumns:
+        columns = original(self, level, rows, capacity)
         columns.kv_last_page_len.clamp_(min=1)
         return columns
 
-    patch.setattr(CudaGraphs, "_shared_columns", ones)
+    patch.setattr(HostBuffers, "shared_columns", ones)
 
 
 @mutation("a leaf whose kernel splits K/V is planned again when pages are added")
@@ -383,13 +381,13 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("padding rows write to a page that no sequence has")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = CudaGraphs._write_padding
+    original = HostBuffers.write_padding
 
-    def to_page_0(self: CudaGraphs, host: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
-        original(self, host, first, rows, first_leaf_page=first_leaf_page)
-        host.columns.slots[first:rows] = 0
+    def to_page_0(self: HostBuffers, first: int, rows: int, *, first_leaf_page: int) -> None:
+        original(self, first, rows, first_leaf_page=first_leaf_page)
+        self.columns.slots[first:rows] = 0
 
-    patch.setattr(CudaGraphs, "_write_padding", to_page_0)
+    patch.setattr(HostBuffers, "write_padding", to_page_0)
 
 
 @mutation("a published page is not written again, not even with what it holds")
@@ -406,26 +404,26 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("the tokens of padding rows go to a lane that no sequence has")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = CudaGraphs._write_padding
+    original = HostBuffers.write_padding
 
-    def to_lane_0(self: CudaGraphs, host: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
-        original(self, host, first, rows, first_leaf_page=first_leaf_page)
-        host.columns.sample_lanes[first:rows] = 0
+    def to_lane_0(self: HostBuffers, first: int, rows: int, *, first_leaf_page: int) -> None:
+        original(self, first, rows, first_leaf_page=first_leaf_page)
+        self.columns.sample_lanes[first:rows] = 0
 
-    patch.setattr(CudaGraphs, "_write_padding", to_lane_0)
+    patch.setattr(HostBuffers, "write_padding", to_lane_0)
 
 
 @mutation("a token that is not known yet comes from its lane")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = CudaGraphs._write_step
+    original = HostBuffers.write_step
 
-    def from_host(self: CudaGraphs, host: Any, plan: Any, rows: int) -> int:
-        num_pages = original(self, host, plan, rows)
-        host.columns.token_lanes[:rows] = self._lanes.no_lane
-        host.columns.token_ids[: plan.num_rows] = column_tensor(plan.token_ids)
+    def from_host(self: HostBuffers, plan: Any, rows: int) -> int:
+        num_pages = original(self, plan, rows)
+        self.columns.token_lanes[:rows] = self._padding.no_lane
+        self.columns.token_ids[: plan.num_rows] = column_tensor(plan.token_ids)
         return num_pages
 
-    patch.setattr(CudaGraphs, "_write_step", from_host)
+    patch.setattr(HostBuffers, "write_step", from_host)
 
 
 @mutations_of(ALTERNATING)("columns that another graph has overwritten are written again")
@@ -439,11 +437,11 @@ def _columns_of_another_graph(patch: pytest.MonkeyPatch) -> None:
 
 @mutations_of(UNGROUPED)("CUDA-core decode sees no row without pages")
 def _padding_without_pages(patch: pytest.MonkeyPatch) -> None:
-    original = CudaGraphs._write_padding
+    original = HostBuffers.write_padding
 
-    def no_page(self: CudaGraphs, host: Any, first: int, rows: int, *, first_leaf_page: int) -> None:
-        original(self, host, first, rows, first_leaf_page=first_leaf_page)
-        host.columns.leaf_indptr[first + 1 : rows + 1] = first_leaf_page
-        host.columns.leaf_last_page_len[first:rows] = 0
+    def no_page(self: HostBuffers, first: int, rows: int, *, first_leaf_page: int) -> None:
+        original(self, first, rows, first_leaf_page=first_leaf_page)
+        self.columns.leaf_indptr[first + 1 : rows + 1] = first_leaf_page
+        self.columns.leaf_last_page_len[first:rows] = 0
 
-    patch.setattr(CudaGraphs, "_write_padding", no_page)
+    patch.setattr(HostBuffers, "write_padding", no_page)

@@ -23,7 +23,6 @@ from cascade_llm.sampling import logprobs
 from cascade_llm.sampling.lane_tables import TokenLists, UsageCounts
 from cascade_llm.sampling.lanes import LaneState, Needs
 from cascade_llm.worker import graph_sampling
-from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.graph_sampling import SamplingGraphs
 from cascade_llm.worker.step_buffers import HostBuffers, StepBuffers
 from tests.doubles.device import DoubleStream
@@ -296,7 +295,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("a late capture runs on rows of padding")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CudaGraphs, "_send_padding", lambda self, rows: None)
+    patch.setattr(StepBuffers, "send_padding", lambda self, rows: None)
 
 
 @mutation("a late capture takes no host from the steps")
