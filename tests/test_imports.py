@@ -130,6 +130,8 @@ def test_declaration_rule_can_fail() -> None:
     pyproject = '[project]\ndependencies = ["torch>=2"]\noptional-dependencies = { cuda = ["flashinfer-python==1"] }'
     made_up = {"cascade_llm.worker.run": "import json, torch, flashinfer, scipy.linalg"}
     assert rules.undeclared_packages(made_up, pyproject) == ["cascade_llm.worker.run:1 imports scipy.linalg"]
+    beside = {"cascade_llm.bench.run": "from benchmarks import goals"}
+    assert rules.undeclared_packages(beside, pyproject) == ["cascade_llm.bench.run:1 imports benchmarks"]
 
 
 def test_rules_pass_a_good_source() -> None:

@@ -28,6 +28,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield
 
 
+@pytest.mark.slow
 def test_latency_compares_with_another_engine_in_conversations(run: Run, tiny: Path) -> None:
     args = ("latency", "chat", "-m", tiny, *CHAT, *ENGINE, "--think-s", "0.01", "--request-rate", "500")
     result = run(*args, "--no-off", "--repeat", "1", "--against", "transformers", "--history", "recorded")
@@ -116,6 +117,7 @@ def test_growth_keeps_points_and_goes_on_from_a_file(
     assert "--resume needs --output" in run("growth", "--resume").stderr
 
 
+@pytest.mark.slow
 def test_growth_shows_and_keeps_what_an_interruption_left(
     run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

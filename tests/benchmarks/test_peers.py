@@ -163,6 +163,7 @@ def test_transformers_runs_and_every_quantity_is_compared(tiny: Path) -> None:
     assert report.peak_memory_bytes.keys() == {"cascade on", "transformers"}
 
 
+@pytest.mark.slow
 def test_transformers_counts_each_rows_own_length(tiny: Path) -> None:
     model = open_model(str(tiny), OPTIONS)
     load = model.load(RandomWorkload(num_requests=4, min_len=3, max_len=9), temperature=0.8, top_p=0.95)
@@ -172,6 +173,7 @@ def test_transformers_counts_each_rows_own_length(tiny: Path) -> None:
     side.close()
 
 
+@pytest.mark.slow
 def test_transformers_meets_the_same_arrivals_and_every_token_has_a_time(tiny: Path) -> None:
     model = open_model(str(tiny), OPTIONS)
     load = model.load(RolloutWorkload(prompts=3, samples=2, prompt_len=8, output_len=4))
@@ -191,6 +193,7 @@ def test_transformers_meets_the_same_arrivals_and_every_token_has_a_time(tiny: P
         assert later is None or later.arrival_s >= timing.end_s, "one at a time"
 
 
+@pytest.mark.slow
 def test_conversations_run_on_a_peer_and_go_on_from_its_own_answers(tiny: Path) -> None:
     model = open_model(str(tiny), OPTIONS)
     chat = model.load(ChatWorkload(conversations=2, turns=3, system_len=8, user_len=4, output_len=4, think_s=0.01))
@@ -269,6 +272,7 @@ def own_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_once_by_the_users_own_settings(
     own_cache: Path, own_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,7 +118,10 @@ def test_no_prompts_on_a_closed_standard_input(repo_root: Path, environment: dic
     assert "prompt" in done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp1252")), "utf-16"],
+)
 def test_output_in_other_encodings(
     repo_root: Path, environment: dict[str, str], tiny_folder: Path, encoding: str
 ) -> None:
