@@ -52,11 +52,16 @@ def fake_openai_server(**options: Any) -> Iterator[FakeServer]:
                 number = len(state.bodies)
                 state.num_running += 1
                 state.most_running = max(state.most_running, state.num_running)
+            self._is_running = True
             try:
                 self._complete(body, number)
             finally:
-                with state.lock:
-                    state.num_running -= 1
+                self._end()
+
+        def _end(self) -> None:
+            with state.lock:
+                state.num_running -= self._is_running
+                self._is_running = False
 
         def _complete(self, body: dict[str, Any], number: int) -> None:
             if state.behaviour == "refuses" or (state.behaviour == "fails every third" and number % 3 == 0):
@@ -77,6 +82,7 @@ def fake_openai_server(**options: Any) -> Iterator[FakeServer]:
                     return
             if state.behaviour != "no usage":
                 self._event({"choices": [], "usage": {"completion_tokens": body["max_tokens"] * body["n"]}})
+            self._end()  # before the last bytes: whoever reads them may send the next request at once
             self.wfile.write(b": a comment\n\ndata: [DONE]\n\n")
 
         def _event(self, value: dict[str, Any]) -> None:
