@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
+from benchmarks.agents import AgentsWorkload
 from benchmarks.peer_options import open_peer, peer_options
+from cascade_llm.bench.workloads import WORKLOADS
 from cascade_llm.cli import bench_latency, bench_throughput
 from cascade_llm.cli.bench_workloads import WorkloadGroup
 from cascade_llm.cli.main import RootGroup, run_command
@@ -20,6 +22,9 @@ PLACES = {
     "throughput": "benchmarks.__main__:throughput",
     "latency": "benchmarks.__main__:latency",
 }
+
+
+LOADS = {**WORKLOADS, AgentsWorkload.name: AgentsWorkload}
 
 
 def _measure_against(module: Any, online: bool) -> Any:
@@ -40,6 +45,7 @@ def _measure_against(module: Any, online: bool) -> Any:
 
 @click.group(
     cls=WorkloadGroup,
+    workloads=LOADS,
     run=_measure_against(bench_throughput, online=False),
     options=lambda command: peer_options(bench_throughput.throughput_options(command)),
 )
@@ -49,6 +55,7 @@ def throughput() -> None:
 
 @click.group(
     cls=WorkloadGroup,
+    workloads=LOADS,
     run=_measure_against(bench_latency, online=True),
     options=lambda command: peer_options(bench_latency.latency_options(command)),
 )

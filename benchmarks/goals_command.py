@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,7 @@ import click
 from benchmarks.peer_options import open_peer, peer_options
 from cascade_llm.cli.console import error_console, result_console, run_bar
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
-from cascade_llm.cli.output_files import Outputs, check_settings, output_options, write_json_file
-from cascade_llm.errors import ConfigError
+from cascade_llm.cli.output_files import Outputs, output_options, write_json_file
 
 if TYPE_CHECKING:
     from benchmarks.goals import GoalResult
@@ -55,10 +53,11 @@ def goals(
     out.check(markdown, resume=resume)
     from benchmarks import goals_report as text
     from benchmarks.goals import choose_goals, goal_loads, goal_result
-    from cascade_llm.bench.compare import compare_each
+    from benchmarks.many_loads import compare_each, read_results
     from cascade_llm.bench.machine import describe_machine
     from cascade_llm.bench.setup import open_model
     from cascade_llm.bench.throughput import num_runs
+    from cascade_llm.cli.throughput_report import setting_lines
 
     bench = open_model(model, options)
     chosen = choose_goals([name.strip() for name in loads.split(",") if name.strip()])
@@ -72,7 +71,7 @@ def goals(
     }
     done: dict[str, GoalResult] = {}
     if resume and output is not None and output.exists():
-        before, done = _read_results(output, settings)
+        before, done = read_results(output, "goals", settings, _whole_results)
         record |= {name: before.get(name, {}) for name in ("sides", "reports")}
     wanted = goal_loads(bench, {name: goal for name, goal in chosen.items() if name not in done})
     interrupted = False
@@ -106,7 +105,7 @@ def goals(
         result_console().print(text.goals_table(ordered))
         for line in text.comparison_lines(ordered):
             result_console().print(line)
-        for line in text.setting_lines(record):
+        for line in setting_lines(record["sides"], record["machine"]):
             result_console().print(line, style="dim")
 
     whole = {**record, "results": {result.name: result.as_dict() for result in ordered}}
@@ -115,16 +114,10 @@ def goals(
         raise click.Abort
 
 
-def _read_results(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, GoalResult]]:
-    """The whole file, and the results in it that were not interrupted."""
+def _whole_results(written: Any) -> dict[str, GoalResult]:
+    """The results in a file that were not interrupted."""
     from benchmarks.goals import GoalResult
 
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        reports, results = written["reports"], written["results"]
-        whole = [name for name in results if not reports[name]["interrupted"]]
-        before, done = written["settings"], {name: GoalResult.from_dict(results[name]) for name in whole}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} does not hold results of `benchmarks goals` ({error}): leave out --resume") from None
-    check_settings(path, before, settings)
-    return written, done
+    reports = written["reports"]
+    results = written["results"].items()
+    return {name: GoalResult.from_dict(result) for name, result in results if not reports[name]["interrupted"]}

@@ -12,7 +12,7 @@ from cascade_llm.cli.charts import Bars
 from cascade_llm.cli.console import format_bytes
 from cascade_llm.cli.throughput_report import machine_line
 
-__all__ = ["caption", "charts", "comparison_lines", "goals_table", "markdown", "result_line", "setting_lines"]
+__all__ = ["caption", "charts", "comparison_lines", "goals_table", "markdown", "result_line"]
 
 QUANTITIES = {"decode": "decode", "cold": "from cold"}
 
@@ -106,13 +106,6 @@ def charts(results: Sequence[GoalResult]) -> list[Bars]:
 def caption(machine: Mapping[str, Any], repeat: int) -> str:
     """Below the charts."""
     return f"{machine_line(machine)}; median and range of {repeat} turns"
-
-
-def setting_lines(record: Mapping[str, Any]) -> Iterator[str]:
-    """Flags of every side, and the machine."""
-    for side, flags in record["sides"].items():
-        yield f"{side}: {', '.join(f'{name}={value}' for name, value in flags.items())}"
-    yield machine_line(record["machine"])
 
 
 def _rows(results: Sequence[GoalResult]) -> Iterator[list[str]]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cascade_llm.cli.console import error_console, result_console, run_bar
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
-from cascade_llm.cli.output_files import Outputs, check_settings, output_options, write_json_file
+from cascade_llm.cli.output_files import Outputs, output_options, write_json_file
 from cascade_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +59,7 @@ def growth(
     out.check(resume=resume)
     from benchmarks import growth_report as text
     from benchmarks.growth import GrowthPoint, growth_loads, growth_result
-    from cascade_llm.bench.compare import compare_each
+    from benchmarks.many_loads import compare_each, read_results
     from cascade_llm.bench.machine import describe_machine
     from cascade_llm.bench.setup import open_model
     from cascade_llm.bench.throughput import num_runs
@@ -74,7 +72,7 @@ def growth(
     done: dict[GrowthPoint, GrowthResult] = {}
     record: dict[str, Any] = {"settings": settings, "machine": describe_machine(), "sides": {}}
     if resume and output is not None and output.exists():
-        before, done = _read_results(output, settings)
+        before, done = read_results(output, "growth", settings, _results)
         record["sides"] = before.get("sides", {})
     wanted = {str(point): (point, load) for point, load in loads.items() if point not in done}
     total = sum(num_runs(2, repeat, load, with_off=True, runs=DECODE_RUNS) + 2 for _, load in wanted.values())
@@ -118,20 +116,12 @@ def _as_dicts(results: Mapping[GrowthPoint, GrowthResult]) -> dict[str, Any]:
     return {str(point): result.as_dict() for point, result in results.items()}
 
 
-def _read_results(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[GrowthPoint, GrowthResult]]:
-    """The whole file, and the results in it."""
+def _results(written: Any) -> dict[GrowthPoint, GrowthResult]:
+    """The results in a file."""
     from benchmarks.growth import GrowthResult
 
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        results = [GrowthResult.from_dict(result) for result in written["points"].values()]
-        before = written["settings"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} does not hold results of `benchmarks growth` ({error}): leave out --resume"
-        ) from None
-    check_settings(path, before, settings)
-    return written, {result.point: result for result in results}
+    results = [GrowthResult.from_dict(result) for result in written["points"].values()]
+    return {result.point: result for result in results}
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:

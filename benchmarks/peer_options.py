@@ -12,9 +12,9 @@ from cascade_llm.cli.console import error_console
 from cascade_llm.cli.field_options import stacked
 
 if TYPE_CHECKING:
-    from cascade_llm.bench.compare import OpenSide
     from cascade_llm.bench.load import Load
     from cascade_llm.bench.setup import BenchModel
+    from cascade_llm.bench.sides import OpenSide
 
 __all__ = ["open_peer", "peer_options"]
 

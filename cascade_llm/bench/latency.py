@@ -83,10 +83,6 @@ class LatencyReport:
     interrupted: bool = False
     machine: Mapping[str, Any] = field(default_factory=describe_machine)
 
-    def spread(self, side: str, quantity: str, statistic: str | int) -> Spread | None:
-        """See `summary_spread`."""
-        return summary_spread(self.runs[side], quantity, statistic)
-
     @property
     def main(self) -> str:
         """The side that others are compared with: the first."""

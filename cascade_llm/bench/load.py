@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from cascade_llm.errors import ConfigError
+from cascade_llm.sampling_params import SamplingParams
 
 __all__ = ["HISTORIES", "History", "Load", "LoadRequest"]
 
@@ -62,6 +63,18 @@ class Load:
     def has_turns(self) -> bool:
         """Whether some requests go on from the answers of others."""
         return any(request.follows is not None for request in self.requests)
+
+    def params(self, index: int, output_len: int | None = None) -> SamplingParams:
+        """How a request is sampled; `output_len` takes the place of its own."""
+        request = self.requests[index]
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_tokens=output_len or request.output_len,
+            n=request.n,
+            seed=index,
+            ignore_eos=True,
+        )
 
     def goes_on(self, request: LoadRequest) -> bool:
         """Whether the prompt of a request is known only when the one before it has ended."""

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 
 from cascade_llm.bench.arrivals import Arrival, ArrivalQueue
 from cascade_llm.bench.load import Load
-from cascade_llm.bench.reading import COUNTERS, Reading
+from cascade_llm.bench.reading import Reading
 from cascade_llm.errors import ConfigError
 from cascade_llm.llm import LLM, TokenStream
-from cascade_llm.sampling_params import SamplingParams
 
 __all__ = [
     "AllAtOnce",
@@ -197,25 +196,15 @@ class OnlineLoop:
 
     def result(self) -> OnlineRun:
         """Of a run that is done."""
-        after = self._llm.stats()
-        gained = {name: after[name] - self._before[name] for name in COUNTERS}
-        reading = Reading(self._elapsed_s, gained["generated_tokens"], gained)
+        reading = Reading.since(self._before, self._llm, self._elapsed_s)
         return OnlineRun(reading, [self._timings[index] for index in range(len(self._load.requests))])
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._start_s
 
     def _send(self, arrival: Arrival) -> None:
-        request = self._load.requests[arrival.request_index]
-        params = SamplingParams(
-            temperature=self._load.temperature,
-            top_p=self._load.top_p,
-            max_tokens=request.output_len,
-            n=request.n,
-            seed=arrival.request_index,
-            ignore_eos=True,
-        )
-        timing = RequestTiming(arrival.arrival_s, [[] for _ in range(request.n)])
+        params = self._load.params(arrival.request_index)
+        timing = RequestTiming(arrival.arrival_s, [[] for _ in range(params.n)])
         self._timings[arrival.request_index] = timing
         self._running.append(_Running(arrival, self._llm.stream(arrival.token_ids, params), timing))
 

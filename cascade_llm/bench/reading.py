@@ -11,7 +11,7 @@ from cascade_llm.llm import LLM
 from cascade_llm.outputs import RequestOutput
 from cascade_llm.sampling_params import SamplingParams
 
-__all__ = ["COUNTERS", "Reading", "Spread", "measure", "spread_of_ratios"]
+__all__ = ["Reading", "Spread", "measure", "spread_of_ratios"]
 
 COUNTERS = (
     "steps",
@@ -35,6 +35,13 @@ class Reading:
     """Tokens."""
     counters: Mapping[str, int] = field(default_factory=dict)
     """What `LLM.stats()` gained; empty for an engine that does not tell."""
+
+    @classmethod
+    def since(cls, before: Mapping[str, int], llm: LLM, elapsed_s: float) -> Reading:
+        """Of what an engine has done since its `stats()` were `before`."""
+        after = llm.stats()
+        gained = {name: after[name] - before[name] for name in COUNTERS}
+        return cls(elapsed_s, gained["generated_tokens"], gained)
 
     @property
     def tokens_per_s(self) -> float:
@@ -78,7 +85,4 @@ def measure(
     before = llm.stats()
     start_s = time.perf_counter()
     outputs = llm.generate(prompts, params, progress=progress)
-    elapsed_s = time.perf_counter() - start_s
-    after = llm.stats()
-    gained = {name: after[name] - before[name] for name in COUNTERS}
-    return outputs, Reading(elapsed_s, gained["generated_tokens"], gained)
+    return outputs, Reading.since(before, llm, time.perf_counter() - start_s)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from cascade_llm.bench.instruments import recorded_plans, timed_parts
 from cascade_llm.bench.load import Load
 from cascade_llm.bench.online import AllAtOnce, Arrivals, OnlineRun, run_requests
 from cascade_llm.bench.reading import Reading, measure
+from cascade_llm.bench.setup import BenchModel
 from cascade_llm.llm import LLM
 from cascade_llm.plan import StepPlan
-from cascade_llm.sampling_params import SamplingParams
 
-__all__ = ["RUNS", "EngineSide", "Run", "Side", "load_params"]
+__all__ = ["RUNS", "EngineSide", "OpenSide", "Run", "Side", "opened_sides"]
 
 Run = Literal["cold", "warm", "first"]
 RUNS: tuple[Run, ...] = ("cold", "first", "warm")
@@ -89,20 +90,35 @@ class EngineSide(Side):
     def _reading(self, run: Run) -> Reading:
         if self.load.has_turns:
             return run_requests(self.llm, self.load, AllAtOnce()).reading
-        params = load_params(self.load, output_len=1 if run == "first" else None)
+        output_len = 1 if run == "first" else None
+        params = [self.load.params(index, output_len) for index in range(len(self.load.requests))]
         return measure(self.llm, [request.token_ids for request in self.load.requests], params)[1]
 
 
-def load_params(load: Load, *, output_len: int | None = None) -> list[SamplingParams]:
-    """One per request; `output_len` takes the place of the load's own."""
-    return [
-        SamplingParams(
-            temperature=load.temperature,
-            top_p=load.top_p,
-            max_tokens=output_len or request.output_len,
-            n=request.n,
-            seed=index,
-            ignore_eos=True,
-        )
-        for index, request in enumerate(load.requests)
-    ]
+OpenSide = Callable[[], Side]
+"""Starts another engine, with the first of the loads that are measured and room for all of them."""
+
+
+@contextmanager
+def opened_sides(
+    model: BenchModel,
+    *loads: Load,
+    with_off: bool,
+    others: Sequence[OpenSide] = (),
+    on_run: Callable[[str], None] = lambda run: None,
+) -> Iterator[list[Side]]:
+    """Cascade on, off and other engines, where wanted, each with the first load and room for all."""
+    with ExitStack() as stack:
+        sides: list[Side] = []
+
+        def add(side: Side) -> None:
+            stack.callback(side.close)
+            sides.append(side)
+
+        add(EngineSide("cascade on", model.open(*loads, enable_cascade_attention=True), loads[0]))
+        if with_off:
+            add(EngineSide("cascade off", model.open(*loads, enable_cascade_attention=False), loads[0]))
+        for open_side in others:
+            on_run("starting another engine")
+            add(open_side())
+        yield sides

@@ -8,6 +8,7 @@ ratios are taken turn by turn. Decode with cascade attention on against off is c
 
 from __future__ import annotations
 
+import resource
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,11 +19,12 @@ from cascade_llm.bench.machine import describe_machine
 from cascade_llm.bench.machine_limits import MachineLimits
 from cascade_llm.bench.paired import PairedDecode, measure_paired
 from cascade_llm.bench.reading import Reading, Spread, spread_of_ratios
-from cascade_llm.bench.sides import RUNS, EngineSide, Run, Side
+from cascade_llm.bench.setup import BenchModel
+from cascade_llm.bench.sides import RUNS, EngineSide, OpenSide, Run, Side, opened_sides
 from cascade_llm.bench.step_work import ModelShape, Work, floor_s, step_work, total_work
 from cascade_llm.errors import ConfigError
 
-__all__ = ["Floor", "ThroughputReport", "decode_tokens_per_s", "floors_of", "measure_sides", "num_runs"]
+__all__ = ["Floor", "ThroughputReport", "compare", "decode_tokens_per_s", "floors_of", "measure_sides", "num_runs"]
 
 Readings = dict[Run, list[Reading]]
 OnRun = Callable[[str], None]
@@ -215,7 +217,24 @@ def measure_sides(
         report.interrupted = True
     report.floors.update(floors_of(main, report.limits, shape))
     report.unshared_steps = Counter(main.llm.plan_report()["unshared_steps"]) - unshared_before
+    report.peak_memory_bytes.update(_peak_memory(sides))
     return report
+
+
+def compare(
+    model: BenchModel,
+    load: Load,
+    *,
+    with_off: bool = True,
+    others: Sequence[OpenSide] = (),
+    repeat: int = 3,
+    split_steps: bool = True,
+    on_run: OnRun = lambda run: None,
+) -> ThroughputReport:
+    """Open cascade attention on, off and other engines, where wanted, and measure a load; see `measure_sides`."""
+    report = ThroughputReport(model.name, load, model.limits())
+    with opened_sides(model, load, with_off=with_off, others=others, on_run=on_run) as sides:
+        return measure_sides(report, sides, model.shape(), repeat=repeat, split_steps=split_steps, on_run=on_run)
 
 
 def num_runs(num_sides: int, repeat: int, load: Load, *, with_off: bool, runs: Sequence[Run] = RUNS) -> int:
@@ -256,6 +275,15 @@ def _split_steps(report: ThroughputReport, sides: Sequence[Side], on_run: OnRun)
         if isinstance(side, EngineSide) and side.llm.facts.device.type == "cpu":
             on_run(f"{side.name}, parts of a step")
             report.step_parts_s[side.name] = side.split_step_time()
+
+
+def _peak_memory(sides: Sequence[Side]) -> dict[str, int]:
+    """By side; ours where one engine alone is in this process."""
+    engines = [side for side in sides if isinstance(side, EngineSide)]
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = {engines[0].name: own} if len(engines) == 1 else {}
+    told = {side.name: side.peak_memory_bytes() for side in sides if not isinstance(side, EngineSide)}
+    return memory | {name: num_bytes for name, num_bytes in told.items() if num_bytes is not None}
 
 
 def _as_run(quantity: str) -> Run:

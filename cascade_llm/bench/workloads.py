@@ -15,18 +15,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from cascade_llm.bench.agent_prompts import agent_prompts
 from cascade_llm.bench.load import Load, LoadRequest
 from cascade_llm.errors import ConfigError, PromptError
 
 __all__ = [
     "WORKLOADS",
-    "AgentsWorkload",
     "ChatWorkload",
     "DocumentsWorkload",
     "FileWorkload",
     "ForestWorkload",
     "PromptEncoder",
+    "RandomTokens",
     "RandomWorkload",
     "RolloutWorkload",
     "SharedPrefixWorkload",
@@ -132,7 +131,7 @@ class SharedPrefixWorkload(Workload):
     """Of the token ids."""
 
     def _requests(self, vocabulary: Vocabulary) -> list[LoadRequest]:
-        tokens = _Tokens(vocabulary, self.seed)
+        tokens = RandomTokens(vocabulary, self.seed)
         prefix = tokens.draw(self.prefix_len)
         return [LoadRequest(prefix + tokens.draw(self.suffix_len), self.output_len) for _ in range(self.num_requests)]
 
@@ -157,7 +156,7 @@ class ForestWorkload(Workload):
     """Of token ids and order."""
 
     def _requests(self, vocabulary: Vocabulary) -> list[LoadRequest]:
-        tokens = _Tokens(vocabulary, self.seed)
+        tokens = RandomTokens(vocabulary, self.seed)
         prefixes = [tokens.draw(self.prefix_len) for _ in range(self.groups)]
         requests = [
             LoadRequest(prefix + tokens.draw(self.suffix_len), self.output_len)
@@ -187,7 +186,7 @@ class RolloutWorkload(Workload):
     """Of the token ids."""
 
     def _requests(self, vocabulary: Vocabulary) -> list[LoadRequest]:
-        tokens = _Tokens(vocabulary, self.seed)
+        tokens = RandomTokens(vocabulary, self.seed)
         return [LoadRequest(tokens.draw(self.prompt_len), self.output_len, self.samples) for _ in range(self.prompts)]
 
 
@@ -213,39 +212,13 @@ class DocumentsWorkload(Workload):
     """Of token ids and order."""
 
     def _requests(self, vocabulary: Vocabulary) -> list[LoadRequest]:
-        tokens = _Tokens(vocabulary, self.seed)
+        tokens = RandomTokens(vocabulary, self.seed)
         system = tokens.draw(self.system_len)
         documents = [system + tokens.draw(self.document_len) for _ in range(self.documents)]
         requests = [
             LoadRequest(document + tokens.draw(self.question_len), self.output_len)
             for document in documents
             for _ in range(self.questions)
-        ]
-        tokens.rng.shuffle(requests)
-        return requests
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgentsWorkload(Workload):
-    """Tasks behind the system prompts of agent frameworks, read from the packages that are installed."""
-
-    name: ClassVar[str] = "agents"
-
-    tasks: int = 8
-    """Tasks for each agent."""
-    task_len: int = 128
-    """Tokens of each task, at random."""
-    output_len: int = 128
-    """Generated tokens of each answer."""
-    seed: int = 0
-    """Of the tasks and their order."""
-
-    def _requests(self, vocabulary: Vocabulary) -> list[LoadRequest]:
-        tokens, tokenizer = _Tokens(vocabulary, self.seed), vocabulary.encoder("the workload agents")
-        requests = [
-            LoadRequest(system + tokens.draw(self.task_len), self.output_len)
-            for system in (tokenizer.encode(text) for text in agent_prompts().values())
-            for _ in range(self.tasks)
         ]
         tokens.rng.shuffle(requests)
         return requests
@@ -275,7 +248,7 @@ class ChatWorkload(Workload):
     def _requests(self, vocabulary: Vocabulary) -> list[LoadRequest]:
         if not self.think_s >= 0:
             raise ConfigError(f"think_s is {self.think_s}: it must be 0 or larger")
-        tokens, answers = _Tokens(vocabulary, self.seed), _Tokens(vocabulary, f"answers {self.seed}")
+        tokens, answers = RandomTokens(vocabulary, self.seed), RandomTokens(vocabulary, f"answers {self.seed}")
         system = tokens.draw(self.system_len)
         requests: list[LoadRequest] = []
         for turn in range(self.turns):
@@ -351,14 +324,13 @@ WORKLOADS: Mapping[str, type[Workload]] = {
         ForestWorkload,
         RolloutWorkload,
         DocumentsWorkload,
-        AgentsWorkload,
         ChatWorkload,
         FileWorkload,
     )
 }
 
 
-class _Tokens:
+class RandomTokens:
     """Token ids at random."""
 
     def __init__(self, vocabulary: Vocabulary, seed: int | str) -> None:

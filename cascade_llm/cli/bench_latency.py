@@ -10,12 +10,11 @@ import click
 
 from cascade_llm.cli.bench_throughput import OpenOthers, load_options, off_option
 from cascade_llm.cli.bench_workloads import WorkloadGroup
-from cascade_llm.cli.console import result_console, run_bar
+from cascade_llm.cli.console import run_bar
 from cascade_llm.cli.field_options import engine_options, model_option, stacked, take_engine
 from cascade_llm.cli.output_files import Outputs, output_options
 
 if TYPE_CHECKING:
-    from cascade_llm.bench.latency import LatencyReport
     from cascade_llm.bench.load import History, Load
     from cascade_llm.bench.online import Arrivals
     from cascade_llm.bench.workloads import Workload
@@ -88,9 +87,9 @@ def measure(
     """Measure a workload and show the result; `arguments`: the engine's options, as the command line gives them."""
     options = take_engine(arguments)
     out.check()
-    from cascade_llm.bench.compare import opened_sides
     from cascade_llm.bench.latency import LatencyReport, measure_latency
     from cascade_llm.bench.setup import open_model
+    from cascade_llm.bench.sides import opened_sides
 
     bench = open_model(model, options)
     load = with_history(bench.load(workload, temperature=temperature, top_p=top_p), history)
@@ -102,23 +101,11 @@ def measure(
         opened_sides(bench, load, with_off=with_off, others=others, on_run=on_run) as sides,
     ):
         measure_latency(report, sides, repeat=repeat, on_run=on_run)
-    from cascade_llm.cli.latency_report import charts, title
+    from cascade_llm.cli.latency_report import charts, print_latency, title
 
-    out.deliver(report.as_dict(), lambda: _print(report), lambda: charts(report.runs), caption=title(report))
+    out.deliver(report.as_dict(), lambda: print_latency(report), lambda: charts(report.runs), caption=title(report))
     if report.interrupted:
         raise click.Abort
-
-
-def _print(report: LatencyReport) -> None:
-    from cascade_llm.cli import latency_report as text
-
-    console = result_console()
-    console.print(text.title(report), style="bold")
-    console.print(text.latency_table(report.runs))
-    if len(report.runs) > 1:
-        console.print(text.ratio_table(report))
-    for line in text.setting_lines(report):
-        console.print(line, style="dim")
 
 
 @click.group(cls=WorkloadGroup, run=measure, options=latency_options)

@@ -9,13 +9,12 @@ import click
 from cascade_llm.cli.bench_latency import arrival_options, with_history
 from cascade_llm.cli.bench_throughput import load_options
 from cascade_llm.cli.bench_workloads import WorkloadGroup
-from cascade_llm.cli.console import result_console, run_bar
+from cascade_llm.cli.console import run_bar
 from cascade_llm.cli.field_options import stacked
 from cascade_llm.cli.output_files import Outputs, output_options
 from cascade_llm.errors import BackendError
 
 if TYPE_CHECKING:
-    from cascade_llm.bench.latency import LatencyReport
     from cascade_llm.bench.load import History, Load
     from cascade_llm.bench.online import Arrivals
     from cascade_llm.bench.workloads import Workload
@@ -89,10 +88,10 @@ def _run(
                 break
     if not report.runs:
         raise BackendError(f"no request succeeded; the first error: {errors[0] if errors else 'interrupted'}")
-    from cascade_llm.cli.latency_report import charts, title
+    from cascade_llm.cli.latency_report import charts, print_latency, title
 
     record = {**report.as_dict(), "errors": errors}
-    out.deliver(record, lambda: _print(report, errors), lambda: charts(report.runs), caption=title(report))
+    out.deliver(record, lambda: print_latency(report, errors), lambda: charts(report.runs), caption=title(report))
     if report.interrupted:
         raise click.Abort
 
@@ -109,18 +108,6 @@ def _load(workload: Workload, tokenizer: str | None, vocab_size: int, temperatur
     size = int(checkpoint.hf_config().get("vocab_size") or vocab_size)
     vocabulary = Vocabulary(size, lambda: load_tokenizer(checkpoint.tokenizer_source))
     return workload.load(vocabulary, temperature=temperature, top_p=top_p)
-
-
-def _print(report: LatencyReport, errors: list[str]) -> None:
-    from cascade_llm.cli import latency_report as text
-
-    console = result_console()
-    console.print(text.title(report), style="bold")
-    console.print(text.latency_table(report.runs))
-    if errors:
-        console.print(f"{len(errors)} requests failed; the first: {errors[0]}", style="red")
-    for line in text.setting_lines(report):
-        console.print(line, style="dim")
 
 
 @click.group(cls=WorkloadGroup, run=_run, options=serve_options)

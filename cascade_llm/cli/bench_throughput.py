@@ -13,9 +13,9 @@ from cascade_llm.cli.field_options import engine_options, model_option, stacked,
 from cascade_llm.cli.output_files import Outputs, output_options
 
 if TYPE_CHECKING:
-    from cascade_llm.bench.compare import OpenSide
     from cascade_llm.bench.load import Load
     from cascade_llm.bench.setup import BenchModel
+    from cascade_llm.bench.sides import OpenSide
     from cascade_llm.bench.throughput import ThroughputReport
     from cascade_llm.bench.workloads import Workload
 
@@ -60,9 +60,8 @@ def measure(
     """Measure a workload and show the result; `arguments`: the engine's options, as the command line gives them."""
     options = take_engine(arguments)
     out.check()
-    from cascade_llm.bench.compare import compare
     from cascade_llm.bench.setup import open_model
-    from cascade_llm.bench.throughput import num_runs
+    from cascade_llm.bench.throughput import compare, num_runs
 
     bench = open_model(model, options)
     load = bench.load(workload, temperature=temperature, top_p=top_p)
@@ -88,7 +87,7 @@ def _print(report: ThroughputReport) -> None:
         console.print(line)
     if report.step_parts_s:
         console.print(text.parts_table(report))
-    for line in text.setting_lines(report):
+    for line in text.setting_lines(report.sides, report.machine, interrupted=report.interrupted):
         console.print(line, style="dim")
 
 

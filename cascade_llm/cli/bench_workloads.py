@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -15,22 +15,23 @@ __all__ = ["WorkloadGroup"]
 
 
 class WorkloadGroup(LazyGroup):
-    """Makes its commands from the records of `WORKLOADS`: their fields are options, their docstrings the help."""
+    """Makes its commands from the records of workloads: their fields are options, their docstrings the help."""
 
     def __init__(
         self,
         *args: Any,
         run: Callable[..., None],
-        options: Callable[[Any], Any] = lambda command: command,
+        options: Callable[[Any], Any],
+        workloads: Mapping[str, type[Workload]] = WORKLOADS,
         **kwargs: Any,
     ) -> None:
         """`run` is called with a workload and the command's arguments; `options` adds options to each command."""
-        super().__init__(*args, places=dict.fromkeys(WORKLOADS, ""), **kwargs)
-        self._run, self._add_options = run, options
+        super().__init__(*args, places=dict.fromkeys(workloads, ""), **kwargs)
+        self._run, self._add_options, self._workloads = run, options, workloads
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of a workload; None for an unknown one."""
-        record = WORKLOADS.get(cmd_name)
+        record = self._workloads.get(cmd_name)
         return None if record is None else self._command(cmd_name, record)
 
     def _command(self, name: str, record: type[Workload]) -> click.Command:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -10,21 +10,34 @@ from cascade_llm.bench.latency import PERCENTILES, QUANTITIES, LatencyReport, La
 from cascade_llm.bench.online import Arrivals, AtConcurrency, AtRate
 from cascade_llm.bench.reading import Spread
 from cascade_llm.cli.charts import Bars
-from cascade_llm.cli.throughput_report import load_line, machine_line
+from cascade_llm.cli.console import result_console
+from cascade_llm.cli.throughput_report import load_line, setting_lines
 
-__all__ = ["arrivals_line", "charts", "latency_table", "ratio_table", "setting_lines", "title"]
+__all__ = ["charts", "print_latency", "title"]
 
 Runs = Mapping[str, Sequence[LatencyRun]]
 """By engine."""
 
 
+def print_latency(report: LatencyReport, errors: Sequence[str] = ()) -> None:
+    """Times, ratios where there are several engines, and what was chosen; `errors` of requests that failed."""
+    console = result_console()
+    console.print(title(report), style="bold")
+    console.print(_latency_table(report.runs))
+    if len(report.runs) > 1:
+        console.print(_ratio_table(report))
+    if errors:
+        console.print(f"{len(errors)} requests failed; the first: {errors[0]}", style="red")
+    for line in setting_lines(report.sides, report.machine, interrupted=report.interrupted):
+        console.print(line, style="dim")
+
+
 def title(report: LatencyReport) -> str:
     """What was run."""
-    return f"{load_line(report.model, report.load)}; {arrivals_line(report.arrivals)}"
+    return f"{load_line(report.model, report.load)}; {_arrivals_line(report.arrivals)}"
 
 
-def arrivals_line(arrivals: Arrivals) -> str:
-    """When requests came."""
+def _arrivals_line(arrivals: Arrivals) -> str:
     if isinstance(arrivals, AtRate):
         return f"{arrivals.per_s:g} requests a second (Poisson)"
     if isinstance(arrivals, AtConcurrency):
@@ -32,7 +45,7 @@ def arrivals_line(arrivals: Arrivals) -> str:
     return "all requests at once"
 
 
-def latency_table(runs: Runs) -> Table:
+def _latency_table(runs: Runs) -> Table:
     """Milliseconds: medians over the runs, and the spread of the medians."""
     table = Table()
     table.add_column("engine")
@@ -53,7 +66,7 @@ def latency_table(runs: Runs) -> Table:
     return table
 
 
-def ratio_table(report: LatencyReport) -> Table:
+def _ratio_table(report: LatencyReport) -> Table:
     """How many times as long the others take as the first side, turn by turn."""
     table = Table(title=f"times as long as {report.main}: median of the turns, lowest to highest", title_justify="left")
     table.add_column("engine")
@@ -67,15 +80,6 @@ def ratio_table(report: LatencyReport) -> Table:
                 cells = [f"{(r := ratios[name]).median:.2f} ({r.low:.2f} to {r.high:.2f})" for name in shown]
                 table.add_row(other, QUANTITIES[quantity], *cells)
     return table
-
-
-def setting_lines(report: LatencyReport) -> Iterator[str]:
-    """Flags of every side, and the machine."""
-    if report.interrupted:
-        yield "interrupted: what was measured until then"
-    for side, flags in report.sides.items():
-        yield f"{side}: {', '.join(f'{name}={value}' for name, value in flags.items())}"
-    yield machine_line(report.machine)
 
 
 def charts(runs: Runs) -> list[Bars]:

@@ -19,7 +19,7 @@ from cascade_llm.errors import ConfigError
 if TYPE_CHECKING:
     from cascade_llm.cli.charts import Chart
 
-__all__ = ["Outputs", "check_output_files", "check_settings", "output_options", "write_json_file"]
+__all__ = ["Outputs", "output_options", "write_json_file"]
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -34,8 +34,25 @@ class Outputs:
     force: bool
 
     def check(self, *others: Path | None, resume: bool = False) -> None:
-        """See `check_output_files`; a file that is gone on with may exist."""
-        check_output_files(self.output, self.plot, *others, force=self.force or resume)
+        """Raise `ConfigError` for a file that cannot be written, before anything is measured.
+
+        Args:
+            others: more files that the command writes
+            resume: whether what is in them is gone on with
+        """
+        named = [path for path in (self.output, self.plot, *others) if path is not None]
+        for path in named:
+            if [other.absolute() for other in named].count(path.absolute()) > 1:
+                raise ConfigError(f"{path} is named twice: give each file a name of its own")
+            if path.is_dir() or not path.absolute().parent.is_dir():
+                raise ConfigError(f"{path} cannot be written: give a file name in a folder that exists")
+            if path.exists() and not self.force and not resume:
+                raise ConfigError(f"{path} exists: give another name, or --force to replace it")
+        if self.plot is not None:
+            if self.plot.suffix not in PLOT_SUFFIXES:
+                raise ConfigError(f"{self.plot} has no known kind: end its name with {', '.join(PLOT_SUFFIXES)}")
+            if find_spec("matplotlib") is None:
+                raise ConfigError("charts need matplotlib: pip install 'cascade-llm[plot]'")
 
     def deliver(
         self,
@@ -72,30 +89,6 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--plot", type=click.Path(path_type=Path), help="Draw a chart: a .png, .svg or .pdf file."),
         click.option("--force", is_flag=True, help="Replace files that exist."),
     )(call)
-
-
-def check_output_files(output: Path | None, plot: Path | None, *others: Path | None, force: bool) -> None:
-    """Raise `ConfigError` for a file that cannot be written, before anything is measured."""
-    named = [path for path in (output, plot, *others) if path is not None]
-    for path in named:
-        if [other.absolute() for other in named].count(path.absolute()) > 1:
-            raise ConfigError(f"{path} is named twice: give each file a name of its own")
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: give a file name in a folder that exists")
-        if path.exists() and not force:
-            raise ConfigError(f"{path} exists: give another name, or --force to replace it")
-    if plot is not None:
-        if plot.suffix not in PLOT_SUFFIXES:
-            raise ConfigError(f"{plot} has no known kind: end its name with {', '.join(PLOT_SUFFIXES)}")
-        if find_spec("matplotlib") is None:
-            raise ConfigError("charts need matplotlib: pip install 'cascade-llm[plot]'")
-
-
-def check_settings(path: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` where a file that is to be gone on with was measured with other settings."""
-    changed = [name for name, value in settings.items() if before.get(name) != value]
-    if changed:
-        raise ConfigError(f"{path} was measured with another {', '.join(changed)}: give the same, or another --output")
 
 
 def write_json_file(path: Path, value: Any) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from cascade_llm.cli.console import print_json, result_console
+from cascade_llm.cli.console import result_console
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, model_option, take_engine
 from cascade_llm.cli.generate import prompt_options
-from cascade_llm.cli.output_files import check_output_files
+from cascade_llm.cli.output_files import Outputs, output_options
 from cascade_llm.cli.prompt_files import read_prompts
 from cascade_llm.config import EngineOptions
 
@@ -39,19 +39,16 @@ PLANNING = (
     "--costs",
     help="The device whose cost model decides (cpu, a100, h100, h200); default: the engine's choice on this machine.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the tree as JSON.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the tree: a .png, .svg or .pdf file.")
-@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@output_options
 @engine_options(only=PLANNING)
 def plan(
+    *,
+    out: Outputs,
     file: Path,
     system_file: Path | None,
     as_chat: bool,
     model: str,
     costs: str | None,
-    as_json: bool,
-    plot: Path | None,
-    force: bool,
     **arguments: Any,
 ) -> None:
     """Draw the tree of prefixes that the prompts of FILE share, and the levels that they get in a decode step.
@@ -60,17 +57,13 @@ def plan(
     `generate --file`.
     """
     options = EngineOptions(**take_engine(arguments))
-    check_output_files(None, plot, force=force)
+    out.check()
     inputs = read_prompts((), file, system_file, as_chat=as_chat)
     from cascade_llm.bench.plan_tree import plan_prompts
     from cascade_llm.cli.plan_drawing import draw_tree, tree_chart
 
     tree = plan_prompts(model, [item.content for item in inputs], options, costs=costs)
-    if as_json:
-        print_json(tree.as_dict(), indent=2)
-    else:
-        result_console().print(draw_tree(tree))
-    if plot is not None:
-        from cascade_llm.cli.charts import draw_charts
-
-        draw_charts(plot, [tree_chart(tree)], caption=f"{model}; cost model: {tree.costs}")
+    caption = f"{model}; cost model: {tree.costs}"
+    out.deliver(
+        tree.as_dict(), lambda: result_console().print(draw_tree(tree)), lambda: [tree_chart(tree)], caption=caption
+    )

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from cascade_llm.cli.field_options import stacked
 from cascade_llm.errors import PromptError
 from cascade_llm.sampling_params import SamplingParams
 
@@ -37,23 +38,19 @@ class PromptInput:
 TEMPLATE_NAMES = ("chat_template", "chat_template_kwargs", "tools", "continue_final_message")
 
 
-def template_options(command: Any) -> Any:
-    """What a chat template is told; collect it with `take_template`."""
-    readable = click.Path(exists=True, dir_okay=False, path_type=Path)
-    for option in (
-        click.option(
-            "--continue-final-message", is_flag=True, help="Go on with the last message of each conversation."
-        ),
-        click.option("--tools", type=readable, help="A JSON file with a list of the functions that may be called."),
-        click.option(
-            "--chat-template-kwargs",
-            metavar="JSON",
-            help="What else the chat template reads, such as '{\"enable_thinking\": false}'.",
-        ),
-        click.option("--chat-template", type=readable, help="A file with another chat template than the model's."),
-    ):
-        command = option(command)
-    return command
+READABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+template_options = stacked(
+    click.option("--chat-template", type=READABLE, help="A file with another chat template than the model's."),
+    click.option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="What else the chat template reads, such as '{\"enable_thinking\": false}'.",
+    ),
+    click.option("--tools", type=READABLE, help="A JSON file with a list of the functions that may be called."),
+    click.option("--continue-final-message", is_flag=True, help="Go on with the last message of each conversation."),
+)
+"""What a chat template is told; collect it with `take_template`."""
 
 
 def take_template(arguments: dict[str, Any]) -> dict[str, Any]:

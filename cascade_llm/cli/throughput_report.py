@@ -148,13 +148,15 @@ def parts_table(report: ThroughputReport) -> Table:
     return table
 
 
-def setting_lines(report: ThroughputReport) -> Iterator[str]:
+def setting_lines(
+    sides: Mapping[str, Mapping[str, Any]], machine: Mapping[str, Any], *, interrupted: bool = False
+) -> Iterator[str]:
     """Flags of every side, and the machine."""
-    if report.interrupted:
+    if interrupted:
         yield "interrupted: what was measured until then"
-    for side, flags in report.sides.items():
+    for side, flags in sides.items():
         yield f"{side}: {', '.join(f'{name}={value}' for name, value in flags.items())}"
-    yield machine_line(report.machine)
+    yield machine_line(machine)
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
-from cascade_llm.cli.console import print_json, result_console
+from cascade_llm.cli.console import error_console, print_json, result_console
 from cascade_llm.cli.field_options import SectionedCommand, engine_options, take_engine
-from cascade_llm.cli.validation_table import notes, validation_bar, validation_table, verdict
 from cascade_llm.validation.options import OPTIONS
 
+if TYPE_CHECKING:
+    from cascade_llm.validation.report import Progress as TellProgress
+    from cascade_llm.validation.report import ValidationReport
+
 __all__ = ["validate"]
+
+STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
 @click.command(cls=SectionedCommand)
@@ -47,7 +57,7 @@ def validate(
         raise click.UsageError("give a MODEL (a folder, a .gguf file, a hub id, or smollm2), or a file to --replay.")
     if replay is None and (max_steps is not None or allow_truncated):
         raise click.UsageError("--max-steps and --allow-truncated are for --replay.")
-    with validation_bar() as progress:
+    with _bar() as progress:
         if replay is not None:
             from cascade_llm.validation.replay_file import replay as run_replay
 
@@ -70,9 +80,49 @@ def validate(
         print_json(report.as_dict(), indent=2)
     else:
         console = result_console()
-        console.print(validation_table(report))
-        for note in notes(report):
+        console.print(_table(report))
+        for note in _notes(report):
             console.print(f"- {note}", style="dim")
-        console.print(verdict(report))
+        console.print(_verdict(report))
     if not report.passed:
         click.get_current_context().exit(1)
+
+
+def _table(report: ValidationReport) -> Table:
+    table = Table(show_lines=False)
+    for heading in ("check", "found", "allowed", "verdict"):
+        table.add_column(heading, overflow="fold")
+    for section in report.sections:
+        table.add_row(Text(section.title, style="bold"), Text(f"{section.seconds:.1f} s", style="dim"), "", "")
+        for check in section.checks:
+            table.add_row(
+                f"  {check.name}", check.found, check.allowed, Text(check.verdict, style=STYLES[check.verdict])
+            )
+        table.add_section()
+    return table
+
+
+def _notes(report: ValidationReport) -> list[str]:
+    return [f"{check.name}: {check.note}" for section in report.sections for check in section.checks if check.note]
+
+
+def _verdict(report: ValidationReport) -> Text:
+    checks = [check for section in report.sections for check in section.checks]
+    counts = ", ".join(
+        f"{count} {name}" for name in STYLES if (count := sum(check.verdict == name for check in checks))
+    )
+    word = "passed" if report.passed else "failed"
+    return Text(f"Validation {word}: {counts or 'nothing was checked'}.", style=STYLES[word])
+
+
+@contextmanager
+def _bar() -> Iterator[TellProgress]:
+    console = error_console()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading the model", total=None)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield progress

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade_llm.bench.latency import LatencyReport, LatencyRun, measure_latency, summarize
+from cascade_llm.bench.latency import LatencyReport, LatencyRun, measure_latency, summarize, summary_spread
 from cascade_llm.bench.load import Load, LoadRequest
 from cascade_llm.bench.online import AllAtOnce, Arrivals, AtConcurrency, AtRate, RequestTiming, run_requests
 from cascade_llm.bench.reading import Reading
@@ -92,7 +92,7 @@ def test_a_report_has_both_engines_and_is_json(tiny: Path) -> None:
     with tiny_llm(tiny) as on, tiny_llm(tiny, enable_cascade_attention=False) as off:
         measure_latency(report, [EngineSide("on", on, LOAD), EngineSide("off", off, LOAD)], repeat=2)
     assert {side: len(runs) for side, runs in report.runs.items()} == {"on": 2, "off": 2}
-    spread = report.spread("on", "ttft", 50)
+    spread = summary_spread(report.runs["on"], "ttft", 50)
     assert spread is not None
     assert 0 < spread.low <= spread.median <= spread.high
     printed = json.loads(json.dumps(report.as_dict()))
@@ -111,7 +111,7 @@ def test_ratios_are_of_the_others_over_the_first_turn_by_turn() -> None:
     ratio = report.ratio("other", "ttft", 50)
     assert ratio is not None
     assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.5, 3.0)
-    assert report.spread("silent", "ttft", 50) is None
+    assert summary_spread(report.runs["silent"], "ttft", 50) is None
     assert report.ratio("silent", "itl", "mean") is None
     ratio = report.ratio("silent", "e2e", 99)
     assert ratio is not None
@@ -139,7 +139,7 @@ def test_one_token_has_no_gaps(tiny: Path) -> None:
     report = LatencyReport(str(tiny), load, AllAtOnce())
     with tiny_llm(tiny) as llm:
         measure_latency(report, [EngineSide("on", llm, load)], repeat=1)
-    assert report.spread("on", "itl", "mean") is None
+    assert summary_spread(report.runs["on"], "itl", "mean") is None
 
 
 def test_percentiles_are_values_that_were_seen() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cascade_llm.bench.compare import compare
 from cascade_llm.bench.paired import MOST_PAIRS, PairedDecode, measure_paired
 from cascade_llm.bench.reading import Spread
 from cascade_llm.bench.setup import BenchModel, open_model, options_for
 from cascade_llm.bench.sides import EngineSide
+from cascade_llm.bench.throughput import compare
 from cascade_llm.bench.workloads import ChatWorkload, RandomWorkload, SharedPrefixWorkload, Workload
 from tests.engine.tiny_llm import tiny_llm
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cascade_llm.bench.compare import compare
 from cascade_llm.bench.instruments import STEP_PARTS, timed_parts
 from cascade_llm.bench.reading import Reading, Spread, spread_of_ratios
 from cascade_llm.bench.setup import BenchModel, open_model, options_for
 from cascade_llm.bench.sides import EngineSide
-from cascade_llm.bench.throughput import ThroughputReport, decode_tokens_per_s, measure_sides, num_runs
+from cascade_llm.bench.throughput import ThroughputReport, compare, decode_tokens_per_s, measure_sides, num_runs
 from cascade_llm.bench.workloads import ChatWorkload, RolloutWorkload, SharedPrefixWorkload, Workload
 from cascade_llm.errors import CapacityError, ConfigError, ModelNotFoundError
 from cascade_llm.sampling_params import SamplingParams

@@ -23,10 +23,11 @@ from benchmarks.peer_environment import (
 )
 from benchmarks.peer_process import PeerProcess
 from benchmarks.peer_side import PeerSide, peer_for
-from cascade_llm.bench.compare import compare, opened_sides
-from cascade_llm.bench.latency import LatencyReport, measure_latency
+from cascade_llm.bench.latency import LatencyReport, measure_latency, summary_spread
 from cascade_llm.bench.online import AllAtOnce, AtConcurrency, AtRate
 from cascade_llm.bench.setup import open_model
+from cascade_llm.bench.sides import opened_sides
+from cascade_llm.bench.throughput import compare
 from cascade_llm.bench.workloads import ChatWorkload, RandomWorkload, RolloutWorkload, SharedPrefixWorkload
 from cascade_llm.errors import BackendError, ConfigError
 
@@ -217,7 +218,7 @@ def test_an_engine_that_hands_out_whole_answers_tells_no_times_of_tokens(countin
         model, load, with_off=False, others=[partial(PeerSide, counting, model, load, online=True)]
     ) as sides:
         measure_latency(report, sides, repeat=1)
-    assert report.spread("counting", "ttft", 50) is None
+    assert summary_spread(report.runs["counting"], "ttft", 50) is None
     assert report.ratios()["counting"].keys() == {"ttft", "itl", "e2e"}
     assert report.ratios()["counting"]["itl"] == {}
     assert report.ratios()["counting"]["e2e"]["p50"].median > 0

@@ -1,4 +1,7 @@
-"""System prompts of agent frameworks, read as text from the packages that carry them; nothing of them is imported."""
+"""Tasks behind the system prompts of agent frameworks.
+
+The prompts are read as text from the packages that carry them; nothing of these is imported.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
+from cascade_llm.bench.load import LoadRequest
+from cascade_llm.bench.workloads import RandomTokens, Vocabulary, Workload
 from cascade_llm.errors import ConfigError
 
-__all__ = ["AGENT_PROMPTS", "PromptFile", "agent_prompts", "literal_block"]
+__all__ = ["AGENT_PROMPTS", "AgentsWorkload", "PromptFile", "agent_prompts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,32 @@ AGENT_PROMPTS: Mapping[str, PromptFile] = {
 """By distribution. Places for tools and tasks stay as they are written: a few words of some thousand."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AgentsWorkload(Workload):
+    """Tasks behind the system prompts of agent frameworks, read from the packages that are installed."""
+
+    name: ClassVar[str] = "agents"
+
+    tasks: int = 8
+    """Tasks for each agent."""
+    task_len: int = 128
+    """Tokens of each task, at random."""
+    output_len: int = 128
+    """Generated tokens of each answer."""
+    seed: int = 0
+    """Of the tasks and their order."""
+
+    def _requests(self, vocabulary: Vocabulary) -> list[LoadRequest]:
+        tokens, tokenizer = RandomTokens(vocabulary, self.seed), vocabulary.encoder("the workload agents")
+        requests = [
+            LoadRequest(system + tokens.draw(self.task_len), self.output_len)
+            for system in (tokenizer.encode(text) for text in agent_prompts().values())
+            for _ in range(self.tasks)
+        ]
+        tokens.rng.shuffle(requests)
+        return requests
+
+
 def agent_prompts() -> dict[str, str]:
     """The prompts that are installed here, by distribution; `ConfigError` with the command where there are none."""
     found, missed = {}, []
@@ -57,7 +89,7 @@ def agent_prompts() -> dict[str, str]:
     return found
 
 
-def literal_block(text: str, key: str) -> str | None:
+def _literal_block(text: str, key: str) -> str | None:
     """The text of a YAML key that is written as a literal block (`key: |`); None where there is none.
 
     A block goes on as long as its lines are empty or further in than its key. So much of YAML is enough here, and saves
@@ -85,6 +117,6 @@ def _read(distribution: str, prompt: PromptFile) -> str | None:
         text = path.read_text(encoding="utf-8")
         if not prompt.keys:
             return text
-        blocks = [block for key in prompt.keys if (block := literal_block(text, key))]
+        blocks = [block for key in prompt.keys if (block := _literal_block(text, key))]
         return "\n\n".join(blocks) if len(blocks) == len(prompt.keys) else None
     return None
