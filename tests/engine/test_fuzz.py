@@ -84,11 +84,11 @@ def run(folder: Path, seed: int, num_requests: int) -> dict[str, int]:
 
 def test_random_traffic_in_tiny_pools(one_layer: Path) -> None:
     totals: dict[str, int] = {}
-    for seed in range(24):
+    for seed in range(12):
         for name, count in run(one_layer, seed, num_requests=14).items():
             totals[name] = totals.get(name, 0) + count
-    assert totals["preemptions"] > 20
-    assert totals["cascade_steps"] > 200
+    assert totals["preemptions"] > 10
+    assert totals["cascade_steps"] > 100
     assert totals["cached_tokens"] > 0
     assert totals["recomputed_tokens"] > 0
 
