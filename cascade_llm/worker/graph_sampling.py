@@ -205,11 +205,11 @@ class SamplingGraphs:
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def replay(
-        self, plan: StepPlan, rows: int, needs: Needs, host: HostBuffers, places: Sequence[int]
+        self, plan: StepPlan, rows: int, needs: Needs, host: HostBuffers, rows_of_samples: Sequence[int]
     ) -> Callable[[], StepResult]:
         """Replay the graphs that serve these needs, and queue the copies of their results.
 
-        places: the row of each sample in them
+        rows_of_samples: the row of each sample in them
         """
         for key in _graphs_for(needs):
             graph = self._graphs[rows, key]
@@ -226,16 +226,16 @@ class SamplingGraphs:
         def result_after_wait() -> StepResult:
             event.synchronize()
             all_tokens, finite = host.results.tolist()
-            token_ids = [all_tokens[place] for place in places]
+            token_ids = [all_tokens[row] for row in rows_of_samples]
             logprobs = [
-                None if count is None else read_report(host.logprobs[place], host.logprob_ids[place], token, count)
-                for token, place, count in zip(token_ids, places, counts, strict=False)
+                None if count is None else read_report(host.logprobs[row], host.logprob_ids[row], token, count)
+                for token, row, count in zip(token_ids, rows_of_samples, counts, strict=False)
             ]
             return StepResult(
                 step_id=plan.step_id,
                 token_ids=token_ids,
                 logprobs=logprobs,
-                failed_samples=frozenset(i for i, place in enumerate(places) if not finite[place]),
+                failed_samples=frozenset(i for i, row in enumerate(rows_of_samples) if not finite[row]),
             )
 
         return result_after_wait
