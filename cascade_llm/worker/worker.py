@@ -93,21 +93,15 @@ def build_worker(
     max_model_len = _max_model_len(options, model)
     check_sizes(options, model, dtype, model.kv_bytes_per_token(kv_dtype.itemsize), max_model_len)
     spec = AttentionSpec.for_model(model, dtype, device, kv_dtype)
-    if platform is not None:
-        choice = BackendChoice(name="flashinfer", backend=FlashInferAttentionBackend, refused=())
-    else:
-        choice = select_backend(options.attention_backend, spec)
-        is_slow = device.type == "cuda" and choice.name != "flashinfer" and options.attention_backend == "auto"
-        log.log(logging.WARNING if is_slow else logging.INFO, choice.describe())
-        if choice.name == "flashinfer":
-            platform = GpuPlatform.cuda(device)
+    choice, platform = _backend_choice(options, spec, platform)
     with torch.inference_mode(), thread_limit(options.num_threads), compiled_kernels(), memory_for(BESIDE_THE_POOL):
         decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, platform)
         padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
         num_lanes = options.max_num_seqs + padding
         has_graphs = platform is not None and not options.enforce_eager and not options.debug
-        shapes = graph_shapes(options.max_num_seqs, spec.group_size, options.cascade.max_shared_levels)
-        shapes = shapes if has_graphs else []
+        shapes: list[GraphShape] = []
+        if has_graphs:
+            shapes = graph_shapes(options.max_num_seqs, spec.group_size, options.cascade.max_shared_levels)
         reserved = 0 if device.type == "cpu" else step_bytes(decoder, options, has_graphs=has_graphs)
         if platform is not None:
             reserved += float_workspace_bytes(spec, platform.num_processors, shapes)
@@ -153,6 +147,18 @@ def build_worker(
         capture=report,
     )
     return runner, facts
+
+
+def _backend_choice(
+    options: EngineOptions, spec: AttentionSpec, platform: GpuPlatform | None
+) -> tuple[BackendChoice, GpuPlatform | None]:
+    """The backend, and the GPU where it is FlashInfer's; a platform that is given is taken without asking."""
+    if platform is not None:
+        return BackendChoice(name="flashinfer", backend=FlashInferAttentionBackend, refused=()), platform
+    choice = select_backend(options.attention_backend, spec)
+    is_slow = spec.device.type == "cuda" and choice.name != "flashinfer" and options.attention_backend == "auto"
+    log.log(logging.WARNING if is_slow else logging.INFO, choice.describe())
+    return choice, GpuPlatform.cuda(spec.device) if choice.name == "flashinfer" else None
 
 
 def _decoder(
