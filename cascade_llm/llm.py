@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from cascade_llm.config import EngineOptions
 from cascade_llm.engine.assembly import assemble
 from cascade_llm.engine.engine import Engine
 from cascade_llm.engine.input_processor import Prompt, ReadPrompt
+from cascade_llm.engine.process_lock import ProcessLock, forked
 from cascade_llm.engine.requests import RequestState
 from cascade_llm.errors import (
     BackendError,
@@ -32,7 +32,6 @@ from cascade_llm.worker.cuda_graphs import OnCapture
 
 __all__ = ["LLM", "TokenStream"]
 
-SPAWN = "make it in a process that multiprocessing.get_context('spawn') has started"
 OnError = Literal["raise", "return"]
 Messages = Sequence[Mapping[str, Any]]
 Reader = Callable[[SamplingParams], ReadPrompt]
@@ -62,7 +61,7 @@ class LLM:
         self.tokenizer, self.facts = parts.tokenizer, parts.facts
         self.model_name, self.cost_source = parts.model_name, parts.cost_source
         self._engine, self._input, self._resources = parts.engine, parts.input_processor, parts.resources
-        self._lock = _ProcessLock()
+        self._lock = ProcessLock()
         LLM._first_process = os.getpid()
         self._closed = False
 
@@ -259,7 +258,7 @@ class LLM:
     def _check_process(self) -> None:
         """Threads that the first engine of a process has started do not live in its forks."""
         if LLM._first_process not in (None, os.getpid()):
-            raise BackendError(f"an LLM was made in process {LLM._first_process}, of which this is a fork: {SPAWN}")
+            raise forked(f"an LLM was made in process {LLM._first_process}")
 
     def close(self) -> None:
         """End what still runs and free the memory; a second call does nothing, nor does one in a forked process."""
@@ -316,26 +315,6 @@ class LLM:
                 self._engine.abandon(request.request_id)
             self._engine.settle()
             raise
-
-
-class _ProcessLock:
-    """A re-entrant lock that a forked process does not get: it would wait for threads that are not there."""
-
-    def __init__(self) -> None:
-        self._lock, self._process = threading.RLock(), os.getpid()
-
-    @property
-    def is_foreign(self) -> bool:
-        """Whether this is another process than the one that made it."""
-        return os.getpid() != self._process
-
-    def __enter__(self) -> None:
-        if self.is_foreign:
-            raise BackendError(f"the LLM belongs to process {self._process}, of which this is a fork: {SPAWN}")
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
 
 
 class TokenStream:
