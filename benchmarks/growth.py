@@ -42,7 +42,7 @@ class GrowthResult:
     share_of_limit: Mapping[str, float | None]
     """By side."""
     planning_s: Mapping[str, float]
-    """By side: mean of a step, from the run that times a step's parts; empty on a GPU."""
+    """By side: scheduling and preparing a step, the mean of the run that times a step's parts; empty on a GPU."""
     step_s: Mapping[str, float]
     """The whole step of the same run."""
 

@@ -1,7 +1,8 @@
 """What happens inside a step, observed from outside for the length of a `with` block.
 
-Plans come from the engine's own observer. To time the parts of a step a few callables of one engine are replaced by
-ones that note and call them: the engine's own code knows nothing of it and pays nothing.
+Plans, and the time of planning and of what follows a step, come from the engine's own observer. For the parts inside of
+a step a few callables of one engine are replaced by ones that note and call them: the engine's own code knows nothing
+of it and pays nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from cascade_llm.attention.backend import PreparedAttention
-from cascade_llm.engine.engine import StepEvent
+from cascade_llm.engine.engine import StepEvent, StepObserver
 from cascade_llm.llm import LLM
 from cascade_llm.plan import CascadePlan, StepPlan
 from cascade_llm.weights.linear import Linear
@@ -29,7 +30,7 @@ STEP_PARTS = (
     "all attention",
     "KV write",
     "sampling",
-    "text",
+    "commit and text",
     "other",
 )
 """Where a step's time goes, in the order in which it is shown; "all attention" where a backend does not tell apart."""
@@ -43,10 +44,16 @@ class StepClock:
         self.num_steps = 0
         self._last = 0.0
 
-    def start(self) -> None:
-        """A step begins; what was before belongs to nothing."""
-        self.num_steps += 1
-        self._last = time.perf_counter()
+    def on_step(self, event: StepEvent) -> None:
+        """A step has been planned, and begins; or its result has been taken in, and it ends."""
+        if event.result is None:
+            self.num_steps += 1
+            self.seconds["planning"] += event.schedule_s
+            self._last = time.perf_counter()
+        else:
+            self.seconds["commit and text"] += event.commit_s
+            self._last += event.commit_s
+            self.lap("sampling" if len(event.plan.sample_rows) else "other")  # the head's product has had its own lap
 
     def lap(self, part: str, share: float = 1.0) -> None:
         """What has passed since the last lap belongs to this part, or a share of it; the rest to the next lap's."""
@@ -81,11 +88,17 @@ def recorded_plans(llm: LLM) -> Iterator[list[StepPlan]]:
         if event.result is None:
             plans.append(event.plan)
 
-    llm.engine.on_step.append(record)
-    try:
+    with _told(llm, record):
         yield plans
+
+
+@contextmanager
+def _told(llm: LLM, observer: StepObserver) -> Iterator[None]:
+    llm.engine.on_step.append(observer)
+    try:
+        yield
     finally:
-        llm.engine.on_step.remove(record)
+        llm.engine.on_step.remove(observer)
 
 
 @contextmanager
@@ -94,28 +107,11 @@ def timed_parts(llm: LLM) -> Iterator[StepClock]:
 
     The clock itself costs about a microsecond a lap, some twenty laps a layer.
     """
-    clock, engine = StepClock(), llm.engine
-    assert isinstance(engine.executor, LocalExecutor)
-    runner, scheduler = engine.executor.runner, engine.scheduler
-    step, submit = engine.step, runner.submit
-
-    def timed_step() -> Any:
-        clock.start()
-        changed = step()
-        clock.lap("text")  # after the commit: text, and handing out
-        return changed
-
-    def timed_submit(plan: StepPlan) -> Any:
-        clock.lap("other")
-        pending = submit(plan)
-        clock.lap("sampling" if len(plan.sample_rows) else "other")  # the head's product has had its own lap
-        return pending
-
+    clock, executor = StepClock(), llm.engine.executor
+    assert isinstance(executor, LocalExecutor)
+    runner = executor.runner
     with ExitStack() as stack:
-        _replace(stack, engine, "step", timed_step)
-        _replace(stack, runner, "submit", timed_submit)
-        _replace(stack, scheduler, "schedule", clock.around(scheduler.schedule, "planning"))
-        _replace(stack, scheduler, "commit", clock.around(scheduler.commit, "planning"))
+        stack.enter_context(_told(llm, clock.on_step))
         _replace(stack, runner.backend, "prepare", _timed_prepare(clock, runner.backend.prepare))
         _replace(stack, runner.backend, "write", clock.around(runner.backend.write, "KV write"))
         blocks = [block for layer in runner.decoder.layers for block in (layer.attention, layer.mlp)]
