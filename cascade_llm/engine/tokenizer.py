@@ -118,11 +118,6 @@ class Tokenizer:
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `apply_chat_template` works without one being passed."""
-        return bool(self._sources)
-
     def encode(self, text: str, add_special_tokens: bool = True, split_special_tokens: bool = False) -> list[int]:
         """Token ids of a text.
 
