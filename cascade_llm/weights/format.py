@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cascade_llm.weights.codes import Codes
+
 __all__ = ["MatrixSpec", "StoredTensor", "WeightFormat", "WeightOptions"]
 
 PLAIN = "plain"
@@ -36,6 +38,8 @@ class StoredTensor:
     """Plain: the values. Else the stored bytes, uint8 [rows, bytes of a row]."""
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Turns rows of `data` into as many rows of float32 values; None where it holds the values."""
+    codes: Callable[[torch.Tensor], Codes] | None = None
+    """Turns rows of `data` into as many rows of codes, exact to the bit; None where there is no layout for them."""
 
     @classmethod
     def plain(cls, values: torch.Tensor) -> StoredTensor:

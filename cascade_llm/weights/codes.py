@@ -1,0 +1,93 @@
+"""The common currency of quantized formats: small integers, and the numbers that turn groups of them into weights.
+
+    W[o, i] = scale[o, g] * (value(code[o, i]) - zero) + minimum[o, g]        g = i // group_len
+
+Every quantized checkpoint is read as `Codes`, whatever its file calls them, and every kernel multiplies them. What is
+the same for all rows is the `CodeLayout`; a kernel is chosen by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["FLOAT_CODES", "SUPER_LEN", "CodeLayout", "Codes"]
+
+INTEGER_BITS = {"u2": 2, "u3": 3, "u4": 4, "u5": 5, "u6": 6, "u8": 8}
+"""Unsigned integers by their width."""
+FLOAT_CODES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
+"""Codes that are numbers themselves: their zero is 0 and they have no minimum."""
+SUPER_LEN = 256
+"""Inputs that share a super-scale where scales are themselves integers: GGUF's K types."""
+
+
+@dataclass(frozen=True)
+class CodeLayout:
+    """What the codes of a matrix mean."""
+
+    code: str
+    """A key of `INTEGER_BITS` or of `FLOAT_CODES`."""
+    zero: int = 0
+    """Subtracted from every code."""
+    group_len: int | None = 32
+    """Inputs that share a scale: 16, or a multiple of 32, or all inputs; None where there are no scales."""
+    scale: str = "float16"
+    """How scales and minima are stored: "float16" or "float32", both exact as they come, or "sub": an integer of 8 bits
+    times the float16 super-scale of its `SUPER_LEN` inputs."""
+    has_minimum: bool = False
+    values: tuple[int, ...] | None = None
+    """What a code of 4 bits stands for, 16 integers of -128 to 127; None where a code is its own value."""
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return INTEGER_BITS[self.code] if self.code in INTEGER_BITS else 8 * FLOAT_CODES[self.code].itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Rows of a matrix [rows, inputs], on the CPU."""
+
+    layout: CodeLayout
+    codes: torch.Tensor
+    """[rows, inputs], uint8, or the dtype of a float code."""
+    scales: torch.Tensor | None = None
+    """[rows, groups] float32; of "sub": float16 super-scales [rows, inputs / SUPER_LEN]."""
+    minima: torch.Tensor | None = None
+    """As `scales`; added. Of "sub": float16 super-minima."""
+    sub_scales: torch.Tensor | None = None
+    """Of "sub": int8 [rows, groups]."""
+    sub_minima: torch.Tensor | None = None
+    """Of "sub" with minima: int8 [rows, groups]."""
+    input_order: torch.Tensor | None = None
+    """int64 [inputs]: column j of `codes` is input `input_order[j]` of the matrix; None where they are in order."""
+
+    def dequantized(self) -> torch.Tensor:
+        """The weights [rows, inputs] in float32, by the formula: what every kernel is compared with."""
+        layout = self.layout
+        values = self.codes.float()
+        if layout.values is not None:
+            values = torch.tensor(layout.values, dtype=torch.float32)[self.codes.long()]
+        if layout.group_len is not None:
+            groups = (values - layout.zero).view(len(values), -1, layout.group_len)
+            groups = groups * self._expanded(self.scales, self.sub_scales).unsqueeze(-1)
+            if layout.has_minimum:
+                groups = groups + self._expanded(self.minima, self.sub_minima).unsqueeze(-1)
+            values = groups.flatten(1)
+        if self.input_order is None:
+            return values
+        return torch.empty_like(values).index_copy_(1, self.input_order, values)
+
+    def _expanded(self, numbers: torch.Tensor | None, subs: torch.Tensor | None) -> torch.Tensor:
+        """[rows, groups] float32."""
+        assert numbers is not None
+        if subs is None:
+            return numbers
+        per_super = subs.shape[1] // numbers.shape[1]
+        return numbers.float().repeat_interleave(per_super, dim=1) * subs.float()
