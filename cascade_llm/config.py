@@ -209,6 +209,8 @@ class EngineOptions:
     """Steps that are planned ahead of the last known result: None is 1 on CUDA, 0 on the CPU."""
     seed: int = 0
     """Of the draws of requests that have no seed, and of dummy weights."""
+    revision: str | None = None
+    """A branch, tag or commit of a hub's model; None is its main branch."""
     load_format: str = "auto"
     """auto | dummy (random weights from the configuration alone)"""
     debug: bool = False

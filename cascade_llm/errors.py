@@ -9,7 +9,7 @@ CascadeError
 │   ├── ModelNotFoundError
 │   ├── CheckpointError    files are there but broken, or their tensors do not fit the configuration
 │   └── UnsupportedModelError
-├── CapacityError          memory or page pool too small for what was asked
+├── CapacityError          memory, disk or page pool too small for what was asked
 ├── BackendError           an attention backend or a device that cannot be used
 ├── PlanError              a plan breaks an invariant of `cascade_llm.plan`
 ├── WorkerError            a process that runs steps has ended, or a step failed in it
@@ -81,7 +81,7 @@ class UnsupportedModelError(ModelError, ValueError):
 
 
 class CapacityError(CascadeError, MemoryError):
-    """The memory, or the page pool, is too small for what was asked."""
+    """The memory, the disk, or the page pool is too small for what was asked."""
 
 
 class BackendError(CascadeError, RuntimeError):

@@ -54,6 +54,7 @@ DOORS: Mapping[str, Door] = {
     "gguf": Door(("loader",)),
     "safetensors": Door(("loader",)),
     "huggingface_hub": Door(("loader",)),
+    "modelscope_hub": Door(("loader",), one_module=True),
     "flashinfer": Door(("attention",), one_module=True),
     "matplotlib": Door(("cli", "bench", "validation"), one_module=True),
     "xxhash": Door(("scheduler",)),

@@ -197,7 +197,7 @@ class CheckReport:
 
 def attention_of(model: str, options: EngineOptions) -> tuple[AttentionSpec, BackendChoice]:
     """The attention of a model as an engine with these options would run it; its weights are not read."""
-    checkpoint = open_checkpoint(model, load_format=options.load_format)
+    checkpoint = open_checkpoint(model, load_format=options.load_format, revision=options.revision)
     config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     device = resolve_device(options.device)
     spec = AttentionSpec.for_model(config, resolve_dtype(options.dtype, config.dtype, device), device)

@@ -130,7 +130,7 @@ def plan_prompts(
         PromptError: names every prompt that the model cannot serve
         ModelError: the model's configuration or tokenizer cannot be read
     """
-    checkpoint = open_checkpoint(model, load_format=options.load_format)
+    checkpoint = open_checkpoint(model, load_format=options.load_format, revision=options.revision)
     config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     processor = InputProcessor(

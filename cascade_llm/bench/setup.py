@@ -84,7 +84,7 @@ def open_model(model: str, options: Mapping[str, Any]) -> BenchModel:
     """Read a model's headers; raises what `LLM` would, for options, device and files."""
     checked = EngineOptions(**options)
     device = resolve_device(checked.device)
-    checkpoint = open_checkpoint(model, load_format=checked.load_format)
+    checkpoint = open_checkpoint(model, load_format=checked.load_format, revision=checked.revision)
     config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     return BenchModel(
         name=model,

@@ -84,7 +84,7 @@ def stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
 
 
 model_option = click.option(
-    "-m", "--model", default="smollm2", show_default=True, help="A folder, a .gguf file, a hub id, or smollm2."
+    "-m", "--model", default="smollm2", show_default=True, help="A folder, a .gguf file, ORG/NAME of a hub, or smollm2."
 )
 
 

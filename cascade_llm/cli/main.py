@@ -31,6 +31,7 @@ COMMANDS = {
     "bench": "cascade_llm.cli.bench:bench",
     "validate": "cascade_llm.cli.validate:validate",
     "demo": "cascade_llm.cli.demo:demo",
+    "pull": "cascade_llm.cli.pull:pull",
     "env": "cascade_llm.cli.env:env",
     "kernels": "cascade_llm.cli.kernels:kernels",
 }

@@ -53,7 +53,7 @@ def assemble(
     Raises:
         ConfigError, ModelError, CapacityError, BackendError: see `LLM`
     """
-    checkpoint = open_checkpoint(model, load_format=options.load_format)
+    checkpoint = open_checkpoint(model, load_format=options.load_format, revision=options.revision)
     with ExitStack() as resources:
         writer = _open_recording(options, resources)  # before the weights: a wrong path is known at once
         tokenizer = load_tokenizer(checkpoint.tokenizer_source)

@@ -14,7 +14,8 @@ import torch
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.gguf_config import ending_token_ids, hf_config_of
-from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize, first_part
+from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize
+from cascade_llm.loader.gguf_names import first_part
 from cascade_llm.weights.format import StoredTensor
 
 __all__ = ["GGUFCheckpoint"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
+from cascade_llm.loader.gguf_names import PART_NAME
 
-__all__ = ["PART_NAME", "PLAIN_TYPES", "GGUFFile", "GGUFTensor", "dequantize", "first_part", "is_gguf"]
+__all__ = ["PLAIN_TYPES", "GGUFFile", "GGUFTensor", "dequantize", "is_gguf"]
 
 MAGIC, VERSIONS, MAX_DIMS = b"GGUF", (2, 3), 4
 PLAIN_TYPES = {
@@ -64,21 +64,12 @@ class GGUFTensor:
     num_bytes: int
 
 
-PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
-
-
 def is_gguf(path: Path) -> bool:
     """Whether a file is of this format, by its first bytes: whatever it is called."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
-
-
-def first_part(path: Path) -> Path:
-    """The part of a split file that holds the metadata, of any of its parts; a file of another name is whole."""
-    match = PART_NAME.fullmatch(path.name)
-    return path if match is None else path.with_name(f"{match['stem']}-00001-of-{match['count']}{path.suffix}")
 
 
 class GGUFFile:

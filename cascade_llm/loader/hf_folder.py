@@ -33,7 +33,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 class HuggingFaceCheckpoint(Checkpoint):
     """A folder with config.json and model.safetensors, or its shards and their index."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], name: str | None = None) -> None:
+        """`name`: what to call the model; None is the folder's name."""
         self.folder = Path(folder)
         if not (self.folder / "config.json").is_file():
             _refuse_adapter(self.folder)
@@ -43,7 +44,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             )
         generation_config = _read_optional_json(self.folder / "generation_config.json")
         super().__init__(
-            self.folder.resolve().name,
+            name or self.folder.resolve().name,
             _find_tokenizer(self.folder),
             read_json(self.folder / "config.json"),
             generation_config,
@@ -86,8 +87,11 @@ class DummyCheckpoint(Checkpoint):
 
     is_dummy = True
 
-    def __init__(self, source: str | os.PathLike[str] | Mapping[str, Any] | Checkpoint) -> None:
-        """`source`: a folder with config.json, a config.json itself, the fields of one, or another checkpoint."""
+    def __init__(
+        self, source: str | os.PathLike[str] | Mapping[str, Any] | Checkpoint, name: str | None = None
+    ) -> None:
+        """`source`: a folder with config.json, a config.json itself, the fields of one, or another checkpoint; `name`:
+        what to call the model, None is the source's."""
         if isinstance(source, Mapping):
             super().__init__("dummy", None, deepcopy(dict(source)), {})
         elif isinstance(source, Checkpoint):
@@ -98,7 +102,7 @@ class DummyCheckpoint(Checkpoint):
                 raise ModelNotFoundError(f"{path} does not exist: dummy weights need the model's config.json")
             folder = path.resolve().parent
             generation_config = _read_optional_json(folder / "generation_config.json")
-            super().__init__(folder.name, _find_tokenizer(folder), read_json(path), generation_config)
+            super().__init__(name or folder.name, _find_tokenizer(folder), read_json(path), generation_config)
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """None: the model fills its own weights."""
@@ -167,12 +171,15 @@ def _names_per_shard(folder: Path) -> dict[Path, list[str]]:
 
 
 def _is_inside(folder: Path, shard: str) -> bool:
-    """Whether a shard is a file beside its index; the hub's cache holds links to the blobs of the same repository."""
+    """Whether a shard is a file beside its index; the hub's cache holds links to the blobs of the same repository, and
+    these may be links to blobs/XX/HASH, which all repositories of the cache share."""
     if Path(shard).name != shard or shard in (".", "..") or "\0" in shard:
         return False
     folder, target = folder.resolve(), (folder / shard).resolve()
-    blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
-    return target.parent in (folder, *blobs)
+    if target.parent == folder or folder.parent.name != "snapshots":
+        return target.parent == folder
+    repository = folder.parent.parent
+    return target.parent == repository / "blobs" or target.parent.parent == repository.parent / "blobs"
 
 
 def _tensor_names(path: Path) -> list[str]:

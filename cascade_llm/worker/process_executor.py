@@ -255,7 +255,7 @@ def _run_rank(connection: Connection, model: str | os.PathLike[str], options: En
         connection.send_bytes(kind + pickle.dumps(content))
 
     try:
-        checkpoint = open_checkpoint(model, load_format=options.load_format)
+        checkpoint = open_checkpoint(model, load_format=options.load_format, revision=options.revision)
         runner, facts = build_worker(options, checkpoint, on_capture=lambda done, total: tell(CAPTURED, (done, total)))
     except Exception as error:
         tell(FAILED, _Failure(-1, _as_ours(error)))

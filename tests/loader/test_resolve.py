@@ -137,9 +137,10 @@ def test_a_file_of_a_hub_repository_is_found_in_the_cache(
 
 def test_a_hub_repository_of_gguf_files_says_how_to_name_one(tmp_path: Path, run_python: Callable[[str], str]) -> None:
     (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "tiny.gguf").write_bytes(b"GGUF")
     cached(tmp_path, tmp_path / "files")
     printed = run_python(HUB.format(environment={**OFFLINE, "HF_HUB_CACHE": str(tmp_path)}, load_format="auto"))
-    assert "some-org/some-model:FILE.gguf" in printed
+    assert "name one: some-org/some-model:tiny.gguf" in printed
 
 
 def test_unknown_load_format() -> None:
@@ -178,9 +179,9 @@ def test_hub_id_without_network_says_what_to_do(
 ) -> None:
     environment = {**network, "HF_HUB_CACHE": str(tmp_path)}
     message = run_python(HUB.format(environment=environment, load_format="auto"))
-    assert "'some-org/some-model' is no local folder and cannot be had from the Hugging Face hub" in message
-    assert "hf download some-org/some-model" in message
-    assert "a .gguf file" in message
+    assert "'some-org/some-model' cannot be had from the Hugging Face hub" in message
+    assert "cascade-llm pull some-org/some-model" in message
+    assert "a local folder some-org/some-model is not there either" in message
 
 
 @pytest.mark.parametrize("network", [OFFLINE, UNREACHABLE], ids=["offline", "unreachable"])

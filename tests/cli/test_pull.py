@@ -1,0 +1,250 @@
+"""`pull` in processes of their own, against a hub on this machine; and engines that open what was pulled."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cascade_llm.loader.hf_folder import INDEX
+from tests.cli.conftest import process_args
+from tests.loader.gguf_files import write_model
+from tests.loader.hub_server import GATED, PRIVATE, HubServer, Repository, files_of
+from tests.models.checkpoints import tiny_model
+
+Pull = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama").save_pretrained(folder, max_shard_size="50KB")
+    return files_of(folder)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer().running() as server:
+        yield server
+
+
+@pytest.fixture
+def pull(hub: HubServer, tmp_path: Path, repo_root: Path, environment: dict[str, str]) -> Pull:
+    def run(*args: str, command: str = "pull", **changes: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            process_args(command, *args),
+            cwd=repo_root,
+            env={**environment, **hub.environment(tmp_path), **changes},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def add(hub: HubServer, name: str, files: dict[str, bytes], **facts: object) -> Repository:
+    repository = hub.repositories[name] = Repository(**facts)  # type: ignore[arg-type]
+    repository.commit(files)
+    return repository
+
+
+def failed(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return " ".join(done.stderr.split())
+
+
+SOURCES = pytest.mark.parametrize("prefix", ["hf://", "ms://"])
+
+
+@SOURCES
+def test_only_what_is_read_is_fetched_and_then_served_without_network(
+    hub: HubServer, pull: Pull, tiny_files: dict[str, bytes], prefix: str
+) -> None:
+    others = [
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "README.md",
+        "onnx/model.onnx",
+        "consolidated.safetensors",
+    ]
+    template = "additional_chat_templates/tool_use.jinja"
+    add(hub, "org/tiny", {**tiny_files, template: b"{}", **dict.fromkeys(others, b"0")})
+    done = pull(prefix + "org/tiny")
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    assert set(files_of(folder)) == {*tiny_files, template}
+    assert {name: content for name, content in files_of(folder).items() if name != template} == tiny_files
+    assert f"{len(tiny_files) + 1} of them" in " ".join(done.stderr.split())
+    assert "model-00001-of-00006.safetensors" in done.stderr
+    before = len(hub.requests)
+    again = pull(prefix + "org/tiny", "--json")
+    assert [file["was_cached"] for file in json.loads(again.stdout)["files"]] == [True] * (len(tiny_files) + 1)
+    assert not [line for line in hub.requests[before:] if "safetensors" in line]
+    before = len(hub.requests)
+    offline = pull(prefix + "org/tiny", HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout) == (0, done.stdout)
+    assert hub.requests[before:] == []
+
+
+def test_what_is_in_the_cache_is_not_fetched_again(
+    hub: HubServer, pull: Pull, tiny_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    add(hub, "org/tiny", tiny_files)
+    assert pull("org/tiny", "--include", "*-00001-of-*", "--include", "*.json").returncode == 0
+    fetched = hub.fetched()
+    assert "model-00001-of-00006.safetensors" in fetched
+    assert "model-00002-of-00006.safetensors" not in fetched
+    message = failed(pull("org/tiny", HF_HUB_OFFLINE="1"))
+    assert "its download is not complete" in message
+    assert "cascade-llm pull org/tiny" in message
+    assert pull("org/tiny").returncode == 0
+    assert sorted(hub.fetched()) == sorted(tiny_files)
+
+
+@SOURCES
+def test_a_connection_that_breaks_off_is_taken_up_where_it_was(
+    hub: HubServer, pull: Pull, tiny_files: dict[str, bytes], prefix: str
+) -> None:
+    add(hub, "org/tiny", tiny_files)
+    hub.drop_after = 30_000
+    done = pull(prefix + "org/tiny")
+    assert done.returncode == 0, done.stderr
+    assert hub.drop_after is None
+    assert files_of(Path(done.stdout.strip())) == tiny_files
+
+
+def test_a_revision_in_the_name_or_beside_it(hub: HubServer, pull: Pull, tiny_files: dict[str, bytes]) -> None:
+    repository = add(hub, "org/tiny", tiny_files)
+    old = repository.commit({**tiny_files, "generation_config.json": b"{}"}, "v1")
+    for args in (["org/tiny@v1"], ["org/tiny", "--revision", "v1"], [f"org/tiny@{old}"]):
+        assert pull(*args).stdout.strip().endswith(old)
+    assert not pull("org/tiny").stdout.strip().endswith(old)
+    message = failed(pull("org/tiny@v2"))
+    assert "org/tiny@v2: it has no revision 'v2'" in message
+    assert "names a revision" in failed(pull("org/tiny@v1", "--revision", "v2"))
+
+
+def test_a_cache_without_refs_names_what_it_holds(
+    hub: HubServer, pull: Pull, tiny_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    commit = add(hub, "org/tiny", tiny_files).commit(tiny_files)
+    assert pull("org/tiny").returncode == 0
+    (tmp_path / "huggingface" / "models--org--tiny" / "refs" / "main").unlink()
+    message = failed(pull("org/tiny", HF_HUB_OFFLINE="1"))
+    assert f"it holds other revisions, name one: org/tiny@{commit}" in message
+    assert pull(f"org/tiny@{commit}", HF_HUB_OFFLINE="1").returncode == 0
+
+
+def test_gguf_files_are_named(hub: HubServer, pull: Pull, tmp_path: Path) -> None:
+    content = write_model(tmp_path / "tiny.gguf", tiny_model("llama")).read_bytes()
+    add(
+        hub,
+        "org/tiny-GGUF",
+        {
+            "tiny-Q8_0.gguf": content,
+            "Q4/tiny-00001-of-00002.gguf": b"GGUF1",
+            "Q4/tiny-00002-of-00002.gguf": b"GGUF2",
+            "README.md": b"",
+        },
+    )
+    message = failed(pull("org/tiny-GGUF"))
+    assert "name one: org/tiny-GGUF:Q4/tiny-00001-of-00002.gguf, org/tiny-GGUF:tiny-Q8_0.gguf" in message
+    done = pull("org/tiny-GGUF:tiny-Q8_0.gguf")
+    assert Path(done.stdout.strip()).read_bytes() == content
+    done = pull("ms://org/tiny-GGUF:Q4/tiny-00002-of-00002.gguf")
+    assert Path(done.stdout.strip()).name == "tiny-00001-of-00002.gguf"
+    assert len(list(Path(done.stdout.strip()).parent.glob("*.gguf"))) == 2
+    assert "has no file other.gguf; it holds" in failed(pull("org/tiny-GGUF:other.gguf"))
+    assert pull("org/tiny-GGUF", "--include", "*Q8*").returncode == 0
+
+
+def test_pickles_are_refused_before_they_are_fetched(hub: HubServer, pull: Pull, tiny_files: dict[str, bytes]) -> None:
+    add(hub, "org/pickled", {"config.json": tiny_files["config.json"], "pytorch_model.bin": b"0"})
+    message = failed(pull("org/pickled"))
+    assert "pytorch_model.bin alone, a format that runs code" in message
+    assert "save_pretrained" in message
+    add(hub, "org/both", {"config.json": b"{}", "pytorch_model.bin": b"0", "model.safetensors": b"0"})
+    assert "no file that is read matches *.bin" in failed(pull("org/both", "--include", "*.bin"))
+    assert hub.fetched() == []
+
+
+@SOURCES
+def test_a_gated_repository_says_what_to_do(
+    hub: HubServer, pull: Pull, tiny_files: dict[str, bytes], prefix: str
+) -> None:
+    add(hub, "org/gated", tiny_files, refused=GATED)
+    message = failed(pull(prefix + "org/gated"))
+    assert "gated: ask for access on http" in message
+    assert ("HF_TOKEN" if prefix == "hf://" else "MODELSCOPE_API_TOKEN") in message
+
+
+def test_unknown_and_private_repositories(hub: HubServer, pull: Pull, tiny_files: dict[str, bytes]) -> None:
+    add(hub, "org/private", tiny_files, refused=PRIVATE)
+    for name in ("org/private", "org/none"):
+        assert "no such repository, or it is private: check the spelling" in failed(pull(name))
+    assert "no such repository, or it has no revision 'v1'" in failed(pull("ms://org/none@v1"))
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_fetched(
+    hub: HubServer, pull: Pull, tiny_files: dict[str, bytes]
+) -> None:
+    add(hub, "org/big", tiny_files, stated_bytes={"model-00001-of-00006.safetensors": 10**16})
+    message = failed(pull("org/big"))
+    assert "10,000,000,000,213,3" in message
+    assert "HF_HUB_CACHE" in message
+    assert hub.fetched() == []
+
+
+@pytest.mark.parametrize("name", ["../x/y", "/etc/passwd", "smollm2", "org/name:../x.gguf", "hf://..", "org/../name"])
+def test_what_is_no_name_of_a_hub(hub: HubServer, pull: Pull, name: str) -> None:
+    assert "is no model of a hub: write ORG/NAME" in failed(pull(name))
+    assert hub.requests == []
+
+
+def test_a_name_in_a_listing_that_leaves_the_folder_is_not_fetched(
+    hub: HubServer, pull: Pull, tiny_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    add(hub, "org/evil", {**tiny_files, "../evil.json": b"{}", "/evil.json": b"{}"})
+    done = pull("org/evil")
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("evil.json"))
+
+
+def test_an_engine_opens_a_revision(
+    hub: HubServer,
+    pull: Pull,
+    tiny_files: dict[str, bytes],
+    tmp_path: Path,
+    repo_root: Path,
+    environment: dict[str, str],
+) -> None:
+    repository = add(hub, "org/tiny", {"config.json": b"{}"})
+    repository.commit(tiny_files, "v1")
+    code = (
+        "from cascade_llm import LLM\n"
+        "llm = LLM('org/tiny', revision='v1', distributed_executor_backend='mp', kv_cache_bytes=1 << 20)\n"
+        "if __name__ == '__main__': print(llm.model_name, llm.facts.model.hidden_size)"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code.replace("llm = LLM", "if __name__ == '__main__': llm = LLM"))
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=repo_root,
+        env={**environment, **hub.environment(tmp_path), "PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["org/tiny", "48"]
+    folder = next((tmp_path / "huggingface").rglob(INDEX)).parent
+    (folder / "model-00002-of-00006.safetensors").resolve().write_bytes(b"half")
+    message = failed(pull("-m", "org/tiny@v1", "x", command="generate", HF_HUB_OFFLINE="1"))
+    assert "model-00002-of-00006.safetensors is not a whole safetensors file" in message
