@@ -19,6 +19,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "parallel.h"
+
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define AVX512 1
@@ -676,9 +678,11 @@ static void run_task(const plan *p, const task *t, int64_t head, const element *
     lap(&watch, -1);
 }
 
-/* Join the parts of one row. */
-static void combine(const plan *p, const task *t, int64_t row, element *out, float *lse, float *partials) {
-    for (int64_t head = 0; head < p->num_qo_heads; head++) {
+/* Join the parts of one row, for the query heads of one KV head. */
+static void combine(const plan *p, const task *t, int64_t row, int64_t kv_head, element *out, float *lse,
+                    float *partials) {
+    const int64_t group = group_size(p);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
         const int64_t at = row * p->num_qo_heads + head;
         float sums[VALUE_WIDTH] = {0}, top = -INFINITY, weight = 0;
         for (int64_t part = 0; part < t->num_parts; part++) {
@@ -697,6 +701,35 @@ static void combine(const plan *p, const task *t, int64_t row, element *out, flo
     }
 }
 
+/* One layer's attention, as all its threads see it; the arguments of `attend`. */
+typedef struct {
+    const plan *p;
+    const task *tasks;
+    const element *k_pool, *v_pool, *q;
+    int64_t q_stride;
+    element *out;
+    float *lse, *partials;
+    int64_t *level_ns;
+} layer;
+
+/* Index: a task and a KV head. */
+static void attend_part(void *of, long index) {
+    const layer *l = of;
+    const int64_t heads = l->p->num_kv_heads;
+    run_task(l->p, l->tasks + index / heads, index % heads, l->k_pool, l->v_pool, l->q, l->q_stride, l->out, l->lse,
+             l->partials, l->level_ns);
+}
+
+/* The same index; of the tasks of a block the first one joins them. */
+static void combine_part(void *of, long index) {
+    const layer *l = of;
+    const int64_t heads = l->p->num_kv_heads;
+    const task *t = l->tasks + index / heads;
+    if (t->part || t->num_parts == 1) return;
+    for (int64_t row = 0; row < t->num_rows; row++)
+        combine(l->p, t, row, index % heads, l->out, l->lse, l->partials);
+}
+
 /* Attention of all rows in one layer: q [rows, num_qo_heads, HEAD_DIM] with q_stride elements from row to row; out the
  * same, contiguous; lse [rows, num_qo_heads]; partials as many floats as plan_tasks asked for. Where level_ns
  * [num_levels] is not NULL, the nanoseconds that all threads spent on each level are added to it; the joining of parts
@@ -704,18 +737,11 @@ static void combine(const plan *p, const task *t, int64_t row, element *out, flo
 void attend(const plan *p, const task *tasks, int64_t num_tasks, int64_t threads, const element *k_pool,
             const element *v_pool, const element *q, int64_t q_stride, element *out, float *lse, float *partials,
             int64_t *level_ns) {
-    const int64_t heads = p->num_kv_heads;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < num_tasks * heads; i++)
-            run_task(p, tasks + i / heads, i % heads, k_pool, v_pool, q, q_stride, out, lse, partials, level_ns);
-        for (int64_t i = 0; i < num_tasks; i++) {
-            if (tasks[i].part || tasks[i].num_parts == 1) continue;
-#pragma omp for schedule(static) nowait
-            for (int64_t row = 0; row < tasks[i].num_rows; row++) combine(p, tasks + i, row, out, lse, partials);
-        }
-    }
+    layer l = {p, tasks, k_pool, v_pool, q, q_stride, out, lse, partials, level_ns};
+    int in_parts = 0;
+    for (int64_t i = 0; i < num_tasks; i++) in_parts |= tasks[i].num_parts > 1;
+    parallel_for(attend_part, &l, num_tasks * p->num_kv_heads, (int)threads);
+    if (in_parts) parallel_for(combine_part, &l, num_tasks * p->num_kv_heads, (int)threads);
 }
 
 /* Store k and v, [rows, row_size] with their strides, at their slots in the pools [slots, row_size]. */

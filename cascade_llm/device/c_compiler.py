@@ -23,6 +23,8 @@ __all__ = ["compile_library", "describe_library_cache"]
 COMPILER = "gcc"
 """GCC's OpenMP runtime is the one that torch has already loaded; another compiler's would bring a second pool."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+HEADERS = Path(__file__).parent
+"""Where `parallel.h` lies, which every source may include."""
 CACHE = "native"
 """The folder of compiled libraries in the user's cache."""
 VERSION_LIMIT_S, COMPILE_LIMIT_S = 10.0, 60.0
@@ -93,7 +95,8 @@ def _library_file(compiler: str, options: tuple[str, ...], source: Path) -> Iter
 def _key(compiler: str, options: tuple[str, ...], source: Path) -> str:
     """Changes with whatever changes the library."""
     told = (*options, compiler, _version(compiler), _processor())
-    return _digest(source.read_bytes(), *(text.encode() for text in told))
+    headers = (path.read_bytes() for path in sorted(HEADERS.glob("*.h")))
+    return _digest(source.read_bytes(), *headers, *(text.encode() for text in told))
 
 
 def _kept(folder: Path, key: str) -> Path | None:
@@ -114,7 +117,8 @@ def _digest(*parts: bytes) -> str:
 
 def _compile(compiler: str, options: tuple[str, ...], source: Path, folder: Path) -> Path:
     target = folder / f"{source.stem}.so"
-    returned, output = _run([compiler, *options, str(source), "-o", str(target), "-lm"], COMPILE_LIMIT_S, folder)
+    command = [compiler, *options, f"-I{HEADERS}", str(source), "-o", str(target), "-lm"]
+    returned, output = _run(command, COMPILE_LIMIT_S, folder)
     if returned or not target.is_file():
         reason = output.strip()[:500] or f"{compiler} ended with {returned} and wrote no library"
         raise BackendError(f"{source.name} did not compile: {reason}")

@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "parallel.h"
+
 static inline float float_of_bits(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
@@ -55,41 +57,87 @@ static inline float inverse_rms(float sum_of_squares, long size, float eps) {
 /* Elements from which a second thread pays for its start; the exponential costs more per element. */
 enum { PARALLEL_FROM = 65536, PARALLEL_FROM_EXPONENTIAL = 16384 };
 
-/* out = rms_norm(residual); with delta, residual += delta first. All [rows, size], contiguous. */
-void add_rms_norm(element *restrict residual, const element *restrict delta, const element *restrict weight,
-                  element *restrict out, long rows, long size, float eps, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * size >= PARALLEL_FROM)
-    for (long row = 0; row < rows; row++) {
-        element *x = residual + row * size, *y = out + row * size;
-        float sum = 0;
-        if (delta) {
-            const element *d = delta + row * size;
+/* ---- rms_norm ---- */
+
+/* The arguments of `add_rms_norm`, as all its threads see them. */
+typedef struct {
+    element *residual, *out;
+    const element *delta, *weight;
+    long rows, size, parts;
+    float eps;
+} norm;
+
+static void norm_row(element *restrict x, const element *restrict delta, const element *restrict weight,
+                     element *restrict out, long size, float eps) {
+    float sum = 0;
+    if (delta) {
 #pragma omp simd reduction(+ : sum)
-            for (long i = 0; i < size; i++) {
-                x[i] = store(load(x[i]) + load(d[i]));
-                sum += load(x[i]) * load(x[i]);
-            }
-        } else {
-#pragma omp simd reduction(+ : sum)
-            for (long i = 0; i < size; i++) sum += load(x[i]) * load(x[i]);
+        for (long i = 0; i < size; i++) {
+            x[i] = store(load(x[i]) + load(delta[i]));
+            sum += load(x[i]) * load(x[i]);
         }
-        float scale = inverse_rms(sum, size, eps);
-        for (long i = 0; i < size; i++) y[i] = store(load(x[i]) * scale * load(weight[i]));
+    } else {
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < size; i++) sum += load(x[i]) * load(x[i]);
+    }
+    float scale = inverse_rms(sum, size, eps);
+    for (long i = 0; i < size; i++) out[i] = store(load(x[i]) * scale * load(weight[i]));
+}
+
+static void norm_part(void *of, long part) {
+    const norm *n = of;
+    for (long row = part_begin(n->rows, part, n->parts); row < part_begin(n->rows, part + 1, n->parts); row++)
+        norm_row(n->residual + row * n->size, n->delta ? n->delta + row * n->size : 0, n->weight,
+                 n->out + row * n->size, n->size, n->eps);
+}
+
+/* out = rms_norm(residual); with delta, residual += delta first. All [rows, size], contiguous. */
+void add_rms_norm(element *residual, const element *delta, const element *weight, element *out, long rows, long size,
+                  float eps, int threads) {
+    const long parts = rows * size >= PARALLEL_FROM ? threads : 1;
+    norm n = {residual, out, delta, weight, rows, size, parts, eps};
+    parallel_for(norm_part, &n, parts, threads);
+}
+
+/* ---- silu_and_mul ---- */
+
+/* The arguments of `silu_and_mul`. */
+typedef struct {
+    const element *gate_up;
+    element *out;
+    long rows, size, parts;
+} gates;
+
+static void gate_row(const element *restrict gate, const element *restrict up, element *restrict out, long size) {
+    for (long i = 0; i < size; i++) {
+        float x = load(gate[i]);
+        out[i] = store(x / (1.0f + exponential(-x)) * load(up[i]));
     }
 }
 
-/* out [rows, size] = silu(gate) * up, with gate_up [rows, 2 * size]. */
-void silu_and_mul(const element *restrict gate_up, element *restrict out, long rows, long size, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * size >= PARALLEL_FROM_EXPONENTIAL)
-    for (long row = 0; row < rows; row++) {
-        const element *gate = gate_up + 2 * row * size, *up = gate + size;
-        element *y = out + row * size;
-        for (long i = 0; i < size; i++) {
-            float x = load(gate[i]);
-            y[i] = store(x / (1.0f + exponential(-x)) * load(up[i]));
-        }
-    }
+static void gate_part(void *of, long part) {
+    const gates *g = of;
+    for (long row = part_begin(g->rows, part, g->parts); row < part_begin(g->rows, part + 1, g->parts); row++)
+        gate_row(g->gate_up + 2 * row * g->size, g->gate_up + (2 * row + 1) * g->size, g->out + row * g->size, g->size);
 }
+
+/* out [rows, size] = silu(gate) * up, with gate_up [rows, 2 * size]. */
+void silu_and_mul(const element *gate_up, element *out, long rows, long size, int threads) {
+    const long parts = rows * size >= PARALLEL_FROM_EXPONENTIAL ? threads : 1;
+    gates g = {gate_up, out, rows, size, parts};
+    parallel_for(gate_part, &g, parts, threads);
+}
+
+/* ---- rotate ---- */
+
+/* The arguments of `rotate`. */
+typedef struct {
+    element *qkv;
+    const float *cos_sin;
+    const element *q_norm, *k_norm;
+    long rows, row_size, num_q, num_k, head_dim, parts;
+    float eps;
+} rotation;
 
 /* One head: normalise (unless weight is null), then rotate its halves against each other. */
 static inline void rotate_head(element *restrict head, const element *restrict weight, const float *restrict cosines,
@@ -109,16 +157,21 @@ static inline void rotate_head(element *restrict head, const element *restrict w
     }
 }
 
-/* Query and key heads of qkv [rows, row_size], in place; cos_sin is [rows, head_dim]. The norms may be null. */
-void rotate(element *restrict qkv, const float *restrict cos_sin, const element *restrict q_norm,
-            const element *restrict k_norm, long rows, long row_size, long num_q, long num_k, long head_dim, float eps,
-            int threads) {
-    long half = head_dim / 2;
-#pragma omp parallel for num_threads(threads) if (rows * (num_q + num_k) * head_dim >= PARALLEL_FROM)
-    for (long row = 0; row < rows; row++) {
-        const float *cosines = cos_sin + row * head_dim, *sines = cosines + half;
-        for (long head = 0; head < num_q + num_k; head++)
-            rotate_head(qkv + row * row_size + head * head_dim, head < num_q ? q_norm : k_norm, cosines, sines, half,
-                        eps);
+static void rotate_part(void *of, long part) {
+    const rotation *r = of;
+    const long half = r->head_dim / 2;
+    for (long row = part_begin(r->rows, part, r->parts); row < part_begin(r->rows, part + 1, r->parts); row++) {
+        const float *cosines = r->cos_sin + row * r->head_dim;
+        for (long head = 0; head < r->num_q + r->num_k; head++)
+            rotate_head(r->qkv + row * r->row_size + head * r->head_dim, head < r->num_q ? r->q_norm : r->k_norm,
+                        cosines, cosines + half, half, r->eps);
     }
+}
+
+/* Query and key heads of qkv [rows, row_size], in place; cos_sin is [rows, head_dim]. The norms may be null. */
+void rotate(element *qkv, const float *cos_sin, const element *q_norm, const element *k_norm, long rows, long row_size,
+            long num_q, long num_k, long head_dim, float eps, int threads) {
+    const long parts = rows * (num_q + num_k) * head_dim >= PARALLEL_FROM ? threads : 1;
+    rotation r = {qkv, cos_sin, q_norm, k_norm, rows, row_size, num_q, num_k, head_dim, parts, eps};
+    parallel_for(rotate_part, &r, parts, threads);
 }

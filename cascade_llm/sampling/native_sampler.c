@@ -8,12 +8,13 @@
  * NaN and infinity are found by their bits, so that nothing depends on how a compiler orders comparisons.
  */
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+
+#include "parallel.h"
 
 enum { BLOCK_LEN = 256 };        /* tokens to each partial sum of a row */
 enum { RADIX = 4096 };           /* buckets of the mass histogram; floats to 1.0 have 30 bits: 12, 9 and 9 */
@@ -390,6 +391,74 @@ static double uniform_number(uint64_t key, uint64_t position) {
 /* Floats of scratch memory that each thread needs. */
 long scratch_len(long size) { return 2 * ((size + BLOCK_LEN - 1) / BLOCK_LEN) + 2 * size + 32; }
 
+/* The scratch memory of one thread. */
+typedef struct {
+    double *sums;
+    float *weights, *listed;
+} Scratch;
+
+static Scratch scratch_of(float *scratch, long part, long size) {
+    double *sums = (double *)(scratch + part * scratch_len(size));
+    float *weights = (float *)(sums + (size + BLOCK_LEN - 1) / BLOCK_LEN);
+    return (Scratch){sums, weights, weights + size};
+}
+
+/* The arguments of `sample_rows`, and the first row that no thread has taken. */
+typedef struct {
+    const void *logits;
+    int bfloat16;
+    long stride, size;
+    const Lanes *lanes;
+    const int64_t *columns;
+    const int32_t *masks;
+    const int64_t *mask_rows;
+    long num_samples;
+    int64_t *token_ids;
+    uint8_t *finite;
+    float *scratch;
+    long next;
+} Samples;
+
+static void sample_row(const Samples *s, Scratch own, long n) {
+    float *weights = own.weights;
+    const Lanes *lanes = s->lanes;
+    long size = s->size, lane = s->columns[s->num_samples + n], position = s->columns[2 * s->num_samples + n];
+    const uint16_t *halves = (const uint16_t *)s->logits + s->columns[n] * s->stride;
+    const float *row = (const float *)s->logits + s->columns[n] * s->stride;
+    const int32_t *mask = s->masks && s->mask_rows[n] >= 0 ? s->masks + s->mask_rows[n] * ((size + 31) / 32) : NULL;
+    const double *shares = lanes->shares + 3 * lane;
+    int is_half = s->bfloat16;
+    if (mask || has_penalty(lanes, lane) || has_bias(lanes, lane, size) || position < lanes->ends_from[lane]) {
+        if (is_half) widen(halves, weights, size);
+        else memcpy(weights, row, size * sizeof *row);
+        adjust(weights, lanes, lane, position, mask, (int32_t *)own.listed, size);
+        row = weights;
+        is_half = 0;
+    }
+    float largest = is_half ? maximum_bfloat16(halves, size) : maximum(row, size);
+    s->finite[n] = isfinite(largest) != 0;
+    s->token_ids[n] = 0;
+    if (!s->finite[n]) return;
+    if (shares[0] == 0.0) {
+        s->token_ids[n] = is_half ? first_equal_bfloat16(halves, largest, size) : first_equal(row, largest, size);
+        return;
+    }
+    if (is_half) widen(halves, weights, size);
+    weigh(is_half ? weights : row, weights, own.sums, size, largest, shares[0]);
+    Draw asked = {lanes->top_k[lane], shares[1], shares[2],
+                  uniform_number((uint64_t)lanes->draw_keys[lane], (uint64_t)position)};
+    s->token_ids[n] = draw_one(weights, own.listed, own.sums, size, &asked);
+}
+
+/* A part is a thread's scratch: it takes rows until none is left. */
+static void sample_part(void *of, long part) {
+    Samples *s = of;
+    const Scratch own = scratch_of(s->scratch, part, s->size);
+    for (long n; (n = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED)) < s->num_samples;) sample_row(s, own, n);
+}
+
+static long parts_for(long rows, long size, int threads) { return rows * size >= PARALLEL_FROM ? shorter(rows, threads) : 1; }
+
 /* One token per sample; logits are [any, stride], float or bfloat16, of which `size` columns count.
  * columns: [3, num_samples], the row, the lane and the position of each.
  * masks: [any, words of 32 bits], or null; mask_rows: [num_samples], -1 for none.
@@ -397,47 +466,35 @@ long scratch_len(long size) { return 2 * ((size + BLOCK_LEN - 1) / BLOCK_LEN) + 
 void sample_rows(const void *logits, int bfloat16, long stride, long size, const Lanes *lanes, const int64_t *columns,
                  const int32_t *masks, const int64_t *mask_rows, long num_samples, int64_t *token_ids, uint8_t *finite,
                  float *scratch, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (num_samples > 1 && num_samples * size >= PARALLEL_FROM)
-    for (long n = 0; n < num_samples; n++) {
-        double *sums = (double *)(scratch + omp_get_thread_num() * scratch_len(size));
-        float *weights = (float *)(sums + (size + BLOCK_LEN - 1) / BLOCK_LEN), *listed = weights + size;
-        long lane = columns[num_samples + n], position = columns[2 * num_samples + n];
-        const uint16_t *halves = (const uint16_t *)logits + columns[n] * stride;
-        const float *row = (const float *)logits + columns[n] * stride;
-        const int32_t *mask = masks && mask_rows[n] >= 0 ? masks + mask_rows[n] * ((size + 31) / 32) : NULL;
-        const double *shares = lanes->shares + 3 * lane;
-        int is_half = bfloat16;
-        if (mask || has_penalty(lanes, lane) || has_bias(lanes, lane, size) || position < lanes->ends_from[lane]) {
-            if (bfloat16) widen(halves, weights, size);
-            else memcpy(weights, row, size * sizeof *row);
-            adjust(weights, lanes, lane, position, mask, (int32_t *)listed, size);
-            row = weights;
-            is_half = 0;
-        }
-        float largest = is_half ? maximum_bfloat16(halves, size) : maximum(row, size);
-        finite[n] = isfinite(largest) != 0;
-        token_ids[n] = 0;
-        if (!finite[n]) continue;
-        if (shares[0] == 0.0) {
-            token_ids[n] = is_half ? first_equal_bfloat16(halves, largest, size) : first_equal(row, largest, size);
-            continue;
-        }
-        if (is_half) widen(halves, weights, size);
-        weigh(is_half ? weights : row, weights, sums, size, largest, shares[0]);
-        Draw asked = {lanes->top_k[lane], shares[1], shares[2],
-                      uniform_number((uint64_t)lanes->draw_keys[lane], (uint64_t)position)};
-        token_ids[n] = draw_one(weights, listed, sums, size, &asked);
+    Samples s = {logits, bfloat16, stride, size, lanes, columns, masks, mask_rows, num_samples, token_ids, finite,
+                 scratch, 0};
+    parallel_for(sample_part, &s, parts_for(num_samples, size, threads), threads);
+}
+
+/* The arguments of `draw_rows`, and the first row that no thread has taken. */
+typedef struct {
+    const float *weights;
+    long size;
+    const Draw *asked;
+    long num_rows;
+    int64_t *token_ids;
+    float *scratch;
+    long next;
+} Draws;
+
+static void draw_part(void *of, long part) {
+    Draws *d = of;
+    const Scratch own = scratch_of(d->scratch, part, d->size);
+    for (long n; (n = __atomic_fetch_add(&d->next, 1, __ATOMIC_RELAXED)) < d->num_rows;) {
+        const float *weights = d->weights + n * d->size;
+        sum_blocks(weights, own.sums, d->size, (Cut){0.0f, d->size});
+        d->token_ids[n] = draw_one(weights, own.listed, own.sums, d->size, &d->asked[n]);
     }
 }
 
 /* The same draws from weights [num_rows, size], of which each row has one above 0. */
 void draw_rows(const float *weights, long size, const Draw *asked, long num_rows, int64_t *token_ids, float *scratch,
                int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (num_rows > 1 && num_rows * size >= PARALLEL_FROM)
-    for (long n = 0; n < num_rows; n++) {
-        double *sums = (double *)(scratch + omp_get_thread_num() * scratch_len(size));
-        float *listed = (float *)(sums + (size + BLOCK_LEN - 1) / BLOCK_LEN);
-        sum_blocks(weights + n * size, sums, size, (Cut){0.0f, size});
-        token_ids[n] = draw_one(weights + n * size, listed, sums, size, &asked[n]);
-    }
+    Draws d = {weights, size, asked, num_rows, token_ids, scratch, 0};
+    parallel_for(draw_part, &d, parts_for(num_rows, size, threads), threads);
 }

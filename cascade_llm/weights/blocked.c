@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "parallel.h"
+
 enum { BLOCK = 64, LANES = 16, UNIT = 32, ROW_BLOCK = 6 };
 
 typedef uint16_t bfloat16;
@@ -134,19 +136,30 @@ static void span_of_many(const bfloat16 *x, const bfloat16 *weight, const bfloat
     }
 }
 
+/* The arguments of `blocked_product`, as all its threads see them. */
+typedef struct {
+    const bfloat16 *x, *weight, *bias;
+    bfloat16 *y;
+    long rows, in_size, out_size, parts;
+} product;
+
+/* One of `parts` even spans of the outputs. */
+static void product_part(void *of, long part) {
+    const product *p = of;
+    const long units = p->out_size / UNIT, rows = p->rows, in_size = p->in_size, out_size = p->out_size;
+    const long begin = part_begin(units, part, p->parts) * UNIT, end = part_begin(units, part + 1, p->parts) * UNIT;
+    switch (rows) {
+    case 1: span(p->x, p->weight, p->bias, p->y, 1, in_size, out_size, begin, end); break;
+    case 2: span(p->x, p->weight, p->bias, p->y, 2, in_size, out_size, begin, end); break;
+    case 3: span(p->x, p->weight, p->bias, p->y, 3, in_size, out_size, begin, end); break;
+    case 4: span(p->x, p->weight, p->bias, p->y, 4, in_size, out_size, begin, end); break;
+    default: span_of_many(p->x, p->weight, p->bias, p->y, rows, in_size, out_size, begin, end); break;
+    }
+}
+
 /* x [rows, in_size] and y [rows, out_size] contiguous; in_size a multiple of 4, out_size of 64. */
 void blocked_product(const bfloat16 *x, const bfloat16 *weight, const bfloat16 *bias, bfloat16 *y, long rows,
                      long in_size, long out_size, int threads) {
-    long units = out_size / UNIT;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long part = 0; part < threads; part++) {
-        long begin = units * part / threads * UNIT, end = units * (part + 1) / threads * UNIT;
-        switch (rows) {
-        case 1: span(x, weight, bias, y, 1, in_size, out_size, begin, end); break;
-        case 2: span(x, weight, bias, y, 2, in_size, out_size, begin, end); break;
-        case 3: span(x, weight, bias, y, 3, in_size, out_size, begin, end); break;
-        case 4: span(x, weight, bias, y, 4, in_size, out_size, begin, end); break;
-        default: span_of_many(x, weight, bias, y, rows, in_size, out_size, begin, end); break;
-        }
-    }
+    product p = {x, weight, bias, y, rows, in_size, out_size, threads};
+    parallel_for(product_part, &p, threads, threads);
 }
