@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -28,11 +29,13 @@ from cascade_llm.errors import (
 from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.sequence import Request
-from cascade_llm.worker.cuda_graphs import OnCapture
+from cascade_llm.worker.start_progress import CAPTURING, LOADING
 
 __all__ = ["LLM", "TokenStream"]
 
 OnError = Literal["raise", "return"]
+SHOWN_AFTER_S = 1.0
+"""Of loading, before there is a bar."""
 Messages = Sequence[Mapping[str, Any]]
 Reader = Callable[[SamplingParams], ReadPrompt]
 Item = TypeVar("Item")
@@ -42,7 +45,8 @@ class LLM:
     """A model, ready to generate.
 
     Args:
-        model: a folder, a .gguf file, a hub id, or "smollm2"
+        model: a folder, a .gguf file, a hub's ORG/NAME, or "smollm2"; all forms in `cascade_llm.loader.resolve`
+        progress: draw progress bars of what takes longer than a second on standard error, where that is a terminal
         options: see `cascade_llm.config.EngineOptions`
 
     Raises:
@@ -53,11 +57,12 @@ class LLM:
 
     _first_process: ClassVar[int | None] = None
 
-    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str], *, progress: bool = True, **options: Any) -> None:
         self.options = EngineOptions(**options)
         self._check_process()
-        with _capture_bar() as on_capture:
-            parts = assemble(model, self.options, on_capture=on_capture)
+        with ExitStack() as bars:
+            on_start = StartBars(bars) if progress else None
+            parts = assemble(model, self.options, on_start=on_start)
         self.tokenizer, self.facts = parts.tokenizer, parts.facts
         self.model_name, self.cost_source = parts.model_name, parts.cost_source
         self._engine, self._input, self._resources = parts.engine, parts.input_processor, parts.resources
@@ -447,23 +452,44 @@ def _raise_first_failure(outputs: list[RequestOutput]) -> None:
         ) from failed[0][1]
 
 
-@contextmanager
-def _capture_bar() -> Iterator[OnCapture]:
-    """A progress bar on standard error, on terminals only; there is none before the first graph is captured."""
-    with ExitStack() as stack:
-        tasks: list[Callable[..., None]] = []
+class StartBars:
+    """Draws a bar for each stage of a start that takes long, on standard error, on terminals only; an `OnStart`."""
 
-        def on_capture(done: int, total: int) -> None:
-            if not tasks:
-                from rich.console import Console
-                from rich.progress import Progress
+    def __init__(self, open_bars: ExitStack, clock: Callable[[], float] = time.monotonic) -> None:
+        """`open_bars`: closes the last of them."""
+        self._open_bars, self._clock = open_bars, clock
+        self._what, self._since = "", 0.0
+        self._update: Callable[..., None] | None = None
 
-                console = Console(stderr=True)
-                bar = stack.enter_context(Progress(console=console, transient=True, disable=not console.is_terminal))
-                tasks.append(partial(bar.update, bar.add_task("capturing CUDA graphs", total=total)))
-            tasks[0](completed=done)
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Bytes of the weights, or graphs, done of all."""
+        if what != self._what:
+            self._open_bars.close()
+            self._what, self._since, self._update = what, self._clock(), None
+        if self._update is None and (what == CAPTURING or self._clock() - self._since > SHOWN_AFTER_S):
+            self._update = self._begin(what, total)
+        if self._update is not None:
+            self._update(completed=done)
 
-        yield on_capture
+    def _begin(self, what: str, total: int) -> Callable[..., None]:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        counts = (DownloadColumn(), TransferSpeedColumn()) if what == LOADING else (MofNCompleteColumn(),)
+        columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
+        console = Console(stderr=True)
+        bar = self._open_bars.enter_context(
+            Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        )
+        return partial(bar.update, bar.add_task(what, total=total))
 
 
 @contextmanager

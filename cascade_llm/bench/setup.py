@@ -58,7 +58,7 @@ class BenchModel:
 
     def open(self, *loads: Load, **changes: Any) -> LLM:
         """An engine with room for each of these loads."""
-        return LLM(self.name, **{**options_for(self, *loads), **changes})
+        return LLM(self.name, progress=False, **{**options_for(self, *loads), **changes})  # a bar may be drawn already
 
     def limits(self) -> MachineLimits:
         """What this machine can do at most with the model's dtype."""

@@ -51,13 +51,10 @@ def format_bytes(num_bytes: float) -> str:
 
 @contextmanager
 def open_llm(model: str, options: dict[str, Any]) -> Iterator[LLM]:
-    """An engine for the length of a `with` block; says on a terminal that it is being loaded."""
-    console = error_console()
-    with console.status(f"loading {model}"):
+    """An engine for the length of a `with` block; says on a terminal how far it is loaded."""
+    with error_console().status(f"loading {model}"):
         from cascade_llm.llm import LLM
-
-        llm = LLM(model, **options)
-    with llm:
+    with LLM(model, **options) as llm:  # draws bars of its own
         yield llm
 
 

@@ -17,9 +17,9 @@ from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.plan_file import PlanFileHeader, PlanFileWriter
 from cascade_llm.scheduler.cascade.choice import SegmentCosts
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
-from cascade_llm.worker.cuda_graphs import OnCapture
 from cascade_llm.worker.executor import Executor, LocalExecutor
 from cascade_llm.worker.process_executor import ProcessExecutor
+from cascade_llm.worker.start_progress import OnStart
 from cascade_llm.worker.worker import WorkerFacts, build_worker
 
 __all__ = ["EngineParts", "assemble", "build_scheduler"]
@@ -40,15 +40,13 @@ class EngineParts:
     """What is closed with the engine, after it."""
 
 
-def assemble(
-    model: str | os.PathLike[str], options: EngineOptions, *, on_capture: OnCapture | None = None
-) -> EngineParts:
+def assemble(model: str | os.PathLike[str], options: EngineOptions, *, on_start: OnStart | None = None) -> EngineParts:
     """Load a model and build all that serves it.
 
     Args:
         model: a folder, a .gguf file, a hub id, or "smollm2"
         options: the user's
-        on_capture: told of the progress of capturing CUDA graphs
+        on_start: told how far loading and capturing CUDA graphs are
 
     Raises:
         ConfigError, ModelError, CapacityError, BackendError: see `LLM`
@@ -57,7 +55,7 @@ def assemble(
     with ExitStack() as resources:
         writer = _open_recording(options, resources)  # before the weights: a wrong path is known at once
         tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-        executor = _start_executor(model, options, checkpoint, on_capture)
+        executor = _start_executor(model, options, checkpoint, on_start)
         resources.callback(executor.close)
         facts = executor.facts
         costs, cost_source = choose_cost_model(facts.attention, facts.backend.name, num_threads=options.num_threads)
@@ -119,11 +117,11 @@ def build_scheduler(
 
 
 def _start_executor(
-    model: str | os.PathLike[str], options: EngineOptions, checkpoint: Checkpoint, on_capture: OnCapture | None
+    model: str | os.PathLike[str], options: EngineOptions, checkpoint: Checkpoint, on_start: OnStart | None
 ) -> Executor:
     if options.distributed_executor_backend == "mp":
-        return ProcessExecutor(model, options, on_capture=on_capture)
-    return LocalExecutor(*build_worker(options, checkpoint, on_capture=on_capture))
+        return ProcessExecutor(model, options, on_start=on_start)
+    return LocalExecutor(*build_worker(options, checkpoint, on_start=on_start))
 
 
 def _open_recording(options: EngineOptions, resources: ExitStack) -> PlanFileWriter | None:

@@ -24,6 +24,8 @@ class Checkpoint(ABC):
 
     is_dummy = False
     """Whether there are no weights on disk: the model fills itself with random ones."""
+    num_bytes = 0
+    """What the weights take in their files; 0 where there are none."""
 
     def __init__(
         self,

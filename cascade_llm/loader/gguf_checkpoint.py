@@ -56,6 +56,7 @@ class GGUFCheckpoint(Checkpoint):
             {"eos_token_id": ending_ids} if ending_ids else {},
         )
         self._hf_names = {name: _hf_name(self._file.path, name) for name in self._file.tensors if name != ROPE_DIVISORS}
+        self.num_bytes = sum(self._file.tensors[name].num_bytes for name in self._hf_names)
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """All weights in the order of the file; blocks stay as they are until somebody asks for their values."""

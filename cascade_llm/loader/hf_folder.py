@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cascade_llm.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
+from cascade_llm.loader.safetensors_file import SafetensorsFile
 from cascade_llm.weights.format import StoredTensor
 
 __all__ = ["DummyCheckpoint", "HuggingFaceCheckpoint", "read_json", "write_hf_folder"]
@@ -50,15 +50,17 @@ class HuggingFaceCheckpoint(Checkpoint):
             generation_config,
         )
         self._names_per_file = _names_per_file(self.folder)
+        self.num_bytes = sum(path.stat().st_size for path in self._names_per_file)
         if self._hf_config.get("tie_word_embeddings") is True:
             self._settle_head()
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """All weights, file by file, in the order in which they lie there; a tied head once, as the embedding."""
         for path, names in self._names_per_file.items():
-            with _opened(path) as file:
-                for name in names:
-                    yield name, StoredTensor.plain(_read(path, file, name))
+            file = SafetensorsFile(path)
+            for name in names:
+                yield name, StoredTensor.plain(file.tensor(name))
+                file.release(name)
 
     def _settle_head(self) -> None:
         """A head beside a tied embedding is left out where it is equal, and untied where it is another.
@@ -68,11 +70,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         paths = {name: path for path, names in self._names_per_file.items() for name in names}
         if HEAD not in paths or EMBEDDING not in paths:
             return
-        with _opened(paths[HEAD]) as head_file, _opened(paths[EMBEDDING]) as embedding_file:
-            head, embedding = _read(paths[HEAD], head_file, HEAD), _read(paths[EMBEDDING], embedding_file, EMBEDDING)
-            if head.shape == embedding.shape and torch.equal(head, embedding.to(head.dtype)):
-                self._names_per_file[paths[HEAD]].remove(HEAD)
-                return
+        head, embedding = (SafetensorsFile(paths[name]).tensor(name) for name in (HEAD, EMBEDDING))
+        if head.shape == embedding.shape and torch.equal(head, embedding.to(head.dtype)):
+            self._names_per_file[paths[HEAD]].remove(HEAD)
+            return
         log.warning(
             "%s: config.json ties the head to the embedding, but %s is another matrix: it is used", self.folder, HEAD
         )
@@ -140,7 +141,7 @@ def write_hf_folder(
 def _names_per_file(folder: Path) -> dict[Path, list[str]]:
     """Which tensors to read from which file; every file's header was read and agrees."""
     if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: _tensor_names(folder / WEIGHTS)}
+        return {folder / WEIGHTS: SafetensorsFile(folder / WEIGHTS).names}
     if (folder / INDEX).is_file():
         return _names_per_shard(folder)
     raise _missing_weights(folder)
@@ -160,7 +161,7 @@ def _names_per_shard(folder: Path) -> dict[Path, list[str]]:
             raise CheckpointError(f"{folder / INDEX}: weight_map names {shard!r}, which is no file of this folder")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, {INDEX} names it: download the shard or remove the index")
-        present = _tensor_names(path)
+        present = SafetensorsFile(path).names
         if missing := sorted(names.difference(present)):
             raise CheckpointError(
                 f"{path} has no tensor {missing[0]}, {INDEX} places it there ({len(missing)} such): "
@@ -180,27 +181,6 @@ def _is_inside(folder: Path, shard: str) -> bool:
         return target.parent == folder
     repository = folder.parent.parent
     return target.parent == repository / "blobs" or target.parent.parent == repository.parent / "blobs"
-
-
-def _tensor_names(path: Path) -> list[str]:
-    """In the order of the file, so that it is read from front to back."""
-    with _opened(path) as file:
-        return list(file.offset_keys())
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from error
-
-
-def _read(path: Path, file: Any, name: str) -> torch.Tensor:
-    try:
-        tensor: torch.Tensor = file.get_tensor(name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
-    return tensor
 
 
 def _refuse_adapter(folder: Path) -> None:

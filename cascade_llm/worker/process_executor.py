@@ -28,9 +28,9 @@ from cascade_llm.errors import CascadeError, WorkerError
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.plan import StepPlan, StepResult
 from cascade_llm.plan_codec import PlanDecoder, PlanEncoder, decode_result, encode_result
-from cascade_llm.worker.cuda_graphs import OnCapture
 from cascade_llm.worker.executor import Executor, PendingStep
 from cascade_llm.worker.model_runner import ModelRunner
+from cascade_llm.worker.start_progress import OnStart
 from cascade_llm.worker.worker import WorkerFacts, build_worker
 
 __all__ = ["ProcessExecutor"]
@@ -42,7 +42,7 @@ JOIN_S = 10.0
 
 PLAN, COUNT, CLOSE = b"P", b"N", b"X"
 """What a message to a rank begins with."""
-READY, CAPTURED, RESULT, COUNTERS, FAILED, ENDED = b"Y", b"C", b"R", b"N", b"F", b"E"
+READY, STARTING, RESULT, COUNTERS, FAILED, ENDED = b"Y", b"C", b"R", b"N", b"F", b"E"
 """What a message from a rank begins with; `ENDED` is never sent: the receiving thread makes it."""
 
 
@@ -71,7 +71,7 @@ class ProcessExecutor(Executor):
         options: EngineOptions,
         *,
         num_ranks: int = 1,
-        on_capture: OnCapture | None = None,
+        on_start: OnStart | None = None,
     ) -> None:
         """Spawn the ranks and wait until each has loaded its model.
 
@@ -88,7 +88,7 @@ class ProcessExecutor(Executor):
         self._ranks = [_Rank(index, model, options, self._inbox) for index in range(num_ranks)]
         try:
             while None in self._facts:
-                self._take(on_capture)
+                self._take(on_start)
         except BaseException:
             self.close()
             raise
@@ -139,7 +139,7 @@ class ProcessExecutor(Executor):
             raise found
         return found
 
-    def _take(self, on_capture: OnCapture | None = None) -> None:
+    def _take(self, on_start: OnStart | None = None) -> None:
         """Wait for a message and note what it says."""
         rank, kind, content = self._inbox.get()
         if kind == RESULT:
@@ -150,9 +150,9 @@ class ProcessExecutor(Executor):
             self._counters = pickle.loads(content)
         elif kind == READY:
             self._facts[rank] = pickle.loads(content)
-        elif kind == CAPTURED:
-            if on_capture is not None and rank == 0:
-                on_capture(*pickle.loads(content))
+        elif kind == STARTING:
+            if on_start is not None and rank == 0:
+                on_start(*pickle.loads(content))
         elif kind == FAILED:
             failure: _Failure = pickle.loads(content)
             if failure.step_id < 0:
@@ -256,7 +256,7 @@ def _run_rank(connection: Connection, model: str | os.PathLike[str], options: En
 
     try:
         checkpoint = open_checkpoint(model, load_format=options.load_format, revision=options.revision)
-        runner, facts = build_worker(options, checkpoint, on_capture=lambda done, total: tell(CAPTURED, (done, total)))
+        runner, facts = build_worker(options, checkpoint, on_start=lambda *progress: tell(STARTING, progress))
     except Exception as error:
         tell(FAILED, _Failure(-1, _as_ours(error)))
         return

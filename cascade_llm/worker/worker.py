@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -26,10 +27,11 @@ from cascade_llm.sampling.lane_tables import UsageCounts
 from cascade_llm.sampling.lanes import LaneState
 from cascade_llm.weights.format import WeightOptions
 from cascade_llm.weights.select import select_format
-from cascade_llm.worker.cuda_graphs import CaptureReport, CudaGraphs, OnCapture
+from cascade_llm.worker.cuda_graphs import CaptureReport, CudaGraphs
 from cascade_llm.worker.graph_shapes import GraphShape, graph_shapes
 from cascade_llm.worker.memory import available_bytes, check_sizes, pool_pages, step_bytes
 from cascade_llm.worker.model_runner import ModelRunner
+from cascade_llm.worker.start_progress import CAPTURING, OnStart, told_tensors
 
 __all__ = ["WorkerFacts", "build_worker"]
 
@@ -76,7 +78,7 @@ def build_worker(
     checkpoint: Checkpoint,
     *,
     platform: GpuPlatform | None = None,
-    on_capture: OnCapture | None = None,
+    on_start: OnStart | None = None,
 ) -> tuple[ModelRunner, WorkerFacts]:
     """Load the weights, size the KV pool, choose the backend, capture graphs.
 
@@ -84,7 +86,7 @@ def build_worker(
         options: the user's
         checkpoint: the model's files
         platform: the GPU and FlashInfer, taken without asking; default the CUDA device where FlashInfer can serve
-        on_capture: told of the progress of capturing
+        on_start: told how far loading and capturing are
     """
     model = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     device = resolve_device(options.device)
@@ -95,7 +97,7 @@ def build_worker(
     spec = AttentionSpec.for_model(model, dtype, device, kv_dtype)
     choice, platform = _backend_choice(options, spec, platform)
     with torch.inference_mode(), thread_limit(options.num_threads), compiled_kernels(), memory_for(BESIDE_THE_POOL):
-        decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, platform)
+        decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, platform, on_start)
         padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
         num_lanes = options.max_num_seqs + padding
         has_graphs = platform is not None and not options.enforce_eager and not options.debug
@@ -127,7 +129,7 @@ def build_worker(
             backend = FlashInferAttentionBackend(spec, kv_cache, platform, graph_shapes=shapes)
             if has_graphs:
                 most_rows = options.max_num_batched_tokens
-                graphs, report = _capture(decoder, backend, lanes, shapes, max_model_len, most_rows, on_capture)
+                graphs, report = _capture(decoder, backend, lanes, shapes, max_model_len, most_rows, on_start)
     runner = ModelRunner(
         decoder,
         backend,
@@ -169,6 +171,7 @@ def _decoder(
     device: torch.device,
     max_model_len: int,
     platform: GpuPlatform | None,
+    on_start: OnStart | None,
 ) -> tuple[Decoder, list[KVScale] | None]:
     """The model with its weights, and the scales of 8-bit pages."""
     free = available_bytes(device)
@@ -189,7 +192,7 @@ def _decoder(
         if checkpoint.is_dummy:
             init_dummy(decoder, options.seed)
         else:
-            load_weights(decoder, scales.without_scales(checkpoint.stored_tensors()))
+            load_weights(decoder, scales.without_scales(told_tensors(checkpoint, on_start)))
         decoder.pack()
     return decoder, scales.scales() if options.kv_cache_dtype in KV_DTYPES else None
 
@@ -228,7 +231,7 @@ def _capture(
     shapes: list[GraphShape],
     max_model_len: int,
     max_num_batched_tokens: int,
-    on_capture: OnCapture | None,
+    on_start: OnStart | None,
 ) -> tuple[CudaGraphs, CaptureReport]:
     """Capture the decode steps, and the pieces of mixed ones."""
     with backend.device.stream.active():
@@ -240,7 +243,7 @@ def _capture(
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        report = graphs.capture(on_capture)
+        report = graphs.capture(None if on_start is None else partial(on_start, CAPTURING))
     log.info(
         "captured %d graphs in %.1f s, %.0f MiB; %.0f MiB of token counts for penalties",
         report.num_graphs,

@@ -13,6 +13,7 @@ from cascade_llm.config import EngineOptions
 from cascade_llm.errors import CapacityError
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.worker import worker
+from cascade_llm.worker.start_progress import CAPTURING
 from tests.engine.tiny_llm import assert_equal_outputs, random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 
@@ -156,7 +157,10 @@ def test_the_capture_report_and_progress(tiny: Path) -> None:
     seen: list[tuple[int, int]] = []
     options = EngineOptions(dtype="float32", page_size=4, max_num_seqs=16, max_num_batched_tokens=64)
     _, facts = worker.build_worker(
-        options, open_checkpoint(tiny), platform=double_gpu().platform(), on_capture=lambda *counts: seen.append(counts)
+        options,
+        open_checkpoint(tiny),
+        platform=double_gpu().platform(),
+        on_start=lambda what, done, total: seen.append((done, total)) if what == CAPTURING else None,
     )
     report = facts.capture
     assert report is not None
