@@ -72,7 +72,7 @@ class NativeAttentionBackend(AttentionBackend):
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """See `AttentionBackend`; k and v may be views into the rows of a wider tensor."""
         k, v = self._rows(k), self._rows(v)
-        self._kernels.write_slots(
+        self._kernels["write_slots"](
             *self._pools[layer],
             k.data_ptr(),
             v.data_ptr(),
@@ -125,7 +125,7 @@ class _PreparedNativeAttention(PreparedAttention):
         capacity = num_rows + SPARE_TASKS_PER_THREAD * num_threads
         self._tasks = torch.empty(capacity, TASK_FIELDS, dtype=torch.int64)
         partial_size = ctypes.c_int64()
-        num_tasks = backend._kernels.plan_tasks(
+        num_tasks = backend._kernels["plan_tasks"](
             plan_address,
             num_threads,
             backend.sharing.smallest_task,
@@ -142,7 +142,7 @@ class _PreparedNativeAttention(PreparedAttention):
         q = backend._rows(q)
         out = q.new_empty(q.shape)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        backend._kernels.attend(
+        backend._kernels["attend"](
             *self._arguments,
             *backend._pools[layer],
             q.data_ptr(),

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.device.c_compiler import compile_library
+from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_units import attention_unit
 from cascade_llm.errors import BackendError
 
 __all__ = ["TASK_FIELDS", "LevelColumns", "PlanColumns", "kernels_for", "reasons_against_native"]
 
-SOURCE = Path(__file__).with_name("native_attention.c")
-FUNCTIONS = ("plan_tasks", "attend", "write_slots")
-DTYPE_DEFINES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
+ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 MAX_HEAD_DIM = 256
 """A block of queries lies on its thread's stack: 0.7 MB in float32 at this size."""
 MAX_GROUP_SIZE = 192
@@ -60,7 +59,7 @@ def reasons_against_native(spec: AttentionSpec) -> list[str]:
         reasons.append(f"is for the CPU, the device is {spec.device.type}")
     if spec.page_dtype != spec.dtype:
         reasons.append(f"reads pages of the model's dtype, not {spec.page_dtype}: leave out kv_cache_dtype")
-    if spec.dtype not in DTYPE_DEFINES:
+    if spec.dtype not in ELEMENTS:
         reasons.append(f"computes in float32 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}")
     if spec.head_dim % 2 or not 0 < spec.head_dim <= MAX_HEAD_DIM:
         reasons.append(f"head_dim is {spec.head_dim}: it must be even and at most {MAX_HEAD_DIM}")
@@ -79,17 +78,17 @@ def reasons_against_native(spec: AttentionSpec) -> list[str]:
 
 
 @functools.cache
-def kernels_for(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL:
-    """The library for one dtype and head size, compiled once per process in about a second.
+def kernels_for(dtype: torch.dtype, head_dim: int) -> Mapping[str, NativeFunction]:
+    """The functions for one dtype and head size, by the names that the C file has for them.
 
     Raises:
-        BackendError: the machine cannot compile or load it
+        BackendError: the machine cannot compile or load them
     """
-    library = compile_library(SOURCE, (DTYPE_DEFINES[dtype], f"HEAD_DIM={head_dim}"), FUNCTIONS)
-    library.plan_tasks.argtypes = (_pointer, _long, _long, _pointer, _long, _pointer)
-    library.plan_tasks.restype = _long
-    library.attend.argtypes = (*[_pointer] * 2, _long, _long, *[_pointer] * 3, _long, *[_pointer] * 4)
-    library.attend.restype = None
-    library.write_slots.argtypes = (*[_pointer] * 4, _long, _long, _pointer, _long, _long)
-    library.write_slots.restype = None
-    return library
+    functions = native_functions(attention_unit(ELEMENTS[dtype], head_dim))
+    functions["plan_tasks"].argtypes = (_pointer, _long, _long, _pointer, _long, _pointer)
+    functions["plan_tasks"].restype = _long
+    functions["attend"].argtypes = (*[_pointer] * 2, _long, _long, *[_pointer] * 3, _long, *[_pointer] * 4)
+    functions["attend"].restype = None
+    functions["write_slots"].argtypes = (*[_pointer] * 4, _long, _long, _pointer, _long, _long)
+    functions["write_slots"].restype = None
+    return functions

@@ -13,9 +13,9 @@ import torch
 from cascade_llm import __version__
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.select import BACKENDS, select_backend
-from cascade_llm.device.c_compiler import describe_library_cache
 from cascade_llm.device.device_name import device_name
 from cascade_llm.device.devices import resolve_device, resolve_dtype
+from cascade_llm.device.native_library import describe_native_code
 from cascade_llm.errors import BackendError
 from cascade_llm.layers.fused_ops import TorchOps
 from cascade_llm.layers.native_ops import select_fused_ops
@@ -61,7 +61,7 @@ def describe_machine() -> dict[str, Any]:
         "backends": backend_reasons(),
         "elementwise": _elementwise(),
         "sampling": _sampling(),
-        "native_code": describe_library_cache(),
+        "native_code": describe_native_code(),
     }
 
 

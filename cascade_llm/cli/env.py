@@ -74,8 +74,15 @@ def _table(machine: Mapping[str, Any]) -> Table:
         table.add_row("cost model", line)
     for part in ("elementwise", "sampling"):
         table.add_row(part, f"{machine[part]['name']}{_because(machine[part]['reason'])}")
-    table.add_row("native code", machine["native_code"])
+    table.add_row("native code", _native_line(machine["native_code"]))
     return table
+
+
+def _native_line(native: Mapping[str, str | None]) -> str:
+    """Which level serves, from where, and why no higher one does."""
+    if native["level"] is None:
+        return f"none{_because(native['reason'])}"
+    return f"{native['level']}, {native['source']}{_because(native['reason'])}"
 
 
 def _because(reason: str | None) -> str:

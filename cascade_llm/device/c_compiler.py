@@ -1,4 +1,4 @@
-"""Compile a C file of this package for this processor, keep the library, and load it into this process."""
+"""Compile a C file of this package, keep the library, and load it into this process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,13 @@ from pathlib import Path
 from cascade_llm.device.user_cache import private_folder
 from cascade_llm.errors import BackendError
 
-__all__ = ["compile_library", "describe_library_cache"]
+__all__ = ["compile_library", "describe_library_cache", "find_compiler", "load_library", "run_compiler"]
 
-COMPILER = "gcc"
-"""GCC's OpenMP runtime is the one that torch has already loaded; another compiler's would bring a second pool."""
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+COMPILERS = ("gcc", "clang", "cc")
+"""The first that is found serves."""
+FLAGS = ("-O3", "-std=gnu11", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+LINK_FLAGS = ("-shared", "-pthread", *(("-Wl,-undefined,dynamic_lookup",) if sys.platform == "darwin" else ()))
+"""What is not in a library is found in those loaded before it, as the threads are."""
 HEADERS = Path(__file__).parent
 """Where `parallel.h` lies, which every source may include."""
 CACHE = "native"
@@ -31,27 +34,45 @@ VERSION_LIMIT_S, COMPILE_LIMIT_S = 10.0, 60.0
 """A compiler that takes longer hangs: it is ended, and counts as missing."""
 
 
-def compile_library(source: Path, defines: tuple[str, ...], functions: tuple[str, ...]) -> ctypes.CDLL:
+def compile_library(
+    source: Path, options: tuple[str, ...], functions: tuple[str, ...], *, for_all: bool = False
+) -> ctypes.CDLL:
     """The library built from one C file: compiled in a second or less, and then kept in the user's cache.
 
-    A file of the cache serves only the source, compiler and processor that it was built with, and only with the very
+    A file of the cache serves only the source, options and compiler that it was built with, and only with the very
     bytes that were written. Where there is no private folder for it, nothing is kept.
 
     Args:
-        defines: macros, as "NAME" or "NAME=value"
+        options: for the compiler: the processor's level, macros
         functions: what the library must hold
+        for_all: whether libraries that are loaded later may call them
 
     Raises:
-        BackendError: with the reason, where there is no compiler, or it fails or hangs, or the library would bring a
-            second OpenMP runtime into the process
+        BackendError: with the reason, where there is no compiler, or it fails or hangs
     """
-    compiler = shutil.which(COMPILER)
+    compiler = find_compiler()
     if compiler is None:
-        raise BackendError(f"native code needs a C compiler, and {COMPILER} was not found")
-    loaded = _loaded(compiler, (*FLAGS, *(f"-D{define}" for define in defines)), source, functions)
+        raise BackendError(f"native code needs a C compiler, and none of {', '.join(COMPILERS)} was found")
+    loaded = _loaded(compiler, (*FLAGS, *options), source, functions, for_all)
     if isinstance(loaded, str):
         raise BackendError(loaded)
     return loaded
+
+
+def find_compiler() -> str | None:
+    """The path of this machine's C compiler."""
+    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+
+
+def load_library(path: Path, functions: tuple[str, ...], *, for_all: bool = False) -> ctypes.CDLL:
+    """Load a compiled library; see `compile_library`. Raises `BackendError` where it is none, or lacks a function."""
+    try:
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL if for_all else ctypes.RTLD_LOCAL)
+    except OSError as error:
+        raise BackendError(f"{path.name} did not load: {error}") from None
+    if missing := [function for function in functions if not hasattr(library, function)]:
+        raise BackendError(f"{path.name} was compiled without {', '.join(missing)}")
+    return library
 
 
 def describe_library_cache() -> str:
@@ -59,15 +80,17 @@ def describe_library_cache() -> str:
     try:
         return f"kept in {private_folder(CACHE)}"
     except BackendError as error:
-        return f"compiled at each start: {error}"
+        return f"at each start: {error}"
 
 
 @functools.cache
-def _loaded(compiler: str, options: tuple[str, ...], source: Path, functions: tuple[str, ...]) -> ctypes.CDLL | str:
+def _loaded(
+    compiler: str, options: tuple[str, ...], source: Path, functions: tuple[str, ...], for_all: bool
+) -> ctypes.CDLL | str:
     """The library, or the reason why there is none: a compiler that hangs is not asked twice."""
     try:
         with _library_file(compiler, options, source) as path:
-            return _load(path, source.name, functions)
+            return load_library(path, functions, for_all=for_all)
     except BackendError as error:
         return str(error)
     except OSError as error:  # a full disk, a folder that is gone or read-only, a program of another machine
@@ -94,7 +117,7 @@ def _library_file(compiler: str, options: tuple[str, ...], source: Path) -> Iter
 
 def _key(compiler: str, options: tuple[str, ...], source: Path) -> str:
     """Changes with whatever changes the library."""
-    told = (*options, compiler, _version(compiler), _processor())
+    told = (*options, *LINK_FLAGS, compiler, _version(compiler), platform.machine())
     headers = (path.read_bytes() for path in sorted(HEADERS.glob("*.h")))
     return _digest(source.read_bytes(), *headers, *(text.encode() for text in told))
 
@@ -117,8 +140,8 @@ def _digest(*parts: bytes) -> str:
 
 def _compile(compiler: str, options: tuple[str, ...], source: Path, folder: Path) -> Path:
     target = folder / f"{source.stem}.so"
-    command = [compiler, *options, f"-I{HEADERS}", str(source), "-o", str(target), "-lm"]
-    returned, output = _run(command, COMPILE_LIMIT_S, folder)
+    command = [compiler, *options, *LINK_FLAGS, f"-I{HEADERS}", str(source), "-o", str(target), "-lm"]
+    returned, output = run_compiler(command, folder)
     if returned or not target.is_file():
         reason = output.strip()[:500] or f"{compiler} ended with {returned} and wrote no library"
         raise BackendError(f"{source.name} did not compile: {reason}")
@@ -128,6 +151,11 @@ def _compile(compiler: str, options: tuple[str, ...], source: Path, folder: Path
 @functools.cache
 def _version(compiler: str) -> str:
     return _run([compiler, "--version"], VERSION_LIMIT_S, None)[1]
+
+
+def run_compiler(command: list[str], scratch: Path) -> tuple[int, str]:
+    """Exit status and output of a compiler that may write to `scratch`. Raises `BackendError` where it hangs."""
+    return _run(command, COMPILE_LIMIT_S, scratch)
 
 
 def _run(command: list[str], limit_s: float, scratch: Path | None) -> tuple[int, str]:
@@ -150,37 +178,3 @@ def _run(command: list[str], limit_s: float, scratch: Path | None) -> tuple[int,
                 raise BackendError(f"{command[0]} was ended after {limit_s:.0f} s") from None
             raise
     return process.returncode, output.decode(errors="replace")
-
-
-@functools.cache
-def _processor() -> str:
-    """What -march=native depends on, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    told = dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
-    return "\n".join((platform.machine(), *told))
-
-
-def _load(path: Path, name: str, functions: tuple[str, ...]) -> ctypes.CDLL:
-    before = _openmp_runtimes()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendError(f"{name} did not load: {error}") from None
-    if _openmp_runtimes() - before:
-        raise BackendError("native code brought a second OpenMP runtime beside torch's")
-    if missing := [function for function in functions if not hasattr(library, function)]:
-        raise BackendError(f"{name} was compiled without {', '.join(missing)}")
-    return library
-
-
-def _openmp_runtimes() -> set[str]:
-    """OpenMP runtimes that this process has loaded, by path; empty where the system does not tell."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return set()
-    paths = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line}
-    return {path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from cascade_llm.device.cpu_levels import levels_to_try
 from cascade_llm.errors import ConfigError
 
 __all__ = ["resolve_device", "resolve_dtype", "resolve_kv_dtype", "thread_limit"]
@@ -67,5 +68,4 @@ def thread_limit(num_threads: int | None) -> Iterator[None]:
 
 
 def _cpu_has_bfloat16() -> bool:
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return any("avx512_bf16" in level.flags for level in levels_to_try())

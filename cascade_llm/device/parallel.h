@@ -2,16 +2,17 @@
 #ifndef CASCADE_PARALLEL_H
 #define CASCADE_PARALLEL_H
 
+/* In parallel.c: the one pool of this process. */
+void cascade_parallel_for(void (*part)(void *task, long index), void *task, long count, int threads);
+
 /* part(task, index) for every index from 0 to count - 1, on at most `threads` threads, the caller's among them; returns
  * when all are done. Threads take the indices in ascending order, the next one each time they are free, so that a
- * delayed thread is helped. A call inside a part runs on its own thread alone. */
+ * delayed thread is helped. A call inside a part, or beside another thread's call, runs on its own thread alone. */
 static inline void parallel_for(void (*part)(void *task, long index), void *task, long count, int threads) {
-    if (threads > count) threads = (int)count;
-    if (threads <= 1) {
-        for (long index = 0; index < count; index++) part(task, index);
+    if (threads > 1 && count > 1) {
+        cascade_parallel_for(part, task, count, threads);
         return;
     }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long index = 0; index < count; index++) part(task, index);
 }
 

@@ -1,30 +1,28 @@
-"""The elementwise operations in C, for the CPU: one pass over the data each, compiled in 0.2 s and kept.
+"""The elementwise operations in C, for the CPU: one pass over the data each.
 
 On small models the glue between matrix products costs torch a quarter of a decode step: fifteen dispatches a layer,
 each with a pass over the rows. `torch.compile` spends as much on guards as it saves. Here a layer makes four calls.
 
-The machine's own compiler builds `native_ops.c` for the machine's own processor. Where there is no compiler, `TorchOps`
-does the same work.
+Where there is no native code, `TorchOps` does the same work.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 
-from cascade_llm.device.c_compiler import compile_library
+from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_units import ops_unit
 from cascade_llm.errors import BackendError
 from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm, TorchOps
 from cascade_llm.layers.rope import Rotation
 
 __all__ = ["NativeOps", "select_fused_ops"]
 
-SOURCE = Path(__file__).with_suffix(".c")
-FUNCTIONS = ("add_rms_norm", "rotate", "silu_and_mul")
-DTYPE_DEFINES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
+ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 _pointer, _long, _float, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
@@ -35,14 +33,11 @@ class NativeOps(FusedOps):
     name = "native"
 
     def __init__(self, dtype: torch.dtype) -> None:
-        """Compile and load; raises `BackendError` with the reason where that is not possible."""
+        """Load; raises `BackendError` with the reason where that is not possible."""
         self.dtype = dtype
-        library = _compiled(dtype)
-        self._add_rms_norm, self._rotate, self._silu_and_mul = (
-            library.add_rms_norm,
-            library.rotate,
-            library.silu_and_mul,
-        )
+        functions = _compiled(dtype)
+        self._add_rms_norm, self._rotate = functions["add_rms_norm"], functions["rotate"]
+        self._silu_and_mul = functions["silu_and_mul"]
 
     def rms_norm(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """See `FusedOps`."""
@@ -111,18 +106,14 @@ def select_fused_ops(dtype: torch.dtype, device: torch.device) -> FusedOps:
 
 
 @functools.cache
-def _compiled(dtype: torch.dtype) -> ctypes.CDLL:
-    """The library for one dtype, compiled once per process."""
-    if dtype not in DTYPE_DEFINES:
+def _compiled(dtype: torch.dtype) -> Mapping[str, NativeFunction]:
+    """The functions for one dtype, with the types of their arguments."""
+    if dtype not in ELEMENTS:
         raise BackendError(f"native operations are for float32 and bfloat16, not {str(dtype).removeprefix('torch.')}")
-    return _with_signatures(compile_library(SOURCE, (DTYPE_DEFINES[dtype],), FUNCTIONS))
-
-
-def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the types of the three functions."""
-    library.add_rms_norm.argtypes = (*[_pointer] * 4, _long, _long, _float, _int)
-    library.silu_and_mul.argtypes = (_pointer, _pointer, _long, _long, _int)
-    library.rotate.argtypes = (*[_pointer] * 4, *[_long] * 5, _float, _int)
-    for function in (library.add_rms_norm, library.silu_and_mul, library.rotate):
+    functions = native_functions(ops_unit(ELEMENTS[dtype]))
+    functions["add_rms_norm"].argtypes = (*[_pointer] * 4, _long, _long, _float, _int)
+    functions["silu_and_mul"].argtypes = (_pointer, _pointer, _long, _long, _int)
+    functions["rotate"].argtypes = (*[_pointer] * 4, *[_long] * 5, _float, _int)
+    for function in functions.values():
         function.restype = None
-    return library
+    return functions

@@ -1,4 +1,4 @@
-"""The sampler in C, for the CPU: each row of logits is read once. Compiled when a runner starts.
+"""The sampler in C, for the CPU: each row of logits is read once.
 
 Torch sorts whole rows to filter them, which takes longer than the rest of a small model's step. Here a row stays in its
 thread's cache: adjusted logits, maximum, weights and mass; for each filter a radix search over float bits, exact down
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from cascade_llm.device.c_compiler import compile_library
+from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_units import SAMPLER
 from cascade_llm.errors import BackendError
 from cascade_llm.sampling.draw import Filters
 from cascade_llm.sampling.lanes import LaneState
@@ -23,7 +23,6 @@ from cascade_llm.sampling.masks import TokenMasks
 
 __all__ = ["DTYPES", "NativeSampler", "reason_against_native_sampler"]
 
-SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -58,10 +57,10 @@ class _Lanes(ctypes.Structure):
 
 
 class NativeSampler:
-    """Compiled for the CPU; takes tensors of the CPU only."""
+    """Takes tensors of the CPU only."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+    def __init__(self, functions: Mapping[str, NativeFunction]) -> None:
+        self._functions = functions
         self._scratch = torch.empty(0)
 
     @classmethod
@@ -100,7 +99,7 @@ class NativeSampler:
         token_ids = torch.empty(len(rows), dtype=torch.int64)
         finite = torch.empty(len(rows), dtype=torch.bool)
         columns = torch.tensor([list(rows), list(lanes), list(positions)], dtype=torch.int64)
-        self._library.sample_rows(
+        self._functions["sample_rows"](
             logits.data_ptr(),
             logits.dtype == torch.bfloat16,
             logits.stride(0),
@@ -132,7 +131,7 @@ class NativeSampler:
         num_rows, vocab_size = weights.shape
         token_ids = torch.empty(num_rows, dtype=torch.int64)
         columns = torch.stack((filters.top_k.view(torch.float64), filters.top_p, filters.min_p, uniform), dim=1)
-        self._library.draw_rows(
+        self._functions["draw_rows"](
             weights.data_ptr(),
             vocab_size,
             columns.data_ptr(),
@@ -145,7 +144,7 @@ class NativeSampler:
 
     def _scratch_for(self, vocab_size: int) -> torch.Tensor:
         """Memory for each thread, kept: fresh pages cost more than the work on them."""
-        num_floats = torch.get_num_threads() * self._library.scratch_len(vocab_size)
+        num_floats = torch.get_num_threads() * self._functions["scratch_len"](vocab_size)
         if self._scratch.numel() < num_floats:
             self._scratch = torch.empty(num_floats)
         return self._scratch
@@ -163,14 +162,14 @@ def reason_against_native_sampler(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _compiled() -> ctypes.CDLL:
-    """The library, compiled once per process; raises `BackendError` where that is not possible."""
-    library = compile_library(SOURCE, (), ("scratch_len", "sample_rows", "draw_rows"))
+def _compiled() -> Mapping[str, NativeFunction]:
+    """The functions, with the types of their arguments; raises `BackendError` where there are none."""
+    functions = native_functions(SAMPLER)
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    library.scratch_len.argtypes, library.scratch_len.restype = (long,), long
-    library.sample_rows.argtypes = (
+    functions["scratch_len"].argtypes, functions["scratch_len"].restype = (long,), long
+    functions["sample_rows"].argtypes = (
         *(pointer, integer, long, long, pointer, pointer, pointer, pointer, long, pointer, pointer, pointer, integer),
     )
-    library.draw_rows.argtypes = (pointer, long, pointer, long, pointer, pointer, integer)
-    library.sample_rows.restype = library.draw_rows.restype = None
-    return library
+    functions["draw_rows"].argtypes = (pointer, long, pointer, long, pointer, pointer, integer)
+    functions["sample_rows"].restype = functions["draw_rows"].restype = None
+    return functions

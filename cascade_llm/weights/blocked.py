@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 
-from cascade_llm.device.c_compiler import compile_library
+from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_units import BLOCKED
 from cascade_llm.errors import BackendError
 from cascade_llm.weights.dense import Dense
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
@@ -22,7 +22,6 @@ from cascade_llm.weights.onednn import OneDNN
 
 __all__ = ["Blocked"]
 
-SOURCE = Path(__file__).with_suffix(".c")
 FEW_ROWS, LONG_INPUT = 64, 4096
 """With more rows than the one and more inputs than the other, oneDNN is as fast or faster: a block of weights is then
 more than the second-level cache holds beside the rows."""
@@ -58,8 +57,6 @@ class Blocked(WeightFormat):
                 f"{spec.name} is {spec.out_features} x {spec.in_features}, the kernel takes multiples of "
                 f"{BLOCK_LEN} x {INPUT_MULTIPLE}"
             ]
-        if not torch.cpu._is_avx512_bf16_supported():
-            return ["the kernel is for processors with AVX512-BF16"]
         kernel = _compiled()
         return [kernel] if isinstance(kernel, str) else []
 
@@ -119,10 +116,10 @@ def is_blocked(address: int, weight: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _compiled() -> ctypes._NamedFuncPointer | str:
-    """The kernel, compiled once per process, or the reason why there is none."""
+def _compiled() -> NativeFunction | str:
+    """The kernel, or the reason why there is none."""
     try:
-        kernel = compile_library(SOURCE, (), ("blocked_product",)).blocked_product
+        kernel = native_functions(BLOCKED)["blocked_product"]
     except BackendError as error:
         return str(error)
     pointer, long = ctypes.c_void_p, ctypes.c_long

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 
 import pytest
@@ -13,7 +12,7 @@ from cascade_llm.attention.native_backend import NativeAttentionBackend, Sharing
 from cascade_llm.attention.native_kernels import kernels_for
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
-from cascade_llm.device import c_compiler as compiler
+from cascade_llm.device.cpu_levels import LEVEL_VARIABLE, LEVELS, CpuLevel, architecture, missing_flags
 from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
 from cascade_llm.plan import CascadePlan
@@ -132,16 +131,14 @@ def test_shapes(dtype: torch.dtype, head_dim: int, group_size: int) -> None:
     assert_right(backend, plan, random_q(backend, 5))
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of that architecture")
-@pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("level", LEVELS[architecture()], ids=lambda level: level.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_processors_without_the_instructions_of_this_one(
-    dtype: torch.dtype, processor: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, level: CpuLevel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if processor == "x86-64-v4" and not torch.cpu._is_avx512_supported():
-        pytest.skip("this processor has no AVX-512")
-    flags = tuple(flag.replace("native", processor) for flag in compiler.FLAGS)
-    monkeypatch.setattr(compiler, "FLAGS", flags)
+    if missing := missing_flags(level):
+        pytest.skip(f"this processor has no {', '.join(missing)}")
+    monkeypatch.setenv(LEVEL_VARIABLE, level.name)
     kernels_for.cache_clear()
     try:
         for seed in range(40):

@@ -47,7 +47,7 @@ def test_without_a_compiler_auto_takes_torch_and_says_why(monkeypatch: pytest.Mo
     assert choice.name == "torch"
     assert choice.backend is TorchAttentionBackend
     assert {name for name, _ in choice.refused} == {"flashinfer", "native"}
-    assert "gcc was not found" in choice.describe()
+    assert "none of gcc, clang, cc was found" in choice.describe()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""Levels of processors: what native code may assume, from the flags that the system names.
+
+A level is a set of instructions with a name. Libraries are built for levels and not for one machine's processor, so
+that the wheel can carry them; which level serves is found at run time. Standard library only: the build of the wheel
+reads this too.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cascade_llm.errors import ConfigError
+
+__all__ = ["LEVELS", "LEVEL_VARIABLE", "CpuLevel", "architecture", "levels_to_try", "missing_flags", "processor_flags"]
+
+LEVEL_VARIABLE = "CASCADE_LLM_LEVEL"
+"""Holds a process to a lower level than its processor has; for tests."""
+
+
+@dataclass(frozen=True)
+class CpuLevel:
+    """One level.
+
+    Attributes:
+        name: also the name of its library in the wheel
+        options: how a compiler is told
+        flags: what the system must name in /proc/cpuinfo, all of them
+    """
+
+    name: str
+    options: tuple[str, ...]
+    flags: frozenset[str]
+
+
+def _level(name: str, options: str, flags: str, below: CpuLevel | None = None) -> CpuLevel:
+    """A level that has what the one below has, and more."""
+    return CpuLevel(name, tuple(options.split()), frozenset(flags.split()) | (below.flags if below else frozenset()))
+
+
+_V2 = _level("baseline", "-march=x86-64-v2", "pni ssse3 sse4_1 sse4_2 popcnt cx16")
+_V3 = _level("avx2", "-march=x86-64-v3", "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave", _V2)
+_VNNI = _level("avxvnni", "-march=x86-64-v3 -mavxvnni", "avx_vnni", _V3)
+_V4_FLAGS = "avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni"
+_V4 = _level("avx512", "-march=x86-64-v4 -mavx512vnni", _V4_FLAGS, _V3)
+_BF16 = _level("avx512bf16", "-march=x86-64-v4 -mavx512vnni -mavx512bf16", "avx512_bf16", _V4)
+_ARM = _level("baseline", "-march=armv8-a", "asimd")
+_DOT = _level("neon", "-march=armv8.2-a+dotprod+fp16", "asimddp asimdhp", _ARM)
+
+LEVELS: Mapping[str, tuple[CpuLevel, ...]] = {"x86_64": (_V2, _V3, _VNNI, _V4, _BF16), "aarch64": (_ARM, _DOT)}
+"""By architecture, lowest first."""
+
+
+def architecture() -> str:
+    """This machine's, as `LEVELS` spells it, or what the system says where there are none."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+@functools.cache
+def processor_flags() -> frozenset[str]:
+    """What this processor can do, in the words of /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        # Apple's processors all have these; of others nothing is known but their architecture's first version
+        arm = "asimd asimddp asimdhp" if sys.platform == "darwin" else "asimd"
+        return frozenset(arm.split()) if architecture() == "aarch64" else frozenset()
+    named = [line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))]
+    return frozenset(named[0].split()) if named else frozenset()
+
+
+def missing_flags(level: CpuLevel) -> tuple[str, ...]:
+    """What this processor lacks for a level."""
+    return tuple(sorted(level.flags - processor_flags()))
+
+
+def levels_to_try() -> tuple[CpuLevel, ...]:
+    """The levels that this processor has, highest first, down from the one that CASCADE_LLM_LEVEL names.
+
+    Raises:
+        ConfigError: it names none, or one that this processor lacks
+    """
+    levels = LEVELS.get(architecture(), ())
+    asked = os.environ.get(LEVEL_VARIABLE)
+    if asked:
+        names = [level.name for level in levels]
+        if asked not in names:
+            raise ConfigError(f"{LEVEL_VARIABLE} is {asked!r}: it must be one of {', '.join(names) or 'none'}")
+        levels = levels[: names.index(asked) + 1]
+        if missing := missing_flags(levels[-1]):
+            raise ConfigError(f"{LEVEL_VARIABLE} is {asked!r}, but this processor lacks {', '.join(missing)}")
+    return tuple(level for level in reversed(levels) if not missing_flags(level))

@@ -1,0 +1,87 @@
+"""The native code that there is: each C file with each set of macros that it is built with.
+
+Standard library only: the build of the wheel reads this too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cascade_llm.device.cpu_levels import CpuLevel
+
+__all__ = ["BLOCKED", "PARALLEL", "SAMPLER", "NativeUnit", "attention_unit", "ops_unit", "units_of_wheel"]
+
+PACKAGE = Path(__file__).parent.parent
+ELEMENTS = ("float32", "bfloat16")
+WHEEL_HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Of the attention kernels in the wheel; others are compiled when a model asks."""
+
+
+@dataclass(frozen=True)
+class NativeUnit:
+    """One C file with its macros.
+
+    Attributes:
+        source: below the package's folder
+        functions: what it exports, as the C file calls it
+        macros: as "NAME" or "NAME=value"
+        suffix: of the functions' names in a library, so that units of one file can lie in one
+        flag: what the processor must have; None: any processor will do
+    """
+
+    source: str
+    functions: tuple[str, ...]
+    macros: tuple[str, ...] = ()
+    suffix: str = ""
+    flag: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The C file."""
+        return PACKAGE / self.source
+
+    @property
+    def exported(self) -> tuple[str, ...]:
+        """The functions' names in a library."""
+        return tuple(name + self.suffix for name in self.functions)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """For the compiler."""
+        renamed = zip(self.functions, self.exported, strict=True) if self.suffix else ()
+        return tuple(f"-D{macro}" for macro in (*self.macros, *(f"{name}={full}" for name, full in renamed)))
+
+    def fits(self, level: CpuLevel) -> bool:
+        """Whether it can be built for a level."""
+        return self.flag is None or self.flag in level.flags
+
+
+PARALLEL = NativeUnit("device/parallel.c", ("cascade_parallel_for",))
+SAMPLER = NativeUnit("sampling/native_sampler.c", ("scratch_len", "sample_rows", "draw_rows"))
+BLOCKED = NativeUnit("weights/blocked.c", ("blocked_product",), flag="avx512_bf16")
+
+
+def attention_unit(element: str, head_dim: int) -> NativeUnit:
+    """The attention kernels for one element type, "float32" or "bfloat16", and head size."""
+    return NativeUnit(
+        "attention/native_attention.c",
+        ("plan_tasks", "attend", "write_slots"),
+        (element.upper(), f"HEAD_DIM={head_dim}"),
+        f"_{element}_{head_dim}",
+    )
+
+
+def ops_unit(element: str) -> NativeUnit:
+    """The elementwise operations for one element type."""
+    functions = ("add_rms_norm", "rotate", "silu_and_mul")
+    return NativeUnit("layers/native_ops.c", functions, (element.upper(),), f"_{element}")
+
+
+def units_of_wheel() -> Iterator[NativeUnit]:
+    """All that a library of the wheel holds, as far as its level has the instructions."""
+    yield from (PARALLEL, SAMPLER, BLOCKED)
+    for element in ELEMENTS:
+        yield ops_unit(element)
+        yield from (attention_unit(element, head_dim) for head_dim in WHEEL_HEAD_DIMS)

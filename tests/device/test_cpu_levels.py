@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from cascade_llm.device import cpu_levels
+from cascade_llm.device.cpu_levels import LEVEL_VARIABLE, LEVELS, levels_to_try
+from cascade_llm.errors import ConfigError
+
+V3 = "pni ssse3 sse4_1 sse4_2 popcnt cx16 avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
+V4 = f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As another machine's; `flags` of it by `has`."""
+    monkeypatch.delenv(LEVEL_VARIABLE, raising=False)
+    monkeypatch.setattr(cpu_levels, "architecture", lambda: "x86_64")
+    return monkeypatch
+
+
+def has(processor: pytest.MonkeyPatch, flags: str) -> list[str]:
+    processor.setattr(cpu_levels, "processor_flags", lambda: frozenset(flags.split()))
+    return [level.name for level in levels_to_try()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", []),
+        ("pni ssse3 sse4_1 sse4_2 popcnt cx16 avx", ["baseline"]),
+        (V3, ["avx2", "baseline"]),
+        (f"{V3} avx_vnni", ["avxvnni", "avx2", "baseline"]),
+        (V4, ["avx2", "baseline"]),
+        (f"{V4} avx512_vnni", ["avx512", "avx2", "baseline"]),
+        (f"{V4} avx512_vnni avx512_bf16", ["avx512bf16", "avx512", "avx2", "baseline"]),
+        (f"{V4} avx_vnni avx512_bf16", ["avxvnni", "avx2", "baseline"]),
+    ],
+)
+def test_levels_that_a_processor_has(flags: str, expected: list[str], processor: pytest.MonkeyPatch) -> None:
+    assert has(processor, flags) == expected
+
+
+def test_a_process_can_be_held_to_a_lower_level(processor: pytest.MonkeyPatch) -> None:
+    processor.setenv(LEVEL_VARIABLE, "avx2")
+    assert has(processor, f"{V4} avx_vnni avx512_vnni") == ["avx2", "baseline"]
+
+
+@pytest.mark.parametrize(("asked", "words"), [("sse9", "one of baseline, avx2"), ("avx512", "lacks avx512_vnni")])
+def test_a_level_that_is_not_there_is_told(asked: str, words: str, processor: pytest.MonkeyPatch) -> None:
+    processor.setenv(LEVEL_VARIABLE, asked)
+    with pytest.raises(ConfigError, match=f"{LEVEL_VARIABLE} is '{asked}'.*{words}"):
+        has(processor, V4)
+
+
+def test_names_are_unique_in_an_architecture() -> None:
+    for levels in LEVELS.values():
+        assert len({level.name for level in levels}) == len(levels)
