@@ -17,9 +17,13 @@ __all__ = ["env"]
 
 @click.command()
 @click.option("-m", "--model", default="smollm2", show_default=True, help="The model whose GPU kernels are looked for.")
+@click.option("--models", is_flag=True, help="Instead: which architectures and types of weights are served, and how.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def env(model: str, as_json: bool) -> None:
+def env(model: str, models: bool, as_json: bool) -> None:
     """Show versions, devices, attention backends and why one cannot be used, and which GPU kernels are built."""
+    if models:
+        _print_weight_support(as_json)
+        return
     from cascade_llm.bench.machine import describe_machine
     from cascade_llm.engine.cost_setup import describe_calibrations
 
@@ -29,6 +33,30 @@ def env(model: str, as_json: bool) -> None:
         print_json(machine, indent=2)
     else:
         result_console().print(_table(machine))
+
+
+def _print_weight_support(as_json: bool) -> None:
+    """Types of weights down, architectures across."""
+    from cascade_llm.engine.weight_support import weight_support
+    from cascade_llm.models.architectures import ARCHITECTURES
+
+    rows = list(weight_support())
+    if as_json:
+        print_json([asdict(row) for row in rows], indent=2)
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("file", "type", "bits there", "here", "multiplied by", *ARCHITECTURES):
+        table.add_column(column, no_wrap=True, justify="right" if column in ("bits there", "here") else "left")
+    table.add_column("", overflow="fold")
+    for row in rows:
+        served = ("yes" if name in row.architectures else "no" for name in ARCHITECTURES)
+        bits = (_bits(row.file_bits), _bits(row.memory_bits))
+        table.add_row(row.container, row.type, *bits, row.held_as or "", *served, row.note or "")
+    result_console().print(table)
+
+
+def _bits(bits: float | None) -> str:
+    return "" if bits is None else f"{bits:.3g}"
 
 
 def _describe_kernels(model: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ COMMANDS = {
     "validate": "cascade_llm.cli.validate:validate",
     "demo": "cascade_llm.cli.demo:demo",
     "pull": "cascade_llm.cli.pull:pull",
+    "models": "cascade_llm.cli.models:models",
     "env": "cascade_llm.cli.env:env",
     "kernels": "cascade_llm.cli.kernels:kernels",
 }

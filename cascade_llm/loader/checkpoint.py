@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ class Checkpoint(ABC):
 
     is_dummy = False
     """Whether there are no weights on disk: the model fills itself with random ones."""
-    num_bytes = 0
-    """What the weights take in their files; 0 where there are none."""
+    bytes_by_type: Mapping[str, int] = MappingProxyType({})
+    """What the weights of each type take in their files, by the type's name there; empty where there are none."""
 
     def __init__(
         self,
@@ -44,6 +45,11 @@ class Checkpoint(ABC):
         """
         self.name, self.tokenizer_source = name, tokenizer_source
         self._hf_config, self._generation_config = hf_config, generation_config
+
+    @property
+    def num_bytes(self) -> int:
+        """What the weights take in their files; 0 where there are none."""
+        return sum(self.bytes_by_type.values())
 
     def hf_config(self) -> dict[str, Any]:
         """The fields of config.json; the caller's own copy."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequ
 from cascade_llm.loader.gguf_names import first_part
 from cascade_llm.weights.format import StoredTensor
 
-__all__ = ["GGUFCheckpoint"]
+__all__ = ["GGUFCheckpoint", "stored_blocks"]
 
 MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
@@ -56,7 +57,10 @@ class GGUFCheckpoint(Checkpoint):
             {"eos_token_id": ending_ids} if ending_ids else {},
         )
         self._hf_names = {name: _hf_name(self._file.path, name) for name in self._file.tensors if name != ROPE_DIVISORS}
-        self.num_bytes = sum(self._file.tensors[name].num_bytes for name in self._hf_names)
+        by_type: Counter[str] = Counter()
+        for name in self._hf_names:
+            by_type[self._file.tensors[name].type.name] += self._file.tensors[name].num_bytes
+        self.bytes_by_type = by_type
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """All weights in the order of the file; blocks stay as they are until somebody asks for their values."""
@@ -70,7 +74,7 @@ class GGUFCheckpoint(Checkpoint):
             return StoredTensor.plain(self._in_hf_order(tensor, dequantize(data, tensor.type, tensor.shape)))
         rows = math.prod(tensor.shape[:-1])
         blocks = self._in_hf_order(tensor, torch.from_numpy(data).view(rows, -1))
-        return StoredTensor(tensor.type.name, tensor.shape, blocks, partial(_decoded, tensor))
+        return stored_blocks(tensor, blocks)
 
     def _in_hf_order(self, tensor: GGUFTensor, rows: torch.Tensor) -> torch.Tensor:
         """Undo what the conversion to llama's GGUF does to the rows of queries and keys, be they values or blocks.
@@ -86,6 +90,11 @@ class GGUFCheckpoint(Checkpoint):
             raise CheckpointError(f"{self._file.path}: {tensor.name} has {len(rows)} rows for {num_heads} heads")
         pairs = rows.view(num_heads, len(rows) // num_heads // 2, 2, *rows.shape[1:])
         return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def stored_blocks(tensor: GGUFTensor, blocks: torch.Tensor) -> StoredTensor:
+    """A tensor of a block type from its uint8 `blocks` [rows, bytes of a row], in Hugging Face's order."""
+    return StoredTensor(tensor.type.name, tensor.shape, blocks, partial(_decoded, tensor))
 
 
 def _decoded(tensor: GGUFTensor, blocks: torch.Tensor) -> torch.Tensor:

@@ -179,9 +179,10 @@ class GGUFFile:
 
     def _add_tensor(self, name: str, shape: tuple[int, ...], tensor_type: GGMLQuantizationType, offset: int) -> None:
         block_len, block_bytes = GGML_QUANT_SIZES[tensor_type]
-        if (shape[-1] if shape else 1) % block_len:
+        row_len = shape[-1] if shape else 1
+        if row_len % block_len:
             raise CheckpointError(
-                f"{self.path}: tensor {name} has rows of {shape[-1]}, no multiple of {tensor_type.name}'s {block_len}"
+                f"{self.path}: tensor {name} has rows of {row_len}, no multiple of {tensor_type.name}'s {block_len}"
             )
         num_bytes = math.prod(shape) // block_len * block_bytes
         if offset + num_bytes > len(self._map):

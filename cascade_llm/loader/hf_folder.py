@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -50,9 +50,9 @@ class HuggingFaceCheckpoint(Checkpoint):
             generation_config,
         )
         self._names_per_file = _names_per_file(self.folder)
-        self.num_bytes = sum(path.stat().st_size for path in self._names_per_file)
         if self._hf_config.get("tie_word_embeddings") is True:
             self._settle_head()
+        self.bytes_by_type = _bytes_by_type(self._names_per_file)
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """All weights, file by file, in the order in which they lie there; a tied head once, as the embedding."""
@@ -169,6 +169,15 @@ def _names_per_shard(folder: Path) -> dict[Path, list[str]]:
             )
         names_per_file[path] = [name for name in present if name in names]
     return names_per_file
+
+
+def _bytes_by_type(names_per_file: Mapping[Path, list[str]]) -> Mapping[str, int]:
+    found: Counter[str] = Counter()
+    for path, names in names_per_file.items():
+        file = SafetensorsFile(path)
+        for name in names:
+            found[file.type_name(name)] += file.num_bytes(name)
+    return found
 
 
 def _is_inside(folder: Path, shard: str) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
@@ -13,7 +13,7 @@ from cascade_llm.errors import CapacityError, ModelNotFoundError, UnsupportedMod
 from cascade_llm.loader.gguf_names import PART_NAME, first_part
 from cascade_llm.loader.hub_name import HubName
 
-__all__ = ["Hub", "HubRefusal", "OnPlan", "RepositoryFile", "fetch", "is_inside"]
+__all__ = ["CachedModel", "Hub", "HubRefusal", "OnPlan", "RepositoryFile", "cached_models", "fetch", "is_inside"]
 
 CONFIG_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 WEIGHT_FILES = ("*.safetensors",)
@@ -33,6 +33,21 @@ class RepositoryFile:
     """Its path in the repository."""
     num_bytes: int
     is_cached: bool
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """What a cache holds of a revision: a folder of safetensors, or a GGUF file."""
+
+    name: HubName
+    path: Path
+    """The folder, or the file (the first where it is split)."""
+    revision: str
+    """As the cache calls it: Hugging Face's the commit, ModelScope's the branch or tag."""
+    num_bytes: int
+    """On the disk."""
+    last_used: float
+    """Seconds since 1970."""
 
 
 OnPlan = Callable[[Sequence[RepositoryFile]], None]
@@ -84,8 +99,31 @@ class Hub(ABC):
         """Where it keeps what it fetched; it may not exist."""
 
     @abstractmethod
+    def cached_folders(self) -> Iterator[tuple[HubName, Path]]:
+        """The revisions that its cache holds, each by a name that serves without network."""
+
+    @abstractmethod
     def page(self, repository: str) -> str:
         """The address at which a browser finds the repository."""
+
+
+def cached_models(hub: Hub) -> Iterator[CachedModel]:
+    """The models that a hub's cache holds, whole or not; reads no file."""
+    for name, folder in hub.cached_folders():
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        gguf = {first_part(Path(file)).as_posix() for file in files if file.lower().endswith(".gguf")}
+        for file in sorted(gguf):
+            parts = [path for other, path in files.items() if first_part(Path(other)).as_posix() == file]
+            yield _cached_model(replace(name, file=file), folder, parts)
+        read = [path for file, path in files.items() if _is_config(file) or _is_weights(file)]
+        if any(_is_weights(file) for file in files) or ("config.json" in files and not gguf):
+            yield _cached_model(name, folder, read)
+
+
+def _cached_model(name: HubName, folder: Path, files: Sequence[Path]) -> CachedModel:
+    stats = [file.stat() for file in files]
+    last_used = max((max(stat.st_atime, stat.st_mtime) for stat in stats), default=0.0)
+    return CachedModel(name, _path_in(folder, name), folder.name, sum(stat.st_size for stat in stats), last_used)
 
 
 def fetch(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_llm.loader.hub import Hub, HubRefusal, RepositoryFile, is_inside
-from cascade_llm.loader.hub_name import HubName
+from cascade_llm.loader.hub_name import HUGGINGFACE, HubName
 
 __all__ = ["HuggingFaceHub"]
 
@@ -83,6 +83,16 @@ class HuggingFaceHub(Hub):
 
         return f"{constants.ENDPOINT}/{repository}"
 
+    def cached_folders(self) -> Iterator[tuple[HubName, Path]]:
+        """See `Hub`: the main branch by the repository's name alone, other branches and tags by theirs."""
+        for repository in sorted(self.cache_folder.glob("models--*--*")):
+            org, _, title = repository.name.removeprefix("models--").partition("--")
+            refs = repository / "refs"
+            named = {ref.read_text().strip(): ref.relative_to(refs).as_posix() for ref in _files_below(refs)}
+            for folder in sorted(path for path in (repository / "snapshots").glob("*") if path.is_dir()):
+                revision = named.get(folder.name, folder.name)
+                yield HubName(HUGGINGFACE, f"{org}/{title}", None if revision == "main" else revision), folder
+
     def _what_is_missing(self, name: HubName, error: Exception) -> str:
         """Why the cache has no folder for a name; the client's message would tell to go online, which is no news."""
         from huggingface_hub.errors import IncompleteSnapshotError
@@ -122,6 +132,11 @@ class HuggingFaceHub(Hub):
         except Exception as error:
             reason = (str(error).strip() or "no reason given").split("\n", maxsplit=1)[0]
             raise HubRefusal(f"{type(error).__name__}: {reason}") from error
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Sorted, so that of several branches at one commit the last counts; "main" is put behind all."""
+    return sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (path.name == "main", path))
 
 
 def _bar_class() -> type[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cascade_llm.errors import ModelNotFoundError
 from cascade_llm.loader.hub import Hub, HubRefusal, RepositoryFile, is_inside
-from cascade_llm.loader.hub_name import HubName
+from cascade_llm.loader.hub_name import MODELSCOPE, HubName
 
 __all__ = ["ModelScopeHub"]
 
@@ -83,6 +83,18 @@ class ModelScopeHub(Hub):
     def cache_folder(self) -> Path:
         """See `Hub`."""
         return Path(self._config.cache_dir)
+
+    def cached_folders(self) -> Iterator[tuple[HubName, Path]]:
+        """See `Hub`; also of the layouts that its client had before, which say no revision."""
+        models = self.cache_folder / "models"
+        for folder in sorted(path for path in models.glob("*--*/snapshots/*") if path.is_dir()):
+            org, _, title = folder.parent.parent.name.partition("--")
+            revision = None if folder.name == DEFAULT_REVISION else folder.name
+            yield HubName(MODELSCOPE, f"{org}/{title}", revision), folder
+        for older in (models, self.cache_folder / "hub" / "models"):
+            for config in sorted(older.glob("*/*/config.json")):
+                org, title = config.parent.parent.name, config.parent.name.replace("___", ".")
+                yield HubName(MODELSCOPE, f"{org}/{title}"), config.parent
 
     def page(self, repository: str) -> str:
         """See `Hub`."""

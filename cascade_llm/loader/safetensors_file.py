@@ -71,6 +71,10 @@ class SafetensorsFile:
         first, end = self._facts[name]["data_offsets"]
         return int(end - first)
 
+    def type_name(self, name: str) -> str:
+        """What the file calls the tensor's dtype."""
+        return str(self._facts[name]["dtype"])
+
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the file in its own dtype and shape; not to be written to.
 

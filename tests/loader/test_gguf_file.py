@@ -69,6 +69,15 @@ def test_every_truncation_is_an_error_of_ours(tmp_path: Path) -> None:
             GGUFFile(path)
 
 
+def test_a_number_of_a_block_type_is_an_error(tmp_path: Path) -> None:
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
+    tensor = struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 0, GGMLQuantizationType.Q4_1, 0)
+    path = tmp_path / "number.gguf"
+    path.write_bytes(header + tensor + bytes(64))
+    with pytest.raises(CheckpointError, match="tensor a has rows of 1, no multiple of Q4_1's 32"):
+        GGUFFile(path)
+
+
 @given(data=st.data())
 def test_corrupt_bytes_raise_nothing_but_errors_of_ours(data: st.DataObject, tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("corrupt")

@@ -1,0 +1,85 @@
+"""Which architectures in which types of weights this machine serves, and by what: asked, not listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cascade_llm.device.devices import resolve_device, resolve_dtype
+from cascade_llm.loader.stored_types import StoredType, stored_types
+from cascade_llm.models.architectures import ARCHITECTURES
+from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat, WeightOptions
+from cascade_llm.weights.select import allocate_matrix
+
+__all__ = ["TypeSupport", "held_matrix", "weight_support"]
+
+AS_LARGE = 1.5
+"""Times the bits in the file: a matrix that takes more is not kept in its own bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypeSupport:
+    """How a type of weights is served here."""
+
+    container: str
+    """"GGUF" or "safetensors"."""
+    type: str
+    file_bits: float | None
+    """Of a weight in the file."""
+    memory_bits: float | None
+    """Of a weight in memory; None where the type is not read."""
+    held_as: str | None
+    """The weight format that multiplies it."""
+    architectures: tuple[str, ...]
+    """Keys of `ARCHITECTURES` that may come in it."""
+    note: str | None
+    """Why it is not read, or that no kernel multiplies it in its own bits."""
+
+
+def weight_support(dtype: str = "auto", device: str = "auto") -> Iterator[TypeSupport]:
+    """Every type that a file may hold, as an engine with these options would hold it."""
+    where = resolve_device(device)
+    options = WeightOptions(dtype=resolve_dtype(dtype, "bfloat16", where), device=where)
+    for stored_type in stored_types():
+        yield _support(stored_type, options)
+
+
+def held_matrix(stored: StoredTensor, options: WeightOptions) -> WeightFormat:
+    """A matrix [out, in] in the format that the options give it, ready to multiply."""
+    spec = MatrixSpec("example", stored.shape[1], {"example": stored.shape[0]}, options)
+    matrix = allocate_matrix(spec)
+    matrix.load("example", stored)
+    matrix.pack()
+    return matrix
+
+
+def _support(stored_type: StoredType, options: WeightOptions) -> TypeSupport:
+    example = stored_type.example
+    classes = None if stored_type.architectures is None else set(stored_type.architectures.values())
+    served = tuple(name for name, kind in ARCHITECTURES.items() if classes is None or kind.hf_class in classes)
+    if example is None:
+        return TypeSupport(
+            container=stored_type.container,
+            type=stored_type.name,
+            file_bits=None,
+            memory_bits=None,
+            held_as=None,
+            architectures=(),
+            note=f"not read: {stored_type.reason}",
+        )
+    with torch.inference_mode():
+        matrix = held_matrix(example, options)
+    memory_bits = 8 * matrix.num_bytes / (example.shape[0] * example.shape[1])
+    file_bits = stored_type.file_bits
+    assert file_bits is not None
+    return TypeSupport(
+        container=stored_type.container,
+        type=stored_type.name,
+        file_bits=file_bits,
+        memory_bits=memory_bits,
+        held_as=matrix.name,
+        architectures=served,
+        note=None if memory_bits <= AS_LARGE * file_bits else "no kernel: decoded while loading",
+    )

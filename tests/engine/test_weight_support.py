@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cascade_llm.engine.weight_support import held_matrix, weight_support
+from cascade_llm.loader.stored_types import stored_types
+from cascade_llm.models.architectures import ARCHITECTURES
+from cascade_llm.weights.format import WeightOptions
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_type_is_served_or_says_why(dtype: str) -> None:
+    rows = {(row.container, row.type): row for row in weight_support(dtype, "cpu")}
+    assert {("GGUF", name) for name in ("F32", "Q4_0", "Q4_K", "Q6_K", "IQ4_NL", "MXFP4")} <= rows.keys()
+    assert {("safetensors", name) for name in ("F32", "F16", "BF16")} <= rows.keys()
+    for row in rows.values():
+        if row.held_as is None:
+            assert row.note is not None
+            assert row.note.startswith("not read: ")
+            assert row.architectures == ()
+        else:
+            assert set(row.architectures) <= set(ARCHITECTURES)
+            assert row.file_bits is not None
+            assert row.memory_bits is not None
+            assert (row.note is None) == (row.memory_bits <= 1.5 * row.file_bits)
+    assert rows["GGUF", "Q8_0"].file_bits == 8.5
+    assert rows["safetensors", "BF16"].file_bits == 16
+    assert rows["safetensors", "F32"].architectures == tuple(ARCHITECTURES)
+
+
+def test_an_example_multiplies_as_its_values_do() -> None:
+    """The bits of the table are those of matrices that work, in every type."""
+    options = WeightOptions(dtype=torch.float32, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    examples = [stored_type.example for stored_type in stored_types() if stored_type.example is not None]
+    assert len(examples) > 20
+    for example in examples:
+        x = torch.randn(2, example.shape[1], generator=generator)
+        with torch.inference_mode():
+            y = held_matrix(example, options).multiply(x)
+        expected = x @ example.values().float().T
+        assert expected.abs().max() > 0, example.format
+        assert (y - expected).abs().max() <= 0.02 * expected.abs().max(), example.format
