@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cascade_llm import __version__
 from cascade_llm.config import CascadeConfig, EngineOptions, SchedulerConfig
@@ -55,7 +55,7 @@ def assemble(model: str | os.PathLike[str], options: EngineOptions, *, on_start:
     with ExitStack() as resources:
         writer = _open_recording(options, resources)  # before the weights: a wrong path is known at once
         tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-        executor = _start_executor(model, options, checkpoint, on_start)
+        executor = _start_executor(options, checkpoint, on_start)
         resources.callback(executor.close)
         facts = executor.facts
         costs, cost_source = choose_cost_model(facts.attention, facts.backend.name, num_threads=options.num_threads)
@@ -116,11 +116,11 @@ def build_scheduler(
     return FlashInferScheduler(config, costs)
 
 
-def _start_executor(
-    model: str | os.PathLike[str], options: EngineOptions, checkpoint: Checkpoint, on_start: OnStart | None
-) -> Executor:
+def _start_executor(options: EngineOptions, checkpoint: Checkpoint, on_start: OnStart | None) -> Executor:
     if options.distributed_executor_backend == "mp":
-        return ProcessExecutor(model, options, on_start=on_start)
+        # by path: asked for the name again, a hub might give what was pushed meanwhile
+        assert checkpoint.path is not None
+        return ProcessExecutor(checkpoint.path, replace(options, revision=None), on_start=on_start)
     return LocalExecutor(*build_worker(options, checkpoint, on_start=on_start))
 
 

@@ -25,6 +25,8 @@ class Checkpoint(ABC):
 
     is_dummy = False
     """Whether there are no weights on disk: the model fills itself with random ones."""
+    path: Path | None = None
+    """The folder or file that opens it again; None where it came from memory."""
     bytes_by_type: Mapping[str, int] = MappingProxyType({})
     """What the weights of each type take in their files, by the type's name there; empty where there are none."""
 

@@ -48,6 +48,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = GGUFFile(first_part(Path(path)))
+        self.path = self._file.path
         metadata = self._file.metadata
         ending_ids = ending_token_ids(self._file)
         super().__init__(

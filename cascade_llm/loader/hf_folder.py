@@ -35,7 +35,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def __init__(self, folder: str | os.PathLike[str], name: str | None = None) -> None:
         """`name`: what to call the model; None is the folder's name."""
-        self.folder = Path(folder)
+        self.folder = self.path = Path(folder)
         if not (self.folder / "config.json").is_file():
             _refuse_adapter(self.folder)
             raise ModelNotFoundError(
@@ -97,6 +97,7 @@ class DummyCheckpoint(Checkpoint):
             super().__init__("dummy", None, deepcopy(dict(source)), {})
         elif isinstance(source, Checkpoint):
             super().__init__(source.name, source.tokenizer_source, source.hf_config(), source.generation_config())
+            self.path = source.path
         else:
             path = Path(source) if Path(source).is_file() else Path(source) / "config.json"
             if not path.is_file():
@@ -104,6 +105,7 @@ class DummyCheckpoint(Checkpoint):
             folder = path.resolve().parent
             generation_config = _read_optional_json(folder / "generation_config.json")
             super().__init__(name or folder.name, _find_tokenizer(folder), read_json(path), generation_config)
+            self.path = path
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """None: the model fills its own weights."""

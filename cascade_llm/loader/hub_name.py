@@ -72,7 +72,7 @@ def parse_hub_name(text: str, *, revision: str | None = None, hub: str | None = 
 def _check_revision(text: str, written: str | None, given: str | None) -> None:
     if given is None:
         return
-    if not REVISION.fullmatch(given) or ".." in given:
+    if not isinstance(given, str) or not REVISION.fullmatch(given) or ".." in given:
         raise ConfigError(f"revision is {given!r}: it must be a branch, a tag or a commit")
     if written not in (None, given):
         raise ConfigError(f"{text!r} names a revision, and revision is {given!r}: leave one of them out")

@@ -244,6 +244,7 @@ def test_an_engine_opens_a_revision(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["org/tiny", "48"]
+    assert sum("/api/models/org/tiny/revision/" in line for line in hub.requests) == 2, "the rank asked as well"
     folder = next((tmp_path / "huggingface").rglob(INDEX)).parent
     (folder / "model-00002-of-00006.safetensors").resolve().write_bytes(b"half")
     message = failed(pull("-m", "org/tiny@v1", "x", command="generate", HF_HUB_OFFLINE="1"))

@@ -47,6 +47,6 @@ def test_revision_and_hub_beside_the_name() -> None:
         parse_hub_name("org/name@v1", revision="v2")
     with pytest.raises(ConfigError, match="source is 'huggingface'"):
         parse_hub_name("ms://org/name", hub=HUGGINGFACE)
-    for revision in ("", "../x", "a b", "-x", "/x"):
+    for revision in ("", "../x", "a b", "-x", "/x", 5):
         with pytest.raises(ConfigError, match="must be a branch, a tag or a commit"):
-            parse_hub_name("org/name", revision=revision)
+            parse_hub_name("org/name", revision=revision)  # type: ignore[arg-type]

@@ -143,6 +143,19 @@ def test_a_hub_repository_of_gguf_files_says_how_to_name_one(tmp_path: Path, run
     assert "name one: some-org/some-model:tiny.gguf" in printed
 
 
+def test_a_revision_of_what_has_none(folder: Path) -> None:
+    for model in (folder, "smollm2"):
+        with pytest.raises(ConfigError, match="is on this machine: leave revision out"):
+            open_checkpoint(model, revision="v1")
+
+
+def test_the_path_opens_it_again(folder: Path) -> None:
+    for load_format in ("auto", "dummy"):
+        checkpoint = open_checkpoint(folder, load_format=load_format)
+        assert checkpoint.path is not None
+        assert open_checkpoint(checkpoint.path, load_format=load_format).hf_config() == checkpoint.hf_config()
+
+
 def test_unknown_load_format() -> None:
     with pytest.raises(ConfigError, match="did you mean 'dummy'"):
         open_checkpoint("smollm2", load_format="dumy")
