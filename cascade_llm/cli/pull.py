@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["pull"]
 
+CHECKED_BYTES = 100_000_000
+"""From here on it is asked whether the model is implemented before its weights are fetched: asking takes a second."""
 SOURCES = ["huggingface", "modelscope"]
 
 
@@ -44,6 +46,11 @@ def pull(model: str, revision: str | None, source: str | None, include: tuple[st
     def on_plan(files: Sequence[RepositoryFile]) -> None:
         planned.extend(files)
         _tell(f"{name} on {hub.title}", files)
+        if name.file is None and sum(file.num_bytes for file in files if not file.is_cached) >= CHECKED_BYTES:
+            from cascade_llm.engine.cached_models import reason_against
+
+            if reason := reason_against(hub, name, files):
+                error_console().print(f"Warning: {name} will not be served: {reason}", soft_wrap=True)
 
     path = fetch(hub, name, include=include, on_plan=on_plan)
     if not planned:

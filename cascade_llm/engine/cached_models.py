@@ -14,7 +14,9 @@ from cascade_llm.engine.weight_support import TypeSupport, weight_support
 from cascade_llm.errors import CapacityError, CascadeError
 from cascade_llm.layers.rope import max_context_len
 from cascade_llm.loader.checkpoint import Checkpoint
-from cascade_llm.loader.hub import CachedModel, Hub, cached_models
+from cascade_llm.loader.hf_folder import read_json
+from cascade_llm.loader.hub import CachedModel, Hub, HubRefusal, RepositoryFile, cached_models
+from cascade_llm.loader.hub_name import HubName
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.weights.dense import Dense
@@ -24,7 +26,7 @@ Support = Mapping[tuple[str, str], TypeSupport]
 """By container and type."""
 MIN_PLAIN_BITS = 16
 
-__all__ = ["CachedReport", "describe_cache"]
+__all__ = ["CachedReport", "describe_cache", "reason_against"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,18 @@ def describe_cache(hubs: Iterable[Hub]) -> Iterator[CachedReport]:
     for hub in hubs:
         for model in cached_models(hub):
             yield _describe(model, support)
+
+
+def reason_against(hub: Hub, name: HubName, files: Iterable[RepositoryFile]) -> str | None:
+    """Why a model would not be served, by its config.json, fetched for that; None where it would, or is unknown."""
+    configs = [file for file in files if file.name == "config.json"]
+    try:
+        model_config_from_hf(read_json(hub.fetch(name, configs) / "config.json"))
+    except HubRefusal:  # the rest will be refused too, and say so
+        return None
+    except CascadeError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def _describe(model: CachedModel, support: Support) -> CachedReport:

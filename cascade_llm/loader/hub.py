@@ -158,9 +158,9 @@ def fetch(
     wanted = [file for file in wanted if not include or _matches_any(file.name, include)]
     if not wanted:
         raise ModelNotFoundError(f"{name}: no file that is read matches {', '.join(include)}; {_listing(listed)}")
+    _check_disk(hub, name, wanted)
     if on_plan is not None:
         on_plan(wanted)
-    _check_disk(hub, name, wanted)
     try:
         return _path_in(hub.fetch(name, wanted), name)
     except HubRefusal as refusal:

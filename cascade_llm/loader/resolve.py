@@ -59,7 +59,7 @@ def open_checkpoint(
         path = _local(model, with_weights)
         if path is None:
             hub_name = _hub_name(model, revision)
-            path = _from_hub(hub_name, with_weights)
+            path = fetch(open_hub(hub_name.hub), hub_name, with_weights=with_weights)
         elif revision is not None:
             raise ConfigError(f"revision is {revision!r}, and {str(model)!r} is on this machine: leave revision out")
         if is_gguf(path):
@@ -95,15 +95,6 @@ def _hub_name(model: str | os.PathLike[str], revision: str | None) -> HubName:
     path = Path(model).expanduser()
     missing = path if path.parent.is_dir() else path.parent
     raise ModelNotFoundError(f"{os.fspath(model)!r}: there is no {missing}{_near_names(missing)}: {CURES}")
-
-
-def _from_hub(name: HubName, with_weights: bool) -> Path:
-    """The folder, or the file that the name names."""
-    try:
-        return fetch(open_hub(name.hub), name, with_weights=with_weights)
-    except ModelNotFoundError as error:
-        near = _near_names(Path(name.repository))
-        raise ModelNotFoundError(f"{error}; a local folder {name.repository} is not there either{near}") from error
 
 
 def _file_in(folder: Path) -> Path:

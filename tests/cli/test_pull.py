@@ -202,6 +202,18 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_fetched(
     assert hub.fetched() == []
 
 
+def test_a_large_model_that_is_not_implemented_is_told_before_its_weights_are_fetched(
+    hub: HubServer, pull: Pull, tiny_files: dict[str, bytes]
+) -> None:
+    config = {**json.loads(tiny_files["config.json"]), "architectures": ["OddForCausalLM"]}
+    large = {"model-00001-of-00006.safetensors": 10**8}
+    add(hub, "org/odd", {**tiny_files, "config.json": json.dumps(config).encode()}, stated_bytes=large)
+    done = pull("org/odd")
+    assert done.returncode == 0, done.stderr
+    assert "Warning: org/odd will not be served: architecture OddForCausalLM is not implemented" in done.stderr
+    assert hub.fetched()[0] == "config.json"
+
+
 @pytest.mark.parametrize("name", ["../x/y", "/etc/passwd", "smollm2", "org/name:../x.gguf", "hf://..", "org/../name"])
 def test_what_is_no_name_of_a_hub(hub: HubServer, pull: Pull, name: str) -> None:
     assert "is no model of a hub: write ORG/NAME" in failed(pull(name))

@@ -129,7 +129,10 @@ def test_links_of_the_hub_s_cache_are_followed_and_others_are_not(tmp_path: Path
     blobs.mkdir()
     (snapshot / "config.json").write_text("{}")
     (snapshot / INDEX).write_text(json.dumps({"weight_map": {"a": "x.safetensors"}}))
-    for folder, is_taken in ((blobs, True), (tmp_path, False)):
+    shared, other = tmp_path / "blobs" / "ab", tmp_path / "others" / "ab"
+    shared.mkdir(parents=True)
+    other.mkdir(parents=True)
+    for folder, is_taken in ((blobs, True), (tmp_path, False), (shared, True), (other, False)):
         save_file({"a": torch.ones(1)}, folder / "blob")
         (snapshot / "x.safetensors").unlink(missing_ok=True)
         (snapshot / "x.safetensors").symlink_to(folder / "blob")

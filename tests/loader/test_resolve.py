@@ -194,7 +194,7 @@ def test_hub_id_without_network_says_what_to_do(
     message = run_python(HUB.format(environment=environment, load_format="auto"))
     assert "'some-org/some-model' cannot be had from the Hugging Face hub" in message
     assert "cascade-llm pull some-org/some-model" in message
-    assert "a local folder some-org/some-model is not there either" in message
+    assert "or copy its folder here" in message
 
 
 @pytest.mark.parametrize("network", [OFFLINE, UNREACHABLE], ids=["offline", "unreachable"])
