@@ -1,4 +1,4 @@
-"""From what a user calls a model to a checkpoint: a folder, a file, a package, or the Hugging Face hub."""
+"""From what a user calls a model to a checkpoint: a folder, a file, a package, or a hub."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from cascade_llm.loader.gguf_checkpoint import GGUFCheckpoint
 from cascade_llm.loader.gguf_file import is_gguf
 from cascade_llm.loader.gguf_names import first_part
 from cascade_llm.loader.hf_folder import DummyCheckpoint, HuggingFaceCheckpoint
-from cascade_llm.loader.hub import fetch
 from cascade_llm.loader.hub_name import HubName, parse_hub_name
-from cascade_llm.loader.hubs import open_hub
 
 __all__ = ["open_checkpoint", "packaged_model"]
 
@@ -59,7 +57,7 @@ def open_checkpoint(
         path = _local(model, with_weights)
         if path is None:
             hub_name = _hub_name(model, revision)
-            path = fetch(open_hub(hub_name.hub), hub_name, with_weights=with_weights)
+            path = _from_hub(hub_name, with_weights)
         elif revision is not None:
             raise ConfigError(f"revision is {revision!r}, and {str(model)!r} is on this machine: leave revision out")
         if is_gguf(path):
@@ -95,6 +93,14 @@ def _hub_name(model: str | os.PathLike[str], revision: str | None) -> HubName:
     path = Path(model).expanduser()
     missing = path if path.parent.is_dir() else path.parent
     raise ModelNotFoundError(f"{os.fspath(model)!r}: there is no {missing}{_near_names(missing)}: {CURES}")
+
+
+def _from_hub(name: HubName, with_weights: bool) -> Path:
+    """The folder or file in the hub's cache; hubs are imported for those who ask one."""
+    from cascade_llm.loader.hub import fetch
+    from cascade_llm.loader.hubs import open_hub
+
+    return fetch(open_hub(name.hub), name, with_weights=with_weights)
 
 
 def _file_in(folder: Path) -> Path:
