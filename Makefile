@@ -6,11 +6,24 @@ FLASHINFER_VENV := .venv-flashinfer
 RECIPE := scripts/make_venv pyproject.toml constraints.txt
 BIN := $(VENV)/bin
 
+# `make test LEVEL=avx2` holds the package's native code, and torch with its oneDNN, to that level of processor.
+ifdef LEVEL
+export CASCADE_LLM_LEVEL := $(LEVEL)
+export ATEN_CPU_CAPABILITY := $(or $(if $(filter avx512%,$(LEVEL)),avx512),$(if $(filter avx%,$(LEVEL)),avx2),default)
+ONEDNN_ISA_baseline := SSE41
+ONEDNN_ISA_avx2 := AVX2
+ONEDNN_ISA_avxvnni := AVX2_VNNI
+ONEDNN_ISA_avx512 := AVX512_CORE_VNNI
+ONEDNN_ISA_avx512bf16 := AVX512_CORE_BF16
+export ONEDNN_MAX_CPU_ISA := $(or $(ONEDNN_ISA_$(LEVEL)),DEFAULT)
+endif
+
 .PHONY: help demo test test-slow check format venv flashinfer-signatures clean clean-venv
 
 help:
 	@echo "make demo                   a first look: a small real model on this machine, prefixes shared"
 	@echo "make test                   the tests, a few minutes on two cores, no GPU needed"
+	@echo "make test LEVEL=avx2        the same, held to a lower level of processor"
 	@echo "make test-slow              the tests that take longer"
 	@echo "make check                  ruff, mypy and the import rules; changes nothing"
 	@echo "make format                 let ruff mend what it can"

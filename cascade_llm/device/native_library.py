@@ -24,6 +24,7 @@ from cascade_llm.device.cpu_levels import (
     levels_to_try,
     missing_flags,
 )
+from cascade_llm.device.native_build import library_name
 from cascade_llm.device.native_units import PACKAGE, PARALLEL, NativeUnit
 from cascade_llm.errors import BackendError
 
@@ -112,7 +113,7 @@ def _find(compiler: str | None, asked: str | None, folder: Path) -> _Serving:
 
 def _pool(level: CpuLevel, folder: Path) -> ctypes.CDLL | None:
     """Load the level's threads: with the wheel's library, which is returned, or from source."""
-    shipped = folder / f"{architecture()}-{level.name}.so"
+    shipped = folder / library_name(architecture(), level)
     if shipped.is_file():
         return load_library(shipped, PARALLEL.exported, for_all=True)
     compile_library(PARALLEL.path, level.options, PARALLEL.exported, for_all=True)

@@ -111,7 +111,8 @@ static void forget_workers(void) {
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.opened, NULL);
     pthread_cond_init(&pool.left, NULL);
-    pool.workers = pool.asleep = pool.caller_asleep = 0;
+    pool.workers = 0;
+    pool.asleep = 0, pool.caller_asleep = 0;
     pool.gate = CLOSED;
 }
 

