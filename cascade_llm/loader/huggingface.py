@@ -5,8 +5,11 @@ from __future__ import annotations
 import glob
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from cascade_llm.loader.hub import Hub, HubRefusal, RepositoryFile, is_inside
@@ -44,15 +47,23 @@ class HuggingFaceHub(Hub):
         """See `Hub`."""
         from huggingface_hub import snapshot_download
 
-        with self._refusals(name):
-            folder = snapshot_download(
-                name.repository,
-                revision=name.revision,
-                allow_patterns=[glob.escape(file.name) for file in files],
-                etag_timeout=TIMEOUT_S,
-                tqdm_class=_bar_class(),
-            )
-        return Path(folder)
+        is_stopped = Event()
+        download = partial(
+            snapshot_download,
+            name.repository,
+            revision=name.revision,
+            allow_patterns=[glob.escape(file.name) for file in files],
+            etag_timeout=TIMEOUT_S,
+            tqdm_class=_bar_class(is_stopped),
+        )
+        # the client's own threads finish their files before it lets an interruption through
+        with self._refusals(name), ThreadPoolExecutor(1) as pool:
+            running = pool.submit(download)
+            try:
+                return Path(running.result())
+            except KeyboardInterrupt:
+                is_stopped.set()
+                raise
 
     def cached(self, name: HubName, patterns: Sequence[str], ignored: Sequence[str]) -> Path:
         """See `Hub`."""
@@ -139,8 +150,12 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (path.name == "main", path))
 
 
-def _bar_class() -> type[Any]:
-    """The client's bar; on no terminal it is not drawn, as every other bar here."""
+class _StoppedError(Exception):
+    """Ends a download from within."""
+
+
+def _bar_class(is_stopped: Event) -> type[Any]:
+    """The client's bar, which it tells of every piece that came; drawn on terminals only, as every other bar here."""
     from huggingface_hub.utils.tqdm import tqdm
 
     base: Any = tqdm
@@ -148,5 +163,10 @@ def _bar_class() -> type[Any]:
     class Bar(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options | ({} if sys.stderr.isatty() else {"disable": True}))
+
+        def update(self, n: float | None = 1) -> Any:
+            if is_stopped.is_set():
+                raise _StoppedError
+            return super().update(n)
 
     return Bar

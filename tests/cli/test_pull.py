@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -108,16 +110,42 @@ def test_what_is_in_the_cache_is_not_fetched_again(
     assert sorted(hub.fetched()) == sorted(tiny_files)
 
 
-@SOURCES
+@pytest.mark.parametrize(("prefix", "taken_up_at"), [("hf://", 10 << 20), ("ms://", 11_000_000)])
 def test_a_connection_that_breaks_off_is_taken_up_where_it_was(
-    hub: HubServer, pull: Pull, tiny_files: dict[str, bytes], prefix: str
+    hub: HubServer, pull: Pull, prefix: str, taken_up_at: int
 ) -> None:
-    add(hub, "org/tiny", tiny_files)
-    hub.drop_after = 30_000
-    done = pull(prefix + "org/tiny")
+    """Hugging Face's client writes pieces of 10 MiB, ModelScope's what has come."""
+    files = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * (12_000_000 // 256)}
+    add(hub, "org/large", files)
+    hub.drop_after = 11_000_000
+    done = pull(prefix + "org/large")
     assert done.returncode == 0, done.stderr
     assert hub.drop_after is None
-    assert files_of(Path(done.stdout.strip())) == tiny_files
+    assert hub.ranges == [f"bytes={taken_up_at}-"]
+    assert files_of(Path(done.stdout.strip())) == files
+
+
+@SOURCES
+def test_ctrl_c_ends_a_download_in_the_middle_of_a_file(
+    hub: HubServer, tmp_path: Path, repo_root: Path, environment: dict[str, str], prefix: str
+) -> None:
+    files = {"config.json": b"{}", "model.safetensors": bytes(80 << 20)}
+    add(hub, "org/large", files)
+    hub.delay_s = 0.02
+    process = subprocess.Popen(
+        process_args("pull", prefix + "org/large"),
+        cwd=repo_root,
+        env={**environment, **hub.environment(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while hub.sent < 1 << 20 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert stderr.endswith("Interrupted.\n")
+    assert hub.sent < 60 << 20
 
 
 def test_a_revision_in_the_name_or_beside_it(hub: HubServer, pull: Pull, tiny_files: dict[str, bytes]) -> None:

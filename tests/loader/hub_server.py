@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+PIECE_LEN = 1 << 18
 GATED, PRIVATE = "GatedRepo", "RepoNotFound"
 
 
@@ -46,12 +48,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 class HubServer:
-    """Serves `repositories`; `requests` has every request line, `drop_after` breaks the next body off."""
+    """Serves `repositories`; `requests` has every request line, `ranges` every range that was asked for; `drop_after`
+    breaks the next body off; `delay_s` passes between the pieces of a body, `sent` are their bytes."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
+        self.ranges: list[str] = []
         self.drop_after: int | None = None
+        self.delay_s = 0.0
+        self.sent = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -187,6 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         start = 0
         asked = self.headers.get("Range")
         if asked:
+            self.hub.ranges.append(asked)
             start = int(asked.removeprefix("bytes=").split("-")[0])
         self.send_response(206 if asked else 200)
         for key, text in headers.items():
@@ -200,11 +207,22 @@ class _Handler(BaseHTTPRequestHandler):
         drop, self.hub.drop_after = self.hub.drop_after, None
         if drop is None or drop > len(content):
             self.hub.drop_after = drop
-            self.wfile.write(content[start:])
+            self._send_slowly(content[start:])
             return
         self.wfile.write(content[start : start + drop])
         self.wfile.flush()
         self.close_connection = True
+
+    def _send_slowly(self, content: bytes) -> None:
+        for first in range(0, len(content), PIECE_LEN):
+            piece = content[first : first + PIECE_LEN]
+            try:
+                self.wfile.write(piece)
+            except OSError:  # whoever asked is gone
+                self.close_connection = True
+                return
+            self.hub.sent += len(piece)
+            time.sleep(self.hub.delay_s)
 
 
 def _facts(repository: Repository, name: str, files: Mapping[str, bytes]) -> dict[str, object]:
