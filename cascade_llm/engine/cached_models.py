@@ -24,7 +24,6 @@ from cascade_llm.worker.memory import pool_pages
 
 Support = Mapping[tuple[str, str], TypeSupport]
 """By container and type."""
-MIN_PLAIN_BITS = 16
 
 __all__ = ["CachedReport", "describe_cache", "reason_against"]
 
@@ -140,17 +139,15 @@ def _unread(checkpoint: Checkpoint, container: str, support: Support, quantizati
 
 def _weights_bytes(config: ModelConfig, checkpoint: Checkpoint, container: str, support: Support) -> int:
     """Each type's bytes, by what it takes here; what is unknown takes what it takes in the file."""
-    total, copies_embedding = 0.0, False
-    for name, num_bytes in checkpoint.bytes_by_type.items():
-        row = support.get((container, name))
-        if row is None or row.memory_bits is None or row.file_bits is None:
-            total += num_bytes
-            continue
-        total += num_bytes * row.memory_bits / row.file_bits
-        copies_embedding |= row.memory_bits >= MIN_PLAIN_BITS and row.held_as != Dense.name
-    if config.tie_word_embeddings and copies_embedding:  # rows are looked up in another form than they multiply in
-        total += config.vocab_size * config.hidden_size * _dtype(config).itemsize
-    return int(total)
+    types = {name: support.get((container, name)) for name in checkpoint.bytes_by_type}
+    total = sum(
+        num_bytes if (row := types[name]) is None else int(num_bytes * row.growth)
+        for name, num_bytes in checkpoint.bytes_by_type.items()
+    )
+    main = types.get(_largest_type(checkpoint.bytes_by_type) or "")
+    if config.tie_word_embeddings and main is not None and main.is_plain and main.held_as != Dense.name:
+        total += config.vocab_size * config.hidden_size * _dtype(config).itemsize  # rows are looked up in dense ones
+    return total
 
 
 def _pool_bytes(config: ModelConfig) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ __all__ = ["TypeSupport", "held_matrix", "weight_support"]
 
 AS_LARGE = 1.5
 """Times the bits in the file: a matrix that takes more is not kept in its own bits."""
+MIN_PLAIN_BITS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,16 @@ class TypeSupport:
     """Keys of `ARCHITECTURES` that may come in it."""
     note: str | None
     """Why it is not read, or that no kernel multiplies it in its own bits."""
+
+    @property
+    def growth(self) -> float:
+        """Bytes in memory over bytes in the file; 1 where the type is not read."""
+        return 1.0 if self.file_bits is None or self.memory_bits is None else self.memory_bits / self.file_bits
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether values stand in memory, and no codes."""
+        return self.memory_bits is not None and self.memory_bits >= MIN_PLAIN_BITS
 
 
 def weight_support(dtype: str = "auto", device: str = "auto") -> Iterator[TypeSupport]:
@@ -71,15 +82,13 @@ def _support(stored_type: StoredType, options: WeightOptions) -> TypeSupport:
         )
     with torch.inference_mode():
         matrix = held_matrix(example, options)
-    memory_bits = 8 * matrix.num_bytes / (example.shape[0] * example.shape[1])
-    file_bits = stored_type.file_bits
-    assert file_bits is not None
-    return TypeSupport(
+    row = TypeSupport(
         container=stored_type.container,
         type=stored_type.name,
-        file_bits=file_bits,
-        memory_bits=memory_bits,
+        file_bits=stored_type.file_bits,
+        memory_bits=8 * matrix.num_bytes / (example.shape[0] * example.shape[1]),
         held_as=matrix.name,
         architectures=served,
-        note=None if memory_bits <= AS_LARGE * file_bits else "no kernel: decoded while loading",
+        note=None,
     )
+    return row if row.growth <= AS_LARGE else replace(row, note="no kernel: decoded while loading")

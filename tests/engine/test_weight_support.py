@@ -39,6 +39,7 @@ def test_an_example_multiplies_as_its_values_do() -> None:
         x = torch.randn(2, example.shape[1], generator=generator)
         with torch.inference_mode():
             y = held_matrix(example, options).multiply(x)
-        expected = x @ example.values().float().T
-        assert expected.abs().max() > 0, example.format
-        assert (y - expected).abs().max() <= 0.02 * expected.abs().max(), example.format
+        weights = example.values().float().T
+        largest = x.abs() @ weights.abs()  # a kernel may round its inputs, to 8 bits
+        assert largest.min() > 0, example.format
+        assert (y - x @ weights).abs().le(0.02 * largest).all(), example.format
