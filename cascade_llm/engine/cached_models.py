@@ -17,6 +17,7 @@ from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.hf_folder import read_json
 from cascade_llm.loader.hub import CachedModel, Hub, HubRefusal, RepositoryFile, cached_models
 from cascade_llm.loader.hub_name import HubName
+from cascade_llm.loader.quantized.select import quantized_format
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.weights.dense import Dense
@@ -70,7 +71,9 @@ def reason_against(hub: Hub, name: HubName, files: Iterable[RepositoryFile]) -> 
     """Why a model would not be served, by its config.json, fetched for that; None where it would, or is unknown."""
     configs = [file for file in files if file.name == "config.json"]
     try:
-        model_config_from_hf(read_json(hub.fetch(name, configs) / "config.json"))
+        hf_config = read_json(hub.fetch(name, configs) / "config.json")
+        model_config_from_hf(hf_config)
+        quantized_format(hf_config)
     except HubRefusal:  # the rest will be refused too, and say so
         return None
     except CascadeError as error:

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from cascade_llm.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
+from cascade_llm.loader.quantized.matrices import check_quantized, read_quantized
+from cascade_llm.loader.quantized.select import quantized_format
 from cascade_llm.loader.safetensors_file import SafetensorsFile
 from cascade_llm.weights.format import StoredTensor
 
@@ -53,14 +55,27 @@ class HuggingFaceCheckpoint(Checkpoint):
         if self._hf_config.get("tie_word_embeddings") is True:
             self._settle_head()
         self.bytes_by_type = _bytes_by_type(self._names_per_file)
+        self._quantized = quantized_format(self._hf_config)
+        if self._quantized is not None:
+            check_quantized(self._quantized, self._homes())
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """All weights, file by file, in the order in which they lie there; a tied head once, as the embedding."""
+        if self._quantized is not None:
+            yield from read_quantized(self._quantized, self._homes())
+            return
         for path, names in self._names_per_file.items():
             file = SafetensorsFile(path)
             for name in names:
                 yield name, StoredTensor.plain(file.tensor(name))
                 file.release(name)
+
+    def _homes(self) -> dict[str, SafetensorsFile]:
+        """The file of every tensor: those of a quantized matrix may lie in several."""
+        homes = {}
+        for path, names in self._names_per_file.items():
+            homes.update(dict.fromkeys(names, SafetensorsFile(path)))
+        return homes
 
     def _settle_head(self) -> None:
         """A head beside a tied embedding is left out where it is equal, and untied where it is another.
@@ -120,7 +135,8 @@ def write_hf_folder(
     Weights go to shards, so that memory never holds more than one of them. The folder must exist.
     """
     config = {**checkpoint.hf_config(), "dtype": str(dtype).removeprefix("torch.")}
-    config.pop("torch_dtype", None)
+    for name in ("torch_dtype", "quantization_config"):
+        config.pop(name, None)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     if generation := checkpoint.generation_config():
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")

@@ -71,6 +71,10 @@ class SafetensorsFile:
         first, end = self._facts[name]["data_offsets"]
         return int(end - first)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor, from the header."""
+        return tuple(self._facts[name]["shape"])
+
     def type_name(self, name: str) -> str:
         """What the file calls the tensor's dtype."""
         return str(self._facts[name]["dtype"])

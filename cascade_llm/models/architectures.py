@@ -196,8 +196,6 @@ def _refuse_unimplemented(hf_config: Mapping[str, Any], architecture: Architectu
     layer_types = set(_texts(hf_config, "layer_types")) - {"full_attention"}
     if layer_types:
         refused.append(f"layer_types with {', '.join(sorted(layer_types))}")
-    if quantization := _mapping(hf_config, "quantization_config"):
-        refused.append(f"quantization_config ({quantization.get('quant_method', 'unknown')})")
     if refused:
         raise UnsupportedModelError(
             f"config.json asks for what is not implemented: {'; '.join(refused)}. Serving the model without it would "

@@ -1,0 +1,99 @@
+"""What every way to store quantized matrices is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from reprlib import repr as short_repr
+from typing import Any
+
+import torch
+
+from cascade_llm.errors import CheckpointError, UnsupportedModelError
+from cascade_llm.loader.quantized.grid import Grid, stored_matrix
+from cascade_llm.loader.quantized.parts import MatrixParts
+from cascade_llm.weights.format import StoredTensor
+
+__all__ = ["QuantizedFormat", "is_listed", "names_of", "number_of", "unpacked_words", "unsupported"]
+
+
+class QuantizedFormat(ABC):
+    """A `quantization_config`, as far as it says how matrices are stored.
+
+    Its constructor takes that mapping, and refuses what nobody implements before a tensor is looked at. Rounded
+    activations are no reason to refuse: they are kept exact here, which is closer to the model that was quantized.
+    """
+
+    method: str
+    """`quant_method`."""
+    markers: tuple[str, ...]
+    """Suffixes of tensors that only a quantized matrix has."""
+    suffixes: tuple[str, ...]
+    """Of all that is read of one."""
+    unread: tuple[str, ...] = ()
+    """Suffixes of what concerns activations alone."""
+    coded_types: tuple[str, ...] = ()
+    """Types, in safetensors' words, that a "NAME.weight" has only where it is quantized."""
+
+    @abstractmethod
+    def is_ignored(self, name: str) -> bool:
+        """Whether the configuration says that a layer is not quantized."""
+
+    @abstractmethod
+    def grid(self, parts: MatrixParts) -> Grid:
+        """From headers and the small tensors. Raises `CheckpointError` for all that is wrong with them."""
+
+    @abstractmethod
+    def codes(self, parts: MatrixParts, grid: Grid) -> torch.Tensor:
+        """[out, in], uint8 or the float of the layout, in the order of the inputs."""
+
+    def read(self, parts: MatrixParts) -> StoredTensor:
+        """A matrix [out, in]."""
+        grid = self.grid(parts)
+        stored = stored_matrix(self.method, grid, self.codes(parts, grid))
+        parts.release(self.suffixes)
+        return stored
+
+
+def unsupported(what: str, instead: str) -> UnsupportedModelError:
+    """`what`: the part of quantization_config that nobody implements."""
+    return UnsupportedModelError(f"config.json: quantization_config has {what}, which is not implemented; {instead}")
+
+
+def number_of(config: Mapping[str, Any], *names: str) -> int:
+    """The first field that is there, which must be an integer."""
+    value = next((config[name] for name in names if config.get(name) is not None), None)
+    if type(value) is not int:
+        raise CheckpointError(
+            f"config.json: quantization_config: {names[0]} is {short_repr(value)}: it must be an integer; use the "
+            "config.json that was saved with these weights"
+        )
+    return value
+
+
+def names_of(config: Mapping[str, Any], *fields: str) -> tuple[str, ...]:
+    """The names of all the lists that are there."""
+    found: list[str] = []
+    for field in fields:
+        value = config.get(field)
+        if value is None:
+            continue
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise CheckpointError(
+                f"config.json: quantization_config: {field} is {short_repr(value)}: it must be a list of texts"
+            )
+        found += value
+    return tuple(found)
+
+
+def is_listed(name: str, entries: Iterable[str]) -> bool:
+    """Whether an entry is part of a dotted name, by whole words: "mlp.gate" is no part of "mlp.gate_proj"."""
+    return any(f".{entry}." in f".{name}." for entry in entries)
+
+
+def unpacked_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of int32 words [rows, words], lowest bits first: uint8 [rows, words * 32 / bits]."""
+    stored = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if bits == 8:
+        return stored
+    return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(1)

@@ -1,0 +1,75 @@
+"""The quantized matrices of a folder: which tensors belong to which, and all of them checked before one is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+
+from cascade_llm.errors import CheckpointError
+from cascade_llm.loader.quantized.format import QuantizedFormat
+from cascade_llm.loader.quantized.parts import MatrixParts
+from cascade_llm.loader.safetensors_file import SafetensorsFile
+from cascade_llm.weights.format import StoredTensor
+
+__all__ = ["check_quantized", "read_quantized"]
+
+log = logging.getLogger("cascade_llm")
+WEIGHT = "weight"
+
+
+def check_quantized(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]) -> None:
+    """Look at the headers and the small tensors of all quantized matrices; `homes`: the file of every tensor.
+
+    Raises:
+        CheckpointError: tensors are broken, or the configuration contradicts them
+    """
+    names = sorted(set(_owners(quantized, homes).values()))
+    if not names:
+        raise CheckpointError(
+            f"config.json: quantization_config ({quantized.method}) says that the weights are quantized, but no tensor "
+            "is: remove quantization_config, or use the config.json that was saved with these weights"
+        )
+    for name in names:
+        if quantized.is_ignored(name):
+            raise CheckpointError(
+                f"config.json: quantization_config says that {name} is not quantized, but its tensors are: use the "
+                "config.json that was saved with these weights"
+            )
+        parts = MatrixParts(name, homes)
+        quantized.grid(parts)
+        parts.release(quantized.suffixes)
+    if any(_suffix(name) in quantized.unread for name in homes):
+        log.info("the checkpoint rounds activations by scales of its own: they are kept exact here")
+
+
+def read_quantized(
+    quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]
+) -> Iterator[tuple[str, StoredTensor]]:
+    """All weights in the order of `homes`, quantized ones as "NAME.weight" where the first tensor of them stands."""
+    owners = _owners(quantized, homes)
+    done = set()
+    for name, file in homes.items():
+        owner = owners.get(name)
+        if owner is None:
+            if _suffix(name) not in quantized.unread:
+                yield name, StoredTensor.plain(file.tensor(name))
+                file.release(name)
+        elif owner not in done:
+            done.add(owner)
+            yield f"{owner}.{WEIGHT}", quantized.read(MatrixParts(owner, homes))
+
+
+def _owners(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]) -> dict[str, str]:
+    """The quantized layer of each tensor that belongs to one."""
+    layers = {
+        name.rpartition(".")[0]
+        for name, file in homes.items()
+        if _suffix(name) in quantized.markers
+        or (_suffix(name) == WEIGHT and file.type_name(name) in quantized.coded_types)
+    }
+    owned = ((name, *name.rpartition(".")[::2]) for name in homes)
+    return {name: layer for name, layer, suffix in owned if layer in layers and suffix in quantized.suffixes}
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2]
