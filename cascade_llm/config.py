@@ -198,7 +198,9 @@ class EngineOptions:
     cascade_max_levels: int = 3
     """The suffix level counted: 1 is plain attention."""
     quantization: str | None = None
-    """None | int4: 4-bit weights for steps of few rows, beside dense ones for the others; on a CPU in bfloat16."""
+    """None (as the checkpoint has them) | int4: what plain matrices are rounded to as they are loaded; on the CPU."""
+    exact_activations: bool = False
+    """Leave the inputs of products with quantized matrices as they are, instead of rounding them to 8 bits: slower."""
     tensor_parallel_size: int = 1
     """Only 1 is implemented so far."""
     distributed_executor_backend: str = "uni"
@@ -243,6 +245,7 @@ class EngineOptions:
             "enable_prefix_caching",
             "enable_cascade_attention",
             "enforce_eager",
+            "exact_activations",
             "debug",
             "record_token_ids",
         ):

@@ -91,7 +91,6 @@ def _flops_per_s(device: torch.device, dtype: torch.dtype, measure_s: float) -> 
         x = torch.randn(size, size, device=device).to(dtype)
         linear = Linear(MatrixSpec("product", size, {"all": size}, WeightOptions(dtype=dtype, device=device)))
         linear.load("all", StoredTensor.plain(x))
-        linear.pack()
         rates.append(2 * size**3 / _best_s(functools.partial(linear, x), device, measure_s / len(sizes)))
     return max(rates)
 

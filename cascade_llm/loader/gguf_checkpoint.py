@@ -14,6 +14,7 @@ import torch
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
+from cascade_llm.loader.gguf_codes import CODED_TYPES, codes_of
 from cascade_llm.loader.gguf_config import ending_token_ids, hf_config_of
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize
 from cascade_llm.loader.gguf_names import first_part
@@ -95,7 +96,8 @@ class GGUFCheckpoint(Checkpoint):
 
 def stored_blocks(tensor: GGUFTensor, blocks: torch.Tensor) -> StoredTensor:
     """A tensor of a block type from its uint8 `blocks` [rows, bytes of a row], in Hugging Face's order."""
-    return StoredTensor(tensor.type.name, tensor.shape, blocks, partial(_decoded, tensor))
+    codes = partial(codes_of, tensor.type) if tensor.type in CODED_TYPES else None
+    return StoredTensor(tensor.type.name, tensor.shape, blocks, partial(_decoded, tensor), codes)
 
 
 def _decoded(tensor: GGUFTensor, blocks: torch.Tensor) -> torch.Tensor:

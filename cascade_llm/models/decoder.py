@@ -18,7 +18,7 @@ from cascade_llm.layers.native_ops import select_fused_ops
 from cascade_llm.layers.rope import cos_sin_cache, rotation_at
 from cascade_llm.models.architectures import ARCHITECTURES
 from cascade_llm.models.blocks import BlockOptions, Parameter, below, linear_parameters, norm_parameter
-from cascade_llm.weights.format import MatrixSpec, WeightOptions
+from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightOptions
 from cascade_llm.weights.linear import Embedding, Linear
 
 __all__ = ["Decoder", "FirstNonFinite", "Observer"]
@@ -30,8 +30,7 @@ Observer = Callable[[str, torch.Tensor], None]
 class Decoder:
     """A decoder-only transformer without state: K and V live behind `attention`.
 
-    Parameters are uninitialised until `models.loading` fills them; `pack()` then brings them into the form that
-    multiplies fastest. Runs under the caller's `torch.inference_mode()`.
+    Parameters have no values until `models.loading` fills them. Runs under the caller's `torch.inference_mode()`.
     """
 
     def __init__(
@@ -50,8 +49,6 @@ class Decoder:
             max_positions: the longest sequence, for the RoPE table; default `config.max_position_embeddings`
             ops: the elementwise operations; default the fastest that works on this device
 
-        Raises:
-            ConfigError: a quantization is asked for that cannot serve this model
         """
         self.config, self.dtype, self.device = config, weights.dtype, weights.device
         self.ops = ops or select_fused_ops(weights.dtype, weights.device)
@@ -75,21 +72,21 @@ class Decoder:
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """The name of every tensor of a checkpoint, and where it goes."""
         shape = self.config.vocab_size, self.config.hidden_size
-        yield "model.embed_tokens.weight", Parameter(shape, self.embedding.load)
+        yield "model.embed_tokens.weight", Parameter(shape, self._load_embedding)
         yield "model.norm.weight", norm_parameter(self.final_norm)
         for layer in self.layers:
             yield from below(f"model.layers.{layer.index}", layer.named_parameters())
         if not self.config.tie_word_embeddings:
             yield from linear_parameters(self.lm_head)
 
-    def pack(self) -> None:
-        """Bring all matrices into the form that multiplies fastest, one at a time, dropping what they were loaded in.
+    def _load_embedding(self, stored: StoredTensor) -> None:
+        """Also the head's, where it is tied.
 
-        A tied embedding stays dense for the lookup; where the head's format is another, the head gets a copy of its
-        own beside it: one more matrix of vocabulary x hidden, for the largest product of a decode step.
+        A dense embedding serves the lookup alone where the head's format is another: the head has then a copy of its
+        own, one more matrix of vocabulary x hidden, for the largest product of a decode step.
         """
-        for linear in self.linears:
-            linear.pack()
+        self.embedding.load(stored)
+        self.lm_head.tie()
 
     def forward(
         self,

@@ -28,7 +28,7 @@ SCALE_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.
 
 
 def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) -> None:
-    """Give a checkpoint's tensors to the decoder, one at a time; call before `pack()`.
+    """Give a checkpoint's tensors to the decoder, one at a time.
 
     Recomputed rotary buffers are passed over, and a head that is equal to the embedding that it is tied to. Raises
     `CheckpointError` with every tensor that is missing, unexpected, wrongly shaped, of a dtype that is no plain float,

@@ -16,8 +16,7 @@ import torch
 from cascade_llm.device.native_library import NativeFunction, native_functions
 from cascade_llm.device.native_units import BLOCKED
 from cascade_llm.errors import BackendError
-from cascade_llm.weights.dense import Dense
-from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
+from cascade_llm.weights.format import MatrixSpec, WeightFormat
 from cascade_llm.weights.onednn import OneDNN
 
 __all__ = ["Blocked"]
@@ -35,15 +34,15 @@ class Blocked(WeightFormat):
 
     name = "blocked"
 
-    def __init__(self, spec: MatrixSpec, dense: Dense | None = None) -> None:
-        """`dense`: what is loaded and then packed; default its own memory."""
-        self._in_features, self._out_features = spec.in_features, spec.out_features
-        self._dense: Dense | None = dense or Dense(spec)
-        self._onednn = OneDNN(spec, self._dense)
+    def __init__(self, values: torch.Tensor) -> None:
+        """`values`: bfloat16 [out_features, in_features]; oneDNN serves alone where it packs them in another layout."""
+        self._out_features, self._in_features = values.shape
+        self._onednn = OneDNN(values)
         kernel = _compiled()
         assert not isinstance(kernel, str), kernel
         self._kernel = kernel
-        self._address = 0
+        address: int = torch.ops.mkldnn.data_ptr(self._onednn.packed)
+        self._address = address if is_blocked(address, values) else 0
 
     @staticmethod
     def reasons_against(spec: MatrixSpec) -> list[str]:
@@ -59,19 +58,6 @@ class Blocked(WeightFormat):
             ]
         kernel = _compiled()
         return [kernel] if isinstance(kernel, str) else []
-
-    def load(self, part: str, stored: StoredTensor) -> None:
-        """See `WeightFormat`."""
-        self._onednn.load(part, stored)
-
-    def pack(self) -> None:
-        """See `WeightFormat`; oneDNN serves alone where its layout is not the one that the kernel reads."""
-        if self._dense is None:
-            return
-        self._onednn.pack()
-        address: int = torch.ops.mkldnn.data_ptr(self._onednn.packed)
-        self._address = address if is_blocked(address, self._dense.values) else 0
-        self._dense = None
 
     def serves(self, num_rows: int) -> bool:
         """Whether our kernel multiplies so many rows, and not oneDNN."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["FLOAT_CODES", "SUPER_LEN", "CodeLayout", "Codes"]
+__all__ = ["FLOAT_CODES", "INTEGER_BITS", "SUPER_LEN", "CodeLayout", "Codes"]
 
 INTEGER_BITS = {"u2": 2, "u3": 3, "u4": 4, "u5": 5, "u6": 6, "u8": 8}
 """Unsigned integers by their width."""
@@ -21,6 +21,7 @@ FLOAT_CODES = {
     "float16": torch.float16,
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
+    "float32": torch.float32,
 }
 """Codes that are numbers themselves: their zero is 0 and they have no minimum."""
 SUPER_LEN = 256

@@ -1,39 +1,25 @@
-"""Values as they are, row by row: any dtype, any device; what other formats are loaded in and compared with."""
+"""Values as they are, row by row: any dtype, any device; what other formats are compared with."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
 
-__all__ = ["Dense"]
+__all__ = ["Dense", "dense_values"]
 
 
 class Dense(WeightFormat):
-    """A plain tensor; the only format that rows are looked up in, so embeddings have it."""
+    """A plain tensor."""
 
     name = "dense"
 
-    def __init__(self, spec: MatrixSpec, dtype: torch.dtype | None = None) -> None:
-        """Memory without values; `dtype` is the products' by default."""
-        self.spec = spec
-        self.values = torch.empty(
-            spec.out_features, spec.in_features, dtype=dtype or spec.options.dtype, device=spec.options.device
-        )
-        """[out_features, in_features]"""
-
-    @staticmethod
-    def reasons_against(spec: MatrixSpec) -> list[str]:
-        """None."""
-        return []
-
-    def load(self, part: str, stored: StoredTensor) -> None:
-        """See `WeightFormat`; converts the dtype."""
-        stored.write_to(self.values[self.spec.rows_of(part)])
-
-    def pack(self) -> None:
-        """Nothing: this is its form."""
+    def __init__(self, values: torch.Tensor) -> None:
+        """`values`: [out_features, in_features], not copied."""
+        self.values = values
 
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
@@ -53,3 +39,12 @@ class Dense(WeightFormat):
     def num_bytes(self) -> int:
         """See `WeightFormat`."""
         return self.values.nbytes
+
+
+def dense_values(spec: MatrixSpec, parts: Mapping[str, StoredTensor]) -> torch.Tensor:
+    """The values of all parts below each other, [out_features, in_features] in new memory of the products' dtype."""
+    options = spec.options
+    values = torch.empty(spec.out_features, spec.in_features, dtype=options.dtype, device=options.device)
+    for name, stored in parts.items():
+        stored.write_to(values[spec.rows_of(name)])
+    return values

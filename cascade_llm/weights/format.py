@@ -1,12 +1,11 @@
-"""What every weight format is: a matrix as it is stored, loaded part by part, and its product.
+"""What every weight format is: a matrix as it is stored, and its product.
 
 A matrix W [out_features, in_features] is fused of named parts that lie below each other: q, k and v, or gate and up.
-Its life has three stages: it is allocated (`select.allocate_matrix` chooses the format), its parts are loaded in any
-order, and `pack()` brings it into the form that multiplies fastest.
+Its parts come one by one from a checkpoint. When all are there, `select.build_matrix` looks at how they are stored and
+builds the matrix in the format that multiplies it fastest.
 
-A new format is a file with a subclass of `WeightFormat`, and a line in the table of `select`. A format that keeps a
-checkpoint's bytes as they are takes `StoredTensor.data` in `load`, which may differ in format from part to part. A
-rank's shard is cut from the stored tensor, by rows or by columns, before it is loaded.
+A new format is a file with a subclass of `WeightFormat`, and a line in the table of `select`. A rank's shard is cut
+from the stored tensor, by rows or by columns, before it is loaded.
 """
 
 from __future__ import annotations
@@ -68,9 +67,10 @@ class WeightOptions:
     dtype: torch.dtype
     """Of activations and products."""
     device: torch.device
-    stored_dtype: torch.dtype | None = None
-    """Of the checkpoint, where it says more than `dtype`: what is rounded again is loaded in it."""
     quantization: str | None = None
+    """What plain matrices are rounded to as they are loaded; a key of `quantize.QUANTIZERS`."""
+    exact_activations: bool = False
+    """Whether products with quantized matrices leave their inputs as they are."""
     on_stream: bool = False
     """Whether products are queued on a GPU's stream, for which a kernel of the host would not wait."""
 
@@ -104,19 +104,6 @@ class WeightFormat(ABC):
     name: str
     """Of the format."""
 
-    @staticmethod
-    @abstractmethod
-    def reasons_against(spec: MatrixSpec) -> list[str]:
-        """Why the format cannot hold this matrix; empty where it can."""
-
-    @abstractmethod
-    def load(self, part: str, stored: StoredTensor) -> None:
-        """Take a checkpoint's tensor, [rows of the part, in_features], as that part; before `pack()`."""
-
-    @abstractmethod
-    def pack(self) -> None:
-        """All parts are loaded: take the form that multiplies fastest. A second call does nothing."""
-
     @abstractmethod
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
@@ -135,4 +122,8 @@ class WeightFormat(ABC):
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Memory that the matrix takes now."""
+        """Memory that the matrix takes."""
+
+    def describe(self) -> str:
+        """For the log."""
+        return self.name

@@ -6,26 +6,23 @@ hands float32 to a slower library.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from cascade_llm.weights.dense import Dense
-from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
+from cascade_llm.weights.format import MatrixSpec, WeightFormat
 
 __all__ = ["OneDNN"]
 
 
 class OneDNN(WeightFormat):
-    """Dense until `pack()`, which drops the dense values unless somebody else reads them too: a tied embedding."""
+    """A matrix that oneDNN has packed."""
 
     name = "onednn"
 
-    def __init__(self, spec: MatrixSpec, dense: Dense | None = None) -> None:
-        """`dense`: what is loaded and then packed; default its own memory."""
-        self.spec = spec
-        self._dense: Dense | None = dense or Dense(spec)
-        self._packed: torch.Tensor | None = None
+    def __init__(self, values: torch.Tensor) -> None:
+        """`values`: [out_features, in_features]; packing copies them."""
+        self.packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(values)
+        """oneDNN's own tensor, which torch cannot index."""
+        self._num_bytes = values.nbytes
 
     @staticmethod
     def reasons_against(spec: MatrixSpec) -> list[str]:
@@ -43,32 +40,14 @@ class OneDNN(WeightFormat):
             return ["oneDNN has no bfloat16 for this processor"]
         return []
 
-    @property
-    def packed(self) -> torch.Tensor | None:
-        """oneDNN's own tensor of [out_features, in_features], which torch cannot index; None before `pack()`."""
-        return self._packed
-
-    def load(self, part: str, stored: StoredTensor) -> None:
-        """See `WeightFormat`."""
-        assert self._dense is not None, "parts are loaded before pack()"
-        self._dense.load(part, stored)
-
-    def pack(self) -> None:
-        """See `WeightFormat`."""
-        if self._dense is not None:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._dense.values)
-            self._dense = None
-
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `WeightFormat`; oneDNN makes its own memory, so `out` costs a copy."""
-        if self._dense is not None:
-            return self._dense.multiply(x, bias, out)
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
         return y if out is None else out.copy_(y)
 
     @property
     def num_bytes(self) -> int:
         """See `WeightFormat`."""
-        return math.prod((self.spec.out_features, self.spec.in_features, self.spec.options.dtype.itemsize))
+        return self._num_bytes

@@ -2,36 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
-from cascade_llm.errors import ConfigError
+import torch
+
 from cascade_llm.weights.blocked import Blocked
-from cascade_llm.weights.dense import Dense
-from cascade_llm.weights.format import MatrixSpec, WeightFormat
-from cascade_llm.weights.int4 import Int4
+from cascade_llm.weights.dense import Dense, dense_values
+from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
+from cascade_llm.weights.int4 import quantized
 from cascade_llm.weights.onednn import OneDNN
+from cascade_llm.weights.packed import Packed
 
-__all__ = ["FORMATS", "Entry", "FormatChoice", "allocate_matrix", "select_format"]
+__all__ = [
+    "FORMATS",
+    "Entry",
+    "FormatChoice",
+    "build_embedding",
+    "build_matrix",
+    "build_tied_matrix",
+    "describe_weights",
+    "select_format",
+]
+
+Parts = Mapping[str, StoredTensor]
 
 
 @dataclass(frozen=True)
 class Entry:
     """A format of the table."""
 
-    format: type[WeightFormat]
-    allocate: Callable[[MatrixSpec, Dense | None], WeightFormat]
-    """Given the dense matrix that holds the values, where somebody else loads it: a tied embedding."""
-    changes_values: bool = False
-    """Whether it rounds, and so is taken only where `quantization` names it."""
+    reasons_against: Callable[[MatrixSpec, Parts], list[str]]
+    """Why the format cannot hold the matrix that these parts make, or should not; empty where it can."""
+    build: Callable[[MatrixSpec, Parts], WeightFormat]
+
+
+def _reasons_against_packed(spec: MatrixSpec, parts: Parts) -> list[str]:
+    """Packed serves what is stored in few bits, and plain values where the processor has no bfloat16 product."""
+    if reasons := Packed.reasons_against(spec, parts):
+        return reasons
+    if all(stored.codes is None for stored in parts.values()) and spec.options.dtype == torch.bfloat16:
+        return ["the values are plain"]
+    return []
+
+
+def _values_to_copy(spec: MatrixSpec, parts: Parts) -> torch.Tensor:
+    """The values of all parts, in new memory only where they lie otherwise."""
+    first, *others = parts.values()
+    if others or first.decode is not None or first.data.dtype != spec.options.dtype:
+        return dense_values(spec, parts)
+    return first.data.to(spec.options.device).contiguous()
 
 
 FORMATS: Mapping[str, Entry] = {
-    "int4": Entry(Int4, lambda spec, _: Int4(spec, partial(_unquantized, spec)), changes_values=True),
-    "blocked": Entry(Blocked, Blocked),
-    "onednn": Entry(OneDNN, OneDNN),
-    "dense": Entry(Dense, lambda spec, dense: dense or Dense(spec)),
+    "packed": Entry(_reasons_against_packed, Packed),
+    "blocked": Entry(
+        lambda spec, _: Blocked.reasons_against(spec), lambda spec, parts: Blocked(_values_to_copy(spec, parts))
+    ),
+    "onednn": Entry(
+        lambda spec, _: OneDNN.reasons_against(spec), lambda spec, parts: OneDNN(_values_to_copy(spec, parts))
+    ),
+    "dense": Entry(lambda spec, parts: [], lambda spec, parts: Dense(dense_values(spec, parts))),
 }
 """By preference."""
 
@@ -50,38 +82,44 @@ class FormatChoice:
         return f"weights: {self.name}" + (f" ({reasons})" if reasons else "")
 
 
-def select_format(spec: MatrixSpec) -> FormatChoice:
-    """The format that `quantization` names, or else the first that keeps the values and that nothing speaks against.
-
-    Raises:
-        ConfigError: the named format cannot hold this matrix; lists the reasons
-    """
-    wanted = spec.options.quantization
-    if wanted is not None:
-        if reasons := FORMATS[wanted].format.reasons_against(spec):
-            listed = "; ".join(reasons)
-            raise ConfigError(f"quantization={wanted!r} cannot serve this model: {listed}; or leave it out")
-        return FormatChoice(wanted, ())
+def select_format(spec: MatrixSpec, parts: Parts) -> FormatChoice:
+    """The first format of the table that nothing speaks against."""
     refused: list[tuple[str, str]] = []
     for name, entry in FORMATS.items():
-        if entry.changes_values:
-            continue
-        reasons = entry.format.reasons_against(spec)
+        reasons = entry.reasons_against(spec, parts)
         if not reasons:
             return FormatChoice(name, tuple(refused))
         refused.extend((name, reason) for reason in reasons)
     raise AssertionError("dense holds every matrix")
 
 
-def allocate_matrix(spec: MatrixSpec, dense: Dense | None = None) -> WeightFormat:
-    """A matrix without values in its format; over those of `dense` where somebody else loads them.
-
-    Raises:
-        ConfigError: the format that `quantization` names cannot hold it
-    """
-    return FORMATS[select_format(spec).name].allocate(spec, dense)
+def describe_weights(matrices: Iterable[WeightFormat]) -> str:
+    """One line for the log: how many matrices are in which format, and how the quantized ones multiply."""
+    kinds = Counter(matrix.describe() for matrix in matrices)
+    return "weights: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
-def _unquantized(spec: MatrixSpec) -> WeightFormat:
-    """For the numbers of rows that a quantized format is slower at."""
-    return allocate_matrix(replace(spec, options=replace(spec.options, quantization=None)))
+def build_matrix(spec: MatrixSpec, parts: Parts) -> WeightFormat:
+    """The matrix of these parts in its format; plain parts are rounded first where `quantization` says so."""
+    if spec.options.quantization is not None:
+        parts = {name: quantized(stored) for name, stored in parts.items()}
+    return FORMATS[select_format(spec, parts).name].build(spec, parts)
+
+
+def build_embedding(spec: MatrixSpec, stored: StoredTensor) -> Packed | Dense:
+    """A matrix of one part whose rows are looked up: in few bits where it is stored so, else dense."""
+    (part,) = spec.parts
+    parts = {part: stored}
+    if not FORMATS[Packed.name].reasons_against(spec, parts):
+        return Packed(spec, parts)
+    return Dense(dense_values(spec, parts))
+
+
+def build_tied_matrix(spec: MatrixSpec, embedding: Packed | Dense) -> WeightFormat:
+    """The matrix whose values are an embedding's: the very same, or a copy in the form that multiplies fastest."""
+    if isinstance(embedding, Packed):
+        return embedding
+    (part,) = spec.parts
+    parts = {part: StoredTensor.plain(embedding.values)}
+    name = select_format(spec, parts).name
+    return embedding if name == Dense.name else FORMATS[name].build(spec, parts)

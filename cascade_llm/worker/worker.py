@@ -13,7 +13,7 @@ from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend,
 from cascade_llm.attention.flashinfer.workspace import float_workspace_bytes
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
-from cascade_llm.device.devices import DTYPES, KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
+from cascade_llm.device.devices import KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
 from cascade_llm.device.start_errors import compiled_kernels, memory_for
 from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, KVScale, PagedKVCache
@@ -26,7 +26,7 @@ from cascade_llm.models.loading import KVScaleReader, init_dummy, load_weights
 from cascade_llm.sampling.lane_tables import UsageCounts
 from cascade_llm.sampling.lanes import LaneState
 from cascade_llm.weights.format import WeightOptions
-from cascade_llm.weights.select import select_format
+from cascade_llm.weights.select import describe_weights
 from cascade_llm.worker.cuda_graphs import CaptureReport, CudaGraphs
 from cascade_llm.worker.graph_shapes import GraphShape, graph_shapes
 from cascade_llm.worker.memory import available_bytes, check_sizes, pool_pages, step_bytes
@@ -183,17 +183,16 @@ def _decoder(
         weights = WeightOptions(
             dtype=dtype,
             device=device,
-            stored_dtype=DTYPES[model.dtype],
             quantization=options.quantization,
+            exact_activations=options.exact_activations,
             on_stream=platform is not None,
         )
         decoder = Decoder(model, weights, max_positions=max_model_len, ops=ops)
-        log.info(select_format(decoder.layers[0].linears[0].spec).describe())
         if checkpoint.is_dummy:
             init_dummy(decoder, options.seed)
         else:
             load_weights(decoder, scales.without_scales(told_tensors(checkpoint, on_start)))
-        decoder.pack()
+        log.info(describe_weights(linear.matrix for linear in decoder.linears))
     return decoder, scales.scales() if options.kv_cache_dtype in KV_DTYPES else None
 
 

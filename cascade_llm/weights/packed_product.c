@@ -1,0 +1,793 @@
+/* y = x Wᵀ + b with W kept in few bits; see packed.py, which builds the matrices and calls this.
+ *
+ * A matrix is a list of pieces, the parts that its checkpoint stored; each has codes of its own kind. A piece lies in
+ * tiles of 16 outputs, so that a vector's lanes are outputs and no sum runs across lanes. A tile is a run of blocks of
+ * 32 inputs, and one thread reads it from front to back:
+ *
+ *   super    [16 scales][16 minima]                of float16 or float32, for the blocks that share them
+ *   block    [16 or 32 sub-scales][as many sub-minima]   where the scales are themselves integers
+ *            planes of code bits
+ *
+ * In the planes four neighbouring inputs of an output are four neighbouring bytes, which is what the integer dot
+ * products of processors take (VPDPBUSD, VPMADDUBSW, SDOT). A block has eight such steps:
+ *
+ *   4 bits   4 vectors of 64 bytes, step s in the low half of vector s, step s + 4 in the high half
+ *   2 bits   2 vectors, step s in vector s % 2 at bit 2 (s / 2)
+ *   1 bit    1 vector, step s at bit s
+ *   8 bits   8 vectors
+ *
+ * and 3, 5 and 6 bits are two planes. Codes that are floats lie as 16 numbers for each input.
+ *
+ * Products come in two ways. With quantized activations each row's 32 inputs become integers of -127 to 127 and a
+ * scale, as llama.cpp does, and sums within a block are exact. The exact way widens codes to float in registers. A
+ * row's arithmetic is the same whatever rows are beside it.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+enum { TILE = 16, BLOCK = 32, STEPS = 8, STEP = 4 };
+
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+enum { LANES = 16 };
+#elif defined(__AVX2__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+
+enum {
+    ROWS = 6,                /* at most, that a tile meets at once */
+    PER_TILE = TILE / LANES, /* vectors */
+    PAIR = 2 * PER_TILE      /* vectors of two tiles, which the rows of one x meet together where registers are many */
+};
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 16")
+
+typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t small __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint8_t smallest __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+/* Kinds of codes; the numbers are those of packed.py. */
+enum code { U2, U3, U4, U5, U6, U8, TABLE, BFLOAT16, FLOAT16, E4M3, E5M2, FLOAT32, CODES };
+enum scale { UNSCALED, SCALE16, SCALE32, SUB };
+
+typedef struct {
+    const uint8_t *data;
+    long tile_bytes, num_outputs, first_output, super_blocks;
+    int32_t code, scale, zero, has_minimum;
+    uint8_t values[16]; /* of TABLE, with 128 added */
+} piece;
+
+/* Rows of activations lie in groups of as many as a tile takes at once, and within a group block by block, so that one
+ * pointer walks them beside the weights. A block of a group of n rows: */
+enum {
+    INTEGER_BYTES = 64, /* codes int8 [n][32]; scales float [n]; sums of codes int32 [n]; totals (scale * sum) float [n];
+                           sums of the two halves int32 [2][n]; their totals float [2][n] */
+    FLOAT_BYTES = 144   /* values float [n][32]; totals float [n]; totals of the two halves float [2][n] */
+};
+
+typedef struct {
+    const piece *pieces;
+    long num_pieces, rows, in_size, y_stride;
+    const uint8_t *integers, *floats; /* the groups; a row's share of a block has the bytes above */
+    const void *bias;
+    void *y;
+    int is_bfloat16; /* of bias and y, and of x */
+} product;
+
+INLINE floats broadcast(float x) { return x - (floats){}; }
+INLINE ints broadcast_int(int32_t x) { return x - (ints){}; }
+
+/* ---- what differs between processors ---- */
+
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+enum { SIGNED_CODES = 0, RESTARTS = 0 };
+typedef ints partial;
+INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
+    (void)is_signed;
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+}
+INLINE ints flush(ints sum, partial part) { (void)sum; return part; }
+INLINE bytes lookup(const uint8_t *values, bytes codes) {
+    __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values));
+    return (bytes)_mm512_shuffle_epi8(table, (__m512i)codes);
+}
+INLINE floats load_float16(const uint8_t *x) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
+INLINE floats float16_of(halves x) { return (floats)_mm512_cvtph_ps((__m256i)x); }
+
+#elif defined(__AVX2__)
+
+INLINE bytes lookup(const uint8_t *values, bytes codes) {
+    __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
+    return (bytes)_mm256_shuffle_epi8(table, (__m256i)codes);
+}
+INLINE floats load_float16(const uint8_t *x) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)); }
+INLINE floats float16_of(halves x) { return (floats)_mm256_cvtph_ps((__m128i)x); }
+
+#if defined(__AVXVNNI__)
+enum { SIGNED_CODES = 0, RESTARTS = 0 };
+typedef ints partial;
+INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
+    (void)is_signed;
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, _mm256_set1_epi32(x));
+}
+INLINE ints flush(ints sum, partial part) { (void)sum; return part; }
+#else
+/* Products are summed in 16 bits as long as they fit, then in 32. Codes of 8 bits fill 16 bits at once, and are taken
+ * as signed: |w| times x with w's sign. */
+enum { SIGNED_CODES = 1, RESTARTS = 1 };
+typedef int16_t partial __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
+    __m256i row = _mm256_set1_epi32(x), weight = (__m256i)w;
+    if (is_signed) return sum + (partial)_mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(row, weight));
+    return sum + (partial)_mm256_maddubs_epi16(weight, row);
+}
+INLINE ints flush(ints sum, partial part) {
+    return sum + (ints)_mm256_madd_epi16((__m256i)part, _mm256_set1_epi16(1));
+}
+#endif
+
+#else
+
+typedef ints partial;
+#if defined(__ARM_FEATURE_DOTPROD)
+enum { SIGNED_CODES = 1, RESTARTS = 0 };
+INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
+    (void)is_signed; /* unsigned codes are below 64 */
+    return (ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, vreinterpretq_s8_s32(vdupq_n_s32(x)));
+}
+#else
+enum { SIGNED_CODES = 0, RESTARTS = 0 };
+INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
+    (void)is_signed;
+    words lanes = (words)w;
+    for (int j = 0; j < STEP; j++) sum += (ints)(lanes >> 8 * j & 255) * (int8_t)(x >> 8 * j);
+    return sum;
+}
+#endif
+INLINE ints flush(ints sum, partial part) { (void)sum; return part; }
+INLINE bytes lookup(const uint8_t *values, bytes codes) {
+    bytes found;
+    for (int i = 0; i < 4 * LANES; i++) found[i] = values[codes[i]];
+    return found;
+}
+INLINE floats float16_of(halves x) {
+    /* The exponent moves up by 112 in a multiplication, which makes subnormals right; infinity and NaN are set. */
+    words bits = __builtin_convertvector(x, words), magnitude = bits & 0x7fff;
+    floats value = (floats)(magnitude << 13) * 0x1p112f;
+    words special = (words)(magnitude >= 0x7c00);
+    return (floats)((words)value | (special & 0x7f800000) | (bits & 0x8000) << 16);
+}
+INLINE floats load_float16(const uint8_t *x) {
+    halves stored;
+    memcpy(&stored, x, sizeof stored);
+    return float16_of(stored);
+}
+#endif
+
+/* ---- across the lanes of one vector ---- */
+
+#if defined(__AVX512F__)
+INLINE int32_t sum_of(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
+INLINE uint32_t largest_of(words x) { return _mm512_reduce_max_epu32((__m512i)x); }
+#elif defined(__AVX2__)
+INLINE int32_t sum_of(ints x) {
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+INLINE uint32_t largest_of(words x) {
+    __m128i most = _mm_max_epu32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(most, _mm_shuffle_epi32(most, 0xb1)));
+}
+#else
+INLINE int32_t sum_of(ints x) {
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+INLINE uint32_t largest_of(words x) {
+    uint32_t most = 0;
+    for (int i = 0; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+#endif
+
+/* ---- codes ---- */
+
+INLINE bytes load_bytes(const uint8_t *x) { return *(const bytes *)x; }
+
+/* Bytes that a block's planes take. */
+INLINE long plane_bytes(int code) {
+    switch (code) {
+    case U2: return 128;
+    case U3: return 192;
+    case U4: case TABLE: return 256;
+    case U5: return 320;
+    case U6: return 384;
+    case BFLOAT16: case FLOAT16: return 2 * TILE * BLOCK;
+    case FLOAT32: return 4 * TILE * BLOCK;
+    default: return 512;
+    }
+}
+
+INLINE int is_halved(int code) { return code == U2 || code == U3 || code == U6; }
+INLINE int is_eight(int code) { return code == U8 || code == TABLE; }
+
+/* The unsigned codes of one step and one vector of outputs; `plane` points to the vector in the block's first plane. */
+INLINE bytes step_codes(int code, const uint8_t *plane, int s, const uint8_t *values) {
+    bytes low;
+    switch (code) {
+    case U8: return load_bytes(plane + 64 * s);
+    case U2: case U3:
+        low = load_bytes(plane + 64 * (s % 2)) >> 2 * (s / 2) & 3;
+        if (code == U3) low |= (load_bytes(plane + 128) >> s & 1) << 2;
+        return low;
+    default:
+        low = load_bytes(plane + 64 * (s % 4));
+        if (s < 4) low &= 15;
+        else low >>= 4;
+        if (code == U5) low |= (load_bytes(plane + 256) >> s & 1) << 4;
+        if (code == U6) low |= (load_bytes(plane + 256 + 64 * (s % 2)) >> 2 * (s / 2) & 3) << 4;
+        return code == TABLE ? lookup(values, low) : low;
+    }
+}
+
+/* Steps whose products fit 16 bits together, at codes of that size times 127 twice. */
+INLINE int steps_in_16_bits(int code) {
+    switch (code) {
+    case U6: return 2;
+    case U5: return 4;
+    case U8: case TABLE: return 1;
+    default: return 8;
+    }
+}
+
+INLINE floats load_number(int scale, const uint8_t *x) {
+    if (scale == SCALE32) return *(const floats *)x;
+    return load_float16(x);
+}
+
+INLINE floats load_sub(const uint8_t *x) { return __builtin_convertvector(*(const small *)x, floats); }
+
+/* Sixteen float codes' part of LANES; e4m3 and e5m2 are float16 with fewer digits, e4m3 2**-8 as large. */
+INLINE floats load_float_codes(int code, const uint8_t *x) {
+    if (code == FLOAT32) return *(const floats *)x;
+    if (code == BFLOAT16) return (floats)(__builtin_convertvector(*(const halves *)x, words) << 16);
+    if (code == FLOAT16) return load_float16(x);
+    halves bits = __builtin_convertvector(*(const smallest *)x, halves);
+    if (code == E5M2) return float16_of(bits << 8);
+    floats value = float16_of((bits & 0x80) << 8 | (bits & 0x7f) << 7) * 256.0f;
+    words is_nan = (words)(__builtin_convertvector(bits & 0x7f, ints) == 0x7f);
+    return (floats)((words)value | (is_nan & 0x7fc00000));
+}
+
+/* Where the numbers of a tile lie, as it is walked block by block. */
+typedef struct {
+    const uint8_t *next, *scales, *minima, *sub_scales, *sub_minima, *planes;
+} cursor;
+
+INLINE void advance(const piece *p, int code, long block, cursor *c) {
+    int head = p->scale == SCALE32 ? 4 * TILE : 2 * TILE, subs = is_halved(code) ? 2 * TILE : TILE;
+    if (p->scale != UNSCALED && block % p->super_blocks == 0) {
+        c->scales = c->next;
+        c->next += head;
+        if (p->has_minimum) {
+            c->minima = c->next;
+            c->next += head;
+        }
+    }
+    if (p->scale == SUB) {
+        c->sub_scales = c->next;
+        c->next += subs;
+        if (p->has_minimum) {
+            c->sub_minima = c->next;
+            c->next += subs;
+        }
+    }
+    c->planes = c->next;
+    c->next += plane_bytes(code);
+}
+
+/* Where the second tile of a pair lies, from the first. */
+INLINE long of_pair(const piece *p, int v) { return v / PER_TILE * p->tile_bytes; }
+
+/* Scales of vector `v` of a pair of tiles, for a half of the block where halves have their own. */
+INLINE floats scale_of(const piece *p, const cursor *c, int v, int half) {
+    int width = p->scale == SCALE32 ? 4 : 2, lane = LANES * (v % PER_TILE);
+    floats scale = load_number(p->scale, c->scales + of_pair(p, v) + width * lane);
+    if (p->scale == SUB) scale *= load_sub(c->sub_scales + of_pair(p, v) + TILE * half + lane);
+    return scale;
+}
+
+INLINE floats minimum_of(const piece *p, const cursor *c, int v, int half) {
+    int width = p->scale == SCALE32 ? 4 : 2, lane = LANES * (v % PER_TILE);
+    floats minimum = load_number(p->scale, c->minima + of_pair(p, v) + width * lane);
+    if (p->scale == SUB) minimum *= load_sub(c->sub_minima + of_pair(p, v) + TILE * half + lane);
+    return minimum;
+}
+
+INLINE const uint8_t *vector_planes(const piece *p, const cursor *c, int v) {
+    return c->planes + of_pair(p, v) + 4 * LANES * (v % PER_TILE);
+}
+
+/* ---- the products: `vectors` of a pair of tiles from `v0` on, for rows `r0` to `r0 + rows`; all constants but r0 ---- */
+
+INLINE void integer_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
+                         int vectors, floats out[ROWS][PAIR]) {
+    long blocks = t->in_size / BLOCK;
+    const uint8_t *x = t->integers + r0 * blocks * INTEGER_BYTES;
+    int is_signed = SIGNED_CODES && is_eight(code), halved = is_halved(code);
+    int zero = p->zero - (is_signed ? 128 : 0);
+    floats sums[ROWS][PAIR];
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sums[r][v] = (floats){};
+    cursor c = {tile};
+    for (long b = 0; b < blocks; b++, x += rows * INTEGER_BYTES) {
+        const float *numbers = (const float *)(x + rows * BLOCK), *x_scales = numbers;
+        advance(p, code, b, &c);
+        for (int half = 0; half < (halved ? 2 : 1); half++) {
+            int first = halved ? 4 * half : 0, last = halved ? first + 4 : STEPS;
+            const int32_t *x_sums = (const int32_t *)numbers + rows * (halved ? 3 + half : 1);
+            const float *totals = numbers + rows * (halved ? 5 + half : 2);
+            ints whole[ROWS][PAIR];
+            partial part[ROWS][PAIR];
+            UNROLLED for (int r = 0; r < rows; r++) {
+                ints start = {};
+                if (zero) start = broadcast_int(x_sums[r]) * -zero;
+                UNROLLED for (int v = 0; v < vectors; v++) {
+                    whole[r][v] = start;
+                    if (RESTARTS) part[r][v] = (partial){};
+                    else part[r][v] = (partial)start;
+                }
+            }
+            UNROLLED for (int s = first; s < last; s++) {
+                bytes w[PAIR];
+                UNROLLED for (int v = 0; v < vectors; v++) {
+                    w[v] = step_codes(code, vector_planes(p, &c, v0 + v), s, p->values);
+                    if (is_signed) w[v] ^= 0x80;
+                }
+                UNROLLED for (int r = 0; r < rows; r++) {
+                    int32_t four;
+                    memcpy(&four, x + r * BLOCK + s * STEP, sizeof four);
+                    UNROLLED for (int v = 0; v < vectors; v++) part[r][v] = dot(part[r][v], w[v], four, is_signed);
+                }
+                if (RESTARTS && ((s - first + 1) % steps_in_16_bits(code) == 0 || s + 1 == last))
+                    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) {
+                        whole[r][v] = flush(whole[r][v], part[r][v]);
+                        part[r][v] = (partial){};
+                    }
+            }
+            UNROLLED for (int v = 0; v < vectors; v++) {
+                floats scale = scale_of(p, &c, v0 + v, half);
+                UNROLLED for (int r = 0; r < rows; r++) {
+                    ints sum = RESTARTS ? whole[r][v] : flush(whole[r][v], part[r][v]);
+                    sums[r][v] += __builtin_convertvector(sum, floats) * (scale * broadcast(x_scales[r]));
+                }
+                if (p->has_minimum) {
+                    floats minimum = minimum_of(p, &c, v0 + v, half);
+                    UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += minimum * broadcast(totals[r]);
+                }
+            }
+        }
+    }
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) out[r][v0 + v] = sums[r][v];
+}
+
+INLINE void exact_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
+                       int vectors, floats out[ROWS][PAIR]) {
+    long blocks = t->in_size / BLOCK;
+    const uint8_t *x = t->floats + r0 * blocks * FLOAT_BYTES;
+    int halved = is_halved(code);
+    floats sums[ROWS][PAIR];
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sums[r][v] = (floats){};
+    cursor c = {tile};
+    for (long b = 0; b < blocks; b++, x += rows * FLOAT_BYTES) {
+        const float *values = (const float *)x;
+        advance(p, code, b, &c);
+        for (int half = 0; half < (halved ? 2 : 1); half++) {
+            int first = halved ? 4 * half : 0, last = halved ? first + 4 : STEPS;
+            const float *totals = values + rows * (BLOCK + (halved ? 1 + half : 0));
+            floats part[ROWS][PAIR];
+            UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) part[r][v] = (floats){};
+            UNROLLED for (int s = first; s < last; s++) {
+                bytes w[PAIR];
+                UNROLLED for (int v = 0; v < vectors; v++)
+                    w[v] = step_codes(code, vector_planes(p, &c, v0 + v), s, p->values);
+                UNROLLED for (int j = 0; j < STEP; j++) {
+                    floats wide[PAIR];
+                    UNROLLED for (int v = 0; v < vectors; v++)
+                        wide[v] = __builtin_convertvector((ints)((words)w[v] >> 8 * j & 255) - p->zero, floats);
+                    UNROLLED for (int r = 0; r < rows; r++)
+                        UNROLLED for (int v = 0; v < vectors; v++)
+                            part[r][v] += wide[v] * broadcast(values[r * BLOCK + s * STEP + j]);
+                }
+            }
+            UNROLLED for (int v = 0; v < vectors; v++) {
+                floats scale = scale_of(p, &c, v0 + v, half);
+                UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += scale * part[r][v];
+                if (p->has_minimum) {
+                    floats minimum = minimum_of(p, &c, v0 + v, half);
+                    UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += minimum * broadcast(totals[r]);
+                }
+            }
+        }
+    }
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) out[r][v0 + v] = sums[r][v];
+}
+
+INLINE void float_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
+                       int vectors, floats out[ROWS][PAIR]) {
+    long blocks = t->in_size / BLOCK, width = plane_bytes(code) / BLOCK;
+    const uint8_t *x = t->floats + r0 * blocks * FLOAT_BYTES;
+    floats sums[ROWS][PAIR], part[ROWS][PAIR];
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
+        sums[r][v] = part[r][v] = (floats){};
+    cursor c = {tile};
+    for (long b = 0; b < blocks; b++, x += rows * FLOAT_BYTES) {
+        const float *values = (const float *)x;
+        advance(p, code, b, &c);
+        _Pragma("GCC unroll 4") for (int i = 0; i < BLOCK; i++) {
+            floats w[PAIR];
+            UNROLLED for (int v = 0; v < vectors; v++)
+                w[v] = load_float_codes(code, c.planes + of_pair(p, v0 + v) + i * width + width / TILE * LANES * ((v0 + v) % PER_TILE));
+            UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
+                part[r][v] += w[v] * broadcast(values[r * BLOCK + i]);
+        }
+        if (p->scale != UNSCALED)
+            UNROLLED for (int v = 0; v < vectors; v++) {
+                floats scale = scale_of(p, &c, v0 + v, 0);
+                UNROLLED for (int r = 0; r < rows; r++) {
+                    sums[r][v] += scale * part[r][v];
+                    part[r][v] = (floats){};
+                }
+            }
+    }
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
+        out[r][v0 + v] = p->scale == UNSCALED ? part[r][v] : sums[r][v];
+}
+
+/* ---- one tile for a block of rows ---- */
+
+INLINE float from_bfloat16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* To the nearest, ties to even; a NaN stays one. */
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+}
+
+INLINE void store_outputs(const product *t, const piece *p, long tile, long r0, int rows, const floats out[ROWS][PAIR]) {
+    long first = p->first_output + tile * TILE, count = p->num_outputs - tile * TILE;
+    if (count > 2 * TILE) count = 2 * TILE;
+    float bias[2 * TILE] = {0};
+    if (t->bias)
+        for (long o = 0; o < count; o++)
+            bias[o] = t->is_bfloat16 ? from_bfloat16(((const uint16_t *)t->bias)[first + o])
+                                     : ((const float *)t->bias)[first + o];
+    for (int r = 0; r < rows; r++) {
+        float values[2 * TILE];
+        memcpy(values, out[r], sizeof values);
+        if (t->bias)
+            for (int o = 0; o < 2 * TILE; o++) values[o] += bias[o];
+        if (t->is_bfloat16) {
+            uint16_t rounded[2 * TILE], *y = (uint16_t *)t->y + (r0 + r) * t->y_stride + first;
+            for (int o = 0; o < 2 * TILE; o++) rounded[o] = to_bfloat16(values[o]);
+            if (count == 2 * TILE) memcpy(y, rounded, sizeof rounded);
+            else memcpy(y, rounded, count * sizeof *y);
+        } else {
+            float *y = (float *)t->y + (r0 + r) * t->y_stride + first;
+            if (count == 2 * TILE) memcpy(y, values, sizeof values);
+            else memcpy(y, values, count * sizeof *y);
+        }
+    }
+}
+
+INLINE void tile_of_rows(const product *t, const piece *p, int code, long tile, long r0, int rows) {
+    floats out[ROWS][PAIR];
+    const uint8_t *data = p->data + tile * p->tile_bytes;
+    /* at a time: what the registers hold beside the sums of these rows */
+    int vectors = LANES == 16 || rows <= 2 || code >= BFLOAT16 ? 2 : 1;
+    for (int v0 = 0; v0 < PAIR; v0 += vectors) {
+        if (code >= BFLOAT16) float_tile(t, p, code, data, r0, rows, v0, vectors, out);
+        else if (t->integers) integer_tile(t, p, code, data, r0, rows, v0, vectors, out);
+        else exact_tile(t, p, code, data, r0, rows, v0, vectors, out);
+    }
+    store_outputs(t, p, tile, r0, rows, out);
+}
+
+/* Rows come in groups as even as they can be. */
+INLINE long first_row(const product *t, long group) {
+    long groups = (t->rows + ROWS - 1) / ROWS;
+    return group >= groups ? t->rows : t->rows * group / groups;
+}
+
+/* Groups of rows, for a pair of tiles. */
+INLINE void tile_of_code(const product *t, const piece *p, int code, long tile, long first_group, long last_group) {
+    for (long group = first_group; group < last_group; group++) {
+        long first = first_row(t, group);
+        switch (first_row(t, group + 1) - first) {
+        case 1: tile_of_rows(t, p, code, tile, first, 1); break;
+        case 2: tile_of_rows(t, p, code, tile, first, 2); break;
+        case 3: tile_of_rows(t, p, code, tile, first, 3); break;
+        case 4: tile_of_rows(t, p, code, tile, first, 4); break;
+        case 5: tile_of_rows(t, p, code, tile, first, 5); break;
+        case 6: tile_of_rows(t, p, code, tile, first, 6); break;
+        }
+    }
+}
+
+#define PRODUCT_OF(CODE)                                                                                           \
+    static __attribute__((noinline)) void product_of_##CODE(const product *t, const piece *p, long tile, long first, \
+                                                            long last) {                                           \
+        tile_of_code(t, p, CODE, tile, first, last);                                                               \
+    }
+PRODUCT_OF(U2)
+PRODUCT_OF(U3)
+PRODUCT_OF(U4)
+PRODUCT_OF(U5)
+PRODUCT_OF(U6)
+PRODUCT_OF(U8)
+PRODUCT_OF(TABLE)
+PRODUCT_OF(BFLOAT16)
+PRODUCT_OF(FLOAT16)
+PRODUCT_OF(E4M3)
+PRODUCT_OF(E5M2)
+PRODUCT_OF(FLOAT32)
+
+typedef void (*tile_product)(const product *, const piece *, long, long, long);
+static const tile_product PRODUCTS[CODES] = {product_of_U2,    product_of_U3,       product_of_U4,      product_of_U5,
+                                             product_of_U6,    product_of_U8,       product_of_TABLE,   product_of_BFLOAT16,
+                                             product_of_FLOAT16, product_of_E4M3,   product_of_E5M2,    product_of_FLOAT32};
+
+/* ---- activations ---- */
+
+enum { PER_BLOCK = BLOCK / LANES };
+
+/* 32 integers of -127 to 127 and their scale; a block with NaN or infinity gets the scale NaN. `sums` are the two
+ * halves'. Adding 1.5 * 2**23 rounds to the nearest integer, which then are the lowest bits. */
+INLINE float quantize_block(const floats *x, int8_t *codes, int32_t *sums) {
+    words largest = {};
+    UNROLLED for (int v = 0; v < PER_BLOCK; v++) {
+        words magnitude = (words)x[v] & 0x7fffffff, is_larger = (words)(magnitude > largest);
+        largest = (magnitude & is_larger) | (largest & ~is_larger);
+    }
+    uint32_t bits = largest_of(largest);
+    float extreme;
+    memcpy(&extreme, &bits, sizeof extreme);
+    int is_finite = bits < 0x7f800000;
+    floats inverse = broadcast(is_finite && extreme > 1e-35f ? 127 / extreme : 0);
+    ints halves[2] = {};
+    UNROLLED for (int v = 0; v < PER_BLOCK; v++) {
+        floats shifted = x[v] * inverse + 12582912.0f;
+        ints rounded = (ints)shifted - 0x4b400000;
+        if (!is_finite) rounded = (ints){};
+        *(small *)(codes + LANES * v) = __builtin_convertvector(rounded, small);
+        halves[v >= PER_BLOCK / 2] += rounded;
+    }
+    sums[0] = sum_of(halves[0]);
+    sums[1] = sum_of(halves[1]);
+    return is_finite ? extreme / 127 : NAN;
+}
+
+/* Row r of a group of `rows` rows; `integers` and `floats` are the group's. */
+static void prepare_row(const product *t, const void *x, long row, int r, int rows, uint8_t *integers, uint8_t *wide) {
+    long n = t->in_size;
+    for (long b = 0; b < n / BLOCK; b++) {
+        floats block[PER_BLOCK];
+        const uint8_t *at = (const uint8_t *)x + (row * n + b * BLOCK) * (t->is_bfloat16 ? 2 : 4);
+        UNROLLED for (int v = 0; v < PER_BLOCK; v++)
+            block[v] = t->is_bfloat16 ? load_float_codes(BFLOAT16, at + 2 * LANES * v)
+                                      : load_float_codes(FLOAT32, at + 4 * LANES * v);
+        if (integers) {
+            uint8_t *record = integers + b * rows * INTEGER_BYTES;
+            float *numbers = (float *)(record + rows * BLOCK);
+            int32_t sums[2];
+            float scale = quantize_block(block, (int8_t *)record + r * BLOCK, sums);
+            numbers[r] = scale;
+            ((int32_t *)numbers)[rows + r] = sums[0] + sums[1];
+            numbers[2 * rows + r] = scale * (float)(sums[0] + sums[1]);
+            for (int half = 0; half < 2; half++) {
+                ((int32_t *)numbers)[(3 + half) * rows + r] = sums[half];
+                numbers[(5 + half) * rows + r] = scale * (float)sums[half];
+            }
+        }
+        if (wide) {
+            float *values = (float *)(wide + b * rows * FLOAT_BYTES), *totals = values + rows * BLOCK;
+            memcpy(values + r * BLOCK, block, sizeof block);
+            floats halves[2] = {};
+            UNROLLED for (int v = 0; v < PER_BLOCK; v++) halves[v >= PER_BLOCK / 2] += block[v];
+            float sums[2] = {0, 0};
+            for (int half = 0; half < 2; half++)
+                for (int i = 0; i < LANES; i++) sums[half] += halves[half][i];
+            totals[r] = sums[0] + sums[1];
+            totals[rows + r] = sums[0];
+            totals[2 * rows + r] = sums[1];
+        }
+    }
+}
+
+static void prepare_group(const product *t, const void *x, long group, uint8_t *integers, uint8_t *wide) {
+    long first = first_row(t, group), at = first * (t->in_size / BLOCK);
+    int rows = (int)(first_row(t, group + 1) - first);
+    for (int r = 0; r < rows; r++)
+        prepare_row(t, x, first + r, r, rows, integers ? integers + at * INTEGER_BYTES : 0,
+                    wide ? wide + at * FLOAT_BYTES : 0);
+}
+
+/* ---- what Python calls ---- */
+
+static long num_pairs(const piece *p) { return (p->num_outputs + 2 * TILE - 1) / (2 * TILE); }
+
+/* A pass over the weights takes as many rows as stay in the second-level cache. */
+enum { PASS_BYTES = 512 << 10, CHUNKS_PER_THREAD = 8 };
+
+static void pass(const product *t, long first_group, long last_group, int threads) {
+    long pairs = 0;
+    for (long i = 0; i < t->num_pieces; i++) pairs += num_pairs(t->pieces + i);
+    long chunks = threads == 1 ? 1 : threads * CHUNKS_PER_THREAD;
+    if (chunks > pairs) chunks = pairs;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (long chunk = 0; chunk < chunks; chunk++) {
+        long pair = pairs * chunk / chunks, end = pairs * (chunk + 1) / chunks, before = 0;
+        for (const piece *p = t->pieces; pair < end; before += num_pairs(p), p++)
+            for (; pair < end && pair - before < num_pairs(p); pair++)
+                PRODUCTS[p->code](t, p, 2 * (pair - before), first_group, last_group);
+    }
+}
+
+/* y [rows, y_stride] = x [rows, in_size] Wᵀ + bias, all contiguous and float32 or bfloat16; in_size is a multiple of 32.
+ * Returns 0, or 1 where there is no memory. */
+int packed_product(const void *x, const piece *pieces, long num_pieces, const void *bias, void *y, long rows,
+                   long in_size, long y_stride, int is_bfloat16, int is_exact, int threads) {
+    long blocks = in_size / BLOCK, num_floats = 0;
+    for (long i = 0; i < num_pieces; i++) num_floats += pieces[i].code >= BFLOAT16;
+    int widens = is_exact || num_floats > 0, quantizes = !is_exact && num_floats < num_pieces;
+    size_t size = rows * blocks * (quantizes * INTEGER_BYTES + widens * FLOAT_BYTES);
+    uint8_t *memory = aligned_alloc(64, (size + 63) / 64 * 64);
+    if (!memory) return 1;
+    uint8_t *integers = quantizes ? memory : 0;
+    uint8_t *floats = widens ? memory + quantizes * rows * blocks * INTEGER_BYTES : 0;
+    product t = {pieces, num_pieces, rows, in_size, y_stride, integers, floats, bias, y, is_bfloat16};
+    long at_once = PASS_BYTES / (blocks * (widens ? FLOAT_BYTES : INTEGER_BYTES));
+    if (at_once < 4 * ROWS) at_once = 4 * ROWS;
+    long groups = (rows + ROWS - 1) / ROWS, groups_at_once = at_once / ROWS;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * in_size > 65536)
+    for (long group = 0; group < groups; group++) prepare_group(&t, x, group, integers, floats);
+    for (long group = 0; group < groups; group += groups_at_once)
+        pass(&t, group, group + groups_at_once < groups ? group + groups_at_once : groups, threads);
+    free(memory);
+    return 0;
+}
+
+/* Bytes of a tile, so that Python need not know the layout. */
+long packed_tile_bytes(const piece *p, long in_size) {
+    cursor c = {0};
+    for (long b = 0; b < in_size / BLOCK; b++) advance(p, p->code, b, &c);
+    return (long)c.next;
+}
+
+static void pack_planes(int code, const uint8_t *codes, long in_size, long outputs, uint8_t *planes) {
+    memset(planes, 0, plane_bytes(code));
+    for (int o = 0; o < outputs; o++)
+        for (int i = 0; i < BLOCK; i++) {
+            int s = i / STEP, at = o * STEP + i % STEP, value = codes[o * in_size + i];
+            if (code == U8) {
+                planes[64 * s + at] = value;
+            } else if (code == U2 || code == U3) {
+                planes[64 * (s % 2) + at] |= (value & 3) << 2 * (s / 2);
+                if (code == U3) planes[128 + at] |= (value >> 2 & 1) << s;
+            } else {
+                planes[64 * (s % 4) + at] |= (value & 15) << (s < 4 ? 0 : 4);
+                if (code == U5) planes[256 + at] |= (value >> 4 & 1) << s;
+                if (code == U6) planes[256 + 64 * (s % 2) + at] |= (value >> 4 & 3) << 2 * (s / 2);
+            }
+        }
+}
+
+static void pack_floats(int code, const uint8_t *codes, long in_size, long outputs, uint8_t *planes) {
+    long width = plane_bytes(code) / BLOCK / TILE;
+    memset(planes, 0, plane_bytes(code));
+    for (long o = 0; o < outputs; o++)
+        for (long i = 0; i < BLOCK; i++)
+            memcpy(planes + (i * TILE + o) * width, codes + (o * in_size + i) * width, width);
+}
+
+static void pack_numbers(const uint8_t *numbers, long width, long stride, long outputs, const uint8_t *target) {
+    memset((void *)target, 0, width * TILE);
+    for (long o = 0; o < outputs; o++) memcpy((uint8_t *)target + o * width, numbers + o * stride * width, width);
+}
+
+/* Write the tiles of `rows` outputs, whose first is a multiple of 16, to `tiles`. Codes [rows, in_size]; scales and
+ * minima [rows, supers] in the dtype of their kind; sub-scales and sub-minima [rows, groups] int8. */
+void pack_tiles(const piece *p, const uint8_t *codes, const uint8_t *scales, const uint8_t *minima,
+                const uint8_t *sub_scales, const uint8_t *sub_minima, long rows, long in_size, uint8_t *tiles,
+                int threads) {
+    long blocks = in_size / BLOCK, per_block = is_halved(p->code) ? 2 : 1, subs = blocks * per_block;
+    long supers = p->scale == UNSCALED ? 0 : (blocks + p->super_blocks - 1) / p->super_blocks;
+    long number = p->scale == SCALE32 ? 4 : 2;
+    long width = p->code >= BFLOAT16 ? plane_bytes(p->code) / BLOCK / TILE : 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long tile = 0; tile < (rows + TILE - 1) / TILE; tile++) {
+        long o = tile * TILE, outputs = rows - o < TILE ? rows - o : TILE;
+        cursor c = {tiles + tile * p->tile_bytes};
+        for (long b = 0; b < blocks; b++) {
+            advance(p, p->code, b, &c);
+            if (p->scale != UNSCALED && b % p->super_blocks == 0) {
+                long at = (o * supers + b / p->super_blocks) * number;
+                pack_numbers(scales + at, number, supers, outputs, c.scales);
+                if (p->has_minimum) pack_numbers(minima + at, number, supers, outputs, c.minima);
+            }
+            for (long half = 0; p->scale == SUB && half < per_block; half++) {
+                long at = o * subs + b * per_block + half;
+                pack_numbers(sub_scales + at, 1, subs, outputs, c.sub_scales + half * TILE);
+                if (p->has_minimum) pack_numbers(sub_minima + at, 1, subs, outputs, c.sub_minima + half * TILE);
+            }
+            const uint8_t *block = codes + (o * in_size + b * BLOCK) * width;
+            if (p->code >= BFLOAT16) pack_floats(p->code, block, in_size, outputs, (uint8_t *)c.planes);
+            else pack_planes(p->code, block, in_size, outputs, (uint8_t *)c.planes);
+        }
+    }
+}
+
+/* The weights of one output, a row of float32 [in_size]: what an embedding looks up. */
+static void unpack_row(const piece *p, long output, long in_size, float *row) {
+    int lane = output % TILE, v = lane / LANES, code = p->code, halved = is_halved(code);
+    long width = plane_bytes(code) / BLOCK;
+    cursor c = {p->data + output / TILE * p->tile_bytes};
+    for (long b = 0; b < in_size / BLOCK; b++) {
+        advance(p, code, b, &c);
+        for (int half = 0; half < 2; half++) {
+            float scale = 1, minimum = 0;
+            if (p->scale != UNSCALED) scale = scale_of(p, &c, v, halved ? half : 0)[lane % LANES];
+            if (p->has_minimum) minimum = minimum_of(p, &c, v, halved ? half : 0)[lane % LANES];
+            for (int i = half * BLOCK / 2; i < (half + 1) * BLOCK / 2; i++) {
+                float value;
+                if (code >= BFLOAT16) {
+                    value = load_float_codes(code, c.planes + i * width + width / TILE * LANES * v)[lane % LANES];
+                } else {
+                    bytes w = step_codes(code, c.planes + 4 * LANES * v, i / STEP, p->values);
+                    value = (float)(w[lane % LANES * STEP + i % STEP] - p->zero);
+                }
+                row[b * BLOCK + i] = value * scale + minimum;
+            }
+        }
+    }
+}
+
+/* Rows [count, in_size] of float32 or bfloat16, by int64 ids below the outputs of the piece. */
+void packed_rows(const piece *p, const int64_t *ids, long count, long in_size, void *rows, int is_bfloat16, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count * in_size > 65536)
+    for (long i = 0; i < count; i++) {
+        if (!is_bfloat16) {
+            unpack_row(p, ids[i], in_size, (float *)rows + i * in_size);
+            continue;
+        }
+        float *wide = malloc(in_size * sizeof *wide);
+        uint16_t *row = (uint16_t *)rows + i * in_size;
+        unpack_row(p, ids[i], in_size, wide);
+        for (long j = 0; j < in_size; j++) row[j] = to_bfloat16(wide[j]);
+        free(wide);
+    }
+}
