@@ -53,10 +53,12 @@ enum {
 #define UNROLLED _Pragma("GCC unroll 16")
 
 typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef uint16_t pairs __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef int8_t small __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef uint8_t smallest __attribute__((vector_size(LANES), aligned(1), may_alias));
 
@@ -133,8 +135,11 @@ enum { SIGNED_CODES = 1, RESTARTS = 1 };
 typedef int16_t partial __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
     __m256i row = _mm256_set1_epi32(x), weight = (__m256i)w;
-    if (is_signed) return sum + (partial)_mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(row, weight));
-    return sum + (partial)_mm256_maddubs_epi16(weight, row);
+    if (is_signed) /* the sum is 0 */
+        return (partial)_mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(row, weight));
+    sum += (partial)_mm256_maddubs_epi16(weight, row);
+    __asm__("" : "+x"(sum)); /* GCC would keep all products, to add them in another order */
+    return sum;
 }
 INLINE ints flush(ints sum, partial part) {
     return sum + (ints)_mm256_madd_epi16((__m256i)part, _mm256_set1_epi16(1));
@@ -229,21 +234,27 @@ INLINE long plane_bytes(int code) {
 INLINE int is_halved(int code) { return code == U2 || code == U3 || code == U6; }
 INLINE int is_eight(int code) { return code == U8 || code == TABLE; }
 
+/* Bits of every byte, moved from bit `from` to bit `to`; what is outside `mask` is cleared. */
+INLINE bytes moved(bytes x, int from, int to, int mask) {
+    pairs wide = (pairs)x;
+    if (to > from) wide <<= to - from;
+    if (from > to) wide >>= from - to;
+    return (bytes)wide & (uint8_t)mask;
+}
+
 /* The unsigned codes of one step and one vector of outputs; `plane` points to the vector in the block's first plane. */
 INLINE bytes step_codes(int code, const uint8_t *plane, int s, const uint8_t *values) {
     bytes low;
     switch (code) {
     case U8: return load_bytes(plane + 64 * s);
     case U2: case U3:
-        low = load_bytes(plane + 64 * (s % 2)) >> 2 * (s / 2) & 3;
-        if (code == U3) low |= (load_bytes(plane + 128) >> s & 1) << 2;
+        low = moved(load_bytes(plane + 64 * (s % 2)), 2 * (s / 2), 0, 3);
+        if (code == U3) low |= moved(load_bytes(plane + 128), s, 2, 4);
         return low;
     default:
-        low = load_bytes(plane + 64 * (s % 4));
-        if (s < 4) low &= 15;
-        else low >>= 4;
-        if (code == U5) low |= (load_bytes(plane + 256) >> s & 1) << 4;
-        if (code == U6) low |= (load_bytes(plane + 256 + 64 * (s % 2)) >> 2 * (s / 2) & 3) << 4;
+        low = moved(load_bytes(plane + 64 * (s % 4)), s < 4 ? 0 : 4, 0, 15);
+        if (code == U5) low |= moved(load_bytes(plane + 256), s, 4, 16);
+        if (code == U6) low |= moved(load_bytes(plane + 256 + 64 * (s % 2)), 2 * (s / 2), 4, 48);
         return code == TABLE ? lookup(values, low) : low;
     }
 }
@@ -263,7 +274,10 @@ INLINE floats load_number(int scale, const uint8_t *x) {
     return load_float16(x);
 }
 
-INLINE floats load_sub(const uint8_t *x) { return __builtin_convertvector(*(const small *)x, floats); }
+INLINE floats load_sub(const uint8_t *x) {
+    /* in steps that the processors have; GCC takes the direct way apart */
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(*(const small *)x, shorts), ints), floats);
+}
 
 /* Sixteen float codes' part of LANES; e4m3 and e5m2 are float16 with fewer digits, e4m3 2**-8 as large. */
 INLINE floats load_float_codes(int code, const uint8_t *x) {
@@ -280,11 +294,13 @@ INLINE floats load_float_codes(int code, const uint8_t *x) {
 /* Where the numbers of a tile lie, as it is walked block by block. */
 typedef struct {
     const uint8_t *next, *scales, *minima, *sub_scales, *sub_minima, *planes;
+    long left; /* blocks that these scales still serve */
 } cursor;
 
-INLINE void advance(const piece *p, int code, long block, cursor *c) {
+INLINE void advance(const piece *p, int code, cursor *c) {
     int head = p->scale == SCALE32 ? 4 * TILE : 2 * TILE, subs = is_halved(code) ? 2 * TILE : TILE;
-    if (p->scale != UNSCALED && block % p->super_blocks == 0) {
+    if (p->scale != UNSCALED && c->left-- == 0) {
+        c->left = p->super_blocks - 1;
         c->scales = c->next;
         c->next += head;
         if (p->has_minimum) {
@@ -328,104 +344,109 @@ INLINE const uint8_t *vector_planes(const piece *p, const cursor *c, int v) {
 
 /* ---- the products: `vectors` of a pair of tiles from `v0` on, for rows `r0` to `r0 + rows`; all constants but r0 ---- */
 
+/* A block, or where halves have scales of their own the half of it: its sums of products times scales. */
+INLINE void integer_sums(const piece *p, int code, const cursor *c, const uint8_t *x, int half, int rows, int v0,
+                         int vectors, floats sums[ROWS][PAIR]) {
+    int is_signed = SIGNED_CODES && is_eight(code), halved = is_halved(code);
+    int zero = p->zero - (is_signed ? 128 : 0), first = 4 * half, last = halved ? first + 4 : STEPS;
+    const float *numbers = (const float *)(x + rows * BLOCK), *x_scales = numbers;
+    const int32_t *x_sums = (const int32_t *)numbers + rows * (halved ? 3 + half : 1);
+    const float *totals = numbers + rows * (halved ? 5 + half : 2);
+    ints whole[ROWS][PAIR];
+    partial part[ROWS][PAIR];
+    UNROLLED for (int r = 0; r < rows; r++) {
+        ints start = {};
+        if (zero) start = broadcast_int(x_sums[r]) * -zero;
+        UNROLLED for (int v = 0; v < vectors; v++) {
+            whole[r][v] = start;
+            if (RESTARTS) part[r][v] = (partial){};
+            else part[r][v] = (partial)start;
+        }
+    }
+    UNROLLED for (int s = first; s < last; s++) {
+        bytes w[PAIR];
+        UNROLLED for (int v = 0; v < vectors; v++) {
+            w[v] = step_codes(code, vector_planes(p, c, v0 + v), s, p->values);
+            if (is_signed) w[v] ^= 0x80;
+        }
+        UNROLLED for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, x + r * BLOCK + s * STEP, sizeof four);
+            UNROLLED for (int v = 0; v < vectors; v++) part[r][v] = dot(part[r][v], w[v], four, is_signed);
+        }
+        if (RESTARTS && ((s - first + 1) % steps_in_16_bits(code) == 0 || s + 1 == last))
+            UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) {
+                whole[r][v] = flush(whole[r][v], part[r][v]);
+                part[r][v] = (partial){};
+            }
+    }
+    UNROLLED for (int v = 0; v < vectors; v++) {
+        floats scale = scale_of(p, c, v0 + v, half);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            ints sum = RESTARTS ? whole[r][v] : flush(whole[r][v], part[r][v]);
+            sums[r][v] += __builtin_convertvector(sum, floats) * (scale * broadcast(x_scales[r]));
+        }
+        if (p->has_minimum) {
+            floats minimum = minimum_of(p, c, v0 + v, half);
+            UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += minimum * broadcast(totals[r]);
+        }
+    }
+}
+
 INLINE void integer_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
                          int vectors, floats out[ROWS][PAIR]) {
     long blocks = t->in_size / BLOCK;
     const uint8_t *x = t->integers + r0 * blocks * INTEGER_BYTES;
-    int is_signed = SIGNED_CODES && is_eight(code), halved = is_halved(code);
-    int zero = p->zero - (is_signed ? 128 : 0);
     floats sums[ROWS][PAIR];
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sums[r][v] = (floats){};
     cursor c = {tile};
     for (long b = 0; b < blocks; b++, x += rows * INTEGER_BYTES) {
-        const float *numbers = (const float *)(x + rows * BLOCK), *x_scales = numbers;
-        advance(p, code, b, &c);
-        for (int half = 0; half < (halved ? 2 : 1); half++) {
-            int first = halved ? 4 * half : 0, last = halved ? first + 4 : STEPS;
-            const int32_t *x_sums = (const int32_t *)numbers + rows * (halved ? 3 + half : 1);
-            const float *totals = numbers + rows * (halved ? 5 + half : 2);
-            ints whole[ROWS][PAIR];
-            partial part[ROWS][PAIR];
-            UNROLLED for (int r = 0; r < rows; r++) {
-                ints start = {};
-                if (zero) start = broadcast_int(x_sums[r]) * -zero;
-                UNROLLED for (int v = 0; v < vectors; v++) {
-                    whole[r][v] = start;
-                    if (RESTARTS) part[r][v] = (partial){};
-                    else part[r][v] = (partial)start;
-                }
-            }
-            UNROLLED for (int s = first; s < last; s++) {
-                bytes w[PAIR];
-                UNROLLED for (int v = 0; v < vectors; v++) {
-                    w[v] = step_codes(code, vector_planes(p, &c, v0 + v), s, p->values);
-                    if (is_signed) w[v] ^= 0x80;
-                }
-                UNROLLED for (int r = 0; r < rows; r++) {
-                    int32_t four;
-                    memcpy(&four, x + r * BLOCK + s * STEP, sizeof four);
-                    UNROLLED for (int v = 0; v < vectors; v++) part[r][v] = dot(part[r][v], w[v], four, is_signed);
-                }
-                if (RESTARTS && ((s - first + 1) % steps_in_16_bits(code) == 0 || s + 1 == last))
-                    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) {
-                        whole[r][v] = flush(whole[r][v], part[r][v]);
-                        part[r][v] = (partial){};
-                    }
-            }
-            UNROLLED for (int v = 0; v < vectors; v++) {
-                floats scale = scale_of(p, &c, v0 + v, half);
-                UNROLLED for (int r = 0; r < rows; r++) {
-                    ints sum = RESTARTS ? whole[r][v] : flush(whole[r][v], part[r][v]);
-                    sums[r][v] += __builtin_convertvector(sum, floats) * (scale * broadcast(x_scales[r]));
-                }
-                if (p->has_minimum) {
-                    floats minimum = minimum_of(p, &c, v0 + v, half);
-                    UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += minimum * broadcast(totals[r]);
-                }
-            }
-        }
+        advance(p, code, &c);
+        integer_sums(p, code, &c, x, 0, rows, v0, vectors, sums);
+        if (is_halved(code)) integer_sums(p, code, &c, x, 1, rows, v0, vectors, sums);
     }
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) out[r][v0 + v] = sums[r][v];
+}
+
+/* As `integer_sums`, with inputs as they are. */
+INLINE void exact_sums(const piece *p, int code, const cursor *c, const float *x, int half, int rows, int v0, int vectors,
+                       floats sums[ROWS][PAIR]) {
+    int halved = is_halved(code), first = 4 * half, last = halved ? first + 4 : STEPS;
+    const float *totals = x + rows * (BLOCK + (halved ? 1 + half : 0));
+    floats part[ROWS][PAIR];
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) part[r][v] = (floats){};
+    UNROLLED for (int s = first; s < last; s++) {
+        bytes w[PAIR];
+        UNROLLED for (int v = 0; v < vectors; v++) w[v] = step_codes(code, vector_planes(p, c, v0 + v), s, p->values);
+        UNROLLED for (int j = 0; j < STEP; j++) {
+            floats wide[PAIR];
+            UNROLLED for (int v = 0; v < vectors; v++)
+                wide[v] = __builtin_convertvector((ints)((words)w[v] >> 8 * j & 255) - p->zero, floats);
+            UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
+                part[r][v] += wide[v] * broadcast(x[r * BLOCK + s * STEP + j]);
+        }
+    }
+    UNROLLED for (int v = 0; v < vectors; v++) {
+        floats scale = scale_of(p, c, v0 + v, half);
+        UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += scale * part[r][v];
+        if (p->has_minimum) {
+            floats minimum = minimum_of(p, c, v0 + v, half);
+            UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += minimum * broadcast(totals[r]);
+        }
+    }
 }
 
 INLINE void exact_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
                        int vectors, floats out[ROWS][PAIR]) {
     long blocks = t->in_size / BLOCK;
     const uint8_t *x = t->floats + r0 * blocks * FLOAT_BYTES;
-    int halved = is_halved(code);
     floats sums[ROWS][PAIR];
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sums[r][v] = (floats){};
     cursor c = {tile};
     for (long b = 0; b < blocks; b++, x += rows * FLOAT_BYTES) {
-        const float *values = (const float *)x;
-        advance(p, code, b, &c);
-        for (int half = 0; half < (halved ? 2 : 1); half++) {
-            int first = halved ? 4 * half : 0, last = halved ? first + 4 : STEPS;
-            const float *totals = values + rows * (BLOCK + (halved ? 1 + half : 0));
-            floats part[ROWS][PAIR];
-            UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) part[r][v] = (floats){};
-            UNROLLED for (int s = first; s < last; s++) {
-                bytes w[PAIR];
-                UNROLLED for (int v = 0; v < vectors; v++)
-                    w[v] = step_codes(code, vector_planes(p, &c, v0 + v), s, p->values);
-                UNROLLED for (int j = 0; j < STEP; j++) {
-                    floats wide[PAIR];
-                    UNROLLED for (int v = 0; v < vectors; v++)
-                        wide[v] = __builtin_convertvector((ints)((words)w[v] >> 8 * j & 255) - p->zero, floats);
-                    UNROLLED for (int r = 0; r < rows; r++)
-                        UNROLLED for (int v = 0; v < vectors; v++)
-                            part[r][v] += wide[v] * broadcast(values[r * BLOCK + s * STEP + j]);
-                }
-            }
-            UNROLLED for (int v = 0; v < vectors; v++) {
-                floats scale = scale_of(p, &c, v0 + v, half);
-                UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += scale * part[r][v];
-                if (p->has_minimum) {
-                    floats minimum = minimum_of(p, &c, v0 + v, half);
-                    UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += minimum * broadcast(totals[r]);
-                }
-            }
-        }
+        advance(p, code, &c);
+        exact_sums(p, code, &c, (const float *)x, 0, rows, v0, vectors, sums);
+        if (is_halved(code)) exact_sums(p, code, &c, (const float *)x, 1, rows, v0, vectors, sums);
     }
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) out[r][v0 + v] = sums[r][v];
 }
@@ -434,13 +455,14 @@ INLINE void float_tile(const product *t, const piece *p, int code, const uint8_t
                        int vectors, floats out[ROWS][PAIR]) {
     long blocks = t->in_size / BLOCK, width = plane_bytes(code) / BLOCK;
     const uint8_t *x = t->floats + r0 * blocks * FLOAT_BYTES;
+    int scaled = code == E4M3 || code == E5M2;
     floats sums[ROWS][PAIR], part[ROWS][PAIR];
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
         sums[r][v] = part[r][v] = (floats){};
     cursor c = {tile};
     for (long b = 0; b < blocks; b++, x += rows * FLOAT_BYTES) {
         const float *values = (const float *)x;
-        advance(p, code, b, &c);
+        advance(p, code, &c);
         _Pragma("GCC unroll 4") for (int i = 0; i < BLOCK; i++) {
             floats w[PAIR];
             UNROLLED for (int v = 0; v < vectors; v++)
@@ -448,7 +470,7 @@ INLINE void float_tile(const product *t, const piece *p, int code, const uint8_t
             UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
                 part[r][v] += w[v] * broadcast(values[r * BLOCK + i]);
         }
-        if (p->scale != UNSCALED)
+        if (scaled)
             UNROLLED for (int v = 0; v < vectors; v++) {
                 floats scale = scale_of(p, &c, v0 + v, 0);
                 UNROLLED for (int r = 0; r < rows; r++) {
@@ -458,7 +480,7 @@ INLINE void float_tile(const product *t, const piece *p, int code, const uint8_t
             }
     }
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
-        out[r][v0 + v] = p->scale == UNSCALED ? part[r][v] : sums[r][v];
+        out[r][v0 + v] = scaled ? sums[r][v] : part[r][v];
 }
 
 /* ---- one tile for a block of rows ---- */
@@ -684,7 +706,7 @@ int packed_product(const void *x, const piece *pieces, long num_pieces, const vo
 /* Bytes of a tile, so that Python need not know the layout. */
 long packed_tile_bytes(const piece *p, long in_size) {
     cursor c = {0};
-    for (long b = 0; b < in_size / BLOCK; b++) advance(p, p->code, b, &c);
+    for (long b = 0; b < in_size / BLOCK; b++) advance(p, p->code, &c);
     return (long)c.next;
 }
 
@@ -733,7 +755,7 @@ void pack_tiles(const piece *p, const uint8_t *codes, const uint8_t *scales, con
         long o = tile * TILE, outputs = rows - o < TILE ? rows - o : TILE;
         cursor c = {tiles + tile * p->tile_bytes};
         for (long b = 0; b < blocks; b++) {
-            advance(p, p->code, b, &c);
+            advance(p, p->code, &c);
             if (p->scale != UNSCALED && b % p->super_blocks == 0) {
                 long at = (o * supers + b / p->super_blocks) * number;
                 pack_numbers(scales + at, number, supers, outputs, c.scales);
@@ -757,7 +779,7 @@ static void unpack_row(const piece *p, long output, long in_size, float *row) {
     long width = plane_bytes(code) / BLOCK;
     cursor c = {p->data + output / TILE * p->tile_bytes};
     for (long b = 0; b < in_size / BLOCK; b++) {
-        advance(p, code, b, &c);
+        advance(p, code, &c);
         for (int half = 0; half < 2; half++) {
             float scale = 1, minimum = 0;
             if (p->scale != UNSCALED) scale = scale_of(p, &c, v, halved ? half : 0)[lane % LANES];
