@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cascade_llm.device.cpu_levels import CpuLevel
 
-__all__ = ["BLOCKED", "PARALLEL", "SAMPLER", "NativeUnit", "attention_unit", "ops_unit", "units_of_wheel"]
+__all__ = ["BLOCKED", "PACKED", "PARALLEL", "SAMPLER", "NativeUnit", "attention_unit", "ops_unit", "units_of_wheel"]
 
 PACKAGE = Path(__file__).parent.parent
 ELEMENTS = ("float32", "bfloat16")
@@ -60,6 +60,7 @@ class NativeUnit:
 
 PARALLEL = NativeUnit("device/parallel.c", ("cascade_parallel_for",))
 SAMPLER = NativeUnit("sampling/native_sampler.c", ("scratch_len", "sample_rows", "draw_rows"))
+PACKED = NativeUnit("weights/packed_product.c", ("packed_product", "packed_tile_bytes", "pack_tiles", "packed_rows"))
 BLOCKED = NativeUnit("weights/blocked.c", ("blocked_product",), flag="avx512_bf16")
 
 
@@ -81,7 +82,7 @@ def ops_unit(element: str) -> NativeUnit:
 
 def units_of_wheel() -> Iterator[NativeUnit]:
     """All that a library of the wheel holds, as far as its level has the instructions."""
-    yield from (PARALLEL, SAMPLER, BLOCKED)
+    yield from (PARALLEL, SAMPLER, PACKED, BLOCKED)
     for element in ELEMENTS:
         yield ops_unit(element)
         yield from (attention_unit(element, head_dim) for head_dim in WHEEL_HEAD_DIMS)

@@ -11,7 +11,7 @@ from cascade_llm.device.devices import resolve_device, resolve_dtype
 from cascade_llm.loader.stored_types import StoredType, stored_types
 from cascade_llm.models.architectures import ARCHITECTURES
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat, WeightOptions
-from cascade_llm.weights.select import allocate_matrix
+from cascade_llm.weights.select import build_matrix
 
 __all__ = ["TypeSupport", "held_matrix", "weight_support"]
 
@@ -60,10 +60,7 @@ def weight_support(dtype: str = "auto", device: str = "auto") -> Iterator[TypeSu
 def held_matrix(stored: StoredTensor, options: WeightOptions) -> WeightFormat:
     """A matrix [out, in] in the format that the options give it, ready to multiply."""
     spec = MatrixSpec("example", stored.shape[1], {"example": stored.shape[0]}, options)
-    matrix = allocate_matrix(spec)
-    matrix.load("example", stored)
-    matrix.pack()
-    return matrix
+    return build_matrix(spec, {"example": stored})
 
 
 def _support(stored_type: StoredType, options: WeightOptions) -> TypeSupport:

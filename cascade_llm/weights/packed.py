@@ -78,7 +78,7 @@ class Packed(WeightFormat):
         ids = ids.contiguous()
         rows = torch.empty(len(ids), self.spec.in_features, dtype=self.spec.options.dtype)
         ((_, pieces),) = self._groups
-        self._kernels.packed_rows(
+        self._kernels.rows(
             pieces,
             ids.data_ptr(),
             len(ids),
@@ -103,7 +103,7 @@ class Packed(WeightFormat):
     def _multiply(self, x: torch.Tensor, pieces: Any, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         """Write the outputs of these pieces to their columns of y."""
         rows, in_features = x.shape
-        failed = self._kernels.packed_product(
+        failed = self._kernels.product(
             x.data_ptr(),
             pieces,
             len(pieces),
@@ -192,7 +192,7 @@ def _piece_of(layout: CodeLayout, num_rows: int, in_features: int, first_output:
     )
     for index, value in enumerate(layout.values or ()):
         piece.values[index] = value + 128
-    piece.tile_bytes = packed_kernels().packed_tile_bytes(piece, in_features)
+    piece.tile_bytes = packed_kernels().tile_bytes(piece, in_features)
     return piece
 
 

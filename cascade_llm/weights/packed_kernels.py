@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
+from dataclasses import dataclass
 
-from cascade_llm.device.c_compiler import compile_library
+from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_units import PACKED
 from cascade_llm.errors import BackendError
 
-__all__ = ["CODE_NUMBERS", "SCALE_NUMBERS", "Piece", "packed_kernels", "reason_against_packed"]
+__all__ = ["CODE_NUMBERS", "SCALE_NUMBERS", "PackedKernels", "Piece", "packed_kernels", "reason_against_packed"]
 
-SOURCE = Path(__file__).with_name("packed_product.c")
-FUNCTIONS = ("packed_product", "packed_tile_bytes", "pack_tiles", "packed_rows")
 TABLE = "table"
 CODES = ("u2", "u3", "u4", "u5", "u6", "u8", TABLE, "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float32")
 CODE_NUMBERS = {name: number for number, name in enumerate(CODES)}
@@ -40,6 +39,16 @@ class Piece(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class PackedKernels:
+    """The functions of the C file."""
+
+    product: NativeFunction
+    tile_bytes: NativeFunction
+    pack_tiles: NativeFunction
+    rows: NativeFunction
+
+
 def reason_against_packed() -> str | None:
     """Why there are no kernels here, or None."""
     try:
@@ -50,20 +59,22 @@ def reason_against_packed() -> str | None:
 
 
 @functools.cache
-def packed_kernels() -> ctypes.CDLL:
-    """The library, compiled once per machine in some seconds.
+def packed_kernels() -> PackedKernels:
+    """The functions, of the library that serves this processor.
 
     Raises:
-        BackendError: the machine cannot compile or load it
+        BackendError: there is none, and none can be compiled
     """
-    library = compile_library(SOURCE, (), FUNCTIONS)
+    functions = native_functions(PACKED)
     piece = ctypes.POINTER(Piece)
-    library.packed_product.argtypes = (_pointer, piece, _long, _pointer, _pointer, *[_long] * 3, *[_int] * 3)
-    library.packed_product.restype = _int
-    library.packed_tile_bytes.argtypes = (piece, _long)
-    library.packed_tile_bytes.restype = _long
-    library.pack_tiles.argtypes = (piece, *[_pointer] * 5, _long, _long, _pointer, _int)
-    library.pack_tiles.restype = None
-    library.packed_rows.argtypes = (piece, _pointer, _long, _long, _pointer, _int, _int)
-    library.packed_rows.restype = None
-    return library
+    product, tile_bytes = functions["packed_product"], functions["packed_tile_bytes"]
+    product.argtypes = (_pointer, piece, _long, _pointer, _pointer, *[_long] * 3, *[_int] * 3)
+    product.restype = _int
+    tile_bytes.argtypes = (piece, _long)
+    tile_bytes.restype = _long
+    pack_tiles, rows = functions["pack_tiles"], functions["packed_rows"]
+    pack_tiles.argtypes = (piece, *[_pointer] * 5, _long, _long, _pointer, _int)
+    pack_tiles.restype = None
+    rows.argtypes = (piece, _pointer, _long, _long, _pointer, _int, _int)
+    rows.restype = None
+    return PackedKernels(product, tile_bytes, pack_tiles, rows)

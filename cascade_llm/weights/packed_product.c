@@ -27,6 +27,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "parallel.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -663,20 +665,43 @@ static void prepare_group(const product *t, const void *x, long group, uint8_t *
 static long num_pairs(const piece *p) { return (p->num_outputs + 2 * TILE - 1) / (2 * TILE); }
 
 /* A pass over the weights takes as many rows as stay in the second-level cache. */
-enum { PASS_BYTES = 512 << 10, CHUNKS_PER_THREAD = 8 };
+enum {
+    PASS_BYTES = 512 << 10,
+    CHUNKS_PER_THREAD = 8,
+    SPREAD_FROM = 65536 /* values, from which a loop over them is worth another thread */
+};
 
-static void pass(const product *t, long first_group, long last_group, int threads) {
+typedef struct {
+    const product *product;
+    long first_group, last_group, pairs, chunks;
+} pass;
+
+static void pass_chunk(void *task, long chunk) {
+    const pass *s = task;
+    const product *t = s->product;
+    long pair = part_begin(s->pairs, chunk, s->chunks), end = part_begin(s->pairs, chunk + 1, s->chunks), before = 0;
+    for (const piece *p = t->pieces; pair < end; before += num_pairs(p), p++)
+        for (; pair < end && pair - before < num_pairs(p); pair++)
+            PRODUCTS[p->code](t, p, 2 * (pair - before), s->first_group, s->last_group);
+}
+
+static void multiply_groups(const product *t, long first_group, long last_group, int threads) {
     long pairs = 0;
     for (long i = 0; i < t->num_pieces; i++) pairs += num_pairs(t->pieces + i);
     long chunks = threads == 1 ? 1 : threads * CHUNKS_PER_THREAD;
-    if (chunks > pairs) chunks = pairs;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (long chunk = 0; chunk < chunks; chunk++) {
-        long pair = pairs * chunk / chunks, end = pairs * (chunk + 1) / chunks, before = 0;
-        for (const piece *p = t->pieces; pair < end; before += num_pairs(p), p++)
-            for (; pair < end && pair - before < num_pairs(p); pair++)
-                PRODUCTS[p->code](t, p, 2 * (pair - before), first_group, last_group);
-    }
+    pass s = {t, first_group, last_group, pairs, chunks < pairs ? chunks : pairs};
+    parallel_for(pass_chunk, &s, s.chunks, threads);
+}
+
+typedef struct {
+    const product *product;
+    const void *x;
+    uint8_t *integers, *wide;
+} preparation;
+
+static void prepare(void *task, long group) {
+    const preparation *s = task;
+    prepare_group(s->product, s->x, group, s->integers, s->wide);
 }
 
 /* y [rows, y_stride] = x [rows, in_size] Wᵀ + bias, all contiguous and float32 or bfloat16; in_size is a multiple of 32.
@@ -690,15 +715,15 @@ int packed_product(const void *x, const piece *pieces, long num_pieces, const vo
     uint8_t *memory = aligned_alloc(64, (size + 63) / 64 * 64);
     if (!memory) return 1;
     uint8_t *integers = quantizes ? memory : 0;
-    uint8_t *floats = widens ? memory + quantizes * rows * blocks * INTEGER_BYTES : 0;
-    product t = {pieces, num_pieces, rows, in_size, y_stride, integers, floats, bias, y, is_bfloat16};
+    uint8_t *wide = widens ? memory + quantizes * rows * blocks * INTEGER_BYTES : 0;
+    product t = {pieces, num_pieces, rows, in_size, y_stride, integers, wide, bias, y, is_bfloat16};
     long at_once = PASS_BYTES / (blocks * (widens ? FLOAT_BYTES : INTEGER_BYTES));
     if (at_once < 4 * ROWS) at_once = 4 * ROWS;
     long groups = (rows + ROWS - 1) / ROWS, groups_at_once = at_once / ROWS;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * in_size > 65536)
-    for (long group = 0; group < groups; group++) prepare_group(&t, x, group, integers, floats);
+    preparation s = {&t, x, integers, wide};
+    parallel_for(prepare, &s, groups, rows * in_size > SPREAD_FROM ? threads : 1);
     for (long group = 0; group < groups; group += groups_at_once)
-        pass(&t, group, group + groups_at_once < groups ? group + groups_at_once : groups, threads);
+        multiply_groups(&t, group, group + groups_at_once < groups ? group + groups_at_once : groups, threads);
     free(memory);
     return 0;
 }
@@ -741,75 +766,102 @@ static void pack_numbers(const uint8_t *numbers, long width, long stride, long o
     for (long o = 0; o < outputs; o++) memcpy((uint8_t *)target + o * width, numbers + o * stride * width, width);
 }
 
+typedef struct {
+    const piece *piece;
+    const uint8_t *codes, *scales, *minima, *sub_scales, *sub_minima;
+    long rows, in_size;
+    uint8_t *tiles;
+} packing;
+
+static void pack_tile(void *task, long tile) {
+    const packing *s = task;
+    const piece *p = s->piece;
+    long blocks = s->in_size / BLOCK, per_block = is_halved(p->code) ? 2 : 1, subs = blocks * per_block;
+    long supers = (blocks + p->super_blocks - 1) / p->super_blocks, number = p->scale == SCALE32 ? 4 : 2;
+    long width = p->code >= BFLOAT16 ? plane_bytes(p->code) / BLOCK / TILE : 1;
+    long o = tile * TILE, outputs = s->rows - o < TILE ? s->rows - o : TILE;
+    cursor c = {s->tiles + tile * p->tile_bytes};
+    for (long b = 0; b < blocks; b++) {
+        advance(p, p->code, &c);
+        if (p->scale != UNSCALED && b % p->super_blocks == 0) {
+            long at = (o * supers + b / p->super_blocks) * number;
+            pack_numbers(s->scales + at, number, supers, outputs, c.scales);
+            if (p->has_minimum) pack_numbers(s->minima + at, number, supers, outputs, c.minima);
+        }
+        for (long half = 0; p->scale == SUB && half < per_block; half++) {
+            long at = o * subs + b * per_block + half;
+            pack_numbers(s->sub_scales + at, 1, subs, outputs, c.sub_scales + half * TILE);
+            if (p->has_minimum) pack_numbers(s->sub_minima + at, 1, subs, outputs, c.sub_minima + half * TILE);
+        }
+        const uint8_t *block = s->codes + (o * s->in_size + b * BLOCK) * width;
+        if (p->code >= BFLOAT16) pack_floats(p->code, block, s->in_size, outputs, (uint8_t *)c.planes);
+        else pack_planes(p->code, block, s->in_size, outputs, (uint8_t *)c.planes);
+    }
+}
+
 /* Write the tiles of `rows` outputs, whose first is a multiple of 16, to `tiles`. Codes [rows, in_size]; scales and
  * minima [rows, supers] in the dtype of their kind; sub-scales and sub-minima [rows, groups] int8. */
 void pack_tiles(const piece *p, const uint8_t *codes, const uint8_t *scales, const uint8_t *minima,
                 const uint8_t *sub_scales, const uint8_t *sub_minima, long rows, long in_size, uint8_t *tiles,
                 int threads) {
-    long blocks = in_size / BLOCK, per_block = is_halved(p->code) ? 2 : 1, subs = blocks * per_block;
-    long supers = p->scale == UNSCALED ? 0 : (blocks + p->super_blocks - 1) / p->super_blocks;
-    long number = p->scale == SCALE32 ? 4 : 2;
-    long width = p->code >= BFLOAT16 ? plane_bytes(p->code) / BLOCK / TILE : 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (long tile = 0; tile < (rows + TILE - 1) / TILE; tile++) {
-        long o = tile * TILE, outputs = rows - o < TILE ? rows - o : TILE;
-        cursor c = {tiles + tile * p->tile_bytes};
-        for (long b = 0; b < blocks; b++) {
-            advance(p, p->code, &c);
-            if (p->scale != UNSCALED && b % p->super_blocks == 0) {
-                long at = (o * supers + b / p->super_blocks) * number;
-                pack_numbers(scales + at, number, supers, outputs, c.scales);
-                if (p->has_minimum) pack_numbers(minima + at, number, supers, outputs, c.minima);
+    packing s = {p, codes, scales, minima, sub_scales, sub_minima, rows, in_size, tiles};
+    parallel_for(pack_tile, &s, (rows + TILE - 1) / TILE, threads);
+}
+
+/* One output's way through its tile. */
+typedef struct {
+    cursor tile;
+    int lane;
+} row_cursor;
+
+static row_cursor row_start(const piece *p, long output) {
+    return (row_cursor){{p->data + output / TILE * p->tile_bytes}, (int)(output % TILE)};
+}
+
+/* The weights of the output's next block, float32. */
+static void unpack_block(const piece *p, row_cursor *c, float *values) {
+    int v = c->lane / LANES, lane = c->lane % LANES, code = p->code, halved = is_halved(code);
+    long width = plane_bytes(code) / BLOCK;
+    advance(p, code, &c->tile);
+    for (int half = 0; half < 2; half++) {
+        floats scale = broadcast(1), minimum = {};
+        if (p->scale != UNSCALED) scale = scale_of(p, &c->tile, v, halved ? half : 0);
+        if (p->has_minimum) minimum = minimum_of(p, &c->tile, v, halved ? half : 0);
+        for (int i = half * BLOCK / 2; i < (half + 1) * BLOCK / 2; i++) {
+            float value;
+            if (code >= BFLOAT16) {
+                value = load_float_codes(code, c->tile.planes + i * width + width / TILE * LANES * v)[lane];
+            } else {
+                bytes w = step_codes(code, c->tile.planes + 4 * LANES * v, i / STEP, p->values);
+                value = (float)(w[lane * STEP + i % STEP] - p->zero);
             }
-            for (long half = 0; p->scale == SUB && half < per_block; half++) {
-                long at = o * subs + b * per_block + half;
-                pack_numbers(sub_scales + at, 1, subs, outputs, c.sub_scales + half * TILE);
-                if (p->has_minimum) pack_numbers(sub_minima + at, 1, subs, outputs, c.sub_minima + half * TILE);
-            }
-            const uint8_t *block = codes + (o * in_size + b * BLOCK) * width;
-            if (p->code >= BFLOAT16) pack_floats(p->code, block, in_size, outputs, (uint8_t *)c.planes);
-            else pack_planes(p->code, block, in_size, outputs, (uint8_t *)c.planes);
+            values[i] = value * scale[lane] + minimum[lane];
         }
     }
 }
 
-/* The weights of one output, a row of float32 [in_size]: what an embedding looks up. */
-static void unpack_row(const piece *p, long output, long in_size, float *row) {
-    int lane = output % TILE, v = lane / LANES, code = p->code, halved = is_halved(code);
-    long width = plane_bytes(code) / BLOCK;
-    cursor c = {p->data + output / TILE * p->tile_bytes};
-    for (long b = 0; b < in_size / BLOCK; b++) {
-        advance(p, code, &c);
-        for (int half = 0; half < 2; half++) {
-            float scale = 1, minimum = 0;
-            if (p->scale != UNSCALED) scale = scale_of(p, &c, v, halved ? half : 0)[lane % LANES];
-            if (p->has_minimum) minimum = minimum_of(p, &c, v, halved ? half : 0)[lane % LANES];
-            for (int i = half * BLOCK / 2; i < (half + 1) * BLOCK / 2; i++) {
-                float value;
-                if (code >= BFLOAT16) {
-                    value = load_float_codes(code, c.planes + i * width + width / TILE * LANES * v)[lane % LANES];
-                } else {
-                    bytes w = step_codes(code, c.planes + 4 * LANES * v, i / STEP, p->values);
-                    value = (float)(w[lane % LANES * STEP + i % STEP] - p->zero);
-                }
-                row[b * BLOCK + i] = value * scale + minimum;
-            }
-        }
+typedef struct {
+    const piece *piece;
+    const int64_t *ids;
+    long in_size;
+    void *rows;
+    int is_bfloat16;
+} lookup_task;
+
+static void look_up(void *task, long i) {
+    const lookup_task *s = task;
+    row_cursor c = row_start(s->piece, s->ids[i]);
+    for (long at = i * s->in_size; at < (i + 1) * s->in_size; at += BLOCK) {
+        float block[BLOCK];
+        unpack_block(s->piece, &c, block);
+        if (!s->is_bfloat16) memcpy((float *)s->rows + at, block, sizeof block);
+        else
+            for (long j = 0; j < BLOCK; j++) ((uint16_t *)s->rows)[at + j] = to_bfloat16(block[j]);
     }
 }
 
 /* Rows [count, in_size] of float32 or bfloat16, by int64 ids below the outputs of the piece. */
 void packed_rows(const piece *p, const int64_t *ids, long count, long in_size, void *rows, int is_bfloat16, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count * in_size > 65536)
-    for (long i = 0; i < count; i++) {
-        if (!is_bfloat16) {
-            unpack_row(p, ids[i], in_size, (float *)rows + i * in_size);
-            continue;
-        }
-        float *wide = malloc(in_size * sizeof *wide);
-        uint16_t *row = (uint16_t *)rows + i * in_size;
-        unpack_row(p, ids[i], in_size, wide);
-        for (long j = 0; j < in_size; j++) row[j] = to_bfloat16(wide[j]);
-        free(wide);
-    }
+    lookup_task s = {p, ids, in_size, rows, is_bfloat16};
+    parallel_for(look_up, &s, count, count * in_size > SPREAD_FROM ? threads : 1);
 }
