@@ -46,7 +46,8 @@ def llm(tiny: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def smollm2() -> Iterator[LLM]:
-    with LLM("smollm2", dtype="float32", max_num_seqs=32, kv_cache_bytes=500_000_000) as llm:
+    options = {"dtype": "float32", "exact_activations": True, "max_num_seqs": 32, "kv_cache_bytes": 500_000_000}
+    with LLM("smollm2", **options) as llm:
         yield llm
 
 

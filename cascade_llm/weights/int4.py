@@ -15,8 +15,8 @@ LAYOUT = CodeLayout("u4", zero=MIDDLE_CODE, group_len=GROUP_LEN, has_minimum=Tru
 
 
 def quantized(stored: StoredTensor) -> StoredTensor:
-    """The nearest int4 tensor to a plain one; one that is quantized already stays as it is."""
-    if stored.codes is not None:
+    """The nearest int4 tensor to a plain one; one that is quantized already, or is no groups, stays as it is."""
+    if stored.codes is not None or stored.shape[1] % GROUP_LEN:
         return stored
     return StoredTensor("int4", stored.shape, stored.data, lambda rows: _codes_of(rows).dequantized(), _codes_of)
 

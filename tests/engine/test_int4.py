@@ -27,7 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompt_logprobs(folder: Path | str, prompts: Sequence[str | list[int]], **options: Any) -> torch.Tensor:
     """Log-probabilities of all prompt tokens but the first of each."""
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
-    with tiny_llm(folder, dtype="bfloat16", max_num_seqs=4, enable_prefix_caching=False, **options) as llm:
+    options = {"dtype": "bfloat16", "max_num_seqs": 4, "enable_prefix_caching": False, **options}
+    with tiny_llm(folder, **options) as llm:
         outputs = llm.generate(list(prompts), params)
     return torch.tensor([token.logprob for output in outputs for token in output.prompt_logprobs or () if token])
 
@@ -45,27 +46,24 @@ def test_steps_of_few_rows_and_of_many_compute_with_the_same_quantized_weights(f
     assert mean_difference(few, many) < 0.5 * mean_difference(many, dense)
 
 
-def test_a_checkpoint_of_q4_1_blocks_loses_next_to_nothing() -> None:
+def test_blocks_that_are_quantized_already_stay_as_they_are() -> None:
     options = {"max_model_len": 256, "kv_cache_bytes": 50_000_000, "debug": False}
-    few = prompt_logprobs("smollm2", [TEXT], quantization="int4", max_num_batched_tokens=8, **options)
-    dense = prompt_logprobs("smollm2", [TEXT], **options)
-    assert mean_difference(few, dense) < 0.12
-    assert abs(float((few - dense).mean())) < 0.03
+    rounded = prompt_logprobs("smollm2", [TEXT], quantization="int4", **options)
+    assert torch.equal(rounded, prompt_logprobs("smollm2", [TEXT], **options))
 
 
-@pytest.mark.parametrize(
-    ("options", "changes", "part"),
-    [
-        ({"dtype": "float32"}, FITTING, "dtype is float32"),
-        ({"dtype": "bfloat16"}, {}, "qkv has 48 inputs"),
-        ({"dtype": "bfloat16"}, {**FITTING, "intermediate_size": 72}, "down has 72 inputs"),
-    ],
-)
-def test_a_model_that_int4_cannot_serve_is_refused(
-    tmp_path: Path, options: dict[str, str], changes: dict[str, int], part: str
-) -> None:
-    with pytest.raises(ConfigError, match=part):
-        tiny_llm(save_tiny(tmp_path, **changes), quantization="int4", **options)
+def test_rounding_the_inputs_of_products_costs_little_and_can_be_left_out() -> None:
+    """Measured: 0.055 in the mean, where bfloat16 against float32 makes 0.033."""
+    options = {"max_model_len": 256, "kv_cache_bytes": 50_000_000, "debug": False, "dtype": "float32"}
+    rounded = prompt_logprobs("smollm2", [TEXT], **options)
+    exact = prompt_logprobs("smollm2", [TEXT], exact_activations=True, **options)
+    assert 0 < mean_difference(rounded, exact) < 0.11
+    assert abs(float((rounded - exact).mean())) < 0.03
+
+
+def test_a_matrix_whose_inputs_are_no_groups_stays_plain(tmp_path: Path) -> None:
+    with tiny_llm(save_tiny(tmp_path, hidden_size=48), quantization="int4", dtype="float32") as llm:
+        assert llm.generate([[5, 6]], SamplingParams(max_tokens=2, ignore_eos=True))[0]["token_ids"]
 
 
 def test_an_unknown_quantization_is_refused(folder: Path) -> None:

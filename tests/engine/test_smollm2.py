@@ -23,7 +23,8 @@ NUM_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM("smollm2", dtype="float32", max_num_seqs=8, max_model_len=1024, kv_cache_bytes=200_000_000) as llm:
+    options = {"max_num_seqs": 8, "max_model_len": 1024, "kv_cache_bytes": 200_000_000}
+    with LLM("smollm2", dtype="float32", exact_activations=True, **options) as llm:
         yield llm
 
 
