@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from cascade_llm.device.devices import thread_limit
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
 
 __all__ = ["Dense", "dense_values"]
@@ -33,7 +34,8 @@ class Dense(WeightFormat):
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows [n, in_features] of int64 `ids` [n]."""
-        return F.embedding(ids, self.values)
+        with thread_limit(1):  # torch's threads would spin after it, where ours have the next loop to share
+            return F.embedding(ids, self.values)
 
     @property
     def num_bytes(self) -> int:

@@ -94,9 +94,11 @@ class ModelRunner:
         prompt_logprobs = self._prompt_logprobs(plan, hidden)
         if not len(plan.sample_rows):
             return StepResult(step_id=plan.step_id, prompt_logprobs=prompt_logprobs)
-        rows = list(dict.fromkeys(plan.sample_rows))  # n samples of one prompt share a row
+        rows = sorted(set(plan.sample_rows))  # n samples of one prompt share a row
         place = {row: i for i, row in enumerate(rows)}
-        logits = self.decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
+        if len(rows) < len(hidden):  # a copy of all rows would wake torch's threads, whose spinning delays ours
+            hidden = hidden[torch.tensor(rows, device=hidden.device)]
+        logits = self.decoder.logits(hidden)
         sampled = self._sampler.sample(
             logits,
             plan.sample_lanes,
