@@ -7,7 +7,7 @@ import torch
 from cascade_llm.weights.codes import CodeLayout, Codes
 from cascade_llm.weights.format import StoredTensor
 
-__all__ = ["quantized"]
+__all__ = ["int4_codes", "quantized"]
 
 GROUP_LEN = 32
 MAX_CODE, MIDDLE_CODE = 15, 8
@@ -18,10 +18,10 @@ def quantized(stored: StoredTensor) -> StoredTensor:
     """The nearest int4 tensor to a plain one; one that is quantized already, or is no groups, stays as it is."""
     if stored.codes is not None or stored.shape[1] % GROUP_LEN:
         return stored
-    return StoredTensor("int4", stored.shape, stored.data, lambda rows: _codes_of(rows).dequantized(), _codes_of)
+    return StoredTensor("int4", stored.shape, stored.data, lambda rows: int4_codes(rows).dequantized(), int4_codes)
 
 
-def _codes_of(weight: torch.Tensor) -> Codes:
+def int4_codes(weight: torch.Tensor) -> Codes:
     """Of values [rows, inputs] of any float dtype; of two grids each group takes the one that comes closer."""
     groups = weight.float().view(len(weight), -1, GROUP_LEN)
     spanning, symmetric = (_codes(groups, *grid) for grid in (_spanning_grid(groups), _symmetric_grid(groups)))

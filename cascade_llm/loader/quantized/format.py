@@ -21,7 +21,7 @@ class QuantizedFormat(ABC):
     """A `quantization_config`, as far as it says how matrices are stored.
 
     Its constructor takes that mapping, and refuses what nobody implements before a tensor is looked at. Rounded
-    activations are no reason to refuse: they are kept exact here, which is closer to the model that was quantized.
+    activations are no reason to refuse: without that rounding a model is closer to the one that was quantized.
     """
 
     method: str

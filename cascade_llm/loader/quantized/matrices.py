@@ -39,7 +39,7 @@ def check_quantized(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsF
         quantized.grid(parts)
         parts.release(quantized.suffixes)
     if any(_suffix(name) in quantized.unread for name in homes):
-        log.info("the checkpoint rounds activations by scales of its own: they are kept exact here")
+        log.info("the checkpoint rounds activations by scales of its own: they are not read")
 
 
 def read_quantized(
