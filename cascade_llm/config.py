@@ -172,7 +172,7 @@ class EngineOptions:
     device: str = "auto"
     """auto | cpu | cuda | cuda:N"""
     num_threads: int | None = None
-    """CPU threads of a step; None leaves torch's own number."""
+    """CPU threads of a step; None: torch's own number, but no more than the physical cores of affinity and cgroup."""
     attention_backend: str = "auto"
     """auto | flashinfer | native | torch"""
     page_size: int = 16

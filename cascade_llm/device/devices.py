@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from cascade_llm.device.cpu_cores import usable_cores
 from cascade_llm.device.cpu_levels import levels_to_try
 from cascade_llm.errors import ConfigError
 
-__all__ = ["resolve_device", "resolve_dtype", "resolve_kv_dtype", "thread_limit"]
+__all__ = ["resolve_device", "resolve_dtype", "resolve_kv_dtype", "thread_count", "thread_limit"]
 
 KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 """Of pages alone."""
@@ -53,11 +55,16 @@ def resolve_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def thread_count(num_threads: int | None) -> int:
+    """Threads of a step: as asked; None is torch's own number, but no more than the cores that this process has."""
+    return num_threads or min(torch.get_num_threads(), _cores_at_start())
+
+
 @contextmanager
 def thread_limit(num_threads: int | None) -> Iterator[None]:
-    """Run with this many threads and restore the process's number: it belongs to the user."""
-    before = torch.get_num_threads()
-    if num_threads is None or num_threads == before:
+    """Run with `thread_count` threads and restore the process's number: it belongs to the user."""
+    before, num_threads = torch.get_num_threads(), thread_count(num_threads)
+    if num_threads == before:
         yield
         return
     torch.set_num_threads(num_threads)
@@ -65,6 +72,12 @@ def thread_limit(num_threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@functools.cache
+def _cores_at_start() -> int:
+    """A step asks, so the system is asked once."""
+    return usable_cores()
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.device.device_name import device_name
+from cascade_llm.device.devices import thread_count
 from cascade_llm.device.user_cache import cache_folder
 from cascade_llm.scheduler.cascade.calibration import (
     CalibrationFileError,
@@ -68,7 +69,7 @@ def calibration_key(spec: AttentionSpec, backend: str, num_threads: int | None =
     """What constants measured here, for attention of this kind, hold for."""
     return CalibrationKey(
         device=device_name(spec.device),
-        num_threads=num_threads or torch.get_num_threads(),
+        num_threads=thread_count(num_threads),
         backend=backend,
         dtype=str(spec.dtype).removeprefix("torch."),
         num_qo_heads=spec.num_qo_heads,

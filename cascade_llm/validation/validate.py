@@ -13,7 +13,14 @@ import torch
 
 from cascade_llm import __version__
 from cascade_llm.config import CascadeConfig, EngineOptions, ModelConfig
-from cascade_llm.device.devices import KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
+from cascade_llm.device.devices import (
+    KV_DTYPES,
+    resolve_device,
+    resolve_dtype,
+    resolve_kv_dtype,
+    thread_count,
+    thread_limit,
+)
 from cascade_llm.engine.tokenizer import load_tokenizer
 from cascade_llm.errors import ConfigError
 from cascade_llm.loader.checkpoint import Checkpoint
@@ -158,6 +165,6 @@ def _subject(checkpoint: Checkpoint, facts: WorkerFacts, options: EngineOptions,
         "attention_backend": facts.backend.name,
         "page_size": options.page_size,
         "cascade_max_levels": cascade.max_levels,
-        "num_threads": options.num_threads or torch.get_num_threads(),
+        "num_threads": thread_count(options.num_threads),
         "seed": seed,
     }
