@@ -135,7 +135,7 @@ def _scheme(group: Mapping[str, Any], stored_as: object) -> Scheme:
         raise unsupported(f"type={kind!r} in {stored_as}", INSTEAD)
     if bits != 8 and not (bits == 4 and is_packed):
         raise unsupported(f"num_bits={bits} of {kind} in {stored_as}", "4 and 8 bits packed and 8 bits are read")
-    strategy = weights.get("strategy") or ("tensor" if weights.get("group_size") is None else "group")
+    strategy = weights.get("strategy") or _implied_strategy(weights.get("group_size"))
     if strategy not in STRATEGIES:
         raise unsupported(f"strategy={strategy!r}", f"choose a checkpoint with one of {', '.join(STRATEGIES)}")
     group_len = number_of(weights, "group_size") if strategy == "group" else 1
@@ -144,6 +144,12 @@ def _scheme(group: Mapping[str, Any], stored_as: object) -> Scheme:
     block = block_shape(weights.get("block_structure"), "block_structure") if strategy == "block" else (1, 1)
     symmetric = weights.get("symmetric", True) is not False
     return Scheme(is_packed, kind == "float", bits, symmetric, strategy, group_len, block)
+
+
+def _implied_strategy(group_size: object) -> str:
+    if group_size is None:
+        return "tensor"
+    return "channel" if group_size == -1 else "group"
 
 
 def _shape(parts: MatrixParts, scheme: Scheme) -> tuple[int, int]:

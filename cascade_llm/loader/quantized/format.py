@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
-from cascade_llm.loader.quantized.grid import Grid, stored_matrix
+from cascade_llm.loader.quantized.grid import Grid, stored_matrix, unpaired
 from cascade_llm.loader.quantized.parts import MatrixParts
 from cascade_llm.weights.format import StoredTensor
 
@@ -94,6 +94,4 @@ def is_listed(name: str, entries: Iterable[str]) -> bool:
 def unpacked_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes of int32 words [rows, words], lowest bits first: uint8 [rows, words * 32 / bits]."""
     stored = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    if bits == 8:
-        return stored
-    return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(1)
+    return stored if bits == 8 else unpaired(stored)

@@ -14,7 +14,7 @@ import torch
 from cascade_llm.weights.codes import FLOAT_CODES, CodeLayout, Codes
 from cascade_llm.weights.format import StoredTensor
 
-__all__ = ["Grid", "groups_of", "integer_grid", "stored_matrix"]
+__all__ = ["Grid", "groups_of", "integer_grid", "stored_matrix", "unpaired"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +42,17 @@ class RowReader:
 
     def codes(self, rows: torch.Tensor) -> Codes:
         """Of rows, uint8 [rows, bytes of a row]."""
-        middle = self.num_inputs + 4 * self.num_groups
-        codes, scales, minima = rows[:, : self.num_inputs], rows[:, self.num_inputs : middle], rows[:, middle:]
+        is_paired, number = self.layout.code == "u4", _number_of(self.layout)
+        first = (self.num_inputs + 1) // 2 if is_paired else self.num_inputs
+        end = first + number.itemsize * self.num_groups
+        codes, scales, minima = rows[:, :first], rows[:, first:end], rows[:, end:]
+        if is_paired:
+            codes = unpaired(codes)[:, : self.num_inputs]
         return Codes(
             self.layout,
             codes.view(FLOAT_CODES.get(self.layout.code, torch.uint8)),
-            _floats(scales),
-            _floats(minima) if self.layout.has_minimum else None,
+            _copied(scales).view(number).float(),
+            _copied(minima).view(number).float() if self.layout.has_minimum else None,
             input_order=self.input_order,
         )
 
@@ -59,10 +63,14 @@ class RowReader:
 
 def stored_matrix(name: str, grid: Grid, codes: torch.Tensor) -> StoredTensor:
     """A matrix of `codes` [out, in], uint8 or a float of 8 bits, in the order of the inputs; `name`: its format."""
+    codes = codes.view(torch.uint8)
     if grid.input_order is not None:
-        codes = codes.view(torch.uint8)[:, grid.input_order]
+        codes = codes[:, grid.input_order]
+    if grid.layout.code == "u4":
+        codes = _paired(codes)
     numbers = [grid.scales] if grid.minima is None else [grid.scales, grid.minima]
-    data = torch.cat([codes.view(torch.uint8), *(_bytes(part) for part in numbers)], dim=1)
+    stored = (_copied(part.to(_number_of(grid.layout))).view(torch.uint8) for part in numbers)
+    data = torch.cat([codes, *stored], dim=1)
     reader = RowReader(grid.layout, grid.shape[1], grid.scales.shape[1], grid.input_order)
     return StoredTensor(name, grid.shape, data, reader.decode, reader.codes)
 
@@ -104,11 +112,23 @@ def integer_grid(
     return Grid(shape, layout, wide, -wide * zeros.float(), input_order)
 
 
-def _bytes(numbers: torch.Tensor) -> torch.Tensor:
-    """A copy even of what is contiguous: one column may have any stride."""
-    return numbers.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+def unpaired(stored: torch.Tensor) -> torch.Tensor:
+    """Codes of 4 bits, two to a byte, the lower half first: uint8 [rows, 2 * bytes] of [rows, bytes]."""
+    return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(1)
 
 
-def _floats(numbers: torch.Tensor) -> torch.Tensor:
-    """The copy is aligned, which a slice of bytes need not be."""
-    return numbers.clone(memory_format=torch.contiguous_format).view(torch.float32)
+def _paired(codes: torch.Tensor) -> torch.Tensor:
+    """The reverse; the half behind an odd number of codes is 0."""
+    even, odd = codes[:, ::2], codes[:, 1::2]
+    stored = even.clone()
+    stored[:, : odd.shape[1]] |= odd << 4
+    return stored
+
+
+def _number_of(layout: CodeLayout) -> torch.dtype:
+    return torch.float16 if layout.scale == "float16" else torch.float32
+
+
+def _copied(numbers: torch.Tensor) -> torch.Tensor:
+    """In a layout that bytes are views of: a slice may be unaligned, and one column may have any stride."""
+    return numbers.clone(memory_format=torch.contiguous_format)

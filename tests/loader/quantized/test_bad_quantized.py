@@ -90,6 +90,7 @@ def test_what_nobody_implements_is_refused_by_name(config: dict[str, Any], named
         ({**CT, "config_groups": {}}, "config_groups"),
         ({**CT, "config_groups": {"a": {"targets": ["Linear"]}}}, "no object weights"),
         ({**CT, "ignore": ["re:("]}, "no regular expression"),
+        ({**CT, **group(strategy=None, group_size=[])}, "group_size is []"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({**CT, **group(strategy="block", num_bits=8)}, "block_structure"),
     ],

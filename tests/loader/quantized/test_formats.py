@@ -140,6 +140,14 @@ def test_layouts_are_those_that_kernels_take() -> None:
     assert layout(fp8(num_inputs=192)) == CodeLayout("float8_e4m3fn", 0, 64, "float32")
 
 
+@pytest.mark.parametrize(("written", "group_size"), [(pack_quantized(), 32), (pack_quantized(group_size=-1), -1)])
+def test_a_strategy_that_is_not_named_follows_from_the_group_size(written: Written, group_size: int) -> None:
+    weights = written.config["config_groups"]["group_0"]["weights"]
+    del weights["strategy"]
+    weights["group_size"] = group_size
+    assert_read_exactly(written)
+
+
 @pytest.mark.parametrize("writer", [gptq, pack_quantized])
 def test_inputs_are_ordered_by_their_groups(writer: Any) -> None:
     stored = assert_read_exactly(writer(act_order=True))
