@@ -12,6 +12,7 @@ from cascade_llm.errors import UnsupportedModelError
 from cascade_llm.loader.gguf_checkpoint import stored_blocks
 from cascade_llm.loader.gguf_config import ARCHITECTURES
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFTensor
+from cascade_llm.loader.quantized.examples import quantized_examples
 from cascade_llm.loader.safetensors_file import DTYPES
 from cascade_llm.weights.format import StoredTensor
 
@@ -40,9 +41,14 @@ class StoredType:
     architectures: Mapping[str, str] | None = None
     """Of this container, to Hugging Face's classes; None where it holds all."""
 
+    own_bits: float | None = None
+    """Of a weight in the file, where the example is of other bytes."""
+
     @property
     def file_bits(self) -> float | None:
         """Of a weight in the file."""
+        if self.own_bits is not None:
+            return self.own_bits
         return None if self.example is None else 8 * self.example.data.nbytes / (ROWS * INPUTS)
 
 
@@ -54,6 +60,8 @@ def stored_types() -> Iterator[StoredType]:
     for name, dtype in DTYPES.items():
         if dtype.is_floating_point and dtype.itemsize > 1:
             yield StoredType("safetensors", name, StoredTensor.plain(torch.ones(ROWS, INPUTS, dtype=dtype)))
+    for name, bits, example in quantized_examples(ROWS, INPUTS):
+        yield StoredType("safetensors", name, example, own_bits=bits)
 
 
 def _gguf_type(block_type: GGMLQuantizationType) -> StoredType:

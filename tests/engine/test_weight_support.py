@@ -13,7 +13,7 @@ from cascade_llm.weights.format import WeightOptions
 def test_every_type_is_served_or_says_why(dtype: str) -> None:
     rows = {(row.container, row.type): row for row in weight_support(dtype, "cpu")}
     assert {("GGUF", name) for name in ("F32", "Q4_0", "Q4_K", "Q6_K", "IQ4_NL", "MXFP4")} <= rows.keys()
-    assert {("safetensors", name) for name in ("F32", "F16", "BF16")} <= rows.keys()
+    assert {("safetensors", name) for name in ("F32", "F16", "BF16", "GPTQ-4", "W8A8")} <= rows.keys()
     for row in rows.values():
         if row.held_as is None:
             assert row.note is not None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cascade_llm.errors import CheckpointError, UnsupportedModelError
+from cascade_llm.errors import CheckpointError, ModelError, UnsupportedModelError
 from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint, write_hf_folder
 from cascade_llm.loader.quantized.select import quantized_format
 from tests.loader.quantized_files import (
@@ -251,3 +254,48 @@ def test_a_copy_of_plain_weights_names_no_quantization(tmp_path: Path) -> None:
     copy = HuggingFaceCheckpoint(target)
     assert "quantization_config" not in copy.hf_config()
     assert torch.equal(dict(copy.tensors())[f"{LAYER}.weight"], written.values)
+
+
+ODD_TENSORS = [
+    torch.tensor(1.0),
+    torch.ones(0),
+    torch.ones(3),
+    torch.ones(1, 1, dtype=torch.int32),
+    torch.full((2, 2), -1, dtype=torch.int32),
+    torch.ones(2, 3, 4),
+    torch.ones(16, 64).to(torch.float8_e5m2),
+    torch.ones(16, 64, dtype=torch.int8),
+    torch.full((2,), 2**62),
+    torch.zeros(0, 8, dtype=torch.int32),
+]
+ODD_FIELDS: list[Any] = [None, -1, 0, 2**70, True, "x", [], {}, [1], {"a": 1}, {"a": {}}, 1.5]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    method=st.sampled_from(list(WRITERS)),
+    which=st.integers(0, 9),
+    tensor=st.one_of(st.none(), st.integers(0, len(ODD_TENSORS) - 1)),
+    field=st.integers(0, 9),
+    value=st.one_of(st.none(), st.integers(0, len(ODD_FIELDS) - 1)),
+)
+def test_whatever_stands_in_a_folder_is_read_or_is_an_error_of_the_model(
+    method: str, which: int, tensor: int | None, field: int, value: int | None
+) -> None:
+    written = WRITERS[method]()
+    tensors, config = dict(written.tensors), json.loads(json.dumps(written.config))
+    if tensor is not None:
+        tensors[sorted(tensors)[which % len(tensors)]] = ODD_TENSORS[tensor]
+    if value is not None:
+        holders = [config]
+        if "config_groups" in config:
+            holders += [config["config_groups"]["group_0"], config["config_groups"]["group_0"]["weights"]]
+        holder = holders[field % len(holders)]
+        holder[sorted(holder)[which % len(holder)]] = ODD_FIELDS[value]
+    with TemporaryDirectory() as folder:
+        save_folder(Path(folder), Written(config, tensors, written.values))
+        try:
+            for _, stored in HuggingFaceCheckpoint(folder).stored_tensors():
+                stored.values()
+        except ModelError:
+            return
