@@ -16,7 +16,7 @@
  *   1 bit    1 vector, step s at bit s
  *   8 bits   8 vectors
  *
- * and 3, 5 and 6 bits are two planes. Codes that are floats lie as 16 numbers for each input.
+ * and 3, 5 and 6 bits are two planes. Codes that are floats lie as 16 numbers for each input, bfloat16 as 16 pairs for each two.
  *
  * Products come in two ways. With quantized activations each row's 32 inputs become integers of -127 to 127 and a
  * scale, as llama.cpp does, and sums within a block are exact. The exact way widens codes to float in registers. A
@@ -281,17 +281,33 @@ INLINE floats load_sub(const uint8_t *x) {
     return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(*(const small *)x, shorts), ints), floats);
 }
 
-/* Sixteen float codes' part of LANES; e4m3 and e5m2 are float16 with fewer digits, e4m3 2**-8 as large. */
-INLINE floats load_float_codes(int code, const uint8_t *x) {
-    if (code == FLOAT32) return *(const floats *)x;
-    if (code == BFLOAT16) return (floats)(__builtin_convertvector(*(const halves *)x, words) << 16);
-    if (code == FLOAT16) return load_float16(x);
-    halves bits = __builtin_convertvector(*(const smallest *)x, halves);
-    if (code == E5M2) return float16_of(bits << 8);
-    floats value = float16_of((bits & 0x80) << 8 | (bits & 0x7f) << 7) * 256.0f;
-    words is_nan = (words)(__builtin_convertvector(bits & 0x7f, ints) == 0x7f);
-    return (floats)((words)value | (is_nan & 0x7fc00000));
+INLINE int inputs_side_by_side(int code) { return code == BFLOAT16 ? 2 : 1; }
+
+/* LANES float codes of input `i + j` of a block, whose codes begin at `x`; `i` is the first of those side by side. Two inputs' bfloat16 lie side by side for each
+ * output, so that a shift and a mask widen them. e4m3 and e5m2 are float16 with fewer digits; e4m3 comes 2**-8 as large,
+ * and without NaN. */
+INLINE floats load_float_codes(int code, const uint8_t *x, int i, int j) {
+    if (code == FLOAT32) return *(const floats *)(x + 4 * TILE * i);
+    if (code == FLOAT16) return load_float16(x + 2 * TILE * i);
+    if (code == BFLOAT16) {
+        words both = *(const words *)(x + 2 * TILE * i);
+        if (j) both &= 0xffff0000;
+        else both <<= 16;
+        return (floats)both;
+    }
+    if (code == E5M2) return float16_of(__builtin_convertvector(*(const smallest *)(x + TILE * i), halves) << 8);
+    shorts wide = __builtin_convertvector(*(const small *)(x + TILE * i), shorts);
+    return float16_of((halves)(wide << 7) & 0xbfff);
 }
+
+/* The same of a row of bfloat16 or float32 in memory. */
+INLINE floats load_values(int is_bfloat16, const uint8_t *x) {
+    if (is_bfloat16) return (floats)(__builtin_convertvector(*(const halves *)x, words) << 16);
+    return *(const floats *)x;
+}
+
+/* What the scales of float codes are multiplied by. */
+INLINE float code_factor(int code) { return code == E4M3 ? 256.0f : 1.0f; }
 
 /* Where the numbers of a tile lie, as it is walked block by block. */
 typedef struct {
@@ -338,6 +354,12 @@ INLINE floats minimum_of(const piece *p, const cursor *c, int v, int half) {
     floats minimum = load_number(p->scale, c->minima + of_pair(p, v) + width * lane);
     if (p->scale == SUB) minimum *= load_sub(c->sub_minima + of_pair(p, v) + TILE * half + lane);
     return minimum;
+}
+
+/* Where the float codes of a vector begin in a block; of bfloat16 two inputs lie side by side. */
+INLINE const uint8_t *float_codes_of(const piece *p, int code, const cursor *c, int v) {
+    long bytes = plane_bytes(code) / BLOCK * inputs_side_by_side(code);
+    return c->planes + of_pair(p, v) + bytes / TILE * LANES * (v % PER_TILE);
 }
 
 INLINE const uint8_t *vector_planes(const piece *p, const cursor *c, int v) {
@@ -455,9 +477,9 @@ INLINE void exact_tile(const product *t, const piece *p, int code, const uint8_t
 
 INLINE void float_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
                        int vectors, floats out[ROWS][PAIR]) {
-    long blocks = t->in_size / BLOCK, width = plane_bytes(code) / BLOCK;
+    long blocks = t->in_size / BLOCK;
     const uint8_t *x = t->floats + r0 * blocks * FLOAT_BYTES;
-    int scaled = code == E4M3 || code == E5M2;
+    int scaled = code == E4M3 || code == E5M2, side_by_side = inputs_side_by_side(code);
     floats sums[ROWS][PAIR], part[ROWS][PAIR];
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
         sums[r][v] = part[r][v] = (floats){};
@@ -465,16 +487,17 @@ INLINE void float_tile(const product *t, const piece *p, int code, const uint8_t
     for (long b = 0; b < blocks; b++, x += rows * FLOAT_BYTES) {
         const float *values = (const float *)x;
         advance(p, code, &c);
-        _Pragma("GCC unroll 4") for (int i = 0; i < BLOCK; i++) {
+        /* unrolled further, GCC would move the sums between registers and memory */
+        _Pragma("GCC unroll 1") for (int i = 0; i < BLOCK; i += side_by_side) UNROLLED for (int j = 0; j < side_by_side; j++) {
             floats w[PAIR];
             UNROLLED for (int v = 0; v < vectors; v++)
-                w[v] = load_float_codes(code, c.planes + of_pair(p, v0 + v) + i * width + width / TILE * LANES * ((v0 + v) % PER_TILE));
+                w[v] = load_float_codes(code, float_codes_of(p, code, &c, v0 + v), i, j);
             UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
-                part[r][v] += w[v] * broadcast(values[r * BLOCK + i]);
+                part[r][v] += w[v] * broadcast(values[r * BLOCK + i + j]);
         }
         if (scaled)
             UNROLLED for (int v = 0; v < vectors; v++) {
-                floats scale = scale_of(p, &c, v0 + v, 0);
+                floats scale = scale_of(p, &c, v0 + v, 0) * code_factor(code);
                 UNROLLED for (int r = 0; r < rows; r++) {
                     sums[r][v] += scale * part[r][v];
                     part[r][v] = (floats){};
@@ -622,8 +645,7 @@ static void prepare_row(const product *t, const void *x, long row, int r, int ro
         floats block[PER_BLOCK];
         const uint8_t *at = (const uint8_t *)x + (row * n + b * BLOCK) * (t->is_bfloat16 ? 2 : 4);
         UNROLLED for (int v = 0; v < PER_BLOCK; v++)
-            block[v] = t->is_bfloat16 ? load_float_codes(BFLOAT16, at + 2 * LANES * v)
-                                      : load_float_codes(FLOAT32, at + 4 * LANES * v);
+            block[v] = load_values(t->is_bfloat16, at + (t->is_bfloat16 ? 2 : 4) * LANES * v);
         if (integers) {
             uint8_t *record = integers + b * rows * INTEGER_BYTES;
             float *numbers = (float *)(record + rows * BLOCK);
@@ -758,7 +780,8 @@ static void pack_floats(int code, const uint8_t *codes, long in_size, long outpu
     memset(planes, 0, plane_bytes(code));
     for (long o = 0; o < outputs; o++)
         for (long i = 0; i < BLOCK; i++)
-            memcpy(planes + (i * TILE + o) * width, codes + (o * in_size + i) * width, width);
+            memcpy(planes + width * (code == BFLOAT16 ? (i / 2 * TILE + o) * 2 + i % 2 : i * TILE + o),
+                   codes + (o * in_size + i) * width, width);
 }
 
 static void pack_numbers(const uint8_t *numbers, long width, long stride, long outputs, const uint8_t *target) {
@@ -821,7 +844,6 @@ static row_cursor row_start(const piece *p, long output) {
 /* The weights of the output's next block, float32. */
 static void unpack_block(const piece *p, row_cursor *c, float *values) {
     int v = c->lane / LANES, lane = c->lane % LANES, code = p->code, halved = is_halved(code);
-    long width = plane_bytes(code) / BLOCK;
     advance(p, code, &c->tile);
     for (int half = 0; half < 2; half++) {
         floats scale = broadcast(1), minimum = {};
@@ -830,7 +852,8 @@ static void unpack_block(const piece *p, row_cursor *c, float *values) {
         for (int i = half * BLOCK / 2; i < (half + 1) * BLOCK / 2; i++) {
             float value;
             if (code >= BFLOAT16) {
-                value = load_float_codes(code, c->tile.planes + i * width + width / TILE * LANES * v)[lane];
+                int j = i % inputs_side_by_side(code);
+                value = load_float_codes(code, float_codes_of(p, code, &c->tile, v), i - j, j)[lane] * code_factor(code);
             } else {
                 bytes w = step_codes(code, c->tile.planes + 4 * LANES * v, i / STEP, p->values);
                 value = (float)(w[lane * STEP + i % STEP] - p->zero);

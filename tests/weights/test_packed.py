@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cascade_llm.errors import CheckpointError
 from cascade_llm.loader.gguf_codes import CODED_TYPES
 from cascade_llm.weights.codes import CodeLayout, Codes
 from cascade_llm.weights.format import StoredTensor
@@ -172,6 +173,13 @@ def test_memory_is_that_of_the_codes(name: str) -> None:
     if layout.scale == "sub":
         expected += 64 * LONG / layout.group_len * (2 if layout.has_minimum else 1)
     assert matrix.num_bytes == expected
+
+
+def test_codes_that_are_no_numbers_are_refused() -> None:
+    codes = random_codes(LAYOUTS["e4m3 in blocks"], 4, LONG, torch.Generator())
+    codes.codes.view(torch.uint8)[3, 7] = 0xFF
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        packed(codes)
 
 
 def test_what_no_kernel_takes_is_named() -> None:
