@@ -198,7 +198,8 @@ class EngineOptions:
     cascade_max_levels: int = 3
     """The suffix level counted: 1 is plain attention."""
     quantization: str | None = None
-    """None (as the checkpoint has them) | int4: what plain matrices are rounded to as they are loaded; on the CPU."""
+    """None (as the checkpoint has them) | q4_k | q8_0 | int8 | int4 | fp8: what plain matrices are rounded to as they
+    are loaded; on the CPU"""
     exact_activations: bool = False
     """Leave the inputs of products with quantized matrices as they are, instead of rounding them to 8 bits: slower."""
     tensor_parallel_size: int = 1
@@ -234,7 +235,7 @@ class EngineOptions:
         self._choice("dtype", ("auto", "float32", "bfloat16", "float16"))
         self._choice("attention_backend", ("auto", "flashinfer", "native", "torch"))
         self._choice("kv_cache_dtype", ("auto", "float32", "bfloat16", "float16", "fp8_e4m3"))
-        self._choice("quantization", (None, "int4"))
+        self._choice("quantization", (None, "q4_k", "q8_0", "int8", "int4", "fp8"))
         self._choice("load_format", ("auto", "dummy"))
         self._choice("distributed_executor_backend", ("uni", "mp"))
         for name, most in LIMITS.items():

@@ -22,7 +22,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("dtype", 16, "auto, float32"),
     ("attention_backend", "flash", "auto, flashinfer, native, torch"),
     ("kv_cache_dtype", "fp8", "auto, float32"),
-    ("quantization", "awq", "must be one of None, int4"),
+    ("quantization", "awq", "must be one of None, q4_k, q8_0, int8, int4, fp8"),
     ("device", "gpu", "'auto', 'cpu', 'cuda' or 'cuda:N'"),
     ("device", "cuda:", "'cuda:N'"),
     ("device", "cuda:one", "'cuda:N'"),

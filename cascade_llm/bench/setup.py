@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,9 @@ from cascade_llm.worker.memory import available_bytes
 __all__ = ["BenchModel", "open_model", "options_for"]
 
 DEFAULT_LANES = 256
-QUANTIZED_BYTES: Mapping[str | None, float] = {"int4": 0.625}
-"""Per weight of the layers, scales and zero points included; the head stays dense."""
+QUANTIZED_BYTES: Mapping[str, float] = {"q4_k": 0.578125, "q8_0": 1.0625, "int8": 1, "int4": 0.625, "fp8": 1}
+"""Per weight, scales and minima included."""
+HEADS = ("lm_head.weight", "model.embed_tokens.weight")
 POOL_SHARE = 0.2
 """Of the free memory that each engine's pool may take where its size is not given: two of them fit beside weights."""
 
@@ -71,13 +73,37 @@ class BenchModel:
 
     def shape(self) -> ModelShape:
         """What a step's work depends on."""
-        dense = self.dtype.itemsize
+        layers, head = self._weight_bytes()
         return ModelShape.of(
             self.config,
-            layer_weight_bytes=QUANTIZED_BYTES.get(self.options.get("quantization"), dense),
-            head_weight_bytes=dense,
+            layer_weight_bytes=layers,
+            head_weight_bytes=head,
             kv_dtype_bytes=self.kv_dtype.itemsize,
         )
+
+    def _weight_bytes(self) -> tuple[float, float]:
+        """Per weight of the layers and of the head, as the engine keeps them."""
+        sizes: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+        for name, stored in self.checkpoint.stored_tensors():
+            if len(stored.shape) == 2:
+                is_kept = stored.codes is not None and self.device.type == "cpu"
+                bytes_of_weight = self._plain_bytes(is_head=name in HEADS)
+                num_weights = math.prod(stored.shape)
+                num_bytes = stored.data.nbytes if is_kept else round(num_weights * bytes_of_weight)
+                sizes[name in HEADS].append((num_bytes, num_weights))
+        layers, heads = (
+            sum(num_bytes for num_bytes, _ in found) / sum(count for _, count in found)
+            if found
+            else self._plain_bytes(is_head=is_head)
+            for is_head, found in sizes.items()
+        )
+        return layers, heads
+
+    def _plain_bytes(self, *, is_head: bool) -> float:
+        quantization = self.options.get("quantization")
+        if quantization is None:
+            return self.dtype.itemsize
+        return QUANTIZED_BYTES["q8_0" if is_head else quantization]
 
 
 def open_model(model: str, options: Mapping[str, Any]) -> BenchModel:

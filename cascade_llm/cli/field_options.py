@@ -39,6 +39,8 @@ Record = TypeVar("Record")
 SAMPLING, ENGINE, RECORD = "sampling_", "engine_", "record_"
 """What the names of a command's arguments start with, per record."""
 
+ALIASES: Mapping[str, tuple[str, ...]] = {"quantization": ("--isq",)}
+"""As other engines spell an option."""
 ENGINE_FLAGS = {"seed": "--engine-seed"}
 """Engine options whose own name is a sampling option's too."""
 
@@ -156,6 +158,7 @@ def _option(field: Field[Any], flag: str, prefix: str, kind: FieldKind, doc: str
     repeated = "May be given again." if kind.is_list else ""
     return click.option(
         flag,
+        *ALIASES.get(field.name, ()),
         argument,
         type=kind.type,
         multiple=kind.is_list,

@@ -13,6 +13,7 @@ import torch
 
 from cascade_llm.attention.backend import Attention
 from cascade_llm.config import ModelConfig
+from cascade_llm.errors import ConfigError
 from cascade_llm.layers.fused_ops import FusedOps
 from cascade_llm.layers.native_ops import select_fused_ops
 from cascade_llm.layers.rope import cos_sin_cache, rotation_at
@@ -49,19 +50,25 @@ class Decoder:
             max_positions: the longest sequence, for the RoPE table; default `config.max_position_embeddings`
             ops: the elementwise operations; default the fastest that works on this device
 
+        Raises:
+            ConfigError: a quantization is asked for, and the device is no CPU
         """
+        if weights.quantization is not None and (weights.device.type != "cpu" or weights.on_stream):
+            raise ConfigError(
+                f"quantization={weights.quantization!r} is for the CPU so far: set device='cpu', or leave it out"
+            )
         self.config, self.dtype, self.device = config, weights.dtype, weights.device
         self.ops = ops or select_fused_ops(weights.dtype, weights.device)
         options = BlockOptions(config, weights, self.ops)
         make_layer = ARCHITECTURES[config.architecture].layer
         self.layers = [make_layer(options, index) for index in range(config.num_layers)]
-        # in int4 the head cost SmolLM2 0.045 nats a token, all layers together 0.001, and it is a sixth of a step
-        dense = replace(weights, quantization=None)
+        # in int4 the head cost SmolLM2 0.045 nats a token, all layers together 0.001
+        of_head = weights if weights.quantization is None else replace(weights, quantization="q8_0")
         hidden, vocab_size = config.hidden_size, config.vocab_size
-        self.embedding = Embedding(MatrixSpec("embedding", hidden, {"embed_tokens": vocab_size}, dense))
+        self.embedding = Embedding(MatrixSpec("embedding", hidden, {"embed_tokens": vocab_size}, of_head))
         self.final_norm = options.norm(hidden)
         tied_to = self.embedding if config.tie_word_embeddings else None
-        self.lm_head = Linear(MatrixSpec("head", hidden, {"lm_head": vocab_size}, dense), tied_to=tied_to)
+        self.lm_head = Linear(MatrixSpec("head", hidden, {"lm_head": vocab_size}, of_head), tied_to=tied_to)
         self.cos_sin_cache = cos_sin_cache(config, max_positions or config.max_position_embeddings, weights.device)
 
     @property

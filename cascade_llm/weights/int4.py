@@ -5,20 +5,12 @@ from __future__ import annotations
 import torch
 
 from cascade_llm.weights.codes import CodeLayout, Codes
-from cascade_llm.weights.format import StoredTensor
 
-__all__ = ["int4_codes", "quantized"]
+__all__ = ["int4_codes"]
 
 GROUP_LEN = 32
 MAX_CODE, MIDDLE_CODE = 15, 8
 LAYOUT = CodeLayout("u4", zero=MIDDLE_CODE, group_len=GROUP_LEN, has_minimum=True)
-
-
-def quantized(stored: StoredTensor) -> StoredTensor:
-    """The nearest int4 tensor to a plain one; one that is quantized already, or is no groups, stays as it is."""
-    if stored.codes is not None or stored.shape[1] % GROUP_LEN:
-        return stored
-    return StoredTensor("int4", stored.shape, stored.data, lambda rows: int4_codes(rows).dequantized(), int4_codes)
 
 
 def int4_codes(weight: torch.Tensor) -> Codes:

@@ -22,6 +22,8 @@ __all__ = ["Packed", "codes_in"]
 
 BLOCK_LEN, TILE_LEN = 32, 16
 """Inputs of a block and outputs of a tile, in the C file."""
+ROWS_TOGETHER = 128
+"""A multiple of the rows that share scales, in any format, and of those of a tile."""
 CHUNK_LEN = 1 << 20
 """Weights that stand as codes at a time, while a matrix is packed."""
 DTYPES = (torch.float32, torch.bfloat16)
@@ -132,7 +134,7 @@ class _PackedPart:
         self.tiles = torch.empty(2 * num_pairs, self.piece.tile_bytes, dtype=torch.uint8)
         self.tiles[num_rows // TILE_LEN :] = 0  # the last pair may be half empty
         self.piece.data = self.tiles.data_ptr()
-        step = max(1, CHUNK_LEN // in_features // TILE_LEN) * TILE_LEN
+        step = max(1, CHUNK_LEN // in_features // ROWS_TOGETHER) * ROWS_TOGETHER
         for row in range(0, num_rows, step):
             self._pack(codes_in(stored, slice(row, row + step)), self.tiles[row // TILE_LEN :])
 

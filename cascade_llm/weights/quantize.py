@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import gcd
 
 import torch
 
 from cascade_llm.errors import CheckpointError, ConfigError
 from cascade_llm.weights.codes import SUPER_LEN, CodeLayout, Codes
+from cascade_llm.weights.format import StoredTensor
 from cascade_llm.weights.int4 import int4_codes
 
-__all__ = ["QUANTIZERS", "quantized_rows"]
+__all__ = ["QUANTIZERS", "quantized", "quantized_rows"]
 
 GROUP_LEN = 32
 BLOCK_LEN = 128
@@ -42,6 +44,23 @@ class Quantizer:
     """Inputs come in multiples of it."""
     rows_together: int = 1
     """Rows that share scales."""
+
+
+FALLBACK = {"q4_k": "int4"}
+"""For inputs that are no multiple of a method's: about as many bits, in smaller groups."""
+
+
+def quantized(method: str, stored: StoredTensor) -> StoredTensor:
+    """A plain tensor [rows, inputs] as one that is stored in codes of that method.
+
+    One that is quantized already stays as it is, and one whose inputs no method takes.
+    """
+    if stored.codes is not None:
+        return stored
+    if stored.shape[1] % QUANTIZERS[method].multiple:
+        return quantized(FALLBACK[method], stored) if method in FALLBACK else stored
+    codes = partial(quantized_rows, method)
+    return StoredTensor(method, stored.shape, stored.data, lambda rows: codes(rows).dequantized(), codes)
 
 
 def quantized_rows(method: str, values: torch.Tensor) -> Codes:

@@ -11,9 +11,9 @@ import torch
 from cascade_llm.weights.blocked import Blocked
 from cascade_llm.weights.dense import Dense, dense_values
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
-from cascade_llm.weights.int4 import quantized
 from cascade_llm.weights.onednn import OneDNN
 from cascade_llm.weights.packed import Packed
+from cascade_llm.weights.quantize import quantized
 
 __all__ = [
     "FORMATS",
@@ -101,15 +101,17 @@ def describe_weights(matrices: Iterable[WeightFormat]) -> str:
 
 def build_matrix(spec: MatrixSpec, parts: Parts) -> WeightFormat:
     """The matrix of these parts in its format; plain parts are rounded first where `quantization` says so."""
-    if spec.options.quantization is not None:
-        parts = {name: quantized(stored) for name, stored in parts.items()}
+    method = spec.options.quantization
+    if method is not None:
+        parts = {name: quantized(method, stored) for name, stored in parts.items()}
     return FORMATS[select_format(spec, parts).name].build(spec, parts)
 
 
 def build_embedding(spec: MatrixSpec, stored: StoredTensor) -> Packed | Dense:
     """A matrix of one part whose rows are looked up: in few bits where it is stored so, else dense."""
     (part,) = spec.parts
-    parts = {part: stored}
+    method = spec.options.quantization
+    parts = {part: stored if method is None else quantized(method, stored)}
     if not FORMATS[Packed.name].reasons_against(spec, parts):
         return Packed(spec, parts)
     return Dense(dense_values(spec, parts))
