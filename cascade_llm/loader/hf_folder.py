@@ -26,6 +26,7 @@ __all__ = ["DummyCheckpoint", "HuggingFaceCheckpoint", "read_json", "write_hf_fo
 log = logging.getLogger("cascade_llm")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OLDER_CONFIG = "quantize_config.json"
 SHARD_BYTES = 2 << 30
 ADAPTER = "adapter_config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -55,6 +56,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         if self._hf_config.get("tie_word_embeddings") is True:
             self._settle_head()
         self.bytes_by_type = _bytes_by_type(self._names_per_file)
+        if (self.folder / OLDER_CONFIG).is_file() and not self._hf_config.get("quantization_config"):
+            self._take_older_config()
         self._quantized = quantized_format(self._hf_config)
         if self._quantized is not None:
             check_quantized(self._quantized, self._homes())
@@ -69,6 +72,12 @@ class HuggingFaceCheckpoint(Checkpoint):
             for name in names:
                 yield name, StoredTensor.plain(file.tensor(name))
                 file.release(name)
+
+    def _take_older_config(self) -> None:
+        """Older tools for GPTQ tell bits and groups in a file of their own; it counts where codes are there."""
+        if any(name.endswith(".qweight") for names in self._names_per_file.values() for name in names):
+            older = {"quant_method": "gptq", **read_json(self.folder / OLDER_CONFIG)}
+            self._hf_config = {**self._hf_config, "quantization_config": older}
 
     def _homes(self) -> dict[str, SafetensorsFile]:
         """The file of every tensor: those of a quantized matrix may lie in several."""

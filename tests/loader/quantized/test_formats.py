@@ -190,3 +190,15 @@ def test_layers_may_differ_by_groups_of_the_configuration(tmp_path: Path) -> Non
     tensors = dict(HuggingFaceCheckpoint(folder).stored_tensors())
     assert torch.equal(tensors[f"{LAYER}.weight"].values(), four.values)
     assert torch.equal(tensors[f"{other}.weight"].values(), eight.values)
+
+
+def test_an_older_file_tells_how_gptq_is_stored(tmp_path: Path) -> None:
+    written = gptq(group_size=64, version="gptq")
+    save_folder(tmp_path, written)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 64, "desc_act": False}))
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
+    assert checkpoint.hf_config()["quantization_config"]["quant_method"] == "gptq"
+    assert torch.equal(dict(checkpoint.tensors())[f"{LAYER}.weight"], written.values)
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert "quantization_config" not in HuggingFaceCheckpoint(tmp_path).hf_config()
