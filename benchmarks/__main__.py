@@ -19,6 +19,7 @@ PLACES = {
     "goals": "benchmarks.goals_command:goals",
     "growth": "benchmarks.growth_command:growth",
     "planning": "benchmarks.planning_command:planning",
+    "perplexity": "benchmarks.perplexity_command:perplexity",
     "throughput": "benchmarks.__main__:throughput",
     "latency": "benchmarks.__main__:latency",
 }
@@ -65,7 +66,7 @@ def latency() -> None:
 
 @click.group(cls=RootGroup, places=PLACES)
 def benchmarks() -> None:
-    """Score tables against other engines, growth with batch and prefix, planning."""
+    """Score tables against other engines, growth with batch and prefix, planning, perplexity of quantized files."""
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ class Driver:
     def reset(self) -> None:
         """Forget cached prefixes; not timed."""
 
+    def score(self, windows: list[list[int]]) -> list[list[float]]:
+        """The log-probability of each token after the first of each window, which is all that stands before it.
+
+        Asked without a load.
+        """
+        raise NotImplementedError
+
 
 class Timing:
     """One request, in seconds of the run's clock."""
@@ -89,6 +96,8 @@ def _answer(driver: Driver, command: dict[str, Any]) -> dict[str, Any]:
         return {"elapsed_s": time.perf_counter() - start_s, "num_generated": num_generated}
     if operation == "online":
         return _online(driver, command)
+    if operation == "score":
+        return {"logprobs": driver.score(command["windows"])}
     if operation == "memory":
         return {"peak_bytes": peak_memory_bytes()}
     raise ValueError(f"unknown command {operation}")

@@ -117,6 +117,29 @@ class LlamaCppDriver(Driver):
                 queue.end(index, at_s, said[index])
         return timings
 
+    def score(self, windows: list[list[int]]) -> list[list[float]]:
+        """See `Driver`."""
+        import numpy  # a dependency of the bindings
+
+        self._make_context(max(map(len, windows)), 1)
+        vocabulary = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
+        scores = []
+        for token_ids in windows:
+            self._llama.llama_memory_clear(self._memory, True)
+            found: list[float] = []
+            for begin in range(0, len(token_ids), N_BATCH):
+                end = min(begin + N_BATCH, len(token_ids))
+                self._run_batch([(token_ids[i], i, 0, True) for i in range(begin, end)])
+                values = numpy.ctypeslib.as_array(
+                    self._llama.llama_get_logits(self._context), (end - begin, vocabulary)
+                )
+                for logits, token in zip(values, token_ids[begin + 1 :], strict=False):
+                    highest = logits.max()
+                    total = numpy.exp(logits - highest).sum(dtype=numpy.float64)
+                    found.append(float(logits[token] - highest - numpy.log(total)))
+            scores.append(found)
+        return scores
+
     def reset(self) -> None:
         """See `Driver`."""
         self._llama.llama_memory_clear(self._memory, True)
@@ -180,20 +203,25 @@ class LlamaCppDriver(Driver):
 
     def _decode(self, items: list[tuple[int, int, int, bool]]) -> dict[int, int]:
         """Run (token, position, sequence, whether to sample) and return the sampled tokens by sequence."""
-        llama, batch, sampled = self._llama, self._batch, {}
+        llama, sampled = self._llama, {}
         for start in range(0, len(items), N_BATCH):
             part = items[start : start + N_BATCH]
-            batch.n_tokens = len(part)
-            for index, (token, position, row, wanted) in enumerate(part):
-                batch.token[index], batch.pos[index] = token, position
-                batch.n_seq_id[index], batch.seq_id[index][0] = 1, row
-                batch.logits[index] = wanted
-            if status := llama.llama_decode(self._context, batch):
-                raise RuntimeError(f"llama_decode gave {status}")
+            self._run_batch(part)
             for index, (_, _, row, wanted) in enumerate(part):
                 if wanted:
                     sampled[row] = llama.llama_sampler_sample(self._sampler, self._context, index)
         return sampled
+
+    def _run_batch(self, items: list[tuple[int, int, int, bool]]) -> None:
+        """One call for items as of `_decode`, which fit the batch."""
+        batch = self._batch
+        batch.n_tokens = len(items)
+        for index, (token, position, row, wanted) in enumerate(items):
+            batch.token[index], batch.pos[index] = token, position
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, row
+            batch.logits[index] = wanted
+        if status := self._llama.llama_decode(self._context, batch):
+            raise RuntimeError(f"llama_decode gave {status}")
 
     def _make_context(self, cells: int, num_sequences: int) -> None:
         llama = self._llama

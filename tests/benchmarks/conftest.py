@@ -9,7 +9,9 @@ from click.testing import CliRunner, Result
 
 from benchmarks.__main__ import benchmarks
 from tests.bench.conftest import *  # noqa: F403  # its fixtures
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, tiny_folder
+
+__all__ = ["Run", "run", "tiny_folder"]
 
 
 @pytest.fixture(scope="session")
