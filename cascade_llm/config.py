@@ -83,9 +83,9 @@ class ModelConfig:
         """What q·k is multiplied by before the softmax."""
         return float(self.head_dim**-0.5)
 
-    def kv_bytes_per_token(self, kv_dtype_bytes: int) -> int:
-        """K and V of one token over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * kv_dtype_bytes
+    def kv_bytes_per_token(self, kv_number_bytes: float) -> int:
+        """K and V of one token over all layers, where each number takes so many bytes with its share of a scale."""
+        return round(2 * self.num_layers * self.num_kv_heads * self.head_dim * kv_number_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ class EngineOptions:
     kv_cache_bytes: int | None = None
     """Size of the KV pool; None takes what the sequences could need, as far as the memory gives it."""
     kv_cache_dtype: str = "auto"
-    """auto (as dtype) | float32 | bfloat16 | float16 | fp8_e4m3 (FlashInfer's kernels only)"""
+    """auto (as dtype) | float32 | bfloat16 | float16 | fp8_e4m3 | int8 (a scale per token and head; CPU only)"""
     enable_prefix_caching: bool = True
     """Keep the pages of prompts for later requests that begin alike."""
     enable_cascade_attention: bool = True
@@ -234,7 +234,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         self._choice("dtype", ("auto", "float32", "bfloat16", "float16"))
         self._choice("attention_backend", ("auto", "flashinfer", "native", "torch"))
-        self._choice("kv_cache_dtype", ("auto", "float32", "bfloat16", "float16", "fp8_e4m3"))
+        self._choice("kv_cache_dtype", ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"))
         self._choice("quantization", (None, "q4_k", "q8_0", "int8", "int4", "fp8"))
         self._choice("load_format", ("auto", "dummy"))
         self._choice("distributed_executor_backend", ("uni", "mp"))

@@ -45,7 +45,7 @@ RECORD_ONE = 'record one with LLM(..., record_plans="engine.plans")'
 RECORD_AGAIN = "the file was edited or damaged, record it again"
 
 DTYPES = ("float32", "bfloat16", "float16")
-KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
+KV_CACHE_DTYPES = ("auto", *DTYPES, "fp8_e4m3", "int8")
 MODEL_FIELDS = ("num_layers", "num_qo_heads", "num_kv_heads", "head_dim", "vocab_size")
 """Fields that belong to the model and are called the same in its configuration."""
 INTEGERS = (*MODEL_FIELDS, "page_size", "total_pages", "max_model_len", "max_num_seqs")
@@ -76,7 +76,7 @@ class PlanFileHeader:
     token_ids: bool
     """Whether token ids were recorded, those that were sampled and the users' stop strings with them."""
     kv_cache_dtype: str = "auto"
-    """Of the KV pool: auto (as `dtype`) | fp8_e4m3."""
+    """Of the KV pool: auto (as `dtype`) | float32 | bfloat16 | float16 | fp8_e4m3 | int8."""
 
     def to_json(self) -> dict[str, Any]:
         """The first frame's object."""

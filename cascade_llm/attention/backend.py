@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from cascade_llm.config import ModelConfig
+from cascade_llm.kv_cache.page_dtypes import bytes_per_number
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
 from cascade_llm.plan import CascadePlan, IntColumn
 
@@ -56,6 +57,11 @@ class AttentionSpec:
     def page_dtype(self) -> torch.dtype:
         """What K and V are stored in."""
         return self.dtype if self.kv_dtype is None else self.kv_dtype
+
+    @property
+    def kv_number_bytes(self) -> float:
+        """Bytes of a number of K or V, its share of a scale included."""
+        return bytes_per_number(self.page_dtype, self.head_dim)
 
     @property
     def group_size(self) -> int:

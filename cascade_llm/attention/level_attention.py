@@ -133,13 +133,23 @@ class _BatchAttention:
         kept = self._kept
         gathered = kept.get(layer) if kept is not None else None
         if gathered is None:
-            gathered = self._gather(layer).to(dtype)
+            gathered = self._gather(layer, dtype)
             if kept is not None:
                 gathered = kept[layer] = gathered.clone()
         keys, values = gathered.view(2, -1, self.batch.kv_len, self._spec.head_dim)
         return keys, values
 
-    def _gather(self, layer: int) -> torch.Tensor:
-        vectors = self._kv_cache.layer(layer).view(-1, self._spec.head_dim)
-        out = self._workspace.take("kv", (len(self._vectors), self._spec.head_dim), vectors.dtype)
-        return torch.index_select(vectors, 0, self._vectors, out=out)
+    def _gather(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
+        """K and V as numbers of `dtype`: [2 * segments * num_kv_heads * kv_len, head_dim]."""
+        kv_cache, head_dim = self._kv_cache, self._spec.head_dim
+        stored = kv_cache.layer(layer).view(-1, head_dim)
+        vectors = stored.view(torch.uint8) if stored.dtype.itemsize == 1 else stored  # torch indexes no 8-bit floats
+        out = self._workspace.take("kv", (len(self._vectors), head_dim), vectors.dtype)
+        gathered = torch.index_select(vectors, 0, self._vectors, out=out).view(stored.dtype)
+        if stored.dtype == dtype:
+            return gathered
+        if (own_scales := kv_cache.vector_scales(layer)) is not None:
+            scales = own_scales.flatten()[self._vectors].view(2, -1, 1)
+        else:
+            scales = torch.tensor(kv_cache.scales[layer], device=vectors.device).view(2, 1, 1)
+        return (gathered.view(2, -1, head_dim).float() * scales).to(dtype).view(-1, head_dim)

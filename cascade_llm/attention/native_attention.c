@@ -9,9 +9,8 @@
  * Where the blocks are fewer than the threads can share evenly, a block's keys are cut into parts; each part is a task
  * with a state of its own, and `combine` joins these at the end.
  *
- * Built for one element type and head size: -DBFLOAT16 or, without it, float; -DHEAD_DIM=64. Both products are sums over
- * words of 32 bits: a float, or a pair of bfloat16 where the processor multiplies those (AVX512-BF16). Without that
- * instruction bfloat16 is widened to float when a tile is packed. NaN and infinity must come through.
+ * Built for one type of activations, one of pages, and one head size: -DBFLOAT16 -DPAGES_INT8 -DHEAD_DIM=64; see
+ * native_pages.h. NaN and infinity must come through.
  */
 #include <math.h>
 #include <stdint.h>
@@ -19,26 +18,13 @@
 #include <string.h>
 #include <time.h>
 
+#include "native_pages.h"
 #include "parallel.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define AVX512 1
-#endif
-#if defined(AVX512) && defined(__AVX512BF16__) && defined(BFLOAT16)
-#define PAIRS 1
-#endif
-
-#ifdef PAIRS
-enum { ELEMENTS_PER_WORD = 2 };
-#else
-enum { ELEMENTS_PER_WORD = 1 };
-#endif
-
 #ifdef AVX512
-enum { LANES = 16, COLUMNS = 4 };
+enum { COLUMNS = 4 };
 #else
-enum { LANES = 8, COLUMNS = 2 };
+enum { COLUMNS = 2 };
 #endif
 
 enum {
@@ -54,34 +40,6 @@ enum {
     TASKS_PER_THREAD = 4
 };
 
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLLED _Pragma("GCC unroll 8")
-
-#ifdef BFLOAT16
-typedef uint16_t element;
-
-INLINE float load(element x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* To the nearest, ties to even; a NaN stays one. */
-INLINE element store(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    uint32_t quiet = (bits >> 16) | 0x40;
-    return (element)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
-}
-#else
-typedef float element;
-INLINE float load(element x) { return x; }
-INLINE element store(float value) { return value; }
-#endif
-
 /* ---- what the caller hands over: the columns of a plan, see plan.py ---- */
 
 typedef struct {
@@ -96,6 +54,13 @@ typedef struct {
     int64_t num_qo_heads, num_kv_heads;
     double score_scale; /* times log2(e): scores are exponents of 2 from here on */
 } plan;
+
+/* One layer's pool. */
+typedef struct {
+    stored *k, *v;               /* [slots, num_kv_heads, HEAD_DIM] */
+    float *k_scales, *v_scales;  /* [slots, num_kv_heads]; int8 pages only */
+    float k_scale, v_scale;      /* of all that is stored; other than 1 for e4m3 pages only */
+} pages;
 
 typedef struct {
     int64_t first_row, num_rows;
@@ -247,14 +212,14 @@ static int64_t cut_at(int64_t goal, int64_t cost, const piece *x, int64_t per_ke
 typedef struct {
     piece x;
     int64_t first_key, num_keys;
-    const element *keys[TILE + 16];
+    const stored *keys[TILE + 16];
 } tile;
 
 /* Goes through the tiles of a task. */
 typedef struct {
     const plan *p;
     const task *t;
-    const element *pool; /* keys of the task's head */
+    const stored *pool; /* keys of the task's head */
     int64_t begin, end;  /* of the task, in cost */
     int64_t cost;        /* of the pieces so far */
     place at;
@@ -262,7 +227,7 @@ typedef struct {
     int64_t next_key, end_key;
 } walk;
 
-static walk start_walk(const plan *p, const task *t, const element *pool) {
+static walk start_walk(const plan *p, const task *t, const stored *pool) {
     const int64_t begin = t->cost * t->part / t->num_parts, end = t->cost * (t->part + 1) / t->num_parts;
     return (walk){.p = p, .t = t, .pool = pool, .begin = begin, .end = end, .at = {0, -1}};
 }
@@ -283,7 +248,7 @@ static void next_tile(walk *w, tile *out) {
     out->num_keys = min(TILE, w->end_key - w->next_key);
     w->next_key += out->num_keys;
     int64_t page = out->first_key / page_size, slot = out->first_key % page_size;
-    const element *start = w->pool + w->x.pages[page] * page_size * token;
+    const stored *start = w->pool + w->x.pages[page] * page_size * token;
     for (long i = 0; i < out->num_keys; i++) {
         if (slot == page_size) slot = 0, start = w->pool + w->x.pages[++page] * page_size * token;
         out->keys[i] = start + slot++ * token;
@@ -291,14 +256,23 @@ static void next_tile(walk *w, tile *out) {
     for (long i = out->num_keys; i < out->num_keys + 16; i++) out->keys[i] = out->keys[i - 1];
 }
 
-/* Ask for keys [from, to) of a tile, and their values. */
-static inline void prefetch(const tile *x, int64_t values, int64_t from, int64_t to) {
-    enum { LINE = 64 / sizeof(element) };
-    for (int64_t i = from; i < to; i++)
+/* Where the scales of a key's vector stand. */
+INLINE int64_t scale_index(const pages *from, const stored *key) { return (key - from->k) / HEAD_DIM; }
+
+/* Ask for keys [begin, end) of a tile, and their values. */
+static inline void prefetch(const pages *from, const tile *x, int64_t begin, int64_t end) {
+    enum { LINE = 64 / sizeof(stored) };
+    const int64_t values = from->v - from->k;
+    for (int64_t i = begin; i < end; i++) {
         for (int64_t d = 0; d < HEAD_DIM; d += LINE) {
             __builtin_prefetch(x->keys[i] + d);
             __builtin_prefetch(x->keys[i] + values + d);
         }
+#ifdef PAGES_INT8
+        __builtin_prefetch(from->k_scales + scale_index(from, x->keys[i]));
+        __builtin_prefetch(from->v_scales + scale_index(from, x->keys[i]));
+#endif
+    }
 }
 
 /* ---- the softmax's exponential ---- */
@@ -379,9 +353,6 @@ INLINE vector multiply_add(vector sum, float a, vector b) {
 #endif
 }
 
-INLINE vector vector_at(const float *x) { return *(const vector *)x; }
-INLINE void put_vector(float *x, vector value) { *(vector *)x = value; }
-
 /* c[i, :] = c[i, :] * keep[i] + sum over k of a[i, k] b[k, :], for m rows and n vectors; keep NULL forgets c. */
 INLINE void product(const int m, const int n, float *c, long c_stride, const float *a, long a_stride, const float *b,
                     long b_stride, long depth, const float *keep) {
@@ -411,17 +382,19 @@ INLINE void product(const int m, const int n, float *c, long c_stride, const flo
 typedef struct {
     float keys[KEY_WORDS * TILE] __attribute__((aligned(64)));
     float values[TILE / ELEMENTS_PER_WORD * VALUE_WIDTH] __attribute__((aligned(64)));
+#ifdef PAGES_INT8
+    float key_scales[TILE], value_scales[TILE];
+#endif
 } packed_tile;
 
-#if defined(AVX512) && (defined(PAIRS) || !defined(BFLOAT16))
-/* 16 keys, 16 words: out[word * TILE + key]. */
-INLINE void transpose_words(const element *const *keys, long first_word, float *out) {
+/* LANES keys, LANES words: out[word * TILE + key]. */
+#ifdef AVX512
+INLINE void transpose_words(const stored *const *keys, long first_word, float *out) {
     __m512i r[16], t[16];
     const long left = KEY_WORDS - first_word;
-    const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
     UNROLLED for (int i = 0; i < 8; i++) {
-        r[i] = _mm512_maskz_loadu_epi32(mask, (const uint32_t *)keys[i] + first_word);
-        r[i + 8] = _mm512_maskz_loadu_epi32(mask, (const uint32_t *)keys[i + 8] + first_word);
+        r[i] = (__m512i)words_at(keys[i], first_word * ELEMENTS_PER_WORD);
+        r[i + 8] = (__m512i)words_at(keys[i + 8], first_word * ELEMENTS_PER_WORD);
     }
     UNROLLED for (int i = 0; i < 8; i++) {
         t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
@@ -446,42 +419,74 @@ INLINE void transpose_words(const element *const *keys, long first_word, float *
     }
 }
 
-static void pack_keys(const element *const *keys, long num_keys, float *out) {
-    for (long key = 0; key < num_keys; key += 16) /* past the end stand repeats of the last key */
-        UNROLLED for (long word = 0; word < KEY_WORDS; word += 16)
-            transpose_words(keys + key, word, out + word * TILE + key);
-}
 #else
-static void pack_keys(const element *const *keys, long num_keys, float *out) {
-    for (long key = 0; key < num_keys; key++)
-        for (long word = 0; word < KEY_WORDS; word++) out[word * TILE + key] = load(keys[key][word]);
+#ifdef __clang__
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
+#endif
+INLINE void transpose_words(const stored *const *keys, long first_word, float *out) {
+    vector r[8], t[8];
+    const long left = KEY_WORDS - first_word;
+    UNROLLED for (int i = 0; i < 8; i++) r[i] = words_at(keys[i], first_word);
+    UNROLLED for (int i = 0; i < 4; i++) {
+        t[2 * i] = SHUFFLED(r[2 * i], r[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        t[2 * i + 1] = SHUFFLED(r[2 * i], r[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    UNROLLED for (int i = 0; i < 2; i++) {
+        /* r[4 i + n] holds words n and 4 + n of keys 4 i to 4 i + 3 */
+        r[4 * i] = SHUFFLED(t[4 * i], t[4 * i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        r[4 * i + 1] = SHUFFLED(t[4 * i], t[4 * i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        r[4 * i + 2] = SHUFFLED(t[4 * i + 1], t[4 * i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+        r[4 * i + 3] = SHUFFLED(t[4 * i + 1], t[4 * i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    UNROLLED for (int i = 0; i < 4; i++) {
+        if (i < left) put_vector(out + i * TILE, SHUFFLED(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+        if (i + 4 < left) put_vector(out + (i + 4) * TILE, SHUFFLED(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+    }
 }
 #endif
 
+static void pack_keys(const stored *const *keys, long num_keys, float *out) {
+    for (long key = 0; key < num_keys; key += LANES) /* past the end stand repeats of the last key */
+        UNROLLED for (long word = 0; word < KEY_WORDS; word += LANES)
+            transpose_words(keys + key, word, out + word * TILE + key);
+}
+
 #ifdef PAIRS
-static void pack_values(const element *const *keys, int64_t values, long num_keys, float *out) {
+static void pack_values(const stored *const *keys, int64_t values, long num_keys, float *out) {
     uint16_t order[2][32];
     for (int i = 0; i < 32; i++)
         for (int half = 0; half < 2; half++) order[half][i] = (uint16_t)(16 * half + i / 2 + (i & 1 ? 32 : 0));
     const __m512i low = _mm512_loadu_si512(order[0]), high = _mm512_loadu_si512(order[1]);
     for (long key = 0; key < num_keys; key += 2, out += VALUE_WIDTH) {
+        const int is_pair = key + 1 < num_keys;
         UNROLLED for (long d = 0; d < HEAD_DIM; d += 32) {
-            const __mmask32 mask = HEAD_DIM - d >= 32 ? 0xffffffff : (__mmask32)((1ull << (HEAD_DIM - d)) - 1);
-            __m512i a = _mm512_maskz_loadu_epi16(mask, keys[key] + values + d);
-            __m512i b = _mm512_maskz_loadu_epi16(key + 1 < num_keys ? mask : 0, keys[key + 1] + values + d);
+            __m512i a = (__m512i)words_at(keys[key] + values, d);
+            __m512i b = _mm512_maskz_mov_epi16(is_pair ? 0xffffffff : 0, (__m512i)words_at(keys[key + 1] + values, d));
             _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
             if (d + 16 < VALUE_WIDTH) _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
         }
     }
 }
 #else
-static void pack_values(const element *const *keys, int64_t values, long num_keys, float *out) {
-    for (long key = 0; key < num_keys; key++, out += VALUE_WIDTH) {
-        for (long d = 0; d < HEAD_DIM; d++) out[d] = load(keys[key][values + d]);
-        for (long d = HEAD_DIM; d < VALUE_WIDTH; d++) out[d] = 0;
-    }
+static void pack_values(const stored *const *keys, int64_t values, long num_keys, float *out) {
+    for (long key = 0; key < num_keys; key++, out += VALUE_WIDTH)
+        UNROLLED for (long d = 0; d < VALUE_WIDTH; d += LANES) put_vector(out + d, words_at(keys[key] + values, d));
 }
 #endif
+
+static void pack_tile(const pages *from, const stored *const *keys, long num_keys, packed_tile *out) {
+    pack_keys(keys, num_keys, out->keys);
+    pack_values(keys, from->v - from->k, num_keys, out->values);
+#ifdef PAGES_INT8
+    for (long key = 0; key < num_keys; key++) {
+        out->key_scales[key] = from->k_scales[scale_index(from, keys[key])];
+        out->value_scales[key] = from->v_scales[scale_index(from, keys[key])];
+    }
+    for (long key = num_keys; key < TILE; key++) out->key_scales[key] = out->value_scales[key] = 0;
+#endif
+}
 
 /* ---- a block of queries ---- */
 
@@ -502,6 +507,11 @@ INLINE void attend_queries(const int m, block *b, long first, long num_keys, flo
     for (long column = 0; column < padded; column += width)
         product(m, COLUMNS, scores[0] + column, TILE, b->queries + first * KEY_WORDS, KEY_WORDS,
                 b->tile.keys + column, TILE, KEY_WORDS, NULL);
+#ifdef PAGES_INT8
+    for (long k = 0; k < padded; k += LANES)
+        UNROLLED for (int i = 0; i < m; i++)
+            put_vector(scores[i] + k, vector_at(scores[i] + k) * vector_at(b->tile.key_scales + k));
+#endif
     if (high || num_keys < padded) {
         for (int i = 0; i < m; i++) {
             for (long k = 0; low && k < low[i]; k++) scores[i][k] = -INFINITY;
@@ -523,6 +533,10 @@ INLINE void attend_queries(const int m, block *b, long first, long num_keys, flo
             vector even = power_of_2(vector_at(scores[i] + k) * scale - top[i]);
             vector odd = power_of_2(vector_at(scores[i] + k + LANES) * scale - top[i]);
             sum += even + odd;
+#ifdef PAGES_INT8
+            even *= vector_at(b->tile.value_scales + k);
+            odd *= vector_at(b->tile.value_scales + k + LANES);
+#endif
 #ifdef PAIRS
             *(__m512bh *)(weights[i] + k / 2) = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
 #else
@@ -559,8 +573,10 @@ typedef void (*attend_function)(block *, long, long, float, const int *, const i
 static const attend_function ATTEND_BY_COUNT[] = {NULL, attend_1, attend_2, attend_3, attend_4, attend_5, attend_6};
 
 /* All queries of a piece against its packed tile, while the next tile comes into the cache. */
-static void attend_tile(const plan *p, block *b, int64_t block_row, const tile *now, const tile *next, int64_t values) {
+static void attend_tile(const plan *p, const pages *from, block *b, int64_t block_row, const tile *now,
+                        const tile *next) {
     const piece *x = &now->x;
+    const float scale = (float)(p->score_scale * from->k_scale);
     const int64_t first_key = now->first_key, num_keys = now->num_keys;
     const long group = group_size(p), first = (x->first_row - block_row) * group, end = (x->end_row - block_row) * group;
     const long rounds = (end - first + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
@@ -568,7 +584,7 @@ static void attend_tile(const plan *p, block *b, int64_t block_row, const tile *
         x->causal && (first_key + num_keys > x->first_row + x->causal_shift ||
                       (p->window_len && first_key < x->end_row - 1 + x->causal_shift - p->window_len));
     for (long round = 0, query = first; round < rounds; round++) {
-        prefetch(next, values, next->num_keys * round / rounds, next->num_keys * (round + 1) / rounds);
+        prefetch(from, next, next->num_keys * round / rounds, next->num_keys * (round + 1) / rounds);
         const int count = (int)((end - query + rounds - round - 1) / (rounds - round));
         int low[QUERIES_AT_ONCE], high[QUERIES_AT_ONCE];
         long seen = num_keys;
@@ -581,8 +597,7 @@ static void attend_tile(const plan *p, block *b, int64_t block_row, const tile *
                 if (low[i] < high[i]) seen = max(seen, high[i]);
             }
         }
-        if (seen)
-            ATTEND_BY_COUNT[count](b, query, seen, (float)p->score_scale, masked ? low : NULL, masked ? high : NULL);
+        if (seen) ATTEND_BY_COUNT[count](b, query, seen, scale, masked ? low : NULL, masked ? high : NULL);
         query += count;
     }
 }
@@ -601,8 +616,8 @@ static void load_queries(const plan *p, block *b, const task *t, const element *
         }
 }
 
-static void write_result(const float *sums, float top, float weight, element *out, float *lse) {
-    const float inverse = weight > 0 || weight != weight ? 1.0f / weight : 0.0f;
+static void write_result(const float *sums, float top, float weight, float v_scale, element *out, float *lse) {
+    const float inverse = weight > 0 || weight != weight ? v_scale / weight : 0.0f;
     for (long d = 0; d < HEAD_DIM; d++) out[d] = store(sums[d] * inverse);
     *lse = top + log2f(weight);
 }
@@ -640,9 +655,8 @@ static void lap(stopwatch *s, int64_t depth) {
     s->since_ns = now, s->depth = depth;
 }
 
-static void run_task(const plan *p, const task *t, int64_t head, const element *k_pool, const element *v_pool,
-                     const element *q, int64_t q_stride, element *out, float *lse, float *partials,
-                     int64_t *level_ns) {
+static void run_task(const plan *p, const task *t, int64_t head, const pages *from, const element *q, int64_t q_stride,
+                     element *out, float *lse, float *partials, int64_t *level_ns) {
     block b;
     stopwatch watch = {level_ns, 0, -1};
     const int64_t group = group_size(p), num_queries = t->num_rows * group;
@@ -650,23 +664,21 @@ static void run_task(const plan *p, const task *t, int64_t head, const element *
     memset(b.sums, 0, (size_t)(num_queries * VALUE_WIDTH) * sizeof *b.sums);
     for (int64_t i = 0; i < num_queries; i++) b.top[i] = -INFINITY, b.weight[i] = 0;
 
-    const int64_t values = v_pool - k_pool;
-    walk w = start_walk(p, t, k_pool + head * HEAD_DIM);
+    walk w = start_walk(p, t, from->k + head * HEAD_DIM);
     tile tiles[2];
     next_tile(&w, tiles);
     for (int i = 0; tiles[i].num_keys; i = 1 - i) {
         lap(&watch, tiles[i].x.depth);
         next_tile(&w, tiles + 1 - i);
-        pack_keys(tiles[i].keys, tiles[i].num_keys, b.tile.keys);
-        pack_values(tiles[i].keys, values, tiles[i].num_keys, b.tile.values);
-        attend_tile(p, &b, t->first_row, tiles + i, tiles + 1 - i, values);
+        pack_tile(from, tiles[i].keys, tiles[i].num_keys, &b.tile);
+        attend_tile(p, from, &b, t->first_row, tiles + i, tiles + 1 - i);
     }
     for (int64_t i = 0; i < num_queries; i++) {
         const int64_t row = i / group, qo_head = head * group + i % group;
         const float *sums = b.sums + i * VALUE_WIDTH;
         if (t->num_parts == 1) {
             const int64_t at = (t->first_row + row) * p->num_qo_heads + qo_head;
-            write_result(sums, b.top[i], b.weight[i], out + at * HEAD_DIM, lse + at);
+            write_result(sums, b.top[i], b.weight[i], from->v_scale, out + at * HEAD_DIM, lse + at);
         } else {
             const state s = state_of(p, t, t->part, partials);
             const int64_t at = row * p->num_qo_heads + qo_head;
@@ -679,8 +691,8 @@ static void run_task(const plan *p, const task *t, int64_t head, const element *
 }
 
 /* Join the parts of one row, for the query heads of one KV head. */
-static void combine(const plan *p, const task *t, int64_t row, int64_t kv_head, element *out, float *lse,
-                    float *partials) {
+static void combine(const plan *p, const task *t, int64_t row, int64_t kv_head, float v_scale, element *out,
+                    float *lse, float *partials) {
     const int64_t group = group_size(p);
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
         const int64_t at = row * p->num_qo_heads + head;
@@ -697,7 +709,7 @@ static void combine(const plan *p, const task *t, int64_t row, int64_t kv_head, 
             for (long d = 0; d < VALUE_WIDTH; d++) sums[d] += s.sums[at * VALUE_WIDTH + d] * scale;
         }
         const int64_t to = (t->first_row + row) * p->num_qo_heads + head;
-        write_result(sums, top, weight, out + to * HEAD_DIM, lse + to);
+        write_result(sums, top, weight, v_scale, out + to * HEAD_DIM, lse + to);
     }
 }
 
@@ -705,7 +717,8 @@ static void combine(const plan *p, const task *t, int64_t row, int64_t kv_head, 
 typedef struct {
     const plan *p;
     const task *tasks;
-    const element *k_pool, *v_pool, *q;
+    const pages *from;
+    const element *q;
     int64_t q_stride;
     element *out;
     float *lse, *partials;
@@ -716,8 +729,8 @@ typedef struct {
 static void attend_part(void *of, long index) {
     const layer *l = of;
     const int64_t heads = l->p->num_kv_heads;
-    run_task(l->p, l->tasks + index / heads, index % heads, l->k_pool, l->v_pool, l->q, l->q_stride, l->out, l->lse,
-             l->partials, l->level_ns);
+    run_task(l->p, l->tasks + index / heads, index % heads, l->from, l->q, l->q_stride, l->out, l->lse, l->partials,
+             l->level_ns);
 }
 
 /* The same index; of the tasks of a block the first one joins them. */
@@ -727,29 +740,37 @@ static void combine_part(void *of, long index) {
     const task *t = l->tasks + index / heads;
     if (t->part || t->num_parts == 1) return;
     for (int64_t row = 0; row < t->num_rows; row++)
-        combine(l->p, t, row, index % heads, l->out, l->lse, l->partials);
+        combine(l->p, t, row, index % heads, l->from->v_scale, l->out, l->lse, l->partials);
 }
 
 /* Attention of all rows in one layer: q [rows, num_qo_heads, HEAD_DIM] with q_stride elements from row to row; out the
  * same, contiguous; lse [rows, num_qo_heads]; partials as many floats as plan_tasks asked for. Where level_ns
  * [num_levels] is not NULL, the nanoseconds that all threads spent on each level are added to it; the joining of parts
  * is no level's. */
-void attend(const plan *p, const task *tasks, int64_t num_tasks, int64_t threads, const element *k_pool,
-            const element *v_pool, const element *q, int64_t q_stride, element *out, float *lse, float *partials,
-            int64_t *level_ns) {
-    layer l = {p, tasks, k_pool, v_pool, q, q_stride, out, lse, partials, level_ns};
+void attend(const plan *p, const task *tasks, int64_t num_tasks, int64_t threads, const pages *from, const element *q,
+            int64_t q_stride, element *out, float *lse, float *partials, int64_t *level_ns) {
+    layer l = {p, tasks, from, q, q_stride, out, lse, partials, level_ns};
     int in_parts = 0;
     for (int64_t i = 0; i < num_tasks; i++) in_parts |= tasks[i].num_parts > 1;
     parallel_for(attend_part, &l, num_tasks * p->num_kv_heads, (int)threads);
     if (in_parts) parallel_for(combine_part, &l, num_tasks * p->num_kv_heads, (int)threads);
 }
 
-/* Store k and v, [rows, row_size] with their strides, at their slots in the pools [slots, row_size]. */
-void write_slots(element *k_pool, element *v_pool, const element *k, const element *v, int64_t k_stride,
-                 int64_t v_stride, const int64_t *slots, int64_t num_rows, int64_t row_size) {
-    const size_t bytes = (size_t)row_size * sizeof(element);
+/* Store k and v, [rows, num_kv_heads, HEAD_DIM] with strides from row to row, at their slots. */
+void write_slots(const pages *to, const element *k, const element *v, int64_t k_stride, int64_t v_stride,
+                 const int64_t *slots, int64_t num_rows, int64_t num_kv_heads) {
     for (int64_t row = 0; row < num_rows; row++) {
-        memcpy(k_pool + slots[row] * row_size, k + row * k_stride, bytes);
-        memcpy(v_pool + slots[row] * row_size, v + row * v_stride, bytes);
+        const element *k_row = k + row * k_stride, *v_row = v + row * v_stride;
+        const int64_t at = slots[row] * num_kv_heads; /* in vectors */
+#ifdef SAME_TYPE
+        memcpy(to->k + at * HEAD_DIM, k_row, (size_t)num_kv_heads * HEAD_DIM * sizeof *k);
+        memcpy(to->v + at * HEAD_DIM, v_row, (size_t)num_kv_heads * HEAD_DIM * sizeof *v);
+#else
+        for (int64_t head = 0; head < num_kv_heads; head++) {
+            const int64_t to_head = (at + head) * HEAD_DIM, from_head = head * HEAD_DIM;
+            store_vector(to->k + to_head, to->k_scales + at + head, k_row + from_head, to->k_scale);
+            store_vector(to->v + to_head, to->v_scales + at + head, v_row + from_head, to->v_scale);
+        }
+#endif
     }
 }

@@ -16,6 +16,7 @@ from cascade_llm.attention.backend import AttentionBackend, AttentionSpec, Prepa
 from cascade_llm.attention.dense import Workspace
 from cascade_llm.attention.native_kernels import (
     TASK_FIELDS,
+    LayerPages,
     LevelColumns,
     PlanColumns,
     kernels_for,
@@ -42,7 +43,7 @@ class Sharing:
 
 
 class NativeAttentionBackend(AttentionBackend):
-    """Attention by compiled C on the CPU, in float32 or bfloat16, over NHD pages of the same dtype.
+    """Attention by compiled C on the CPU, in float32 or bfloat16, over NHD pages of any dtype.
 
     Nothing is kept from step to step: the kernels read the plan's columns and the pool's pages where they lie.
     """
@@ -53,16 +54,15 @@ class NativeAttentionBackend(AttentionBackend):
         reasons = reasons_against_native(spec)
         if kv_cache.layout != "NHD":
             reasons.append(f"reads NHD pages, not {kv_cache.layout}: create the pool so")
-        if kv_cache.dtype != spec.dtype:
-            reasons.append(f"reads pages of the model's {spec.dtype}, not {kv_cache.dtype}: create the pool so")
+        if kv_cache.dtype != spec.page_dtype:
+            reasons.append(f"was asked to read pages of {spec.page_dtype}, not {kv_cache.dtype}: create the pool so")
         if reasons:
             raise BackendError(f"the native backend {'; '.join(reasons)}")
-        self._kernels = kernels_for(spec.dtype, spec.head_dim)
+        self._kernels = kernels_for(spec.dtype, spec.page_dtype, spec.head_dim)
         self.sharing = sharing or Sharing()
         self._workspace = Workspace(spec.device)
-        pools = (kv_cache.layer(layer) for layer in range(kv_cache.num_layers))
-        self._pools = [(k_pool.data_ptr(), v_pool.data_ptr()) for k_pool, v_pool in pools]
-        self._row_size = spec.num_kv_heads * spec.head_dim
+        self._layers = [LayerPages.of(kv_cache, layer) for layer in range(kv_cache.num_layers)]
+        self._pages = [ctypes.addressof(layer) for layer in self._layers]
 
     @staticmethod
     def preferred_layout(device: torch.device) -> KVLayout:
@@ -73,14 +73,14 @@ class NativeAttentionBackend(AttentionBackend):
         """See `AttentionBackend`; k and v may be views into the rows of a wider tensor."""
         k, v = self._rows(k), self._rows(v)
         self._kernels["write_slots"](
-            *self._pools[layer],
+            self._pages[layer],
             k.data_ptr(),
             v.data_ptr(),
             k.stride(0),
             v.stride(0),
             slots.data_ptr(),
             len(slots),
-            self._row_size,
+            self.spec.num_kv_heads,
         )
 
     def prepare(self, plan: CascadePlan) -> PreparedAttention:
@@ -144,7 +144,7 @@ class _PreparedNativeAttention(PreparedAttention):
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         backend._kernels["attend"](
             *self._arguments,
-            *backend._pools[layer],
+            backend._pages[layer],
             q.data_ptr(),
             q.stride(0),
             out.data_ptr(),

@@ -1,4 +1,4 @@
-"""The compiled attention kernels: `native_attention.c` for one element type and head size."""
+"""The compiled attention kernels: `native_attention.c` for one type of activations, one of pages, and one head size."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.device.native_library import NativeFunction, native_functions
 from cascade_llm.device.native_units import attention_unit
 from cascade_llm.errors import BackendError
+from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 
-__all__ = ["TASK_FIELDS", "LevelColumns", "PlanColumns", "kernels_for", "reasons_against_native"]
+__all__ = ["TASK_FIELDS", "LayerPages", "LevelColumns", "PlanColumns", "kernels_for", "reasons_against_native"]
 
 ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+PAGES = {**ELEMENTS, torch.float16: "float16", torch.float8_e4m3fn: "float8", torch.int8: "int8"}
 MAX_HEAD_DIM = 256
 """A block of queries lies on its thread's stack: 0.7 MB in float32 at this size."""
 MAX_GROUP_SIZE = 192
@@ -52,13 +54,34 @@ class PlanColumns(ctypes.Structure):
     )
 
 
+class LayerPages(ctypes.Structure):
+    """`pages` of the C file: one layer's pool."""
+
+    _fields_ = (
+        ("k", _pointer),
+        ("v", _pointer),
+        ("k_scales", _pointer),
+        ("v_scales", _pointer),
+        ("k_scale", ctypes.c_float),
+        ("v_scale", ctypes.c_float),
+    )
+
+    @classmethod
+    def of(cls, kv_cache: PagedKVCache, layer: int) -> LayerPages:
+        """Addresses in a pool, which must outlive them."""
+        k_pool, v_pool = kv_cache.layer(layer)
+        own_scales = kv_cache.vector_scales(layer)
+        addresses = (None, None) if own_scales is None else [x.data_ptr() for x in own_scales]
+        return cls(k_pool.data_ptr(), v_pool.data_ptr(), *addresses, *kv_cache.scales[layer])
+
+
 def reasons_against_native(spec: AttentionSpec) -> list[str]:
     """Why the compiled kernels cannot serve this model here; empty where they can."""
     reasons = []
     if spec.device.type != "cpu":
         reasons.append(f"is for the CPU, the device is {spec.device.type}")
-    if spec.page_dtype != spec.dtype:
-        reasons.append(f"reads pages of the model's dtype, not {spec.page_dtype}: leave out kv_cache_dtype")
+    if spec.page_dtype not in PAGES:
+        reasons.append(f"reads no pages of {spec.page_dtype}: leave out kv_cache_dtype")
     if spec.dtype not in ELEMENTS:
         reasons.append(f"computes in float32 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}")
     if spec.head_dim % 2 or not 0 < spec.head_dim <= MAX_HEAD_DIM:
@@ -71,24 +94,24 @@ def reasons_against_native(spec: AttentionSpec) -> list[str]:
         reasons.append(f"sm_scale is {spec.sm_scale}: it must be positive")
     if not reasons:
         try:
-            kernels_for(spec.dtype, spec.head_dim)
+            kernels_for(spec.dtype, spec.page_dtype, spec.head_dim)
         except BackendError as error:
             reasons.append(str(error))
     return reasons
 
 
 @functools.cache
-def kernels_for(dtype: torch.dtype, head_dim: int) -> Mapping[str, NativeFunction]:
-    """The functions for one dtype and head size, by the names that the C file has for them.
+def kernels_for(dtype: torch.dtype, page_dtype: torch.dtype, head_dim: int) -> Mapping[str, NativeFunction]:
+    """The functions for these types and head size, by the names that the C file has for them.
 
     Raises:
         BackendError: the machine cannot compile or load them
     """
-    functions = native_functions(attention_unit(ELEMENTS[dtype], head_dim))
+    functions = native_functions(attention_unit(ELEMENTS[dtype], PAGES[page_dtype], head_dim))
     functions["plan_tasks"].argtypes = (_pointer, _long, _long, _pointer, _long, _pointer)
     functions["plan_tasks"].restype = _long
-    functions["attend"].argtypes = (*[_pointer] * 2, _long, _long, *[_pointer] * 3, _long, *[_pointer] * 4)
+    functions["attend"].argtypes = (*[_pointer] * 2, _long, _long, *[_pointer] * 2, _long, *[_pointer] * 4)
     functions["attend"].restype = None
-    functions["write_slots"].argtypes = (*[_pointer] * 4, _long, _long, _pointer, _long, _long)
+    functions["write_slots"].argtypes = (*[_pointer] * 3, _long, _long, _pointer, _long, _long)
     functions["write_slots"].restype = None
     return functions

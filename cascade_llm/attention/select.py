@@ -59,8 +59,6 @@ def select_backend(name: str, spec: AttentionSpec) -> BackendChoice:
 
 def _reasons_against_torch(spec: AttentionSpec) -> list[str]:
     reasons = []
-    if spec.page_dtype != spec.dtype:
-        reasons.append(f"reads pages of the model's dtype, not {spec.page_dtype}: leave out kv_cache_dtype")
     if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
         reasons.append(f"computes in floating-point types of 16 bits or more, not {spec.dtype}")
     if spec.num_qo_heads % spec.num_kv_heads:

@@ -171,7 +171,7 @@ def plan_tree(
         prompt_lens=tuple(map(len, prompts)),
         report=decode.report,
         page_size=options.page_size,
-        kv_bytes_per_token=config.kv_bytes_per_token(spec.page_dtype.itemsize),
+        kv_bytes_per_token=config.kv_bytes_per_token(spec.kv_number_bytes),
         costs=source,
         attention_s=config.num_layers * cost_model.plan_s(plan_work(decode.cascade)),
         attention_one_level_s=config.num_layers * cost_model.plan_s(plan_work(plain.cascade)),

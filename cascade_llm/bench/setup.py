@@ -17,6 +17,7 @@ from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_kv_dtype
 from cascade_llm.engine.tokenizer import load_tokenizer
 from cascade_llm.errors import CapacityError
+from cascade_llm.kv_cache.page_dtypes import bytes_per_number
 from cascade_llm.llm import LLM
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.resolve import open_checkpoint
@@ -78,7 +79,7 @@ class BenchModel:
             self.config,
             layer_weight_bytes=layers,
             head_weight_bytes=head,
-            kv_dtype_bytes=self.kv_dtype.itemsize,
+            kv_dtype_bytes=bytes_per_number(self.kv_dtype, self.config.head_dim),
         )
 
     def _weight_bytes(self) -> tuple[float, float]:
@@ -130,7 +131,8 @@ def options_for(model: BenchModel, *loads: Load) -> dict[str, Any]:
     Raises `CapacityError` where the given pool does not hold the longest sequence.
     """
     checked = EngineOptions(**model.options)
-    page_bytes = model.config.kv_bytes_per_token(model.kv_dtype.itemsize) * checked.page_size
+    number_bytes = bytes_per_number(model.kv_dtype, model.config.head_dim)
+    page_bytes = model.config.kv_bytes_per_token(number_bytes) * checked.page_size
     lanes = min(max(load.num_sequences for load in loads), DEFAULT_LANES)
     options: dict[str, Any] = {
         "max_model_len": max(load.longest for load in loads),

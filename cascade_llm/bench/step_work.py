@@ -35,7 +35,7 @@ class ModelShape:
 
     @classmethod
     def of(
-        cls, model: ModelConfig, *, layer_weight_bytes: float, head_weight_bytes: float, kv_dtype_bytes: int
+        cls, model: ModelConfig, *, layer_weight_bytes: float, head_weight_bytes: float, kv_dtype_bytes: float
     ) -> ModelShape:
         """Of a dense decoder; bytes are per weight, a fraction where weights are quantized."""
         q_size, kv_size = model.num_qo_heads * model.head_dim, model.num_kv_heads * model.head_dim

@@ -118,7 +118,7 @@ def _library_file(compiler: str, options: tuple[str, ...], source: Path) -> Iter
 def _key(compiler: str, options: tuple[str, ...], source: Path) -> str:
     """Changes with whatever changes the library."""
     told = (*options, *LINK_FLAGS, compiler, _version(compiler), platform.machine())
-    headers = (path.read_bytes() for path in sorted(HEADERS.glob("*.h")))
+    headers = (path.read_bytes() for folder in (HEADERS, source.parent) for path in sorted(folder.glob("*.h")))
     return _digest(source.read_bytes(), *headers, *(text.encode() for text in told))
 
 

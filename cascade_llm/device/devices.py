@@ -14,9 +14,9 @@ from cascade_llm.errors import ConfigError
 
 __all__ = ["resolve_device", "resolve_dtype", "resolve_kv_dtype", "thread_count", "thread_limit"]
 
-KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
-"""Of pages alone."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = {**DTYPES, "fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+"""Of pages."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -47,12 +47,8 @@ def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> tor
 
 
 def resolve_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What K and V are stored in: the model's dtype, or 8 bits. Raises `ConfigError` for another 16- or 32-bit type."""
-    if name in KV_DTYPES:
-        return KV_DTYPES[name]
-    if name != "auto" and DTYPES[name] != dtype:
-        raise ConfigError(f"kv_cache_dtype {name} differs from dtype {dtype}: set both the same, or fp8_e4m3")
-    return dtype
+    """What K and V are stored in; `auto`: what the model computes in."""
+    return dtype if name == "auto" else KV_DTYPES[name]
 
 
 def thread_count(num_threads: int | None) -> int:

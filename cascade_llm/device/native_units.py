@@ -5,7 +5,7 @@ Standard library only: the build of the wheel reads this too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,10 @@ __all__ = ["BLOCKED", "PACKED", "PARALLEL", "SAMPLER", "NativeUnit", "attention_
 
 PACKAGE = Path(__file__).parent.parent
 ELEMENTS = ("float32", "bfloat16")
-WHEEL_HEAD_DIMS = (64, 80, 96, 128, 256)
-"""Of the attention kernels in the wheel; others are compiled when a model asks."""
+OTHER_PAGES = ("bfloat16", "float16", "float8", "int8")
+WHEEL_HEAD_DIMS: Mapping[int, tuple[str, ...]] = {64: OTHER_PAGES, 80: (), 96: (), 128: OTHER_PAGES, 256: ()}
+"""Of the attention kernels in the wheel, and with which pages beside those of the element's own type; others are
+compiled when a model asks."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,13 @@ PACKED = NativeUnit("weights/packed_product.c", ("packed_product", "packed_tile_
 BLOCKED = NativeUnit("weights/blocked.c", ("blocked_product",), flag="avx512_bf16")
 
 
-def attention_unit(element: str, head_dim: int) -> NativeUnit:
-    """The attention kernels for one element type, "float32" or "bfloat16", and head size."""
+def attention_unit(element: str, pages: str, head_dim: int) -> NativeUnit:
+    """The attention kernels for one element type, "float32" or "bfloat16", one of pages and one head size."""
     return NativeUnit(
         "attention/native_attention.c",
         ("plan_tasks", "attend", "write_slots"),
-        (element.upper(), f"HEAD_DIM={head_dim}"),
-        f"_{element}_{head_dim}",
+        (element.upper(), f"PAGES_{pages.upper()}", f"HEAD_DIM={head_dim}"),
+        f"_{element}_{pages}_{head_dim}",
     )
 
 
@@ -85,4 +87,5 @@ def units_of_wheel() -> Iterator[NativeUnit]:
     yield from (PARALLEL, SAMPLER, PACKED, BLOCKED)
     for element in ELEMENTS:
         yield ops_unit(element)
-        yield from (attention_unit(element, head_dim) for head_dim in WHEEL_HEAD_DIMS)
+        for head_dim, others in WHEEL_HEAD_DIMS.items():
+            yield from (attention_unit(element, pages, head_dim) for pages in dict.fromkeys((element, *others)))

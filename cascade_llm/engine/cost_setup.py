@@ -85,7 +85,7 @@ def attention_shape(spec: AttentionSpec) -> AttentionShape:
         num_qo_heads=spec.num_qo_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        kv_dtype_bytes=spec.page_dtype.itemsize,
+        kv_dtype_bytes=spec.kv_number_bytes,
     )
 
 

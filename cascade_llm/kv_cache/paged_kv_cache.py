@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from cascade_llm.errors import PlanError
+from cascade_llm.kv_cache.page_dtypes import has_vector_scales, int8_vectors, rounded_to_float
 from cascade_llm.plan import PageCopy
 
 __all__ = ["KVLayout", "KVScale", "PagedKVCache"]
@@ -21,7 +22,7 @@ PRIVATE = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONY
 
 
 class KVScale(NamedTuple):
-    """What the stored numbers of a layer are multiplied by to give its K and V; only 8-bit pages have other than 1."""
+    """What the stored numbers of a layer are multiplied by to give its K and V; other than 1 for 8-bit floats only."""
 
     k: float = 1.0
     v: float = 1.0
@@ -48,16 +49,19 @@ class PagedKVCache:
         layout: KVLayout = "NHD",
         scales: Sequence[KVScale] | None = None,
     ) -> None:
-        """`scales`: one per layer, for pages of 8 bits; default 1."""
+        """`scales`: one per layer, for pages of 8-bit floats; default 1."""
         self.num_pages, self.page_size = num_pages, page_size
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.dtype, self.device, self.layout = dtype, torch.device(device), layout
         self.scales = [KVScale()] * num_layers if scales is None else list(scales)
         assert len(self.scales) == num_layers
-        assert dtype.itemsize == 1 or set(self.scales) <= {KVScale()}
+        assert dtype == torch.float8_e4m3fn or set(self.scales) <= {KVScale()}
         inner = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
         shape = (2, num_pages, *inner, head_dim)
         self._layers = [_zeros(shape, dtype, self.device) for _ in range(num_layers)]
+        self._vector_scales: list[torch.Tensor] = []
+        if has_vector_scales(dtype):
+            self._vector_scales = [_zeros(shape[:-1], torch.float32, self.device) for _ in range(num_layers)]
 
     @property
     def num_layers(self) -> int:
@@ -71,8 +75,8 @@ class PagedKVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all layers' pools."""
-        return sum(layer.numel() * layer.element_size() for layer in self._layers)
+        """Memory of all layers' pools, scales included."""
+        return sum(x.numel() * x.element_size() for x in (*self._layers, *self._vector_scales))
 
     def layer(self, index: int) -> torch.Tensor:
         """K and V of one layer, the pool itself.
@@ -83,43 +87,43 @@ class PagedKVCache:
         """
         return self._layers[index]
 
+    def vector_scales(self, index: int) -> torch.Tensor | None:
+        """What the vectors of int8 pages are multiplied by, the pool's own memory; None for pages of another dtype.
+
+        Returns:
+            float32, the shape of `layer(index)` without its last dimension
+        """
+        return self._vector_scales[index] if self._vector_scales else None
+
     def encode(self, x: torch.Tensor, scale: float) -> torch.Tensor:
-        """x, of any shape [...], in the pool's dtype. 8-bit numbers are divided by their scale in float32 and
-        clamped to the largest that there is: a conversion may make NaN of what lies beyond."""
-        if self.dtype.itemsize > 1:
-            return x.to(self.dtype)
-        limit = torch.finfo(self.dtype).max
-        scaled = x if scale == 1.0 else x.float() / scale
-        return scaled.clamp(-limit, limit).to(self.dtype)
+        """x, of any shape [...], in the pool's floating-point dtype; see `rounded_to_float`."""
+        return rounded_to_float(x, self.dtype, scale)
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """Store k and v, both [rows, num_kv_heads, head_dim], at int64 `slots` [rows]."""
-        k_pool, v_pool = _bytes_of(self._layers[layer])
-        scale = self.scales[layer]
-        k, v = _bytes_of(self.encode(k, scale.k)), _bytes_of(self.encode(v, scale.v))
-        if self.layout == "NHD":
-            self._by_slot(k_pool).index_put_((slots,), k)
-            self._by_slot(v_pool).index_put_((slots,), v)
-        else:
-            pages, offsets = slots // self.page_size, slots % self.page_size
-            k_pool[pages, :, offsets] = k
-            v_pool[pages, :, offsets] = v
+        own_scales = self.vector_scales(layer)
+        for part, (x, scale) in enumerate(zip((k, v), self.scales[layer], strict=True)):
+            if own_scales is None:
+                numbers = self.encode(x, scale)
+            else:
+                numbers, scales = int8_vectors(x)
+                self._put(own_scales[part], slots, scales)
+            self._put(_bytes_of(self._layers[layer][part]), slots, _bytes_of(numbers))
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A copy of K and V, both [tokens, num_kv_heads, head_dim], at int64 `slots` [tokens]; for checks and twins.
 
         8-bit pages are read as the float32 that they stand for.
         """
-        k_pool, v_pool = _bytes_of(self._layers[layer])
-        if self.layout == "NHD":
-            k, v = self._by_slot(k_pool)[slots], self._by_slot(v_pool)[slots]
-        else:
-            pages, offsets = slots // self.page_size, slots % self.page_size
-            k, v = k_pool[pages, :, offsets], v_pool[pages, :, offsets]
+        k, v = (self._take(pool, slots).view(self.dtype) for pool in _bytes_of(self._layers[layer]))
         if self.dtype.itemsize > 1:
             return k, v
-        scale = self.scales[layer]
-        return k.view(self.dtype).float() * scale.k, v.view(self.dtype).float() * scale.v
+        own_scales = self.vector_scales(layer)
+        if own_scales is None:
+            scale = self.scales[layer]
+            return k.float() * scale.k, v.float() * scale.v
+        k_scales, v_scales = (self._take(scales, slots).unsqueeze(-1) for scales in own_scales)
+        return k.float() * k_scales, v.float() * v_scales
 
     def copy_pages(
         self, copies: Sequence[PageCopy], upload: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -134,11 +138,21 @@ class PagedKVCache:
             raise PlanError("a plan copies pages of another tier than the device, and this pool has no other")
         pages = torch.tensor([[copy.source for copy in copies], [copy.target for copy in copies]])
         source, target = pages.to(self.device) if upload is None else upload(pages)
-        for pool in map(_bytes_of, self._layers):
+        for pool in map(_bytes_of, (*self._layers, *self._vector_scales)):
             pool[:, target] = pool[:, source]
 
-    def _by_slot(self, pool: torch.Tensor) -> torch.Tensor:
-        return pool.view(self.num_slots, self.num_kv_heads, self.head_dim)
+    def _put(self, pool: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Rows [rows, num_kv_heads, ...] to their slots of a pool [num_pages, ...] of K or V, or of their scales."""
+        if self.layout == "NHD":
+            pool.flatten(0, 1).index_put_((slots,), rows)
+        else:
+            pool[slots // self.page_size, :, slots % self.page_size] = rows
+
+    def _take(self, pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """A copy of what `_put` stored."""
+        if self.layout == "NHD":
+            return pool.flatten(0, 1)[slots]
+        return pool[slots // self.page_size, :, slots % self.page_size]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

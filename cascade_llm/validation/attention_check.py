@@ -70,9 +70,10 @@ def check_attention(
 ) -> list[Check]:
     """One check per backend, dtype and family of plans; each plan as it is, and as its single-level twin.
 
-    kv_dtype: of 8 bits, to check pages of that dtype as well
+    kv_dtype: to check pages of that dtype as well, under another dtype of the computation
     """
-    numbers = NUMBERS if kv_dtype is None else (*NUMBERS, Numbers(torch.bfloat16, kv_dtype))
+    computed = torch.float32 if kv_dtype == torch.bfloat16 else torch.bfloat16
+    numbers = NUMBERS if kv_dtype is None else (*NUMBERS, Numbers(computed, kv_dtype))
     total, done, checks = len(BACKENDS) * len(numbers) * len(FAMILIES), 0, dict[tuple[str, Numbers], list[Check]]()
     for backend in BACKENDS:
         for kind in numbers:
@@ -117,7 +118,7 @@ def _check_family(
 
 def _add_case(error: AttentionError, case: CascadeCase, choice: BackendChoice, spec: AttentionSpec, seed: int) -> None:
     layout = choice.backend.preferred_layout(spec.device)
-    scale = SCALE_OF_8_BITS if spec.page_dtype.itemsize == 1 else KVScale()
+    scale = SCALE_OF_8_BITS if spec.page_dtype == torch.float8_e4m3fn else KVScale()
     kv_cache = pool_with_only(
         case, num_layers=1, dtype=spec.page_dtype, seed=seed, layout=layout, device=spec.device, scales=[scale]
     )

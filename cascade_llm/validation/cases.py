@@ -148,7 +148,9 @@ def pool_with_only(
     places = sorted(_readable_slots(case).items())
     slots = torch.tensor([slot for slot, _ in places], device=device)
     for layer in range(num_layers):
-        kv_cache.layer(layer).copy_(torch.tensor(torch.nan))  # torch fills no 8-bit floats on every device
+        # what has scales of its own is NaN by these; torch fills no 8-bit floats on every device
+        own_scales = kv_cache.vector_scales(layer)
+        (kv_cache.layer(layer) if own_scales is None else own_scales).copy_(torch.tensor(torch.nan))
         k, v = torch.randn(2, len(slots), case.num_kv_heads, case.head_dim, generator=generator).to(device)
         if case.identical:
             k, v = (x[[place for _, place in places]] for x in (k, v))

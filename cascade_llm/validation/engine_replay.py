@@ -19,6 +19,7 @@ import torch
 from cascade_llm.config import EngineOptions
 from cascade_llm.device.devices import DTYPES, resolve_kv_dtype
 from cascade_llm.errors import PlanError
+from cascade_llm.kv_cache.page_dtypes import bytes_per_number
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.plan import StepPlan, int_column
@@ -85,7 +86,7 @@ def replay_engine(
         dtype = DTYPES[header.dtype]
         kv_dtype = resolve_kv_dtype(header.kv_cache_dtype, dtype)
         progress(f"loading {checkpoint.name}", 0, 0)
-        bytes_per_token = config.kv_bytes_per_token(kv_dtype.itemsize)
+        bytes_per_token = config.kv_bytes_per_token(bytes_per_number(kv_dtype, config.head_dim))
         runner, facts = build_worker(_options(options, header, bytes_per_token), checkpoint)
         replay, num_steps = _Replay(runner), 0
         for step in islice(reader, max_steps):

@@ -114,11 +114,11 @@ def _random_pool(
 ) -> PagedKVCache:
     """One layer of the recorded pool, every slot filled: the same numbers whatever the layout."""
     num_slots = header.total_pages * header.page_size
-    num_bytes = 2 * num_slots * spec.num_kv_heads * spec.head_dim * (spec.dtype.itemsize + spec.page_dtype.itemsize)
+    num_bytes = 2 * num_slots * spec.num_kv_heads * spec.head_dim * (spec.dtype.itemsize + spec.kv_number_bytes)
     free_bytes = available_bytes(spec.device)
     if num_bytes > free_bytes:
         raise CapacityError(
-            f"one layer of the recorded pool takes {num_bytes:,} bytes with the numbers that fill it, and "
+            f"one layer of the recorded pool takes {num_bytes:,.0f} bytes with the numbers that fill it, and "
             f"{free_bytes:,} are free: replay it on a machine with more memory"
         )
     kv_cache = PagedKVCache(

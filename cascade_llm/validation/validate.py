@@ -23,6 +23,7 @@ from cascade_llm.device.devices import (
 )
 from cascade_llm.engine.tokenizer import load_tokenizer
 from cascade_llm.errors import ConfigError
+from cascade_llm.kv_cache.page_dtypes import bytes_per_number
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
@@ -141,14 +142,14 @@ def _engine_options(options: Mapping[str, Any], config: ModelConfig, effort: Eff
         )
     given = EngineOptions(**options)
     dtype = resolve_dtype(given.dtype, config.dtype, resolve_device(given.device))
-    kv_dtype = resolve_kv_dtype(given.kv_cache_dtype, dtype)
+    number_bytes = bytes_per_number(resolve_kv_dtype(given.kv_cache_dtype, dtype), config.head_dim)
     pages_per_sequence = -(-wanted // given.page_size)
     num_pages = (BATCH + 1) * pages_per_sequence
     return EngineOptions(
         **options,
         max_model_len=wanted,
         max_num_seqs=BATCH + 1,
-        kv_cache_bytes=num_pages * given.page_size * config.kv_bytes_per_token(kv_dtype.itemsize),
+        kv_cache_bytes=num_pages * given.page_size * config.kv_bytes_per_token(number_bytes),
     )
 
 

@@ -13,7 +13,7 @@ from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend,
 from cascade_llm.attention.flashinfer.workspace import float_workspace_bytes
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
-from cascade_llm.device.devices import KV_DTYPES, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
+from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
 from cascade_llm.device.start_errors import compiled_kernels, memory_for
 from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, KVScale, PagedKVCache
@@ -70,7 +70,7 @@ class WorkerFacts:
     @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token over all layers."""
-        return self.model.kv_bytes_per_token(self.kv_dtype.itemsize)
+        return self.model.kv_bytes_per_token(self.attention.kv_number_bytes)
 
 
 def build_worker(
@@ -93,8 +93,9 @@ def build_worker(
     dtype = resolve_dtype(options.dtype, model.dtype, device)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     max_model_len = _max_model_len(options, model)
-    check_sizes(options, model, dtype, model.kv_bytes_per_token(kv_dtype.itemsize), max_model_len)
     spec = AttentionSpec.for_model(model, dtype, device, kv_dtype)
+    kv_bytes = model.kv_bytes_per_token(spec.kv_number_bytes)
+    check_sizes(options, model, dtype, kv_bytes, max_model_len)
     choice, platform = _backend_choice(options, spec, platform)
     with torch.inference_mode(), thread_limit(options.num_threads), compiled_kernels(), memory_for(BESIDE_THE_POOL):
         decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, platform, on_start)
@@ -109,8 +110,7 @@ def build_worker(
             reserved += float_workspace_bytes(spec, platform.num_processors, shapes)
         if has_graphs:
             reserved += UsageCounts.bytes_needed(num_lanes, model.vocab_size, max_model_len)
-        bytes_per_page = model.kv_bytes_per_token(kv_dtype.itemsize) * options.page_size
-        total_pages = pool_pages(options, max_model_len, bytes_per_page, device, reserved)
+        total_pages = pool_pages(options, max_model_len, kv_bytes * options.page_size, device, reserved)
         layout = choice.backend.preferred_layout(device)
         kv_cache = _kv_cache(options, model, kv_dtype, device, total_pages + padding, layout, scales)
         lanes = LaneState(
@@ -173,7 +173,7 @@ def _decoder(
     platform: GpuPlatform | None,
     on_start: OnStart | None,
 ) -> tuple[Decoder, list[KVScale] | None]:
-    """The model with its weights, and the scales of 8-bit pages."""
+    """The model with its weights, and the scales of pages of 8-bit floats."""
     free = available_bytes(device)
     with memory_for(f"the weights: {free:,} bytes were free; take a smaller model, or end what else holds memory"):
         scales = KVScaleReader(model.num_layers)
@@ -193,7 +193,7 @@ def _decoder(
         else:
             load_weights(decoder, scales.without_scales(told_tensors(checkpoint, on_start)))
         log.info(describe_weights(linear.matrix for linear in decoder.linears))
-    return decoder, scales.scales() if options.kv_cache_dtype in KV_DTYPES else None
+    return decoder, scales.scales() if options.kv_cache_dtype == "fp8_e4m3" else None
 
 
 def _kv_cache(

@@ -88,7 +88,7 @@ def test_a_unit_needs_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_in_one_library_are_unique() -> None:
     names = [name for unit in units_of_wheel() for name in unit.exported]
     assert len(set(names)) == len(names)
-    assert attention_unit("float32", 64) in list(units_of_wheel())
+    assert attention_unit("float32", "float32", 64) in list(units_of_wheel())
     assert ops_unit("bfloat16").exported[0] == "add_rms_norm_bfloat16"
 
 

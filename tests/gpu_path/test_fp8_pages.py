@@ -13,7 +13,7 @@ from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.select import select_backend
-from cascade_llm.errors import BackendError, CheckpointError, ConfigError
+from cascade_llm.errors import BackendError, CheckpointError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
 from cascade_llm.models.loading import KVScaleReader
 from cascade_llm.plan import PageCopy
@@ -22,7 +22,7 @@ from tests.cascade_cases import CascadeCase, cascade_case
 from tests.doubles.device import DoubleStream
 from tests.doubles.flashinfer import FlashInferDouble
 from tests.doubles.planner import DoubleError
-from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
+from tests.engine.tiny_llm import random_forest, save_tiny
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 
 FP8 = torch.float8_e4m3fn
@@ -127,14 +127,6 @@ def test_the_engine_serves_from_half_the_bytes(tiny: Path) -> None:
             if not eager:
                 assert graphs_of(llm).counters.graph_steps > 0
     assert found[0] == found[1]
-
-
-def test_other_backends_refuse_with_the_cure(tiny: Path) -> None:
-    for backend in ("torch", "native", "auto"):
-        with pytest.raises(BackendError, match=r"float8_e4m3fn: leave out kv_cache_dtype"):
-            tiny_llm(tiny, kv_cache_dtype="fp8_e4m3", attention_backend=backend)
-    with pytest.raises(ConfigError, match="or fp8_e4m3"):
-        tiny_llm(tiny, kv_cache_dtype="float16")
 
 
 def test_head_dim_64_is_refused(tiny: Path) -> None:

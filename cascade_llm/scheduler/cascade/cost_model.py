@@ -48,12 +48,13 @@ class AttentionShape:
     num_qo_heads: int
     num_kv_heads: int
     head_dim: int
-    kv_dtype_bytes: int
+    kv_dtype_bytes: float
+    """Of a number of K or V, its share of a scale included."""
 
     @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype_bytes
+        return round(2 * self.num_kv_heads * self.head_dim * self.kv_dtype_bytes)
 
     @property
     def flops_per_row_token(self) -> int:
@@ -61,7 +62,7 @@ class AttentionShape:
         return 4 * self.num_qo_heads * self.head_dim
 
     @property
-    def merged_bytes_per_row(self) -> int:
+    def merged_bytes_per_row(self) -> float:
         """Two outputs read and one written, with their log-sum-exps."""
         return self.num_qo_heads * (3 * self.head_dim * self.kv_dtype_bytes + 8)
 

@@ -1,0 +1,96 @@
+"""Pages of every dtype under activations of every dtype: compiled kernels and their twin against float64."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import pytest
+import torch
+
+from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
+from cascade_llm.attention.native_backend import NativeAttentionBackend
+from cascade_llm.attention.native_kernels import kernels_for
+from cascade_llm.attention.reference import reference_attention
+from cascade_llm.attention.torch_backend import TorchAttentionBackend
+from cascade_llm.device.cpu_levels import LEVEL_VARIABLE, LEVELS, CpuLevel, architecture, missing_flags
+from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
+from cascade_llm.validation.cases import pool_with_only
+from tests.attention.test_torch_backend import TOLERANCE, worst
+from tests.cascade_cases import CascadeCase, cascade_case
+
+COMPUTED = (torch.float32, torch.bfloat16)
+PAGES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
+PAIRS = [pair for pair in itertools.product(COMPUTED, PAGES) if pair[0] != pair[1]]
+needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler here")
+
+
+def spec_of(kv_cache: PagedKVCache, group_size: int, dtype: torch.dtype) -> AttentionSpec:
+    return AttentionSpec(
+        num_layers=1,
+        num_qo_heads=kv_cache.num_kv_heads * group_size,
+        num_kv_heads=kv_cache.num_kv_heads,
+        head_dim=kv_cache.head_dim,
+        sm_scale=kv_cache.head_dim**-0.5,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        kv_dtype=kv_cache.dtype,
+    )
+
+
+def assert_right(
+    backend: type[AttentionBackend], case: CascadeCase, dtype: torch.dtype, pages: torch.dtype, seed: int
+) -> None:
+    scales = [KVScale(0.5, 0.75)] if pages == torch.float8_e4m3fn else None
+    kv_cache = pool_with_only(case, num_layers=1, dtype=pages, seed=seed, scales=scales)
+    spec = spec_of(kv_cache, case.group_size, dtype)
+    generator = torch.Generator().manual_seed(seed + 1)
+    q = torch.randn(case.plan.num_rows, spec.num_qo_heads, spec.head_dim, generator=generator).to(dtype)
+    out, lse = backend(spec, kv_cache).prepare(case.plan).attend(0, q)
+    expected_out, expected_lse = reference_attention(case.plan, kv_cache, 0, q, spec.sm_scale)
+    assert worst(out, expected_out) < TOLERANCE[dtype], case
+    assert worst(lse, expected_lse) < TOLERANCE[dtype], case
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", LEVELS[architecture()], ids=lambda level: level.name)
+@pytest.mark.parametrize(("dtype", "pages"), PAIRS, ids=str)
+def test_the_kernels_of_every_level_equal_float64(
+    dtype: torch.dtype, pages: torch.dtype, level: CpuLevel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if missing := missing_flags(level):
+        pytest.skip(f"this processor has no {', '.join(missing)}")
+    monkeypatch.setenv(LEVEL_VARIABLE, level.name)
+    kernels_for.cache_clear()
+    try:
+        for seed in range(30):
+            case = cascade_case(seed)
+            if case.head_dim == 24:
+                assert_right(NativeAttentionBackend, case, dtype, pages, seed)
+    finally:
+        kernels_for.cache_clear()
+
+
+@pytest.mark.parametrize(("dtype", "pages"), PAIRS, ids=str)
+def test_the_twin_equals_float64(dtype: torch.dtype, pages: torch.dtype) -> None:
+    for seed in range(8):
+        assert_right(TorchAttentionBackend, cascade_case(seed), dtype, pages, seed)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("dtype", "pages"), PAIRS, ids=str)
+def test_the_kernels_store_what_the_twin_stores(dtype: torch.dtype, pages: torch.dtype) -> None:
+    """Rounded, beyond the largest number, subnormal, zero, infinite and NaN: the same bits and scales."""
+    scales = [KVScale(0.5, 0.75)] if pages == torch.float8_e4m3fn else None
+    native, twin = (
+        PagedKVCache(num_layers=1, num_pages=4, page_size=4, num_kv_heads=2, head_dim=24, dtype=pages, scales=scales)
+        for _ in range(2)
+    )
+    k, v = (10 ** torch.linspace(-9, 6, 2 * 16 * 2 * 24)).view(2, 16, 2, 24).to(dtype)
+    k[::2], v[3], v[4, 0, 0], v[5, 0, 1] = -k[::2], 0, torch.nan, torch.inf
+    slots = torch.arange(16)
+    NativeAttentionBackend(spec_of(native, 1, dtype), native).write(0, k, v, slots)
+    twin.write(0, k, v, slots)
+    for mine, its in zip(native.read(0, slots), twin.read(0, slots), strict=True):
+        torch.testing.assert_close(mine, its, rtol=0, atol=0, equal_nan=True)
+    assert twin.read(0, slots)[1][4, 0, 0].isnan()
