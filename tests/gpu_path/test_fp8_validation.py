@@ -147,6 +147,11 @@ class ExactOnDouble(FlashInferAttentionBackend):
 def test_what_cannot_be_served_is_known_before_anything_is_compared(tiny: Path) -> None:
     told: list[str] = []
     effort = Effort(cases_per_family=1, load=LOAD, prompt_lens=(4,), num_new=4)
-    with pytest.raises(BackendError, match="leave out kv_cache_dtype"):
-        validate(tiny, PAGES, effort=effort, progress=lambda what, done, total: told.append(what))
+    with pytest.raises(BackendError, match="flashinfer"):
+        validate(
+            tiny,
+            {**PAGES, "attention_backend": "flashinfer"},
+            effort=effort,
+            progress=lambda what, done, total: told.append(what),
+        )
     assert len(told) == 1

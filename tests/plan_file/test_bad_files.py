@@ -148,7 +148,7 @@ def test_another_version_says_which_one_to_use(recording: Path) -> None:
         ("max_num_seqs", True, "max_num_seqs is True"),
         ("num_kv_heads", 3, "4 query heads cannot be shared out over 3"),
         ("dtype", "int8", "dtype is 'int8'"),
-        ("kv_cache_dtype", "int8", "kv_cache_dtype is 'int8'"),
+        ("kv_cache_dtype", "int4", "kv_cache_dtype is 'int4'"),
         ("sm_scale", -1.0, "sm_scale is -1.0"),
         ("sm_scale", "0.1", "sm_scale is '0.1'"),
         ("token_ids", 1, "token_ids is 1"),
