@@ -83,6 +83,11 @@ class Engine:
         """Whether there is anything left to do."""
         return self.scheduler.has_unfinished
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._states)
+
     def add(self, request: Request, prompt: str | None = None) -> RequestState:
         """Queue a request; its state fills as steps are made."""
         state = RequestState(request, prompt, self._tokenizer)
