@@ -50,11 +50,18 @@ class MachineLimits:
     torch_version: str
 
 
-def machine_limits(device: torch.device, dtype: torch.dtype, *, num_threads: int | None = None) -> MachineLimits:
-    """Measure the limits, and take for each the best of this and earlier measurements."""
+def machine_limits(
+    device: torch.device, dtype: torch.dtype, *, num_threads: int | None = None, with_integers: bool = False
+) -> MachineLimits:
+    """Measure the limits, and take for each the best of this and earlier measurements.
+
+    Args:
+        with_integers: whether products with quantized weights count too, which are faster on most processors
+    """
     path = cache_folder() / "machine_limits.json"
-    limits = measure_limits(device, dtype, num_threads=num_threads)
-    key = f"{limits.device}, {limits.num_threads} threads, {limits.dtype}, torch {limits.torch_version}"
+    limits = measure_limits(device, dtype, num_threads=num_threads, with_integers=with_integers)
+    numbers = f"{limits.dtype} and int8" if with_integers else limits.dtype
+    key = f"{limits.device}, {limits.num_threads} threads, {numbers}, torch {limits.torch_version}"
     kept = _read(path)
     before = kept.get(key)
     if isinstance(before, dict):
@@ -63,7 +70,9 @@ def machine_limits(device: torch.device, dtype: torch.dtype, *, num_threads: int
     return limits
 
 
-def measure_limits(device: torch.device, dtype: torch.dtype, *, num_threads: int | None = None) -> MachineLimits:
+def measure_limits(
+    device: torch.device, dtype: torch.dtype, *, num_threads: int | None = None, with_integers: bool = False
+) -> MachineLimits:
     """Measure both, now."""
     with torch.inference_mode(), thread_limit(num_threads):
         return MachineLimits(
@@ -71,7 +80,10 @@ def measure_limits(device: torch.device, dtype: torch.dtype, *, num_threads: int
             dtype=str(dtype).removeprefix("torch."),
             num_threads=torch.get_num_threads(),
             bytes_per_s=_bytes_per_s(device, MEASURE_S),
-            flops_per_s=_flops_per_s(device, dtype, MEASURE_S),
+            flops_per_s=max(
+                _flops_per_s(device, dtype, MEASURE_S, quantization)
+                for quantization in ((None, "q8_0") if with_integers and device.type == "cpu" else (None,))
+            ),
             torch_version=torch.__version__,
         )
 
@@ -85,11 +97,12 @@ def _bytes_per_s(device: torch.device, measure_s: float) -> float:
     return max(read, copied)
 
 
-def _flops_per_s(device: torch.device, dtype: torch.dtype, measure_s: float) -> float:
+def _flops_per_s(device: torch.device, dtype: torch.dtype, measure_s: float, quantization: str | None) -> float:
     sizes, rates = PRODUCT_SIZES[device.type], []
     for size in sizes:
         x = torch.randn(size, size, device=device).to(dtype)
-        linear = Linear(MatrixSpec("product", size, {"all": size}, WeightOptions(dtype=dtype, device=device)))
+        options = WeightOptions(dtype=dtype, device=device, quantization=quantization)
+        linear = Linear(MatrixSpec("product", size, {"all": size}, options))
         linear.load("all", StoredTensor.plain(x))
         rates.append(2 * size**3 / _best_s(functools.partial(linear, x), device, measure_s / len(sizes)))
     return max(rates)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,19 +16,21 @@ from cascade_llm.bench.workloads import Vocabulary, Workload
 from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_kv_dtype
 from cascade_llm.engine.tokenizer import load_tokenizer
+from cascade_llm.engine.weight_support import held_matrix
 from cascade_llm.errors import CapacityError
 from cascade_llm.kv_cache.page_dtypes import bytes_per_number
 from cascade_llm.llm import LLM
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
+from cascade_llm.models.decoder import HEAD_QUANTIZATION
+from cascade_llm.weights.format import StoredTensor, WeightOptions
 from cascade_llm.worker.memory import available_bytes
 
 __all__ = ["BenchModel", "open_model", "options_for"]
 
 DEFAULT_LANES = 256
-QUANTIZED_BYTES: Mapping[str, float] = {"q4_k": 0.578125, "q8_0": 1.0625, "int8": 1, "int4": 0.625, "fp8": 1}
-"""Per weight, scales and minima included."""
+SAMPLE_ROWS = 128
 HEADS = ("lm_head.weight", "model.embed_tokens.weight")
 POOL_SHARE = 0.2
 """Of the free memory that each engine's pool may take where its size is not given: two of them fit beside weights."""
@@ -64,8 +66,14 @@ class BenchModel:
         return LLM(self.name, progress=False, **{**options_for(self, *loads), **changes})  # a bar may be drawn already
 
     def limits(self) -> MachineLimits:
-        """What this machine can do at most with the model's dtype."""
-        return machine_limits(self.device, self.dtype, num_threads=self.options.get("num_threads"))
+        """What this machine can do at most with the model's dtype, and with integers where its weights are such."""
+        is_quantized = any(stored.codes is not None for _, stored in self.checkpoint.stored_tensors())
+        return machine_limits(
+            self.device,
+            self.dtype,
+            num_threads=self.options.get("num_threads"),
+            with_integers=is_quantized or self.options.get("quantization") is not None,
+        )
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -83,28 +91,28 @@ class BenchModel:
         )
 
     def _weight_bytes(self) -> tuple[float, float]:
-        """Per weight of the layers and of the head, as the engine keeps them."""
-        sizes: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+        """Per weight of the layers and of the head, as an engine keeps them: some rows of each kind are asked."""
+        options = WeightOptions(dtype=self.dtype, device=self.device, quantization=self.options.get("quantization"))
+        of_head = options if options.quantization is None else replace(options, quantization=HEAD_QUANTIZATION)
+        known: dict[tuple[object, ...], float] = {}
+        sums = {False: (0.0, 0), True: (0.0, 0)}
         for name, stored in self.checkpoint.stored_tensors():
-            if len(stored.shape) == 2:
-                is_kept = stored.codes is not None and self.device.type == "cpu"
-                bytes_of_weight = self._plain_bytes(is_head=name in HEADS)
-                num_weights = math.prod(stored.shape)
-                num_bytes = stored.data.nbytes if is_kept else round(num_weights * bytes_of_weight)
-                sizes[name in HEADS].append((num_bytes, num_weights))
-        layers, heads = (
-            sum(num_bytes for num_bytes, _ in found) / sum(count for _, count in found)
-            if found
-            else self._plain_bytes(is_head=is_head)
-            for is_head, found in sizes.items()
-        )
-        return layers, heads
+            if len(stored.shape) != 2:
+                continue
+            is_head, num_weights = name in HEADS, math.prod(stored.shape)
+            kind = (is_head, stored.format, stored.data.dtype, stored.shape[1])
+            if kind not in known:
+                known[kind] = _bytes_per_weight(stored, of_head if is_head else options)
+            num_bytes, count = sums[is_head]
+            sums[is_head] = num_bytes + known[kind] * num_weights, count + num_weights
+        layers, head = (num_bytes / count if count else self.dtype.itemsize for num_bytes, count in sums.values())
+        return layers, head
 
-    def _plain_bytes(self, *, is_head: bool) -> float:
-        quantization = self.options.get("quantization")
-        if quantization is None:
-            return self.dtype.itemsize
-        return QUANTIZED_BYTES["q8_0" if is_head else quantization]
+
+def _bytes_per_weight(stored: StoredTensor, options: WeightOptions) -> float:
+    some = replace(stored, data=stored.data[:SAMPLE_ROWS], shape=(min(SAMPLE_ROWS, stored.shape[0]), stored.shape[1]))
+    with torch.inference_mode():
+        return held_matrix(some, options).num_bytes / math.prod(some.shape)
 
 
 def open_model(model: str, options: Mapping[str, Any]) -> BenchModel:
