@@ -149,6 +149,26 @@ INLINE void store_vector(stored *out, float *own_scale, const element *x, float 
 
 typedef stored stored_vector __attribute__((vector_size(LANES * sizeof(stored)), aligned(1), may_alias));
 
+/* Numbers of 8 bits as 32-bit integers; compilers make single steps of a conversion that is not spelled out. */
+#ifdef PAGES_INT8
+#define WIDENED(name) name##epi8_epi32
+#else
+#define WIDENED(name) name##epu8_epi32
+#endif
+typedef int32_t signed_words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE words integers(stored_vector raw) {
+#if (defined(PAGES_INT8) || defined(PAGES_FLOAT8)) && defined(AVX512)
+    return (words)WIDENED(_mm512_cvt)((__m128i)raw);
+#elif (defined(PAGES_INT8) || defined(PAGES_FLOAT8)) && defined(__AVX2__)
+    long long bits;
+    memcpy(&bits, &raw, sizeof bits);
+    return (words)WIDENED(_mm256_cvt)(_mm_cvtsi64_si128(bits));
+#else
+    return (words)__builtin_convertvector(raw, signed_words);
+#endif
+}
+
 /* The first `count` numbers, as floats; zeros where count is less than LANES. */
 INLINE vector widen(const stored *x, const long count) {
     stored_vector raw = {0};
@@ -159,7 +179,7 @@ INLINE vector widen(const stored *x, const long count) {
 #elif defined(PAGES_FLOAT16) && defined(__F16C__)
     return (vector)_mm256_cvtph_ps((__m128i)raw);
 #elif defined(SMALL_FLOAT)
-    const words bits = __builtin_convertvector(raw, words), magnitude = bits & (SIGN - 1);
+    const words bits = integers(raw), magnitude = bits & (SIGN - 1);
     words y = (magnitude << DROPPED) + ((uint32_t)(127 - BIAS) << 23);
     const words subnormal = (words)((vector)y * 2.0f - float_of((uint32_t)(128 - BIAS) << 23));
     const words is_normal = (words)(magnitude >= 1 << MANTISSA);
@@ -168,6 +188,8 @@ INLINE vector widen(const stored *x, const long count) {
     return (vector)(y | (bits & SIGN) << (8 * (4 - sizeof(stored))));
 #elif defined(PAGES_BFLOAT16)
     return (vector)(__builtin_convertvector(raw, words) << 16);
+#elif defined(PAGES_INT8)
+    return __builtin_convertvector((signed_words)integers(raw), vector);
 #else
     return __builtin_convertvector(raw, vector);
 #endif
