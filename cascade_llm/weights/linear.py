@@ -27,6 +27,8 @@ class Linear:
         self._tied_to = tied_to
         self._parts: dict[str, StoredTensor] = {}
         self._matrix: WeightFormat | None = None
+        self.decoded: frozenset[str] = frozenset()
+        """What its parts were stored as, where no kernel multiplies that and the matrix is larger than in the file."""
         options = spec.options
         self.bias = torch.zeros(spec.out_features, dtype=options.dtype, device=options.device) if bias else None
 
@@ -40,7 +42,9 @@ class Linear:
         """Take a checkpoint's tensor [rows of the part, in_features] as that part; the last one builds the matrix."""
         self._parts[part] = stored
         if len(self._parts) == len(self.spec.parts):
-            self._matrix, self._parts = build_matrix(self.spec, self._parts), {}
+            self._matrix, parts, self._parts = build_matrix(self.spec, self._parts), self._parts, {}
+            if not isinstance(self._matrix, Packed):
+                self.decoded = frozenset(part.format for part in parts.values() if part.decode is not None)
 
     def load_bias(self, part: str, stored: StoredTensor) -> None:
         """Take a checkpoint's tensor [rows of the part] as that part of the bias."""

@@ -192,8 +192,23 @@ def _decoder(
             init_dummy(decoder, options.seed)
         else:
             load_weights(decoder, scales.without_scales(told_tensors(checkpoint, on_start)))
-        log.info(describe_weights(linear.matrix for linear in decoder.linears))
+        _tell_weights(decoder)
     return decoder, scales.scales() if options.kv_cache_dtype == "fp8_e4m3" else None
+
+
+def _tell_weights(decoder: Decoder) -> None:
+    """What the matrices are kept as, and what is slower and larger than in its file."""
+    linears, dtype = decoder.linears, str(decoder.dtype).removeprefix("torch.")
+    log.info(describe_weights(linear.matrix for linear in linears))
+    if decoded := sorted(frozenset[str]().union(*(linear.decoded for linear in linears))):
+        log.warning(
+            "%s of the checkpoint %s no kernel here: decoded to %s, %d bits a weight that every step reads; "
+            "`cascade-llm env --models` lists the types that are kept as they are",
+            ", ".join(decoded),
+            "has" if len(decoded) == 1 else "have",
+            dtype,
+            8 * decoder.dtype.itemsize,
+        )
 
 
 def _kv_cache(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from cascade_llm import SamplingParams
 from cascade_llm.errors import ConfigError
@@ -13,7 +14,10 @@ from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.weights.format import WeightOptions
+from cascade_llm.weights.packed_kernels import reason_against_packed
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
+from tests.loader.gguf_files import write_model
+from tests.models.checkpoints import tiny_model
 
 FITTING = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6}
 TEXT = (
@@ -90,6 +94,20 @@ def test_rounding_on_another_device_than_the_cpu_is_refused(folder: Path) -> Non
 def test_a_matrix_whose_inputs_are_no_groups_stays_plain(tmp_path: Path) -> None:
     with tiny_llm(save_tiny(tmp_path, hidden_size=48), quantization="int4", dtype="float32") as llm:
         assert llm.generate([[5, 6]], SamplingParams(max_tokens=2, ignore_eos=True))[0]["token_ids"]
+
+
+@pytest.mark.parametrize(("kind", "has_kernel"), [("Q8_0", True), ("TQ2_0", False)])
+def test_blocks_without_a_kernel_are_decoded_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, has_kernel: bool
+) -> None:
+    if reason_against_packed() is not None:
+        pytest.skip("there are no compiled kernels here")
+    model = tiny_model("llama", hidden_size=256, intermediate_size=256, num_attention_heads=4, head_dim=64)
+    file = write_model(tmp_path / "tiny.gguf", model, tensor_type=GGMLQuantizationType[kind])
+    with tiny_llm(file) as llm:
+        assert len(llm.generate([[5, 6]], SamplingParams(max_tokens=2, ignore_eos=True))[0]["token_ids"]) == 2
+    message = f"{kind} of the checkpoint has no kernel here: decoded to float32, 32 bits a weight"
+    assert (message in caplog.text) == (not has_kernel)
 
 
 def test_an_unknown_quantization_is_refused(folder: Path) -> None:
