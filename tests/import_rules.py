@@ -59,6 +59,12 @@ DOORS: Mapping[str, Door] = {
     "matplotlib": Door(("cli", "bench", "validation"), one_module=True),
     "xxhash": Door(("scheduler",)),
     "click": Door(("cli",)),
+    "fastapi": Door(("server",)),
+    "pydantic": Door(("server",), one_module=True),
+    "uvicorn": Door(("server",), one_module=True),
+    "zmq": Door(("server",)),
+    "msgspec": Door(("server",)),
+    "prometheus_client": Door(("server",), one_module=True),
     "rich": Door(("cli", "bench", "validation", "llm")),
 }
 
@@ -222,6 +228,7 @@ def undeclared_packages(sources: Mapping[str, str], pyproject: str) -> list[str]
     extras = project.get("optional-dependencies", {}).values()
     requirements = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
     declared = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].replace("-", "_").lower() for requirement in requirements}
+    declared |= {"zmq"} if "pyzmq" in declared else set()
     declared |= {"flashinfer"} if "flashinfer_python" in declared else set()
     return [item.where for item in third_party_imports(sources) if item.top.lower() not in declared]
 

@@ -33,6 +33,7 @@ class _Open:
 
     state: RequestState
     queue: OutputQueue
+    only_whole: bool
     is_told: bool = False
     """Whether its first gain was handed over."""
 
@@ -67,13 +68,13 @@ class AsyncEngine:
         began_s = self._turn_began_s
         return 0.0 if began_s is None else time.monotonic() - began_s
 
-    def add(self, request: Request, prompt: str | None = None) -> OutputQueue:
+    def add(self, request: Request, *, only_whole: bool = False) -> OutputQueue:
         """Queue a request, whose id must be its own. Returns at once; the queue fills as steps are made.
 
-        Raises `EngineClosedError` where the loop has ended.
+        With `only_whole` nothing is handed over before the end. Raises `EngineClosedError` where the loop has ended.
         """
         queue = OutputQueue(request.request_id)
-        self._command(lambda: self._add(request, prompt, queue))
+        self._command(lambda: self._add(request, queue, only_whole))
         return queue
 
     def abort(self, request_id: str) -> None:
@@ -93,12 +94,16 @@ class AsyncEngine:
         self._command(run)
         return future
 
+    def wait(self) -> None:
+        """Return when the loop has ended, and everybody was told."""
+        self._thread.join()
+
     def close(self) -> None:
         """End the loop, and with it what still runs. The engine itself stays open. A second call does nothing."""
         with self._wake:
             self._is_closing = True
             self._wake.notify()
-        self._thread.join()
+        self.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -148,16 +153,16 @@ class AsyncEngine:
             self._commands.clear()
             return commands
 
-    def _add(self, request: Request, prompt: str | None, queue: OutputQueue) -> None:
+    def _add(self, request: Request, queue: OutputQueue, only_whole: bool) -> None:
         try:
             if request.request_id in self._open:
                 raise ValueError("a request of this id is under way")
-            state = self._engine.add(request, prompt)
+            state = self._engine.add(request)
         except Exception as error:
             reason = f"the request cannot be started: {type(error).__name__}: {error}"
             self._put([(queue, RequestGain(request.request_id, finished=True, error=reason))])
             return
-        self._open[request.request_id] = _Open(state, queue)
+        self._open[request.request_id] = _Open(state, queue, only_whole)
 
     def _abort(self, request_id: str) -> None:
         self._engine.abort(request_id)
@@ -170,7 +175,7 @@ class AsyncEngine:
         gains = []
         for state in changed:
             item = self._open.get(state.request.request_id)
-            if item is None:
+            if item is None or (item.only_whole and not state.output.finished):
                 continue
             gain = _gain(item)
             if gain.finished:

@@ -114,6 +114,19 @@ def test_what_a_slow_reader_has_not_taken_is_merged(llm: LLM) -> None:
     assert slow[0].take() is None
 
 
+def test_who_wants_the_whole_is_told_once(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, n=2, prompt_logprobs=1)
+    (expected,) = llm.generate(PROMPTS[0], params)
+    readers = Readers()
+    with AsyncEngine(llm.engine, readers) as engine:
+        engine.add(ask("whole", PROMPTS[0], params), only_whole=True)
+        gain = readers.end_of("whole")
+    assert len(readers.gains["whole"]) == 1
+    assert [delta.token_ids for delta in gain.deltas] == [output.token_ids for output in expected.outputs]
+    assert gain.prompt_logprobs is not None
+    assert len(gain.prompt_logprobs) == len(PROMPTS[0])
+
+
 def test_an_aborted_request_frees_its_pages_and_leaves_the_others(llm: LLM) -> None:
     expected = llm.generate(PROMPTS[1], SHORT)[0]["token_ids"]
     readers = Readers()

@@ -1,0 +1,1 @@
+"""The server: one process that speaks HTTP, and one with the engine."""

@@ -1,0 +1,172 @@
+"""The process with the engine: commands come in, gains go out, the loop waits for neither."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing import connection, parent_process
+from queue import SimpleQueue
+from typing import Any
+
+import zmq
+
+from cascade_llm.engine.async_engine import AsyncEngine
+from cascade_llm.engine.output_queue import OutputQueue
+from cascade_llm.errors import EngineClosedError
+from cascade_llm.llm import LLM
+from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.sequence import Request
+from cascade_llm.server.messages import (
+    Abort,
+    Answered,
+    Ask,
+    Close,
+    EngineFacts,
+    Failed,
+    Gains,
+    Ready,
+    Report,
+    Submit,
+    decode_command,
+    encode,
+)
+
+__all__ = ["run_engine"]
+
+LINGER_MS = 2000
+"""How long a last message is offered to an API process that does not take it."""
+MOST_UNSENT = 16
+"""Messages that the API process may leave untaken; what comes then is merged."""
+
+
+def run_engine(command_address: str, report_address: str, model: str, options: Mapping[str, Any]) -> None:
+    """The whole life of the process; it ends with the API process, whatever became of that.
+
+    Args:
+        command_address: where the API process sends commands from
+        report_address: where it takes reports
+        model: see `LLM`
+        options: see `LLM`
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both: the API process says when to end
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    outbox = Outbox(report_address)
+    try:
+        llm = LLM(model, **options)
+    except BaseException as error:
+        outbox.report(Failed(" ".join(str(error).split()) or type(error).__name__))
+        outbox.close()
+        os._exit(1)
+    with llm:
+        engine = AsyncEngine(llm.engine, outbox.announce)
+        threading.Thread(target=_end_with_loop, args=(engine, outbox), daemon=True).start()
+        outbox.report(Ready(_facts(llm)))
+        try:
+            _take_commands(command_address, llm, engine, outbox)
+        except EngineClosedError:  # the loop has failed, and the thread beside ends the process
+            engine.wait()
+            outbox.close()
+            os._exit(1)
+        engine.close()
+    os._exit(0)  # at once: whoever waits was told, and daemon threads end with the process
+
+
+class Outbox:
+    """Sends reports from a thread of its own. One who does not take them makes nobody wait but that thread."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.SNDHWM, MOST_UNSENT)
+        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        self._socket.connect(address)
+        self._waiting: SimpleQueue[Report | Sequence[OutputQueue] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._send_all, name="cascade-llm outbox", daemon=True)
+        self._thread.start()
+
+    def report(self, report: Report) -> None:
+        """Send this, in turn."""
+        self._waiting.put(report)
+
+    def announce(self, queues: Sequence[OutputQueue]) -> None:
+        """Send what lies in these queues when their turn comes; see `OnReady`."""
+        self._waiting.put(queues)
+
+    def close(self) -> None:
+        """Send what waits, and stop."""
+        self._waiting.put(None)
+        self._thread.join(LINGER_MS / 1000)
+
+    def _send_all(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            if isinstance(item, Sequence):
+                gains = [gain for queue in item if (gain := queue.take()) is not None]
+                self._socket.send(encode(Gains(gains)))
+            else:
+                self._socket.send(encode(item))
+        self._socket.close()
+        self._context.term()  # returns when all was taken, or LINGER_MS later
+
+
+def _facts(llm: LLM) -> EngineFacts:
+    own = llm.tokenizer.eos_token_ids if llm.tokenizer else frozenset()
+    return EngineFacts(
+        model_name=llm.model_name,
+        vocab_size=llm.facts.model.vocab_size,
+        max_model_len=llm.facts.max_model_len,
+        max_num_seqs=llm.options.max_num_seqs,
+        ending_token_ids=sorted(llm.facts.model.ending_token_ids | own),
+        seed=llm.options.seed,
+    )
+
+
+def _take_commands(address: str, llm: LLM, engine: AsyncEngine, outbox: Outbox) -> None:
+    """Hand on what the API process asks, until it says that this is all."""
+    socket = zmq.Context().socket(zmq.PULL)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.connect(address)
+    ending = frozenset(_facts(llm).ending_token_ids)
+    while True:
+        match decode_command(socket.recv()):
+            case Submit() as submit:
+                engine.add(_request(submit, ending), only_whole=submit.only_whole)
+            case Abort(request_ids):
+                for request_id in request_ids:
+                    engine.abort(request_id)
+            case Ask(number, "health"):
+                outbox.report(Answered(number, {"stalled_s": engine.stalled_s}))
+            case Ask(number):
+                engine.call(lambda number=number: outbox.report(Answered(number, _stats(llm))))  # type: ignore[misc]
+            case Close():
+                return
+
+
+def _request(submit: Submit, ending: frozenset[int]) -> Request:
+    return Request(
+        request_id=submit.request_id,
+        prompt_token_ids=submit.prompt_token_ids,
+        params=SamplingParams(**submit.params),
+        seed=submit.seed,
+        priority=submit.priority,
+        model_ending_token_ids=ending,
+    )
+
+
+def _stats(llm: LLM) -> dict[str, Any]:
+    return {**llm.stats(), **llm.plan_report()}
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None, "started by the API process"
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _end_with_loop(engine: AsyncEngine, outbox: Outbox) -> None:
+    """A loop that failed ends the process, once everybody was told."""
+    engine.wait()
+    outbox.close()
+    os._exit(0 if engine.failure == "the engine was closed" else 1)
