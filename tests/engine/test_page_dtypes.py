@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +28,24 @@ def test_cascade_changes_no_token_and_pages_are_as_small_as_told(dtype: str, tmp
             assert model.head_dim == 8
             assert llm.facts.kv_bytes_per_token == vectors * BYTES_PER_VECTOR[dtype]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3", "float16"])
+def test_preempted_forked_and_cached_sequences_find_their_pages_as_they_were(dtype: str, tmp_path: Path) -> None:
+    """Three samples of each prompt, whose last page is copied; a pool that some must leave; then all from the cache."""
+    folder, prompts = save_tiny(tmp_path), random_forest(5, 6, 90, 40)
+    params = SamplingParams(temperature=1, seed=3, n=3, max_tokens=12, ignore_eos=True)
+
+    def tokens(**options: Any) -> tuple[list[list[list[int]]], dict[str, Any]]:
+        with tiny_llm(folder, kv_cache_dtype=dtype, max_model_len=64, **options) as llm:
+            rounds = [[[one.token_ids for one in out.outputs] for out in llm.generate(prompts, params)] for _ in (1, 2)]
+            assert rounds[0] == rounds[1]
+            return rounds[0], dict(llm.stats())
+
+    with tiny_llm(folder, kv_cache_dtype=dtype, max_model_len=64) as llm:
+        bytes_per_token = llm.facts.kv_bytes_per_token
+    roomy, _ = tokens(kv_cache_bytes=4000 * bytes_per_token)
+    tight, stats = tokens(kv_cache_bytes=120 * bytes_per_token)
+    assert stats["preemptions"] > 0
+    assert stats["cached_tokens"] > 0
+    assert tight == roomy
