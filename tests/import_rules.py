@@ -228,7 +228,7 @@ def undeclared_packages(sources: Mapping[str, str], pyproject: str) -> list[str]
     extras = project.get("optional-dependencies", {}).values()
     requirements = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
     declared = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].replace("-", "_").lower() for requirement in requirements}
-    declared |= {"zmq"} if "pyzmq" in declared else set()
+    declared |= {module for module, name in (("zmq", "pyzmq"), ("yaml", "pyyaml")) if name in declared}
     declared |= {"flashinfer"} if "flashinfer_python" in declared else set()
     return [item.where for item in third_party_imports(sources) if item.top.lower() not in declared]
 

@@ -19,6 +19,7 @@ import click
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import SamplingParamsError
 from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.server.options import ServerOptions
 
 __all__ = [
     "SectionedCommand",
@@ -27,16 +28,18 @@ __all__ = [
     "model_option",
     "record_options",
     "sampling_options",
+    "server_options",
     "stacked",
     "take_engine",
     "take_record",
     "take_sampling",
+    "take_server",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Record = TypeVar("Record")
 
-SAMPLING, ENGINE, RECORD = "sampling_", "engine_", "record_"
+SAMPLING, ENGINE, RECORD, SERVER = "sampling_", "engine_", "record_", "server_"
 """What the names of a command's arguments start with, per record."""
 
 ALIASES: Mapping[str, tuple[str, ...]] = {"quantization": ("--isq",)}
@@ -47,7 +50,13 @@ ENGINE_FLAGS = {"seed": "--engine-seed"}
 METAVARS = {"logit_bias": "ID=BIAS", "stop": "TEXT", "stop_token_ids": "ID"}
 
 
-SECTIONS = {RECORD: "Workload options", "": "Options", SAMPLING: "Sampling options", ENGINE: "Engine options"}
+SECTIONS = {
+    RECORD: "Workload options",
+    "": "Options",
+    SERVER: "Server options",
+    SAMPLING: "Sampling options",
+    ENGINE: "Engine options",
+}
 
 
 class SectionedCommand(click.Command):
@@ -58,7 +67,7 @@ class SectionedCommand(click.Command):
         records: dict[str, list[tuple[str, str]]] = {section: [] for section in SECTIONS}
         for parameter in self.get_params(ctx):
             name = str(parameter.name)
-            section = next((prefix for prefix in (SAMPLING, ENGINE, RECORD) if name.startswith(prefix)), "")
+            section = next((prefix for prefix in SECTIONS if prefix and name.startswith(prefix)), "")
             if isinstance(parameter, click.Option) and (line := parameter.get_help_record(ctx)) is not None:
                 records[section].append(line)
         for section, lines in records.items():
@@ -99,6 +108,16 @@ def engine_options(only: Collection[str] | None = None, without: Collection[str]
     """All of `EngineOptions`, or some; collect them with `take_engine`."""
     names = {field.name for field in fields(EngineOptions)} if only is None else set(only)
     return lambda command: _add(command, EngineOptions, ENGINE, ENGINE_FLAGS, names - set(without))
+
+
+def server_options(command: Command) -> Command:
+    """All of `ServerOptions`; collect them with `take_server`."""
+    return _add(command, ServerOptions, SERVER, {}, {field.name for field in fields(ServerOptions)})
+
+
+def take_server(arguments: dict[str, Any]) -> ServerOptions:
+    """Remove the server's options from a command's arguments and make the record of them."""
+    return ServerOptions(**_take(arguments, SERVER))
 
 
 def record_options(record: type) -> Callable[[Command], Command]:

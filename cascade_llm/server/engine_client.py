@@ -106,6 +106,7 @@ class EngineClient:
         *,
         restarts: int = 0,
         on_end: Callable[[], None] = lambda: None,
+        on_ready: Callable[[EngineFacts], None] = lambda facts: None,
         first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         """Keep what the process is started with.
@@ -115,11 +116,13 @@ class EngineClient:
             options: see `LLM`
             restarts: how often the process may be started again after it has died
             on_end: called when it has died and is not started again
+            on_ready: called each time it has loaded the model
             first_pause_s: before the first restart
         """
         self._model, self._options = model, dict(options)
-        self._restarts, self._on_end, self._pause_s = restarts, on_end, first_pause_s
-        self._open: dict[str, Answers] = {}
+        self._restarts, self._pause_s = restarts, first_pause_s
+        self._on_end, self._on_ready = on_end, on_ready
+        self._open: dict[str, tuple[Answers, int]] = {}
         self._questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._num_asked = 0
         self._commands: zmq.asyncio.Socket | None = None
@@ -134,9 +137,9 @@ class EngineClient:
         self.num_restarts = 0
 
     @property
-    def num_open(self) -> int:
-        """Requests that have not ended."""
-        return len(self._open)
+    def num_open_samples(self) -> int:
+        """Samples of the requests that have not ended."""
+        return sum(num_samples for _, num_samples in self._open.values())
 
     @property
     def pid(self) -> int | None:
@@ -153,7 +156,7 @@ class EngineClient:
             raise EngineClosedError(self.failure or f"the engine is {self.status.value}: try again later")
         answers = Answers([request.request_id for request in requests])
         for request in requests:
-            self._open[request.request_id] = answers
+            self._open[request.request_id] = (answers, request.params.n)
             self._send(
                 Submit(
                     request.request_id,
@@ -191,7 +194,7 @@ class EngineClient:
 
     def answer_all(self, reason: str) -> None:
         """End every open request with an error."""
-        for request_id, answers in list(self._open.items()):
+        for request_id, (answers, _) in list(self._open.items()):
             answers.put(RequestGain(request_id, finished=True, error=reason))
         self._open.clear()
         for question in self._questions.values():
@@ -294,6 +297,7 @@ class EngineClient:
                     self._hand_over(gain)
             case Ready(facts):
                 self.facts, self.status, self.failure = facts, EngineStatus.READY, None
+                self._on_ready(facts)
             case Answered(number, value):
                 question = self._questions.get(number)
                 if question is not None and not question.done():
@@ -302,9 +306,9 @@ class EngineClient:
                 refused.append(reason)
 
     def _hand_over(self, gain: RequestGain) -> None:
-        answers = self._open.get(gain.request_id)
-        if answers is None:  # left meanwhile
+        if gain.request_id not in self._open:  # left meanwhile
             return
+        answers, _ = self._open[gain.request_id]
         if gain.finished:
             del self._open[gain.request_id]
         answers.put(gain)

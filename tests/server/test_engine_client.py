@@ -102,7 +102,7 @@ def test_requests_get_what_generate_returns_and_leaving_frees_pages(tiny: Path) 
         async for _ in left:
             break
         client.leave(left)
-        assert client.num_open == 0
+        assert client.num_open_samples == 0
         stats = await client.ask("stats", PATIENCE_S)
         assert (stats["held_pages"], stats["running_sequences"]) == (0, 0)
         assert (await client.ask("health", PATIENCE_S))["stalled_s"] < PATIENCE_S

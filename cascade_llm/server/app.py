@@ -1,0 +1,293 @@
+"""The API: what each path answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+
+from cascade_llm import __version__
+from cascade_llm.errors import CascadeError, WorkerError
+from cascade_llm.server.answer_forms import AnswerForm, ChatForm, CompletionForm
+from cascade_llm.server.answer_response import AnswerResponse
+from cascade_llm.server.api_errors import ApiError, api_error
+from cascade_llm.server.engine_client import EngineClient, EngineStatus
+from cascade_llm.server.guard import Application, Guard, RequestRecord
+from cascade_llm.server.metrics import CONTENT_TYPE, ServerMetrics
+from cascade_llm.server.options import ServerOptions
+from cascade_llm.server.reading import ReadBody, RequestReader
+from cascade_llm.server.schema import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    TokenizeBody,
+    refuse_unknown_fields,
+)
+
+__all__ = ["Api", "build_application"]
+
+Result = TypeVar("Result")
+UNSUPPORTED = {"/v1/embeddings": "embeddings are not computed: this server generates text"}
+"""Paths that clients know and this server refuses."""
+
+
+class Api:
+    """What the paths share: one engine, one reader of bodies."""
+
+    def __init__(self, engine: EngineClient, options: ServerOptions) -> None:
+        self.engine, self.options, self.metrics = engine, options, ServerMetrics()
+        self.reader: RequestReader | None = None
+        """There once the model is loaded."""
+        self._started = int(time.time())
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What the model may be called."""
+        if self.options.served_model_name:
+            return list(self.options.served_model_name)
+        return [self.engine.facts.model_name] if self.engine.facts else []
+
+    def ready_reader(self, body: Body) -> RequestReader:
+        """The reader, for a body that names this model. Raises `ApiError`."""
+        if self.options.strict:
+            refuse_unknown_fields(body)
+        if self.reader is None or self.engine.status is not EngineStatus.READY:
+            reason = self.engine.failure or "the model is being loaded"
+            raise ApiError(503, f"{reason}: try again later", code="engine_unavailable")
+        if body.model is not None and body.model not in self.names:
+            message = f"the model {body.model!r:.80} is not served here: {', '.join(self.names)} is"
+            raise ApiError(404, message, code="model_not_found", param="model")
+        return self.reader
+
+    async def generate(
+        self,
+        body: GenerationBody,
+        record: RequestRecord,
+        prefix: str,
+        form: type[AnswerForm],
+        read: Callable[[RequestReader], ReadBody],
+    ) -> Response:
+        """Read a body, hand its requests over, and answer with what they gain."""
+        reader = self.ready_reader(body)
+        self._check_room(1)
+        items = await _beside(lambda: read(reader))
+        self._check_room(items.num_samples)
+        is_streamed = bool(body.stream)
+        try:
+            answers = self.engine.submit(reader.requests(items), only_whole=not is_streamed)
+        except CascadeError as error:
+            raise api_error(error) from None
+        options = body.stream_options
+        answer_form = form(
+            f"{prefix}-{record.request_id}",
+            self.names[0],
+            items,
+            reader.tokenizer,
+            include_usage=is_streamed and options is not None and bool(options.include_usage),
+            with_token_ids=bool(body.return_token_ids),
+        )
+        return AnswerResponse(
+            self.engine,
+            answers,
+            answer_form,
+            self.metrics,
+            record,
+            is_streamed=is_streamed,
+            timeout_s=self.options.request_timeout,
+        )
+
+    def _check_room(self, num_samples: int) -> None:
+        assert self.engine.facts is not None
+        num_open = self.engine.num_open_samples
+        most = self.engine.facts.max_num_seqs + self.options.max_queue
+        if num_open + num_samples > most:
+            raise ApiError(429, f"{num_open} samples run or wait already: try again later", code="queue_full")
+
+    def models(self) -> dict[str, Any]:
+        """GET /v1/models."""
+        length = self.engine.facts.max_model_len if self.engine.facts else None
+        entries = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self._started,
+                "owned_by": "cascade-llm",
+                "max_model_len": length,
+            }
+            for name in self.names
+        ]
+        return {"object": "list", "data": entries}
+
+    async def health(self) -> Response:
+        """GET /health: 200 while the engine's loop is alive, or the model is being loaded."""
+        status = self.engine.status
+        if status is EngineStatus.STARTING:
+            return JSONResponse({"status": "starting"})
+        try:
+            stalled_s = (await self.engine.ask("health"))["stalled_s"]
+        except WorkerError as error:
+            return JSONResponse({"status": "failed", "reason": str(error)}, 503)
+        if stalled_s > self.options.step_timeout:
+            return JSONResponse({"status": "stalled", "reason": f"a step runs for {stalled_s:.1f} s"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    def ready(self) -> Response:
+        """GET /ready: 200 where a request would be taken."""
+        is_ready = self.reader is not None and self.engine.status is EngineStatus.READY
+        return JSONResponse({"ready": is_ready, "engine": self.engine.status.value}, 200 if is_ready else 503)
+
+    async def metrics_text(self) -> Response:
+        """GET /metrics."""
+        try:
+            stats = await self.engine.ask("stats")
+        except WorkerError:
+            stats = None
+        self.metrics.open_samples.set(self.engine.num_open_samples)
+        self.metrics.restarts.set(self.engine.num_restarts)
+        return Response(self.metrics.text(stats), media_type=CONTENT_TYPE)
+
+    async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+        """POST /tokenize."""
+        reader = self.ready_reader(body)
+        prompt, messages = body.prompt, body.messages
+        if (prompt is None) == (messages is None):
+            raise ApiError(400, "give prompt or messages, one of them", param="prompt")
+        if messages is not None:
+            with_prompt = body.add_generation_prompt is not False
+            ids = await _beside(lambda: reader.tokenize_chat(messages, body.chat_template_kwargs, with_prompt))
+        else:
+            tokenizer, add_special = _tokenizer(reader), body.add_special_tokens is not False
+            ids = await _beside(lambda: tokenizer.encode(str(prompt), add_special))
+        return {"tokens": ids, "count": len(ids), "max_model_len": reader.max_model_len}
+
+    async def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+        """POST /detokenize."""
+        tokenizer = _tokenizer(self.ready_reader(body))
+        if not all(0 <= token < 1 << 31 for token in body.tokens):
+            raise ApiError(400, "tokens must be token ids, 0 or larger", param="tokens")
+        return {"prompt": await _beside(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))}
+
+
+def build_application(api: Api, keys: Sequence[str]) -> Application:
+    """The ASGI application of a server that takes these keys (any, where there are none)."""
+    app = FastAPI(title="cascade-llm", version=__version__, docs_url=None, redoc_url=None)
+    _add_paths(app, api)
+    _add_refusals(app)
+    _add_error_forms(app)
+    guarded: Application = Guard(
+        app,
+        api.metrics,
+        paths=[str(getattr(route, "path", "")) for route in app.routes],
+        keys=keys,
+        max_body_bytes=api.options.max_body_bytes,
+        body_timeout_s=api.options.body_timeout,
+    )
+    if api.options.allow_origin:
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=list(api.options.allow_origin),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id"],
+        )
+    return guarded
+
+
+def _add_paths(app: FastAPI, api: Api) -> None:
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue prompts."""
+        record: RequestRecord = request.scope["state"]["record"]
+        return await api.generate(body, record, "cmpl", CompletionForm, lambda reader: reader.read_completion(body))
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        record: RequestRecord = request.scope["state"]["record"]
+        return await api.generate(body, record, "chatcmpl", ChatForm, lambda reader: reader.read_chat(body))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The models that are served."""
+        return api.models()
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        for entry in api.models()["data"]:
+            if entry["id"] == name:
+                found: dict[str, Any] = entry
+                return found
+        raise ApiError(404, f"the model {name!r:.80} is not served here", code="model_not_found", param="model")
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The server's version."""
+        return {"version": __version__}
+
+    app.post("/tokenize")(api.tokenize)
+    app.post("/detokenize")(api.detokenize)
+    app.get("/health", response_model=None)(api.health)
+    app.get("/ready", response_model=None)(api.ready)
+    app.get("/metrics", response_model=None)(api.metrics_text)
+
+
+def _add_refusals(app: FastAPI) -> None:
+    for path, reason in UNSUPPORTED.items():
+
+        @app.post(path, response_model=None, operation_id=path.strip("/").replace("/", "_"))
+        async def refuse(reason: str = reason) -> Response:
+            """Not served here."""
+            raise ApiError(501, reason, code="unsupported")
+
+
+def _add_error_forms(app: FastAPI) -> None:
+    def answer(error: ApiError) -> Response:
+        return Response(error.body, error.status, error.headers, media_type="application/json")
+
+    @app.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError) -> Response:
+        return answer(error)
+
+    @app.exception_handler(CascadeError)
+    async def on_cascade_error(request: Request, error: CascadeError) -> Response:
+        return answer(api_error(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_wrong_body(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return answer(ApiError(400, f"the body is no JSON (at character {first['loc'][-1]}): send one object"))
+        place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+        return answer(ApiError(400, f"{place or 'the body'}: {first['msg']}", code="invalid_type", param=place or None))
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        status = int(getattr(error, "status_code", 500))
+        reasons = {400: "the body cannot be read as JSON: send one object", 404: "there is nothing at this path"}
+        message = reasons.get(status, str(getattr(error, "detail", "the request cannot be served")))
+        return answer(ApiError(status, message))
+
+    for status in (400, 404, 405):
+        app.exception_handler(status)(on_http_error)
+
+
+def _tokenizer(reader: RequestReader) -> Any:
+    if reader.tokenizer is None:
+        raise ApiError(400, "this checkpoint has no tokenizer: token ids only", code="unsupported")
+    return reader.tokenizer
+
+
+async def _beside(read: Callable[[], Result]) -> Result:
+    """Read something beside the loop. Raises `ApiError` for every error that a client can mend."""
+    try:
+        return await asyncio.to_thread(read)
+    except CascadeError as error:
+        raise api_error(error) from None

@@ -1,0 +1,172 @@
+"""What stands before the application: keys, bodies, request ids, the log's lines, and errors that nobody foresaw."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import time
+import traceback
+import uuid
+from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
+from typing import Any
+
+from cascade_llm.server.api_errors import ApiError
+from cascade_llm.server.metrics import ServerMetrics
+
+__all__ = ["Guard", "RequestRecord"]
+
+log = logging.getLogger("cascade_llm.server")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = frozenset(("/health", "/ready"))
+"""Asked without a key: they tell nothing but that."""
+SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+LEFT = 499
+"""The status of a request whose client has left, as nginx writes it."""
+
+
+class RequestRecord:
+    """What is known of a request, for its line in the log; no text of it."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id, self.arrived_s = request_id, time.monotonic()
+        self.status: int | None = None
+        self.has_left = False
+        self.details: dict[str, Any] = {}
+
+    @property
+    def age_s(self) -> float:
+        """Since it arrived."""
+        return time.monotonic() - self.arrived_s
+
+
+class Guard:
+    """An ASGI application around another."""
+
+    def __init__(
+        self,
+        application: Application,
+        metrics: ServerMetrics,
+        *,
+        paths: Collection[str],
+        keys: Sequence[str],
+        max_body_bytes: int,
+        body_timeout_s: float,
+    ) -> None:
+        """`paths`: what metrics may be labelled with."""
+        self._application, self._metrics, self._paths = application, metrics, frozenset(paths)
+        self._digests = [_digest(key) for key in keys]
+        self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._application(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        record = RequestRecord(given if SAFE_ID.fullmatch(given) else uuid.uuid4().hex)
+        scope.setdefault("state", {})["record"] = record
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", record.request_id.encode())]
+            await send(message)
+
+        try:
+            self._check_key(scope["path"], headers.get(b"authorization", b""))
+            body = await self._read_body(headers, receive)
+            await self._application(scope, _replaying(body, receive), send_named)
+        except ApiError as error:
+            await _answer(error, record, send_named)
+        except asyncio.CancelledError:
+            record.has_left = True
+            raise
+        except Exception as error:
+            log.error("%s failed: %s", record.request_id, _where(error))
+            await _answer(ApiError(500, "the request failed: the server's log says where"), record, send_named)
+        finally:
+            self._note(scope, record)
+
+    def _check_key(self, path: str, given: bytes) -> None:
+        if not self._digests or path in OPEN_PATHS:
+            return
+        scheme, _, key = given.partition(b" ")
+        digest = _digest(key.strip().decode("latin-1"))
+        # all are compared, in the same time whatever was given
+        fits = [hmac.compare_digest(digest, known) for known in self._digests]
+        if not (any(fits) and scheme.lower() == b"bearer"):
+            raise ApiError(401, "no key, or a wrong one: send Authorization: Bearer KEY", code="invalid_api_key")
+
+    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        told = headers.get(b"content-length", b"0")
+        if told.isdigit() and int(told[:20]) > self._max_body_bytes:
+            raise self._too_large()
+        parts: list[bytes] = []
+        size, is_over = 0, False
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                while not is_over:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "the client has left")
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > self._max_body_bytes:
+                        raise self._too_large()
+                    is_over = not message.get("more_body", False)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come in {self._body_timeout_s:g} s") from None
+        return b"".join(parts)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._max_body_bytes} bytes: shorten it", code="body_too_large")
+
+    def _note(self, scope: Scope, record: RequestRecord) -> None:
+        status = LEFT if record.has_left or record.status is None else record.status
+        path = scope["path"] if scope["path"] in self._paths else "other"
+        self._metrics.requests.labels(path, str(status)).inc()
+        if path in OPEN_PATHS:
+            return
+        self._metrics.duration.observe(record.age_s)
+        details = "".join(f" {name}={value}" for name, value in record.details.items())
+        log.info("%s %s %s %d %.3fs%s", record.request_id, scope["method"], path, status, record.age_s, details)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _replaying(body: bytes, receive: Receive) -> Receive:
+    """Gives the body that was read, then what comes after it."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replay
+
+
+async def _answer(error: ApiError, record: RequestRecord, send: Send) -> None:
+    """Answer with an error, unless an answer has begun: then nothing can be said."""
+    if record.status is not None:
+        return
+    headers = {"content-type": "application/json", "content-length": str(len(error.body)), **error.headers}
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": error.body})
+
+
+def _where(error: BaseException) -> str:
+    """The type of an error and its place; its message may repeat what a client sent."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return type(error).__name__ + "".join(f" < {frame.filename}:{frame.lineno}" for frame in reversed(frames))

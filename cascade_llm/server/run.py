@@ -1,0 +1,161 @@
+"""The API process: listens, starts the engine process, and ends when it is told to or the engine is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
+from cascade_llm.errors import CascadeError, ConfigError, WorkerError
+from cascade_llm.loader.resolve import open_checkpoint
+from cascade_llm.server.app import Api, build_application
+from cascade_llm.server.engine_client import EngineClient
+from cascade_llm.server.messages import EngineFacts
+from cascade_llm.server.options import ServerOptions
+from cascade_llm.server.reading import RequestReader
+
+__all__ = ["serve"]
+
+log = logging.getLogger("cascade_llm.server")
+
+KEY_VARIABLE = "CASCADE_LLM_API_KEY"
+LAST_ANSWERS_S = 2.0
+"""After the end of a drain, for those who were told of it."""
+
+
+def serve(
+    model: str,
+    engine_options: Mapping[str, Any],
+    options: ServerOptions,
+    on_listening: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve a model until SIGTERM or SIGINT; then running requests have `drain_timeout` seconds.
+
+    Args:
+        model: see `LLM`
+        engine_options: see `LLM`
+        options: of the server
+        on_listening: called with the server's URL; the model is loaded meanwhile
+
+    Raises:
+        ConfigError: nothing can listen there, or a file of keys cannot be read
+        WorkerError: the engine process has ended, and is not to be started again
+    """
+    keys = _keys(options)
+    if not keys and not options.is_loopback:
+        log.warning("%s is open to other machines, and no key is asked for: see --api-key", options.host)
+    with _listen(options) as listener:
+        asyncio.run(_Server(model, engine_options, options, keys).run(listener, on_listening))
+
+
+class _Server:
+    """One server's life."""
+
+    def __init__(
+        self, model: str, engine_options: Mapping[str, Any], options: ServerOptions, keys: Sequence[str]
+    ) -> None:
+        self._model, self._engine_options, self._options = model, engine_options, options
+        self._engine = EngineClient(
+            model, engine_options, restarts=options.restarts, on_end=self._stop, on_ready=self._load_reader
+        )
+        self._api = Api(self._engine, options)
+        config = uvicorn.Config(
+            build_application(self._api, keys),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(options.drain_timeout + LAST_ANSWERS_S),
+        )
+        self._uvicorn = _Uvicorn(config)
+        self._loading: asyncio.Task[None] | None = None
+
+    async def run(self, listener: socket.socket, on_listening: Callable[[str], None]) -> None:
+        """Until a signal, or the engine's end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._drain)
+        self._engine.start()
+        on_listening(_url(self._options.host, listener.getsockname()[1]))
+        try:
+            await self._uvicorn.serve(sockets=[listener])
+            failure = self._engine.failure
+        finally:
+            await self._engine.close()
+        if failure is not None:
+            raise WorkerError(failure)
+
+    def _drain(self) -> None:
+        """Take no more requests; a second call waits for none."""
+        self._uvicorn.force_exit = self._uvicorn.should_exit
+        self._stop()
+        log.info("draining: %d samples run or wait", self._engine.num_open_samples)
+        asyncio.get_running_loop().call_later(
+            self._options.drain_timeout, self._engine.answer_all, "the server is shutting down"
+        )
+
+    def _stop(self) -> None:
+        self._uvicorn.should_exit = True
+
+    def _load_reader(self, facts: EngineFacts) -> None:
+        """The engine is ready: read the model's tokenizer too, beside the loop."""
+        if self._api.reader is None:
+            self._loading = asyncio.create_task(self._make_reader(facts))
+
+    async def _make_reader(self, facts: EngineFacts) -> None:
+        tokenizer = await asyncio.to_thread(self._tokenizer)
+        reader = RequestReader(tokenizer, facts, self._options)
+        with suppress(CascadeError):  # the first conversation is not to wait for what only a first one needs
+            await asyncio.to_thread(reader.tokenize_chat, [{"role": "user", "content": "Hello"}], None, True)
+        self._api.reader = reader
+        log.info("ready: %s", ", ".join(self._api.names))
+
+    def _tokenizer(self) -> Tokenizer | None:
+        revision = self._engine_options.get("revision")
+        return load_tokenizer(open_checkpoint(self._model, load_format="dummy", revision=revision).tokenizer_source)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to us."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+
+def _listen(options: ServerOptions) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((options.host, options.port), family=family, backlog=2048)
+    except OSError as error:
+        where = f"{options.host}:{options.port}"
+        raise ConfigError(f"nothing can listen on {where} ({error.strerror or error}): choose another --port") from None
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _keys(options: ServerOptions) -> list[str]:
+    keys = [*(options.api_key or ()), *filter(None, [os.environ.get(KEY_VARIABLE)])]
+    if options.api_key_file is not None:
+        try:
+            lines = Path(options.api_key_file).read_text("utf-8").split()
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"api_key_file {options.api_key_file} cannot be read: {error}") from None
+        if not lines:
+            raise ConfigError(f"api_key_file {options.api_key_file} has no key: write one on each line")
+        keys += lines
+    if any(not key.strip() for key in keys):
+        raise ConfigError("an API key is empty")
+    return keys

@@ -1,0 +1,122 @@
+"""The bodies of requests, as FastAPI reads and publishes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cascade_llm.errors import nearest_name_hint
+from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.server.api_errors import ApiError
+
+__all__ = ["ChatBody", "CompletionBody", "DetokenizeBody", "GenerationBody", "TokenizeBody", "refuse_unknown_fields"]
+
+PARAMETERS = tuple(field.name for field in fields(SamplingParams))
+
+
+class Body(BaseModel):
+    """What all bodies have."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str | None = Field(None, description="One of /v1/models; without it the only one.")
+
+
+class StreamOptions(BaseModel):
+    """How an answer is streamed."""
+
+    model_config = ConfigDict(extra="allow")
+
+    include_usage: bool | None = Field(None, description="A last piece says how many tokens there were.")
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(Body):
+    """What both ways to generate have; fields that are not OpenAI's are those of `SamplingParams`."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    max_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    top_k: int | None = Field(None, description="Keep the k most probable tokens; 0 or -1 keeps all.")
+    min_p: float | None = Field(None, description="Drop tokens less probable than this share of the most probable.")
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    priority: int | None = Field(None, description="Lower runs earlier.")
+    return_token_ids: bool | None = Field(None, description="Choices say the ids of their tokens.")
+
+    def given_params(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that were given under their own names."""
+        given = {name: getattr(self, name, None) for name in PARAMETERS if name not in ("logprobs", "prompt_logprobs")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+        description="A text, token ids, or a list of either: one prompt each."
+    )
+    echo: bool | None = Field(None, description="The answer begins with the prompt.")
+    logprobs: int | None = None
+    best_of: int | None = Field(None, description="Only n, which is all that is generated.")
+    suffix: str | None = Field(None, description="Refused.")
+    split_special_tokens: bool | None = Field(None, description="Read special tokens in the text as plain text.")
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions. Special tokens that a message spells out are plain text."""
+
+    messages: list[dict[str, Any]] = Field(description='Each {"role": ..., "content": text or parts of it}.')
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = Field(None, description="Go on with the last message.")
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = Field(None, description="Refused: the model's own serves.")
+    tools: list[Any] | None = Field(None, description="Refused.")
+    tool_choice: Any = None
+    response_format: dict[str, Any] | None = Field(None, description='Only {"type": "text"}.')
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a text, or messages."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    tokens: list[int]
+
+
+def refuse_unknown_fields(body: BaseModel) -> None:
+    """Raises `ApiError` for the first field that is none of the body's."""
+    known: Iterable[str] = type(body).model_fields
+    for name in body.model_extra or {}:
+        raise ApiError(400, f"unknown field {name[:80]!r}: {nearest_name_hint(name, known)}", code="unknown_field")
+    inner = getattr(body, "stream_options", None)
+    if inner is not None:
+        refuse_unknown_fields(inner)

@@ -1,0 +1,101 @@
+"""Real servers: the command in a process of its own, with a tiny model and a real tokenizer."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+import pytest
+
+from tests.cli.conftest import environment, process_args, run_process, tiny_folder
+
+__all__ = ["environment", "run_process", "tiny_folder"]
+
+PATIENCE_S = 60.0
+Result = TypeVar("Result")
+
+
+class RunningServer:
+    """A server's process, where it listens, and what it has written to standard error."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self._lines: list[str] = []
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
+        (self.url,) = self.wait_for(lambda: re.findall(r"listening on (\S+)", self.log))[:1]
+
+    @property
+    def log(self) -> str:
+        return "".join(self._lines)
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return httpx.get(self.url + path, headers=headers, timeout=PATIENCE_S)
+
+    def post(self, path: str, body: object, **headers: str) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, headers=headers, timeout=PATIENCE_S)
+
+    def wait_until_ready(self) -> None:
+        self.wait_for(lambda: self.get("/ready").status_code == 200)
+
+    def metric(self, name: str) -> float:
+        found = re.search(rf"^cascade_llm_{re.escape(name)} (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        assert found is not None, name
+        return float(found[1])
+
+    def wait_for(self, ask: Callable[[], Result]) -> Result:
+        end = time.monotonic() + PATIENCE_S
+        while not (result := ask()):
+            assert self.process.poll() is None or "listening" not in self.log, self.log
+            assert time.monotonic() < end, self.log
+            time.sleep(0.01)
+        return result
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with suppress(ValueError):  # closed at the end
+            self._lines += iter(self.process.stderr.readline, "")
+
+
+StartServer = Callable[..., "RunningServer"]
+
+
+@contextmanager
+def _started(*args: str | Path, repo_root: Path, environment: dict[str, str]) -> Iterator[RunningServer]:
+    options = ("--port", "0", "--dtype", "float32", "--num-threads", "1", "--max-num-seqs", "8", "--page-size", "16")
+    process = subprocess.Popen(
+        process_args("serve", *args, *options), cwd=repo_root, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            yield RunningServer(process)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def server(tiny_folder: Path, repo_root: Path, environment: dict[str, str]) -> Iterator[RunningServer]:
+    """One that all tests share."""
+    with _started(
+        tiny_folder, "--served-model-name", "tiny", "--max-queue", "8", repo_root=repo_root, environment=environment
+    ) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture
+def start_server(tiny_folder: Path, repo_root: Path, environment: dict[str, str]) -> Iterator[StartServer]:
+    """Start one with these options, for one test."""
+    with ExitStack() as running:
+
+        def start(*args: str) -> RunningServer:
+            return running.enter_context(_started(tiny_folder, *args, repo_root=repo_root, environment=environment))
+
+        yield start

@@ -1,0 +1,123 @@
+"""Keys, signals, and the death of the engine, as a client and an operator see them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.cli.conftest import RunProcess
+from tests.server.conftest import PATIENCE_S, RunningServer, StartServer
+
+LONG = {"prompt": "a", "max_tokens": 400, "ignore_eos": True}
+COMPLETIONS = "/v1/completions"
+
+
+def engine_of(server: RunningServer) -> psutil.Process:
+    """The engine process: the child that has started none."""
+    children = psutil.Process(server.process.pid).children()
+    (engine,) = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+    return engine
+
+
+def begin_stream(server: RunningServer) -> tuple[threading.Thread, list[str]]:
+    """A streaming client in a thread; returns when the first piece has come, with the lines that come."""
+    lines: list[str] = []
+    begun = threading.Event()
+
+    def read() -> None:
+        body = {**LONG, "stream": True}
+        with httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=PATIENCE_S) as answer:
+            for line in answer.iter_lines():
+                lines.append(line)
+                begun.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert begun.wait(PATIENCE_S)
+    return thread, lines
+
+
+def test_keys(start_server: StartServer, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("second\nthird\n")
+    server = start_server("--api-key", "first", "--api-key-file", str(tmp_path / "keys"))
+    server.wait_until_ready()
+    body = {"prompt": "a", "max_tokens": 1}
+    for wrong in ({}, {"authorization": "Bearer nope"}, {"authorization": "Basic first"}, {"authorization": "Bearer"}):
+        answer = server.post(COMPLETIONS, body, **wrong)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert server.get("/metrics", **wrong).status_code == 401
+    for key in ("first", "second", "third"):
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
+            assert client.completions.create(model=client.models.list().data[0].id, **body).choices
+    assert server.get("/health").status_code == 200
+    assert "first" not in server.log
+    answer = server.get("/version", authorization="Bearer first", **{"x-request-id": "mine-1"})
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert "mine-1 GET /version 200" in server.log
+
+
+def test_sigterm_lets_requests_end(start_server: StartServer) -> None:
+    server = start_server()
+    server.wait_until_ready()
+    engine = engine_of(server)
+    thread, lines = begin_stream(server)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(PATIENCE_S) == 0
+    thread.join(PATIENCE_S)
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert '"finish_reason":"length"' in lines[-4]
+    assert not engine.is_running()
+    with pytest.raises(httpx.ConnectError):
+        server.get("/health")
+
+
+def test_a_drain_has_an_end(start_server: StartServer) -> None:
+    server = start_server("--drain-timeout", "0")
+    server.wait_until_ready()
+    thread, lines = begin_stream(server)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(PATIENCE_S) == 0
+    thread.join(PATIENCE_S)
+    said = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert "shutting down" in said[-1]["error"]["message"]
+
+
+def test_a_dead_engine_is_told_and_started_again(start_server: StartServer) -> None:
+    server = start_server("--restarts", "1")
+    server.wait_until_ready()
+    thread, lines = begin_stream(server)
+    engine_of(server).kill()
+    thread.join(PATIENCE_S)
+    (error,) = [json.loads(line.removeprefix("data: "))["error"] for line in lines if '"error"' in line]
+    assert "killed by signal 9" in error["message"]
+    health = server.get("/health")
+    assert health.status_code == 503 or health.json() == {"status": "starting"}
+    refused = server.post(COMPLETIONS, LONG)
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"]
+    server.wait_until_ready()
+    assert server.post(COMPLETIONS, {**LONG, "max_tokens": 3}).json()["usage"]["completion_tokens"] == 3
+    assert server.metric("engine_restarts") == 1
+    engine_of(server).kill()
+    assert server.process.wait(PATIENCE_S) == 1
+    assert "Error: the engine process has ended (killed by signal 9)" in server.log
+
+
+def test_a_model_that_is_not_there_ends_the_server(run_process: RunProcess) -> None:
+    done = run_process("serve", "/no/such/model", "--port", "0")
+    assert done.returncode == 1
+    assert "/no/such/model" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken(run_process: RunProcess, server: RunningServer) -> None:
+    done = run_process("serve", "smollm2", "--port", server.url.rsplit(":", 1)[1])
+    assert done.returncode == 1
+    assert "--port" in done.stderr
