@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -67,8 +68,9 @@ class GGUFCheckpoint(Checkpoint):
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """All weights in the order of the file; blocks stay as they are until somebody asks for their values."""
         for name, hf_name in self._hf_names.items():
-            yield hf_name, self._stored(self._file.tensors[name])
-            self._file.release(self._file.tensors[name])
+            tensor = self._file.tensors[name]
+            yield hf_name, replace(self._stored(tensor), release=partial(self._file.release, tensor))
+            self._file.release(tensor)
 
     def _stored(self, tensor: GGUFTensor) -> StoredTensor:
         data = self._file.data(tensor)

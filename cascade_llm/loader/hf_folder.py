@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         for path, names in self._names_per_file.items():
             file = SafetensorsFile(path)
             for name in names:
-                yield name, StoredTensor.plain(file.tensor(name))
+                yield name, StoredTensor.plain(file.tensor(name), partial(file.release, name))
                 file.release(name)
 
     def _take_older_config(self) -> None:

@@ -40,10 +40,13 @@ class StoredTensor:
     codes: Callable[[torch.Tensor], Codes] | None = None
     """Turns rows of `data` into as many rows of codes, exact to the bit; None where there is no layout for them."""
 
+    release: Callable[[], None] = lambda: None
+    """Gives back the memory that reading a view of a file has brought in; reading it again brings it back."""
+
     @classmethod
-    def plain(cls, values: torch.Tensor) -> StoredTensor:
+    def plain(cls, values: torch.Tensor, release: Callable[[], None] = lambda: None) -> StoredTensor:
         """Values [...] of any shape and dtype, not copied."""
-        return cls(PLAIN, tuple(values.shape), values)
+        return cls(PLAIN, tuple(values.shape), values, release=release)
 
     def values(self) -> torch.Tensor:
         """The values [*shape]: a view of the file where they are plain, else new float32 ones."""

@@ -43,6 +43,8 @@ class Linear:
         self._parts[part] = stored
         if len(self._parts) == len(self.spec.parts):
             self._matrix, parts, self._parts = build_matrix(self.spec, self._parts), self._parts, {}
+            for stored in parts.values():
+                stored.release()
             if not isinstance(self._matrix, Packed):
                 self.decoded = frozenset(part.format for part in parts.values() if part.decode is not None)
 

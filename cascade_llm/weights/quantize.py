@@ -60,7 +60,9 @@ def quantized(method: str, stored: StoredTensor) -> StoredTensor:
     if stored.shape[1] % QUANTIZERS[method].multiple:
         return quantized(FALLBACK[method], stored) if method in FALLBACK else stored
     codes = partial(quantized_rows, method)
-    return StoredTensor(method, stored.shape, stored.data, lambda rows: codes(rows).dequantized(), codes)
+    return StoredTensor(
+        method, stored.shape, stored.data, lambda rows: codes(rows).dequantized(), codes, stored.release
+    )
 
 
 def quantized_rows(method: str, values: torch.Tensor) -> Codes:

@@ -80,3 +80,15 @@ def test_a_start_never_needs_twice_the_checkpoint(
     assert num_bytes > 1e9
     grown = int(run_python(SCRIPT.format(folder=str(tmp_path))))
     assert 0.9 * num_bytes < grown < PEAK * num_bytes + CONSTANT
+
+
+@pytest.mark.parametrize(("quantization", "share"), [("int4", 5 / 16), ("q8_0", 8.5 / 16)])
+def test_weights_that_are_rounded_while_loading_never_stand_dense(
+    tmp_path: Path, quantization: str, share: float, run_python: Callable[[str], str]
+) -> None:
+    """The layers' parts lie in several shards, so that many matrices wait for their last part."""
+    num_bytes = save(tmp_path, 4)
+    script = SCRIPT.replace("num_threads=1", f"num_threads=1, quantization={quantization!r}")
+    head_share, head_bytes = 8.5 / 16, 2 * VOCABULARY * HIDDEN * 2
+    kept = share * (num_bytes - head_bytes) + head_share * head_bytes
+    assert int(run_python(script.format(folder=str(tmp_path)))) < PEAK * kept + CONSTANT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from cascade_llm.errors import CheckpointError
 from cascade_llm.loader.quantized.format import QuantizedFormat
@@ -52,7 +53,7 @@ def read_quantized(
         owner = owners.get(name)
         if owner is None:
             if _suffix(name) not in quantized.unread:
-                yield name, StoredTensor.plain(file.tensor(name))
+                yield name, StoredTensor.plain(file.tensor(name), partial(file.release, name))
                 file.release(name)
         elif owner not in done:
             done.add(owner)
