@@ -14,7 +14,7 @@ from cascade_llm.bench.machine_limits import MachineLimits, machine_limits
 from cascade_llm.bench.step_work import ModelShape
 from cascade_llm.bench.workloads import Vocabulary, Workload
 from cascade_llm.config import EngineOptions, ModelConfig
-from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_kv_dtype
+from cascade_llm.device.devices import compute_capability, resolve_device, resolve_dtype, resolve_kv_dtype
 from cascade_llm.engine.tokenizer import load_tokenizer
 from cascade_llm.engine.weight_support import held_matrix
 from cascade_llm.errors import CapacityError
@@ -92,7 +92,12 @@ class BenchModel:
 
     def _weight_bytes(self) -> tuple[float, float]:
         """Per weight of the layers and of the head, as an engine keeps them: some rows of each kind are asked."""
-        options = WeightOptions(dtype=self.dtype, device=self.device, quantization=self.options.get("quantization"))
+        options = WeightOptions(
+            dtype=self.dtype,
+            device=self.device,
+            quantization=self.options.get("quantization"),
+            arch=compute_capability(self.device),
+        )
         of_head = options if options.quantization is None else replace(options, quantization=HEAD_QUANTIZATION)
         known: dict[tuple[object, ...], float] = {}
         sums = {False: (0.0, 0), True: (0.0, 0)}

@@ -12,7 +12,7 @@ from cascade_llm.device.cpu_cores import usable_cores
 from cascade_llm.device.cpu_levels import levels_to_try
 from cascade_llm.errors import ConfigError
 
-__all__ = ["resolve_device", "resolve_dtype", "resolve_kv_dtype", "thread_count", "thread_limit"]
+__all__ = ["compute_capability", "resolve_device", "resolve_dtype", "resolve_kv_dtype", "thread_count", "thread_limit"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_DTYPES = {**DTYPES, "fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
@@ -35,6 +35,11 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """(major, minor) of a CUDA device; None of others."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:

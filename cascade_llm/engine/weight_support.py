@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cascade_llm.device.devices import resolve_device, resolve_dtype
+from cascade_llm.device.devices import compute_capability, resolve_device, resolve_dtype
 from cascade_llm.loader.stored_types import StoredType, stored_types
 from cascade_llm.models.architectures import ARCHITECTURES
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat, WeightOptions
@@ -52,7 +52,7 @@ class TypeSupport:
 def weight_support(dtype: str = "auto", device: str = "auto") -> Iterator[TypeSupport]:
     """Every type that a file may hold, as an engine with these options would hold it."""
     where = resolve_device(device)
-    options = WeightOptions(dtype=resolve_dtype(dtype, "bfloat16", where), device=where)
+    options = WeightOptions(dtype=resolve_dtype(dtype, "bfloat16", where), device=where, arch=compute_capability(where))
     for stored_type in stored_types():
         yield _support(stored_type, options)
 

@@ -77,13 +77,21 @@ class Codes:
             values = torch.tensor(layout.values, dtype=torch.float32)[self.codes.long()]
         if layout.group_len is not None:
             groups = (values - layout.zero).view(len(values), -1, layout.group_len)
-            groups = groups * self._expanded(self.scales, self.sub_scales).unsqueeze(-1)
+            groups = groups * self.group_scales().unsqueeze(-1)
             if layout.has_minimum:
-                groups = groups + self._expanded(self.minima, self.sub_minima).unsqueeze(-1)
+                groups = groups + self.group_minima().unsqueeze(-1)
             values = groups.flatten(1)
         if self.input_order is None:
             return values
         return torch.empty_like(values).index_copy_(1, self.input_order, values)
+
+    def group_scales(self) -> torch.Tensor:
+        """[rows, groups] float32, of codes that have scales."""
+        return self._expanded(self.scales, self.sub_scales)
+
+    def group_minima(self) -> torch.Tensor:
+        """[rows, groups] float32, of codes that have minima."""
+        return self._expanded(self.minima, self.sub_minima)
 
     def _expanded(self, numbers: torch.Tensor | None, subs: torch.Tensor | None) -> torch.Tensor:
         """[rows, groups] float32."""

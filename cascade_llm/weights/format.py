@@ -76,6 +76,8 @@ class WeightOptions:
     """Whether products with quantized matrices leave their inputs as they are."""
     on_stream: bool = False
     """Whether products are queued on a GPU's stream, for which a kernel of the host would not wait."""
+    arch: tuple[int, int] | None = None
+    """Compute capability of the GPU; None where there is none."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from cascade_llm.weights.blocked import Blocked
+from cascade_llm.weights.cuda_fp8 import CudaFP8
+from cascade_llm.weights.cuda_int4 import CudaInt4
 from cascade_llm.weights.dense import Dense, dense_values
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
 from cascade_llm.weights.onednn import OneDNN
@@ -57,6 +59,8 @@ def _values_to_copy(spec: MatrixSpec, parts: Parts) -> torch.Tensor:
 
 FORMATS: Mapping[str, Entry] = {
     "packed": Entry(_reasons_against_packed, Packed),
+    "cuda_int4": Entry(CudaInt4.reasons_against, CudaInt4),
+    "cuda_fp8": Entry(CudaFP8.reasons_against, CudaFP8),
     "blocked": Entry(
         lambda spec, _: Blocked.reasons_against(spec), lambda spec, parts: Blocked(_values_to_copy(spec, parts))
     ),

@@ -13,7 +13,7 @@ from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend,
 from cascade_llm.attention.flashinfer.workspace import float_workspace_bytes
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
-from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
+from cascade_llm.device.devices import compute_capability, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
 from cascade_llm.device.start_errors import compiled_kernels, memory_for
 from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, KVScale, PagedKVCache
@@ -186,6 +186,7 @@ def _decoder(
             quantization=options.quantization,
             exact_activations=options.exact_activations,
             on_stream=platform is not None,
+            arch=platform.arch if platform is not None else compute_capability(device),
         )
         decoder = Decoder(model, weights, max_positions=max_model_len, ops=ops)
         if checkpoint.is_dummy:

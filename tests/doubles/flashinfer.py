@@ -22,6 +22,9 @@ from tests.doubles.wrappers import HEAD_DIMS, DecodeWrapper, PrefillWrapper
 
 __all__ = ["FlashInferDouble"]
 
+ARCH = (9, 0)
+"""Hopper's."""
+
 
 class FlashInferDouble:
     """Everything that `FlashInferOps` names, on one `DoubleStream`.
@@ -54,7 +57,7 @@ class FlashInferDouble:
 
     def platform(self) -> GpuPlatform:
         """A GPU made of doubles."""
-        return GpuPlatform(self.ops(), self.stream, self.num_sm)
+        return GpuPlatform(self.ops(), self.stream, self.num_sm, ARCH)
 
     def expect_appends(self, published_pages: set[int], own_slots: set[int] | None = None) -> None:
         """From here on in the stream appends touch no published page, and no slot but these; None: any other."""

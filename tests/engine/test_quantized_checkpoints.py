@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,10 +35,10 @@ FORMATS: dict[str, Callable[..., Written]] = {
 }
 
 
-def save_twins(folder: Path, architecture: str, writer: Callable[..., Written]) -> tuple[Path, Path]:
+def save_twins(folder: Path, architecture: str, writer: Callable[..., Written], **changes: Any) -> tuple[Path, Path]:
     """A tiny model whose projections are quantized, and the same one with what they stand for."""
     quantized, twin = folder / "quantized", folder / "twin"
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, **changes)
     model.save_pretrained(quantized)
     tensors, values = {}, {}
     config: dict[str, object] = {}

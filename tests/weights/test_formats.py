@@ -104,7 +104,7 @@ def test_a_format_is_chosen_from_dtype_device_and_storage_and_says_why_not_anoth
     spec, parts = matrix_spec(64, 128, torch.float16), plain(all=torch.zeros(128, 64))
     choice = select_format(spec, parts)
     assert choice.name == "dense"
-    assert [name for name, _ in choice.refused] == ["packed", "blocked", "onednn"]
+    assert [name for name, _ in choice.refused] == ["packed", "cuda_int4", "cuda_fp8", "blocked", "onednn"]
     assert "not onednn: oneDNN packs float32 and bfloat16, not float16" in choice.describe()
     for change, reason in (
         ({"device": torch.device("meta")}, "the device is meta"),

@@ -42,6 +42,8 @@ class GpuPlatform:
     stream: DeviceStream
     num_processors: int
     """Streaming multiprocessors, which FlashInfer's planner wants to fill."""
+    arch: tuple[int, int]
+    """Compute capability."""
 
     @classmethod
     def cuda(cls, device: torch.device) -> GpuPlatform:
@@ -49,7 +51,7 @@ class GpuPlatform:
         num_processors = torch.cuda.get_device_properties(device).multi_processor_count
         prebuilt = kernel_folder(device_arch(device))
         ops = load_flashinfer_ops(prebuilt if prebuilt.exists() else None)
-        return cls(ops, CudaStream(device), num_processors)
+        return cls(ops, CudaStream(device), num_processors, torch.cuda.get_device_capability(device))
 
 
 class FlashInferAttentionBackend(AttentionBackend):
