@@ -62,6 +62,11 @@ class Machine(ABC):
     def memory_bytes(self) -> int:
         """Of the device."""
 
+    @property
+    @abstractmethod
+    def arch(self) -> tuple[int, int]:
+        """Compute capability of the device."""
+
     @abstractmethod
     def platform(self) -> GpuPlatform:
         """A stream and FlashInfer's calls."""
@@ -106,6 +111,11 @@ class CudaMachine(Machine):
     def memory_bytes(self) -> int:
         """See `Machine`."""
         return int(self._properties.total_memory)
+
+    @property
+    def arch(self) -> tuple[int, int]:
+        """See `Machine`."""
+        return int(self._properties.major), int(self._properties.minor)
 
     def platform(self) -> GpuPlatform:
         """See `Machine`."""

@@ -108,6 +108,10 @@ class Sizes:
     """Trees of K/V whose attention is timed: nodes of each level / tokens of each."""
     attention_heads: tuple[tuple[int, int, int], ...] = ((32, 8, 128), (16, 8, 128))
     """(query heads, KV heads, head size)"""
+    matrices: tuple[tuple[int, int], ...] = ((6144, 4096), (4096, 12288))
+    """(outputs, inputs) of quantized products."""
+    product_rows: tuple[int, ...] = (1, 16, 64, 256, 2048)
+    """Of such a product."""
     load_requests: int = 256
     load_range: tuple[int, int] = (100, 1024)
 
@@ -119,6 +123,7 @@ QUICK = Sizes(
     loads=((0, 1), (8192, 64)),
     cases=("16/1024", "64/512", "1,16/1024,256", "1,64/1024,256", "1,64/4096,256", "4,64/1024,256"),
     attention_heads=((32, 8, 128),),
+    matrices=((6144, 4096),),
     load_requests=64,
 )
 TINY_MODEL = ModelShape("tiny", 1, 2, 1, 64, 64, 64, 128)
@@ -138,6 +143,8 @@ DRY = Sizes(
     decode_steps=8,
     cases=("4/64", "1,4/64,16", "1,2,8/64,32,16"),
     attention_heads=((4, 2, 64),),
+    matrices=((48, 256),),
+    product_rows=(1, 17),
     load_requests=4,
     load_range=(4, 10),
 )

@@ -20,7 +20,7 @@ from tests.doubles.kernels import assign, merge_states_in_place, normalized
 from tests.doubles.planner import DoubleError
 from tests.doubles.wrappers import HEAD_DIMS, DecodeWrapper, PrefillWrapper
 
-__all__ = ["FlashInferDouble"]
+__all__ = ["ARCH", "FlashInferDouble"]
 
 ARCH = (9, 0)
 """Hopper's."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +17,8 @@ from cascade_llm.attention.flashinfer.backend import GpuPlatform
 from scripts.gpu_suite.machine import Card, Machine, Replay
 from scripts.gpu_suite.sizes import DRY
 from tests.doubles import device
+from tests.doubles.flashinfer import ARCH
+from tests.doubles.torch_products import cuda_products
 from tests.gpu_path.gpu_engine import double_gpu, on_double
 
 __all__ = ["DoubleMachine"]
@@ -27,6 +30,13 @@ class DoubleMachine(Machine):
     device, dtype, sizes = torch.device("cpu"), torch.bfloat16, DRY
     card = Card("double", 1e10, 1e11, 1 << 16)
     memory_bytes = 1 << 30
+    arch = ARCH
+
+    def __init__(self) -> None:
+        """torch's CUDA products are there as long as the machine."""
+        products = ExitStack()
+        products.enter_context(cuda_products())
+        weakref.finalize(self, products.close)
 
     def platform(self) -> GpuPlatform:
         return double_gpu(exact=False).platform()

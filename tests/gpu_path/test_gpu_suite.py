@@ -22,6 +22,9 @@ from cascade_llm.bench.attention_cases import AttentionCase
 from cascade_llm.errors import GenerationError
 from cascade_llm.outputs import CompletionOutput, TokenLogprob
 from cascade_llm.scheduler.cascade.device_costs import DeviceCosts
+from cascade_llm.weights.codes import Codes
+from cascade_llm.weights.cuda_fp8 import CudaFP8
+from cascade_llm.weights.cuda_int4 import CudaInt4
 from scripts.gpu_suite import __main__ as command_line
 from scripts.gpu_suite import runner
 from scripts.gpu_suite.equality import Equality
@@ -29,7 +32,7 @@ from scripts.gpu_suite.machine import CARDS, known_card
 from scripts.gpu_suite.runner import MAX_FILES, Runner, Stage, pack, save_json
 from scripts.gpu_suite.sizes import DRY, FULL, MODELS, QUICK, Sizes, decode_floor_s
 from scripts.gpu_suite.stage import StageRun
-from scripts.gpu_suite.stages import attention, engine, experiments, profile, replay, smoke, timing
+from scripts.gpu_suite.stages import attention, engine, experiments, profile, replay, smoke, timing, weights
 from scripts.gpu_suite.stages import machine as machine_stage
 from scripts.gpu_suite.table import STAGES
 from tests.gpu_path.double_machine import DoubleMachine
@@ -198,6 +201,32 @@ def test_attention_is_timed_and_constants_are_fitted(stage: Callable[..., StageR
     (fit,) = found["costs"]
     DeviceCosts(**fit["costs"])
     assert fit["key"]["backend"] == "flashinfer"
+
+
+def test_quantized_products_are_compared_and_timed(stage: Callable[..., StageRun]) -> None:
+    found = weights.run(stage("weights"))
+    assert found["verdict"] == "passed"
+    assert [entry["format"] for entry in found["products"]] == ["cuda_int4", "cuda_int4", "cuda_fp8", "cuda_fp8"]
+    for entry in found["products"]:
+        assert [row["rows"] for row in entry["rows"]] == list(DRY.product_rows)
+        assert all(row["us"] > 0 < row["dense_us"] for row in entry["rows"])
+        assert all(row["error"] > 0 for row in entry["rows"]), "all of them round something"
+    assert weights.run(stage("weights", seconds=-1))["verdict"] == "not run"
+
+
+def test_quantized_products_that_are_off_or_refused_fail_the_stage(
+    stage: Callable[..., StageRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shifted(self: CudaInt4, rows: slice, codes: Codes) -> None:
+        take(self, rows, replace(codes, scales=codes.group_scales().roll(1, 0)))
+
+    take = CudaInt4._take
+    monkeypatch.setattr(CudaInt4, "_take", shifted)
+    monkeypatch.setattr(CudaFP8, "multiply", lambda *arguments, **options: _refused("no kernel image"))
+    found = weights.run(stage("weights"))
+    assert found["verdict"] == "failed"
+    assert len(found["headline"]["wrong"]) == len(weights.KINDS)
+    assert any("no kernel image" in entry.get("refused", "") for entry in found["products"])
 
 
 def test_experiments_run_and_one_that_raises_leaves_the_others(
