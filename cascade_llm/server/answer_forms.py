@@ -6,12 +6,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cascade_llm.engine.output_queue import RequestGain
-from cascade_llm.engine.tokenizer import Tokenizer
 from cascade_llm.outputs import CompletionDelta, TokenLogprob
-from cascade_llm.server.reading import ReadBody
+
+if TYPE_CHECKING:
+    from cascade_llm.engine.tokenizer import Tokenizer
+    from cascade_llm.server.reading import ReadBody
 
 __all__ = ["AnswerForm", "ChatForm", "CompletionForm", "Tally"]
 

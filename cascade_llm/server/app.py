@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +21,6 @@ from cascade_llm.server.engine_client import EngineClient, EngineStatus
 from cascade_llm.server.guard import Application, Guard, RequestRecord
 from cascade_llm.server.metrics import CONTENT_TYPE, ServerMetrics
 from cascade_llm.server.options import ServerOptions
-from cascade_llm.server.reading import ReadBody, RequestReader
 from cascade_llm.server.schema import (
     Body,
     ChatBody,
@@ -31,6 +30,9 @@ from cascade_llm.server.schema import (
     TokenizeBody,
     refuse_unknown_fields,
 )
+
+if TYPE_CHECKING:  # imports torch: see `run`
+    from cascade_llm.server.reading import ReadBody, RequestReader
 
 __all__ = ["Api", "build_application"]
 

@@ -8,14 +8,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing import connection, parent_process
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from cascade_llm.engine.async_engine import AsyncEngine
 from cascade_llm.engine.output_queue import OutputQueue
 from cascade_llm.errors import EngineClosedError
-from cascade_llm.llm import LLM
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.sequence import Request
 from cascade_llm.server.messages import (
@@ -32,6 +30,10 @@ from cascade_llm.server.messages import (
     decode_command,
     encode,
 )
+
+if TYPE_CHECKING:  # heavy, and the API process imports this module to name `run_engine`
+    from cascade_llm.engine.async_engine import AsyncEngine
+    from cascade_llm.llm import LLM
 
 __all__ = ["run_engine"]
 
@@ -54,6 +56,9 @@ def run_engine(command_address: str, report_address: str, model: str, options: M
     threading.Thread(target=_end_with_parent, daemon=True).start()
     outbox = Outbox(report_address)
     try:
+        from cascade_llm.engine.async_engine import AsyncEngine
+        from cascade_llm.llm import LLM
+
         llm = LLM(model, **options)
     except BaseException as error:
         outbox.report(Failed(" ".join(str(error).split()) or type(error).__name__))

@@ -9,19 +9,20 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
 from cascade_llm.errors import CascadeError, ConfigError, WorkerError
-from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.server.app import Api, build_application
 from cascade_llm.server.engine_client import EngineClient
 from cascade_llm.server.messages import EngineFacts
 from cascade_llm.server.options import ServerOptions
-from cascade_llm.server.reading import RequestReader
+
+if TYPE_CHECKING:  # imports torch: beside the loop, once the engine process has started
+    from cascade_llm.server.reading import RequestReader
 
 __all__ = ["serve"]
 
@@ -85,12 +86,14 @@ class _Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._drain)
         self._engine.start()
+        importing = asyncio.create_task(asyncio.to_thread(import_module, "cascade_llm.server.reading"))
         on_listening(_url(self._options.host, listener.getsockname()[1]))
         try:
             await self._uvicorn.serve(sockets=[listener])
             failure = self._engine.failure
         finally:
             await self._engine.close()
+            await importing
         if failure is not None:
             raise WorkerError(failure)
 
@@ -112,16 +115,22 @@ class _Server:
             self._loading = asyncio.create_task(self._make_reader(facts))
 
     async def _make_reader(self, facts: EngineFacts) -> None:
-        tokenizer = await asyncio.to_thread(self._tokenizer)
-        reader = RequestReader(tokenizer, facts, self._options)
-        with suppress(CascadeError):  # the first conversation is not to wait for what only a first one needs
-            await asyncio.to_thread(reader.tokenize_chat, [{"role": "user", "content": "Hello"}], None, True)
-        self._api.reader = reader
+        self._api.reader = await asyncio.to_thread(self._read_tokenizer, facts)
         log.info("ready: %s", ", ".join(self._api.names))
 
-    def _tokenizer(self) -> Tokenizer | None:
+    def _read_tokenizer(self, facts: EngineFacts) -> RequestReader:
+        from cascade_llm.engine.tokenizer import load_tokenizer
+        from cascade_llm.loader.resolve import open_checkpoint
+        from cascade_llm.server.reading import RequestReader
+
         revision = self._engine_options.get("revision")
-        return load_tokenizer(open_checkpoint(self._model, load_format="dummy", revision=revision).tokenizer_source)
+        checkpoint = open_checkpoint(self._model, load_format="dummy", revision=revision)
+        reader = RequestReader(load_tokenizer(checkpoint.tokenizer_source), facts, self._options)
+        with suppress(CascadeError):  # the first conversation is not to wait for what only a first one needs
+            reader.tokenize_chat([{"role": "user", "content": "Hello"}], None, True)
+        # advice on requests, which repeats parts of them; the server's own lines have a logger of their own
+        logging.getLogger("cascade_llm").addFilter(lambda record: False)
+        return reader
 
 
 class _Uvicorn(uvicorn.Server):

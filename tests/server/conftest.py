@@ -42,6 +42,12 @@ class RunningServer:
     def post(self, path: str, body: object, **headers: str) -> httpx.Response:
         return httpx.post(self.url + path, json=body, headers=headers, timeout=PATIENCE_S)
 
+    def end(self) -> int:
+        """Wait until it has ended; returns its exit status."""
+        status = self.process.wait(PATIENCE_S)
+        self._reading.join(PATIENCE_S)
+        return status
+
     def wait_until_ready(self) -> None:
         self.wait_for(lambda: self.get("/ready").status_code == 200)
 

@@ -60,7 +60,7 @@ def test_keys(start_server: StartServer, tmp_path: Path) -> None:
     assert "first" not in server.log
     answer = server.get("/version", authorization="Bearer first", **{"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
-    assert "mine-1 GET /version 200" in server.log
+    server.wait_for(lambda: "mine-1 GET /version 200" in server.log)
 
 
 def test_sigterm_lets_requests_end(start_server: StartServer) -> None:
@@ -69,7 +69,7 @@ def test_sigterm_lets_requests_end(start_server: StartServer) -> None:
     engine = engine_of(server)
     thread, lines = begin_stream(server)
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(PATIENCE_S) == 0
+    assert server.end() == 0
     thread.join(PATIENCE_S)
     assert lines[-2:] == ["data: [DONE]", ""]
     assert '"finish_reason":"length"' in lines[-4]
@@ -83,7 +83,7 @@ def test_a_drain_has_an_end(start_server: StartServer) -> None:
     server.wait_until_ready()
     thread, lines = begin_stream(server)
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(PATIENCE_S) == 0
+    assert server.end() == 0
     thread.join(PATIENCE_S)
     said = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
     assert "shutting down" in said[-1]["error"]["message"]
@@ -106,7 +106,7 @@ def test_a_dead_engine_is_told_and_started_again(start_server: StartServer) -> N
     assert server.post(COMPLETIONS, {**LONG, "max_tokens": 3}).json()["usage"]["completion_tokens"] == 3
     assert server.metric("engine_restarts") == 1
     engine_of(server).kill()
-    assert server.process.wait(PATIENCE_S) == 1
+    assert server.end() == 1
     assert "Error: the engine process has ended (killed by signal 9)" in server.log
 
 
