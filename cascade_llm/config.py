@@ -199,7 +199,7 @@ class EngineOptions:
     """The suffix level counted: 1 is plain attention."""
     quantization: str | None = None
     """None (as the checkpoint has them) | q4_k | q8_0 | int8 | int4 | fp8: what plain matrices are rounded to as they
-    are loaded; on the CPU"""
+    are loaded; on a GPU q4_k, int4 and fp8"""
     exact_activations: bool = False
     """Leave the inputs of products with quantized matrices as they are, instead of rounding them to 8 bits: slower."""
     tensor_parallel_size: int = 1

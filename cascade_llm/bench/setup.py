@@ -23,7 +23,7 @@ from cascade_llm.llm import LLM
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
-from cascade_llm.models.decoder import HEAD_QUANTIZATION
+from cascade_llm.models.decoder import head_options
 from cascade_llm.weights.format import StoredTensor, WeightOptions
 from cascade_llm.worker.memory import available_bytes
 
@@ -98,7 +98,7 @@ class BenchModel:
             quantization=self.options.get("quantization"),
             arch=compute_capability(self.device),
         )
-        of_head = options if options.quantization is None else replace(options, quantization=HEAD_QUANTIZATION)
+        of_head = head_options(options)
         known: dict[tuple[object, ...], float] = {}
         sums = {False: (0.0, 0), True: (0.0, 0)}
         for name, stored in self.checkpoint.stored_tensors():

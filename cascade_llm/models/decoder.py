@@ -22,7 +22,7 @@ from cascade_llm.models.blocks import BlockOptions, Parameter, below, linear_par
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightOptions
 from cascade_llm.weights.linear import Embedding, Linear
 
-__all__ = ["HEAD_QUANTIZATION", "Decoder", "FirstNonFinite", "Observer"]
+__all__ = ["Decoder", "FirstNonFinite", "Observer", "head_options"]
 
 Observer = Callable[[str, torch.Tensor], None]
 """Shown the name and the output of each stage of a forward pass, in order."""
@@ -31,6 +31,15 @@ Observer = Callable[[str, torch.Tensor], None]
 HEAD_QUANTIZATION = "q8_0"
 """Of embedding and head, whatever the layers' is: in int4 the head cost SmolLM2 0.045 nats a token, all layers together
 0.001."""
+GPU_QUANTIZATIONS = ("q4_k", "int4", "fp8")
+"""What has a kernel there."""
+
+
+def head_options(weights: WeightOptions) -> WeightOptions:
+    """Of embedding and head. On a GPU, which has no kernel for 8 bits, they are not rounded."""
+    if weights.quantization is None:
+        return weights
+    return replace(weights, quantization=HEAD_QUANTIZATION if weights.arch is None else None)
 
 
 class Decoder:
@@ -56,18 +65,20 @@ class Decoder:
             ops: the elementwise operations; default the fastest that works on this device
 
         Raises:
-            ConfigError: a quantization is asked for, and the device is no CPU
+            ConfigError: a quantization is asked for that has no kernel on the device
         """
-        if weights.quantization is not None and (weights.device.type != "cpu" or weights.on_stream):
+        is_on_cpu = weights.device.type == "cpu" and not weights.on_stream
+        if not is_on_cpu and weights.quantization not in (None, *GPU_QUANTIZATIONS):
             raise ConfigError(
-                f"quantization={weights.quantization!r} is for the CPU so far: set device='cpu', or leave it out"
+                f"quantization={weights.quantization!r} has no kernel on a GPU: take {', '.join(GPU_QUANTIZATIONS)}, "
+                "set device='cpu', or leave it out"
             )
         self.config, self.dtype, self.device = config, weights.dtype, weights.device
         self.ops = ops or select_fused_ops(weights.dtype, weights.device)
         options = BlockOptions(config, weights, self.ops)
         make_layer = ARCHITECTURES[config.architecture].layer
         self.layers = [make_layer(options, index) for index in range(config.num_layers)]
-        of_head = weights if weights.quantization is None else replace(weights, quantization=HEAD_QUANTIZATION)
+        of_head = head_options(weights)
         hidden, vocab_size = config.hidden_size, config.vocab_size
         self.embedding = Embedding(MatrixSpec("embedding", hidden, {"embed_tokens": vocab_size}, of_head))
         self.final_norm = options.norm(hidden)

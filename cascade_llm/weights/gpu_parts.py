@@ -52,4 +52,4 @@ def code_chunks(spec: MatrixSpec, parts: Mapping[str, StoredTensor]) -> Iterator
 
 def _codes(stored: StoredTensor, rows: slice) -> Codes:
     assert stored.codes is not None, f"{stored.format} is not read as codes"
-    return stored.codes(stored.data[rows])
+    return stored.codes(stored.data[rows].cpu())  # dummy values are made on the device

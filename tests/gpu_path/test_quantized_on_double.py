@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from cascade_llm import LLM, SamplingParams
+from cascade_llm.errors import ConfigError
 from cascade_llm.worker import worker
 from tests.doubles.flashinfer import FlashInferDouble
 from tests.doubles.meta import ANY_TOKEN, MetaStream
 from tests.doubles.torch_products import cuda_products
 from tests.engine.test_quantized_checkpoints import save_twins
-from tests.engine.tiny_llm import random_forest, tiny_llm
+from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import double_gpu, gpu_llm, graphs_of
 from tests.loader.quantized_files import Written, awq, gptq
 
@@ -76,6 +77,18 @@ def test_graphs_give_what_eager_steps_give_and_both_what_the_codes_stand_for(twi
     assert [output.outputs[0].token_ids for output in found[0]] == [output.outputs[0].token_ids for output in found[1]]
     for mine, other in zip(found[0], expected, strict=True):
         assert first_logprobs(mine) == pytest.approx(first_logprobs(other), abs=0.3), "bfloat16 and 8-bit inputs"
+
+
+@pytest.mark.parametrize(("method", "kind"), [("int4", "cuda_int4"), ("q4_k", "cuda_int4"), ("fp8", "cuda_fp8")])
+def test_plain_matrices_are_rounded_while_loading_and_the_head_is_not(method: str, kind: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "qwen2", **SHAPE)
+    for load_format in ("auto", "dummy"):
+        with gpu_llm(folder, double_gpu(), quantization=method, load_format=load_format, **OPTIONS) as llm:
+            assert kinds(llm) == {kind}
+            assert llm._engine.executor.runner.decoder.lm_head.matrix.name == "dense"
+            assert len(llm.generate([[5, 6, 7]], GREEDY)[0].outputs[0].token_ids) == GREEDY.max_tokens
+    with pytest.raises(ConfigError, match="quantization='q8_0' has no kernel on a GPU: take q4_k, int4, fp8"):
+        gpu_llm(folder, double_gpu(), quantization="q8_0", **OPTIONS)
 
 
 def first_logprobs(output: Any) -> list[float]:
