@@ -1,0 +1,141 @@
+/* The packed products against sums in double, without Python: for processors that are only emulated here.
+ *
+ * Every kind of code with random numbers: 7 rows of 512 inputs, 37 outputs. Prints one line for each that is wrong.
+ */
+#include "packed_product.c"
+
+#include <stdio.h>
+
+enum { OUTPUTS = 37, INPUTS = 512, NUM_ROWS = 7 };
+
+typedef struct {
+    const char *name;
+    int code, scale, zero, has_minimum, super_blocks, num_codes;
+} kind;
+
+static const kind KINDS[] = {
+    {"q4_0", U4, SCALE16, 8, 0, 1, 16},     {"q4_1", U4, SCALE16, 0, 1, 1, 16},
+    {"q5_0", U5, SCALE16, 16, 0, 1, 32},    {"q8_0", U8, SCALE16, 128, 0, 1, 256},
+    {"q2_k", U2, SUB, 0, 1, 8, 4},          {"q3_k", U3, SUB, 4, 0, 8, 8},
+    {"q4_k", U4, SUB, 0, 1, 8, 16},         {"q5_k", U5, SUB, 0, 1, 8, 32},
+    {"q6_k", U6, SUB, 32, 0, 8, 64},        {"groups of 128", U4, SCALE32, 0, 1, 4, 16},
+    {"table", TABLE, SCALE16, 128, 0, 1, 16}, {"bfloat16", BFLOAT16, UNSCALED, 0, 0, 1, 0},
+    {"float16", FLOAT16, UNSCALED, 0, 0, 1, 0}, {"float32", FLOAT32, UNSCALED, 0, 0, 1, 0},
+    {"e4m3", E4M3, SCALE32, 0, 0, 4, 0},    {"e5m2", E5M2, SCALE32, 0, 0, 4, 0},
+};
+
+static uint32_t state = 1;
+static uint32_t random_bits(void) { return (state = state * 1664525u + 1013904223u) >> 8; }
+static float uniform(void) { return (float)(random_bits() & 0xffff) / 65536.0f; }
+
+static float rounded_to_float16(float x, uint16_t *bits) {
+    _Float16 value = (_Float16)x;
+    memcpy(bits, &value, sizeof *bits);
+    return (float)value;
+}
+
+static float of_float16(uint16_t bits) {
+    _Float16 value;
+    memcpy(&value, &bits, sizeof value);
+    return (float)value;
+}
+
+/* A random code, written to `at` in its own width; returns what it stands for before scales. */
+static double random_code(const kind *k, const piece *p, uint8_t *at) {
+    uint8_t byte = (uint8_t)random_bits();
+    uint16_t bits;
+    float value = uniform() - 0.5f;
+    switch (k->code) {
+    case BFLOAT16: bits = to_bfloat16(value); memcpy(at, &bits, 2); return from_bfloat16(bits);
+    case FLOAT16: value = rounded_to_float16(value, &bits); memcpy(at, &bits, 2); return value;
+    case FLOAT32: memcpy(at, &value, 4); return value;
+    case E5M2:
+        if ((byte & 0x7c) == 0x7c) byte &= 0xbb;
+        *at = byte;
+        return of_float16((uint16_t)(byte << 8));
+    case E4M3: {
+        if ((byte & 0x7f) == 0x7f) byte ^= 1;
+        *at = byte;
+        int exponent = byte >> 3 & 15, digits = byte & 7;
+        double size = exponent ? ldexp(1 + digits / 8.0, exponent - 7) : ldexp(digits / 8.0, -6);
+        return byte & 0x80 ? -size : size;
+    }
+    default: *at = (uint8_t)(byte % k->num_codes); return (k->code == TABLE ? p->values[*at] : *at) - k->zero;
+    }
+}
+
+/* A scale or a minimum, written as its kind is stored. */
+static float random_number(int scale, float x, uint8_t *numbers, int index) {
+    if (scale == SCALE32) {
+        memcpy(numbers + 4 * index, &x, 4);
+        return x;
+    }
+    return rounded_to_float16(x, (uint16_t *)numbers + index);
+}
+
+static int is_wrong(const kind *k) {
+    static uint8_t codes[OUTPUTS * INPUTS * 4];
+    static _Alignas(4) uint8_t scales[OUTPUTS * 64], minima[OUTPUTS * 64];
+    static int8_t sub_scales[OUTPUTS * 32], sub_minima[OUTPUTS * 32];
+    static double weight[OUTPUTS][INPUTS];
+    static float x[NUM_ROWS * INPUTS], y[NUM_ROWS * OUTPUTS], looked_up[3 * INPUTS];
+    piece p = {.num_outputs = OUTPUTS, .super_blocks = k->super_blocks, .code = k->code, .scale = k->scale};
+    p.zero = k->zero, p.has_minimum = k->has_minimum;
+    for (int i = 0; i < 16; i++) p.values[i] = (uint8_t)(i * 15 + 3);
+    p.tile_bytes = packed_tile_bytes(&p, INPUTS);
+    int width = k->code >= BFLOAT16 ? (int)(plane_bytes(k->code) / BLOCK / TILE) : 1, wrong = 0;
+    int super_len = BLOCK * k->super_blocks, group_len = is_halved(k->code) ? BLOCK / 2 : BLOCK;
+    for (int o = 0; o < OUTPUTS; o++) {
+        float scale = 1, minimum = 0, sub_scale = 1, sub_minimum = 1;
+        for (int i = 0; i < INPUTS; i++) {
+            int super = o * (INPUTS / super_len) + i / super_len, group = o * (INPUTS / group_len) + i / group_len;
+            if (k->scale != UNSCALED && i % super_len == 0) {
+                scale = random_number(k->scale, uniform() / 8, scales, super);
+                minimum = random_number(k->scale, -uniform(), minima, super);
+            }
+            if (k->scale == SUB && i % group_len == 0) {
+                sub_scale = sub_scales[group] = (int8_t)(random_bits() % 64) - (k->has_minimum ? 0 : 32);
+                sub_minimum = sub_minima[group] = (int8_t)(random_bits() % 64);
+            }
+            double code = random_code(k, &p, codes + (o * INPUTS + i) * width);
+            weight[o][i] = code * (scale * sub_scale) + (k->has_minimum ? minimum * sub_minimum : 0);
+        }
+    }
+    uint8_t *tiles = aligned_alloc(64, (4 * p.tile_bytes + 63) / 64 * 64);
+    memset(tiles, 0, 4 * p.tile_bytes);
+    p.data = tiles;
+    pack_tiles(&p, codes, scales, minima, (uint8_t *)sub_scales, (uint8_t *)sub_minima, OUTPUTS, INPUTS, tiles, 1);
+    for (int i = 0; i < NUM_ROWS * INPUTS; i++) x[i] = uniform() - 0.5f;
+    for (int is_exact = 0; is_exact < 2; is_exact++) {
+        double worst = 0, largest = 0;
+        packed_product(x, &p, 1, 0, y, NUM_ROWS, INPUTS, OUTPUTS, 0, is_exact, 1);
+        for (int r = 0; r < NUM_ROWS; r++)
+            for (int o = 0; o < OUTPUTS; o++) {
+                double sum = 0;
+                for (int i = 0; i < INPUTS; i++) sum += x[r * INPUTS + i] * weight[o][i];
+                double error = fabs(sum - y[r * OUTPUTS + o]);
+                if (!(error <= worst)) worst = error;
+                if (fabs(sum) > largest) largest = fabs(sum);
+            }
+        if (!(worst <= largest * (is_exact || k->code >= BFLOAT16 ? 3e-6 : 2e-2))) wrong = 1;
+    }
+    const int64_t ids[3] = {0, OUTPUTS - 1, 17};
+    packed_rows(&p, ids, 3, INPUTS, looked_up, 0, 1);
+    for (int row = 0; row < 3; row++)
+        for (int i = 0; i < INPUTS; i++) {
+            double expected = weight[ids[row]][i];
+            if (!(fabs(looked_up[row * INPUTS + i] - expected) <= 1e-5 * fabs(expected) + 1e-6)) wrong = 1;
+        }
+    free(tiles);
+    return wrong;
+}
+
+int main(void) {
+    int wrong = 0;
+    for (unsigned i = 0; i < sizeof KINDS / sizeof *KINDS; i++)
+        if (is_wrong(KINDS + i)) {
+            printf("%s is wrong\n", KINDS[i].name);
+            wrong = 1;
+        }
+    return wrong;
+}
