@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 
 from cascade_llm.weights.codes import CodeLayout
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
@@ -20,8 +21,11 @@ CODE, CODE_DTYPE, LARGEST = "float8_e4m3fn", torch.float8_e4m3fn, 448.0
 SMALLEST_SCALE = 1e-12
 """Of inputs that are all zero."""
 BLOCK_LEN, MULTIPLE = 128, 16
-ROWS_ARCH, BLOCK_ARCH = (8, 9), 9
-"""The least compute capability for scales of rows, and the only major one for scales of blocks."""
+ROWS_TOGETHER = 4
+"""Of a product with scales of blocks: cuBLASLt takes a multiple of them."""
+ROWS_ARCH, BLOCK_ARCH, LAST_ARCH = (8, 9), 9, 10
+"""The least compute capability for scales of rows, the only major one for scales of blocks, and the last major one: on
+12.0 cuBLASLt has refused scales of rows (pytorch issue 192707)."""
 BLOCK_CUDA = (12, 9)
 """The first cuBLAS with scales of blocks."""
 
@@ -52,6 +56,8 @@ class CudaFP8(WeightFormat):
         options = spec.options
         if reason := reason_against_gpu(options, parts, ROWS_ARCH):
             return [reason]
+        if options.arch is not None and options.arch[0] > LAST_ARCH:
+            return [f"its kernel is not known to run on compute capability {options.arch[0]}.x"]
         if options.exact_activations:
             return ["its kernel rounds inputs to 8 bits, and exact_activations is set"]
         if spec.out_features % MULTIPLE or spec.in_features % MULTIPLE:
@@ -69,13 +75,19 @@ class CudaFP8(WeightFormat):
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `WeightFormat`."""
-        y = out if out is not None and out.is_contiguous() else x.new_empty(len(x), self.spec.out_features)
-        if len(x):
+        rows = len(x)
+        missing = 0 if self._group_len == self.spec.in_features else -rows % ROWS_TOGETHER
+        if missing:
+            x = F.pad(x, (0, 0, 0, missing))
+        has_place = out is not None and out.is_contiguous() and not missing
+        y = out if out is not None and has_place else x.new_empty(len(x), self.spec.out_features)
+        if rows:
             codes, scales = self._rounded(x)
             torch._scaled_mm(codes, self._codes.t(), scales, self._scales, out_dtype=x.dtype, out=y)
+        y = y[:rows] if missing else y
         if bias is not None:
             y += bias
-        return y if out is None or y is out else out.copy_(y)
+        return y if out is None or has_place else out.copy_(y)
 
     @property
     def num_bytes(self) -> int:

@@ -126,7 +126,7 @@ def scaled_product(
     _demand(tuple(out.shape) == (rows, outputs) and out.is_contiguous(), "the result's memory", out)
     by_row = _is_by_row(a, scale_a) and _is_by_row(b.t(), scale_b.t())
     by_block = _is_by_block(a, scale_a) and _is_by_block(b.t(), scale_b.t())
-    _demand(by_row or by_block, f"scales {tuple(scale_a.shape)} {scale_a.stride()}", scale_b)
+    _demand(by_row or (by_block and rows % 4 == 0), f"scales {tuple(scale_a.shape)} {scale_a.stride()}", scale_b)
     if a.is_meta:
         return out
     groups = scale_a.shape[1]

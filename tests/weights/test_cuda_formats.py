@@ -203,6 +203,7 @@ REFUSED = {
     "Ampere": ("cuda_fp8", {"arch": AMPERE}, {"layout": FP8["blocks of 128"]}, "8.9, the GPU has 8.0"),
     "blocks on Ada": ("cuda_fp8", {"arch": (8, 9)}, {"layout": FP8["blocks of 128"]}, "scales of blocks"),
     "blocks on Blackwell": ("cuda_fp8", {"arch": (10, 0)}, {"layout": FP8["blocks of 128"]}, "scales of blocks"),
+    "Blackwell cards": ("cuda_fp8", {"arch": (12, 0)}, {"layout": FP8["a scale per output"]}, "not known to run"),
     "exact inputs": ("cuda_fp8", {"exact_activations": True}, {"layout": FP8["blocks of 128"]}, "exact_activations"),
     "e5m2": ("cuda_fp8", {}, {"layout": CodeLayout("float8_e5m2", group_len=128, scale="float32")}, "not float8_e5m2"),
     "groups of 64": (
