@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cascade_llm.errors import CheckpointError
+
 __all__ = ["FLOAT_CODES", "INTEGER_BITS", "SUPER_LEN", "CodeLayout", "Codes"]
 
 INTEGER_BITS = {"u2": 2, "u3": 3, "u4": 4, "u5": 5, "u6": 6, "u8": 8}
@@ -84,6 +86,11 @@ class Codes:
         if self.input_order is None:
             return values
         return torch.empty_like(values).index_copy_(1, self.input_order, values)
+
+    def check(self) -> None:
+        """Raise `CheckpointError` where a code of float8_e4m3fn is NaN: kernels may take it for a number."""
+        if self.codes.dtype == torch.float8_e4m3fn and bool(self.codes.isnan().any()):
+            raise CheckpointError("a matrix of float8_e4m3fn codes holds NaN: copy or download the checkpoint again")
 
     def group_scales(self) -> torch.Tensor:
         """[rows, groups] float32, of codes that have scales."""

@@ -46,6 +46,7 @@ class CudaFP8(WeightFormat):
         self._scales = torch.empty(spec.in_features // group_len, spec.out_features, device=device)
         """[groups, out_features] float32."""
         for rows, codes in code_chunks(spec, parts):
+            codes.check()
             self._codes[rows] = codes.codes.to(device)
             scales = codes.group_scales().t()
             self._scales[:, rows] = scales.repeat_interleave(len(self._scales) // len(scales), dim=0).to(device)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cascade_llm.errors import CapacityError, CheckpointError
+from cascade_llm.errors import CapacityError
 from cascade_llm.weights.codes import INTEGER_BITS, SUPER_LEN, CodeLayout, Codes
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
 from cascade_llm.weights.packed_kernels import CODE_NUMBERS, SCALE_NUMBERS, Piece, packed_kernels, reason_against_packed
@@ -143,8 +143,7 @@ class _PackedPart:
         numbers = [_contiguous(numbers, number) for numbers in (codes.scales, codes.minima)]
         numbers += [_contiguous(numbers, torch.int8) for numbers in (codes.sub_scales, codes.sub_minima)]
         values = codes.codes.contiguous()
-        if values.dtype == torch.float8_e4m3fn and bool(values.isnan().any()):
-            raise CheckpointError("a matrix of float8_e4m3fn codes holds NaN: copy or download the checkpoint again")
+        codes.check()
         packed_kernels().pack_tiles(
             self.piece,
             values.data_ptr(),

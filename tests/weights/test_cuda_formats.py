@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cascade_llm.errors import CheckpointError
 from cascade_llm.weights.codes import CodeLayout, Codes
 from cascade_llm.weights.cuda_fp8 import CudaFP8
 from cascade_llm.weights.cuda_int4 import CudaInt4
@@ -178,6 +179,13 @@ def test_memory_is_that_of_the_codes_and_lies_on_the_device(kind: str) -> None:
     bits = 4 + 32 / 32 if kind == "cuda_int4" else 8 + 32 / 128
     assert matrix.num_bytes == 48 * 512 * bits / 8
     assert matrix.multiply(torch.empty(3, 512, dtype=torch.bfloat16, device="meta")).is_meta
+
+
+def test_a_code_that_is_no_number_is_told() -> None:
+    codes = codes_in(FP8["blocks of 128"])
+    codes.codes[40, 300] = torch.nan
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        built(codes, "cuda_fp8")
 
 
 def test_packed_words_are_in_the_order_of_the_source() -> None:
