@@ -5,8 +5,8 @@
 
 Each round has a load of its own, random token ids behind a shared prefix, which both sides compute from cold: first
 one, then the other, the order changing. The clients are raw sockets of one thread, so that they take little of the
-processors that the server has to share with them. Then one request at a time: the time to its first token. Last, what
-the API process took of the processors.
+processors that the server has to share with them; what the API process took of these is told too. Then short requests,
+one at a time: the time to the first token.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from cascade_llm import LLM, SamplingParams
 CODE = "import sys; from cascade_llm.cli.main import main; sys.exit(main())"
 ENGINE: dict[str, Any] = {"kv_cache_bytes": 1 << 30, "max_num_seqs": 128}
 VOCABULARY = 40_000
+SINGLES = 40
+"""Requests of 16 tokens, one at a time, whose first tokens are timed."""
 
 
 def make_load(seed: int, args: argparse.Namespace) -> list[list[int]]:
@@ -130,14 +132,17 @@ def main() -> None:
                 if turn == 0:
                     before_s = cpu_s(api)
                 order = list(sides) if turn % 2 else list(sides)[::-1]
-                load, single = make_load(turn, args), make_load(1000 + turn, args)[:1]
+                load = make_load(turn, args)
                 for name in order:
                     elapsed_s, _ = sides[name](load, args.out)
-                    _, first_s = sides[name](single, 8)
                     if turn >= 0:
                         speeds[name].append(args.clients * args.out / elapsed_s)
-                        firsts[name].append(1000 * first_s)
             api_s = cpu_s(api) - before_s
+            for turn in range(SINGLES):
+                prompt = random.Random(turn).sample(range(100, VOCABULARY), 16)
+                for name in list(sides)[:: 1 - 2 * (turn % 2)]:
+                    _, first_s = sides[name]([prompt], 2)
+                    firsts[name].append(1000 * first_s)
     finally:
         server.terminate()
         server.wait()
@@ -151,7 +156,7 @@ def main() -> None:
         print(f"{name:14} first token of one request, ms: median {statistics.median(firsts[name]):.1f}")
     added = [b - a for a, b in zip(firsts["LLM.generate"], firsts["clients"], strict=True)]
     print(f"added to the first token, ms: median {statistics.median(added):.1f}, most {max(added):.1f}")
-    num_tokens = args.rounds * (args.clients * args.out + 8)
+    num_tokens = args.rounds * args.clients * args.out
     print(f"API process: {1e6 * api_s / num_tokens:.0f} us of a processor for each token")
 
 

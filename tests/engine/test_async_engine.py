@@ -12,6 +12,7 @@ import pytest
 from cascade_llm import LLM, SamplingParams
 from cascade_llm.engine.async_engine import AsyncEngine
 from cascade_llm.engine.output_queue import OutputQueue, RequestGain
+from cascade_llm.engine.requests import RequestState
 from cascade_llm.errors import EngineClosedError
 from cascade_llm.outputs import CompletionDelta
 from cascade_llm.scheduler.sequence import Request
@@ -214,3 +215,25 @@ def test_gains_merge_by_sample() -> None:
     assert gain is not None
     assert gain.deltas == [CompletionDelta(1, "xz", [1, 3], "stop"), CompletionDelta(0, "y", [2, 4], "length")]
     assert (gain.num_cached_tokens, gain.prompt_logprobs, gain.finished) == (3, [None], True)
+
+
+def test_a_step_that_hangs_is_seen_from_outside(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers, go_on, real_step = Readers(), threading.Event(), llm.engine.step
+
+    def hang() -> list[RequestState]:
+        assert go_on.wait(PATIENCE_S)
+        return real_step()
+
+    with AsyncEngine(llm.engine, readers) as engine:
+        assert engine.call(lambda: engine.stalled_s).result(PATIENCE_S) < PATIENCE_S
+        monkeypatch.setattr(llm.engine, "step", hang)
+        engine.add(ask("hanging", PROMPTS[0], SHORT))
+        end = time.monotonic() + PATIENCE_S
+        while not engine.stalled_s > 0.05:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        go_on.set()
+        readers.end_of("hanging")
+        while engine.stalled_s:
+            assert time.monotonic() < end
+            time.sleep(0.01)

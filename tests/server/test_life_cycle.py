@@ -121,3 +121,18 @@ def test_a_port_that_is_taken(run_process: RunProcess, server: RunningServer) ->
     done = run_process("serve", "smollm2", "--port", server.url.rsplit(":", 1)[1])
     assert done.returncode == 1
     assert "--port" in done.stderr
+
+
+def test_a_request_has_its_time_and_a_page_its_origin(start_server: StartServer) -> None:
+    server = start_server("--request-timeout", "0.02", "--allow-origin", "https://a.example")
+    server.wait_until_ready()
+    answer = server.post(COMPLETIONS, LONG, origin="https://a.example")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+    assert "access-control-allow-origin" not in server.get("/version", origin="https://b.example").headers
+    streamed = server.post(COMPLETIONS, {**LONG, "stream": True})
+    assert '"request_timeout"' in streamed.text
+    assert "[DONE]" not in streamed.text
+    server.wait_for(lambda: server.metric('pages{state="held"}') == 0)
+    paths = server.get("/openapi.json").json()["paths"]
+    assert {COMPLETIONS, "/v1/chat/completions", "/metrics"} <= paths.keys()
