@@ -27,6 +27,7 @@ INTERRUPTED = 130
 COMMANDS = {
     "generate": "cascade_llm.cli.generate:generate",
     "chat": "cascade_llm.cli.chat:chat",
+    "batch": "cascade_llm.cli.batch:batch",
     "serve": "cascade_llm.cli.serve:serve",
     "plan": "cascade_llm.cli.plan:plan",
     "bench": "cascade_llm.cli.bench:bench",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cascade_llm.cli.console import error_console
+from cascade_llm.cli.extras import require_serve_extra
 from cascade_llm.cli.field_options import (
     SectionedCommand,
     engine_options,
@@ -23,7 +23,6 @@ from cascade_llm.errors import ConfigError
 
 __all__ = ["serve"]
 
-NEEDED = ("fastapi", "uvicorn", "zmq", "msgspec", "prometheus_client")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -86,10 +85,7 @@ def serve(model: str, print_config: bool, log_level: str, **arguments: Any) -> N
     if print_config:
         _print_config({"model": model, "log_level": log_level, **arguments})
         return
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise ConfigError(
-            f"serve needs packages that are not here ({', '.join(missing)}): pip install cascade-llm[serve]"
-        )
+    require_serve_extra("serve")
     logging.basicConfig(level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel("WARNING")
     with error_console().status("starting"):

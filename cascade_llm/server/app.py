@@ -28,7 +28,9 @@ from cascade_llm.server.schema import (
     DetokenizeBody,
     GenerationBody,
     TokenizeBody,
+    refuse_other_models,
     refuse_unknown_fields,
+    wrong_body,
 )
 
 if TYPE_CHECKING:  # imports torch: see `run`
@@ -64,9 +66,7 @@ class Api:
         if self.reader is None or self.engine.status is not EngineStatus.READY:
             reason = self.engine.failure or "the model is being loaded"
             raise ApiError(503, f"{reason}: try again later", code="engine_unavailable")
-        if body.model is not None and body.model not in self.names:
-            message = f"the model {body.model!r:.80} is not served here: {', '.join(self.names)} is"
-            raise ApiError(404, message, code="model_not_found", param="model")
+        refuse_other_models(body, self.names)
         return self.reader
 
     async def generate(
@@ -268,8 +268,7 @@ def _add_error_forms(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return answer(ApiError(400, f"the body is no JSON (at character {first['loc'][-1]}): send one object"))
-        place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-        return answer(ApiError(400, f"{place or 'the body'}: {first['msg']}", code="invalid_type", param=place or None))
+        return answer(wrong_body(error.errors()))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         status = int(getattr(error, "status_code", 500))

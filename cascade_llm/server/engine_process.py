@@ -67,7 +67,7 @@ def run_engine(command_address: str, report_address: str, model: str, options: M
     with llm:
         engine = AsyncEngine(llm.engine, outbox.announce)
         threading.Thread(target=_end_with_loop, args=(engine, outbox), daemon=True).start()
-        outbox.report(Ready(_facts(llm)))
+        outbox.report(Ready(EngineFacts.of(llm)))
         try:
             _take_commands(command_address, llm, engine, outbox)
         except EngineClosedError:  # the loop has failed, and the thread beside ends the process
@@ -115,24 +115,12 @@ class Outbox:
         self._context.term()  # returns when all was taken, or LINGER_MS later
 
 
-def _facts(llm: LLM) -> EngineFacts:
-    own = llm.tokenizer.eos_token_ids if llm.tokenizer else frozenset()
-    return EngineFacts(
-        model_name=llm.model_name,
-        vocab_size=llm.facts.model.vocab_size,
-        max_model_len=llm.facts.max_model_len,
-        max_num_seqs=llm.options.max_num_seqs,
-        ending_token_ids=sorted(llm.facts.model.ending_token_ids | own),
-        seed=llm.options.seed,
-    )
-
-
 def _take_commands(address: str, llm: LLM, engine: AsyncEngine, outbox: Outbox) -> None:
     """Hand on what the API process asks, until it says that this is all."""
     socket = zmq.Context().socket(zmq.PULL)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(address)
-    ending = frozenset(_facts(llm).ending_token_ids)
+    ending = frozenset(EngineFacts.of(llm).ending_token_ids)
     while True:
         match decode_command(socket.recv()):
             case Submit() as submit:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from cascade_llm.engine.output_queue import RequestGain
 from cascade_llm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # imports torch
+    from cascade_llm.llm import LLM
 
 __all__ = [
     "Abort",
@@ -76,6 +79,19 @@ class EngineFacts(msgspec.Struct):
     max_num_seqs: int
     ending_token_ids: list[int]
     seed: int
+
+    @classmethod
+    def of(cls, llm: LLM) -> EngineFacts:
+        """Those of an engine that is loaded."""
+        own = llm.tokenizer.eos_token_ids if llm.tokenizer else frozenset()
+        return cls(
+            model_name=llm.model_name,
+            vocab_size=llm.facts.model.vocab_size,
+            max_model_len=llm.facts.max_model_len,
+            max_num_seqs=llm.options.max_num_seqs,
+            ending_token_ids=sorted(llm.facts.model.ending_token_ids | own),
+            seed=llm.options.seed,
+        )
 
 
 class Ready(msgspec.Struct, tag=True, array_like=True):

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cascade_llm.errors import nearest_name_hint
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.server.api_errors import ApiError
 
-__all__ = ["ChatBody", "CompletionBody", "DetokenizeBody", "GenerationBody", "TokenizeBody", "refuse_unknown_fields"]
+__all__ = [
+    "ChatBody",
+    "CompletionBody",
+    "DetokenizeBody",
+    "GenerationBody",
+    "TokenizeBody",
+    "read_body",
+    "refuse_other_models",
+    "refuse_unknown_fields",
+    "wrong_body",
+]
 
 PARAMETERS = tuple(field.name for field in fields(SamplingParams))
 
@@ -110,6 +120,31 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     tokens: list[int]
+
+
+BodyKind = TypeVar("BodyKind", bound=Body)
+
+
+def read_body(kind: type[BodyKind], value: object) -> BodyKind:
+    """A body from its JSON value. Raises `ApiError` for the first field that is wrong."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise wrong_body(error.errors(include_url=False, include_context=False, include_input=False)) from None
+
+
+def wrong_body(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """What a client is told of pydantic's findings: the first."""
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+    return ApiError(400, f"{place or 'the body'}: {first['msg']}", code="invalid_type", param=place or None)
+
+
+def refuse_other_models(body: Body, names: Sequence[str]) -> None:
+    """Raises `ApiError` for a body that names none of these; one without a name means the first."""
+    if body.model is not None and body.model not in names:
+        message = f"the model {body.model!r:.80} is not served here: {', '.join(names)} is"
+        raise ApiError(404, message, code="model_not_found", param="model")
 
 
 def refuse_unknown_fields(body: BaseModel) -> None:
