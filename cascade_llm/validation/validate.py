@@ -150,6 +150,7 @@ def _engine_options(options: Mapping[str, Any], config: ModelConfig, effort: Eff
         max_model_len=wanted,
         max_num_seqs=BATCH + 1,
         kv_cache_bytes=num_pages * given.page_size * config.kv_bytes_per_token(number_bytes),
+        exact_activations=True,  # what rounding costs is no error of an engine: transformers does not round
     )
 
 
