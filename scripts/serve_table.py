@@ -127,6 +127,7 @@ def main() -> None:
             api = psutil.Process(server.pid)
             before_s = 0.0
             speeds: dict[str, list[float]] = {name: [] for name in sides}
+            used: dict[str, list[float]] = {name: [] for name in sides}
             firsts: dict[str, list[float]] = {name: [] for name in sides}
             for turn in range(-1, args.rounds):  # the first warms both up
                 if turn == 0:
@@ -134,8 +135,11 @@ def main() -> None:
                 order = list(sides) if turn % 2 else list(sides)[::-1]
                 load = make_load(turn, args)
                 for name in order:
+                    processes = [psutil.Process()] if name == "LLM.generate" else [api, *api.children()]
+                    used_s = sum(map(cpu_s, processes))
                     elapsed_s, _ = sides[name](load, args.out)
                     if turn >= 0:
+                        used[name].append(sum(map(cpu_s, processes)) - used_s)
                         speeds[name].append(args.clients * args.out / elapsed_s)
             api_s = cpu_s(api) - before_s
             for turn in range(SINGLES):
@@ -157,6 +161,9 @@ def main() -> None:
     added = [b - a for a, b in zip(firsts["LLM.generate"], firsts["clients"], strict=True)]
     print(f"added to the first token, ms: median {statistics.median(added):.1f}, most {max(added):.1f}")
     num_tokens = args.rounds * args.clients * args.out
+    for name in sides:
+        shown = " ".join(f"{seconds:.1f}" for seconds in used[name])
+        print(f"{name:14} processor time of a round, s: median {statistics.median(used[name]):.2f} ({shown})")
     print(f"API process: {1e6 * api_s / num_tokens:.0f} us of a processor for each token")
 
 
