@@ -50,6 +50,8 @@ class CompletionDelta:
     """May be empty while text is held back (half a character, the beginning of a stop string), and vice versa."""
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    stop_reason: int | str | None = None
+    """As in `CompletionOutput`, with the last delta."""
 
 
 @dataclass(slots=True)

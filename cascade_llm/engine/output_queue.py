@@ -38,7 +38,7 @@ class RequestGain:
             earlier.token_ids += delta.token_ids
             if delta.logprobs is not None:
                 earlier.logprobs = (earlier.logprobs or []) + delta.logprobs
-            earlier.finish_reason = delta.finish_reason
+            earlier.finish_reason, earlier.stop_reason = delta.finish_reason, delta.stop_reason
         self.num_cached_tokens = later.num_cached_tokens
         self.prompt_logprobs = self.prompt_logprobs or later.prompt_logprobs
         self.finished, self.error = later.finished, later.error

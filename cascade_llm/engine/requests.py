@@ -87,7 +87,12 @@ class RequestState:
             logprobs = output.logprobs[num_tokens:] if output.logprobs is not None else None
             deltas.append(
                 CompletionDelta(
-                    index, output.text[num_characters:], output.token_ids[num_tokens:], output.finish_reason, logprobs
+                    index,
+                    output.text[num_characters:],
+                    output.token_ids[num_tokens:],
+                    output.finish_reason,
+                    logprobs,
+                    output.stop_reason,
                 )
             )
         return deltas

@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from cascade_llm.engine.output_queue import RequestGain
 from cascade_llm.outputs import CompletionDelta, TokenLogprob
+from cascade_llm.server.api_errors import ApiError, error_body
 
 if TYPE_CHECKING:
     from cascade_llm.engine.tokenizer import Tokenizer
@@ -85,9 +88,18 @@ class AnswerForm:
             for content in self._contents(place, gain, delta, is_first):
                 yield self._piece([self._finished({"index": index, **content}, delta)])
 
-    def last_piece(self) -> dict[str, Any]:
-        """The piece that says the usage."""
-        return {**self._head(self.chunk_object), "choices": [], "usage": self.tally.usage()}
+    def failure(self, error: ApiError) -> dict[str, Any]:
+        """The piece that ends a stream early."""
+        return error_body(error)
+
+    def events(self, pieces: Sequence[dict[str, Any]]) -> bytes:
+        """Pieces as server-sent events."""
+        return b"".join(b"data: " + msgspec.json.encode(piece) + b"\n\n" for piece in pieces)
+
+    def end(self) -> bytes:
+        """The events after all pieces: the usage, where it was asked for, and a mark."""
+        last = {**self._head(self.chunk_object), "choices": [], "usage": self.tally.usage()}
+        return self.events([last] if self.include_usage else []) + b"data: [DONE]\n\n"
 
     def _index(self, place: int, delta: CompletionDelta) -> int:
         return place * self._body.all_params[0].n + delta.index

@@ -12,7 +12,7 @@ from fastapi import Response
 
 from cascade_llm.engine.output_queue import RequestGain
 from cascade_llm.server.answer_forms import AnswerForm
-from cascade_llm.server.api_errors import ApiError, error_body
+from cascade_llm.server.api_errors import ApiError
 from cascade_llm.server.engine_client import Answers, EngineClient, EngineStatus
 from cascade_llm.server.guard import Receive, RequestRecord, Scope, Send
 from cascade_llm.server.metrics import ServerMetrics
@@ -96,14 +96,13 @@ class AnswerResponse(Response):
                 pieces += self._form.pieces(place, gain)
             failure = next((gain.error for _, gain in batch if gain.error is not None), None)
             if failure is not None:
-                pieces.append(error_body(ApiError(500, failure, code="generation_failed")))
+                pieces.append(self._form.failure(ApiError(500, failure, code="generation_failed")))
             if pieces:
-                await send({"type": "http.response.body", "body": _events(pieces), "more_body": True})
+                await send({"type": "http.response.body", "body": self._form.events(pieces), "more_body": True})
             if failure is not None:
                 await send({"type": "http.response.body", "body": b""})
                 return
-        end = [self._form.last_piece()] if self._form.include_usage else []
-        await send({"type": "http.response.body", "body": _events(end) + b"data: [DONE]\n\n"})
+        await send({"type": "http.response.body", "body": self._form.end()})
 
     def _raise_failure(self, gains: Sequence[RequestGain]) -> None:
         for gain in gains:
@@ -132,14 +131,15 @@ class AnswerResponse(Response):
         if self._record.status is None:
             raise error
         if self._is_streamed:
-            await send({"type": "http.response.body", "body": _events([error_body(error)]), "more_body": False})
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": self._form.events([self._form.failure(error)]),
+                    "more_body": False,
+                }
+            )
 
 
 async def _until_left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _events(pieces: Sequence[dict[str, Any]]) -> bytes:
-    """Server-sent events."""
-    return b"".join(b"data: " + msgspec.json.encode(piece) + b"\n\n" for piece in pieces)

@@ -15,7 +15,7 @@ from cascade_llm.errors import (
     WorkerError,
 )
 
-__all__ = ["ApiError", "api_error", "error_body"]
+__all__ = ["ApiError", "anthropic_error_body", "api_error", "error_body"]
 
 LONGEST_MESSAGE = 600
 """Characters: a message may repeat what a client sent."""
@@ -28,6 +28,18 @@ TYPES: Mapping[int, str] = {
     500: "server_error",
     503: "server_error",
     504: "server_error",
+}
+
+ANTHROPIC_PATHS = ("/v1/messages",)
+"""What the paths begin with whose clients read Anthropic's form."""
+ANTHROPIC_TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
 }
 
 
@@ -47,17 +59,26 @@ class ApiError(Exception):
             return {"www-authenticate": "Bearer"}
         return {"connection": "close"} if self.status in (408, 413) else {}
 
-    @property
-    def body(self) -> bytes:
-        """The JSON of the answer."""
-        return json.dumps(error_body(self)).encode()  # ASCII: a message may repeat half a surrogate pair
+    def body(self, path: str) -> bytes:
+        """The JSON of the answer, in the form that clients of this path read."""
+        form = anthropic_error_body if path.startswith(ANTHROPIC_PATHS) else error_body
+        return json.dumps(form(self)).encode()  # ASCII: a message may repeat half a surrogate pair
 
 
 def error_body(error: ApiError) -> dict[str, Any]:
     """{"error": {...}}, as OpenAI writes it."""
-    message = error.message if len(error.message) <= LONGEST_MESSAGE else error.message[:LONGEST_MESSAGE] + "..."
     kind = TYPES.get(error.status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
+    return {"error": {"message": _shortened(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def anthropic_error_body(error: ApiError) -> dict[str, Any]:
+    """{"type": "error", "error": {...}}, as Anthropic writes it."""
+    kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": _shortened(error)}}
+
+
+def _shortened(error: ApiError) -> str:
+    return error.message if len(error.message) <= LONGEST_MESSAGE else error.message[:LONGEST_MESSAGE] + "..."
 
 
 def api_error(error: CascadeError) -> ApiError:

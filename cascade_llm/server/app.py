@@ -16,6 +16,8 @@ from cascade_llm import __version__
 from cascade_llm.errors import CascadeError, WorkerError
 from cascade_llm.server.answer_forms import AnswerForm, ChatForm, CompletionForm
 from cascade_llm.server.answer_response import AnswerResponse
+from cascade_llm.server.anthropic_body import MessagesBody, MessagesPrompt
+from cascade_llm.server.anthropic_form import MessagesForm
 from cascade_llm.server.api_errors import ApiError, api_error
 from cascade_llm.server.engine_client import EngineClient, EngineStatus
 from cascade_llm.server.guard import Application, Guard, RequestRecord
@@ -164,7 +166,8 @@ class Api:
             raise ApiError(400, "give prompt or messages, one of them", param="prompt")
         if messages is not None:
             with_prompt = body.add_generation_prompt is not False
-            ids = await _beside(lambda: reader.tokenize_chat(messages, body.chat_template_kwargs, with_prompt))
+            kwargs = body.chat_template_kwargs
+            ids = await _beside(lambda: reader.tokenize_chat(messages, kwargs, add_prompt=with_prompt))
         else:
             tokenizer, add_special = _tokenizer(reader), body.add_special_tokens is not False
             ids = await _beside(lambda: tokenizer.encode(str(prompt), add_special))
@@ -197,7 +200,7 @@ def build_application(api: Api, keys: Sequence[str]) -> Application:
             guarded,
             allow_origins=list(api.options.allow_origin),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["authorization", "x-api-key", "anthropic-version", "content-type", "x-request-id"],
             expose_headers=["x-request-id"],
         )
     return guarded
@@ -215,6 +218,24 @@ def _add_paths(app: FastAPI, api: Api) -> None:
         """Answer a conversation."""
         record: RequestRecord = request.scope["state"]["record"]
         return await api.generate(body, record, "chatcmpl", ChatForm, lambda reader: reader.read_chat(body))
+
+    @app.post("/v1/messages", response_model=None)
+    async def messages(body: MessagesBody, request: Request) -> Response:
+        """Answer a conversation, as Anthropic's clients ask."""
+        record: RequestRecord = request.scope["state"]["record"]
+        api.ready_reader(body)
+        chat = body.as_chat()
+        return await api.generate(chat, record, "msg", MessagesForm, lambda reader: reader.read_chat(chat))
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(body: MessagesPrompt) -> dict[str, int]:
+        """The tokens of such a conversation."""
+        reader = api.ready_reader(body)
+        messages, kwargs, goes_on = body.chat_messages(), body.chat_template_kwargs, body.is_continued
+        ids = await _beside(
+            lambda: reader.tokenize_chat(messages, kwargs, add_prompt=not goes_on, is_continued=goes_on)
+        )
+        return {"input_tokens": len(ids)}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -252,29 +273,31 @@ def _add_refusals(app: FastAPI) -> None:
 
 
 def _add_error_forms(app: FastAPI) -> None:
-    def answer(error: ApiError) -> Response:
-        return Response(error.body, error.status, error.headers, media_type="application/json")
+    def answer(request: Request, error: ApiError) -> Response:
+        return Response(error.body(request.url.path), error.status, error.headers, media_type="application/json")
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
-        return answer(error)
+        return answer(request, error)
 
     @app.exception_handler(CascadeError)
     async def on_cascade_error(request: Request, error: CascadeError) -> Response:
-        return answer(api_error(error))
+        return answer(request, api_error(error))
 
     @app.exception_handler(RequestValidationError)
     async def on_wrong_body(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return answer(ApiError(400, f"the body is no JSON (at character {first['loc'][-1]}): send one object"))
-        return answer(wrong_body(error.errors()))
+            return answer(
+                request, ApiError(400, f"the body is no JSON (at character {first['loc'][-1]}): send one object")
+            )
+        return answer(request, wrong_body(error.errors()))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         status = int(getattr(error, "status_code", 500))
         reasons = {400: "the body cannot be read as JSON: send one object", 404: "there is nothing at this path"}
         message = reasons.get(status, str(getattr(error, "detail", "the request cannot be served")))
-        return answer(ApiError(status, message))
+        return answer(request, ApiError(status, message))
 
     for status in (400, 404, 405):
         app.exception_handler(status)(on_http_error)

@@ -83,29 +83,34 @@ class Guard:
             await send(message)
 
         try:
-            self._check_key(scope["path"], headers.get(b"authorization", b""))
+            self._check_key(scope["path"], headers)
             body = await self._read_body(headers, receive)
             await self._application(scope, _replaying(body, receive), send_named)
         except ApiError as error:
-            await _answer(error, record, send_named)
+            await _answer(error, scope, record, send_named)
         except asyncio.CancelledError:
             record.has_left = True
             raise
         except Exception as error:
             log.error("%s failed: %s", record.request_id, _where(error))
-            await _answer(ApiError(500, "the request failed: the server's log says where"), record, send_named)
+            failure = ApiError(500, "the request failed: the server's log says where")
+            await _answer(failure, scope, record, send_named)
         finally:
             self._note(scope, record)
 
-    def _check_key(self, path: str, given: bytes) -> None:
+    def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
         if not self._digests or path in OPEN_PATHS:
             return
+        own = headers.get(b"x-api-key")  # as Anthropic's clients send it
+        given = headers.get(b"authorization", b"") if own is None else b"bearer " + own
         scheme, _, key = given.partition(b" ")
         digest = _digest(key.strip().decode("latin-1"))
         # all are compared, in the same time whatever was given
         fits = [hmac.compare_digest(digest, known) for known in self._digests]
         if not (any(fits) and scheme.lower() == b"bearer"):
-            raise ApiError(401, "no key, or a wrong one: send Authorization: Bearer KEY", code="invalid_api_key")
+            raise ApiError(
+                401, "no key, or a wrong one: send Authorization: Bearer KEY, or x-api-key: KEY", code="invalid_api_key"
+            )
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         told = headers.get(b"content-length", b"0")
@@ -156,14 +161,15 @@ def _replaying(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _answer(error: ApiError, record: RequestRecord, send: Send) -> None:
+async def _answer(error: ApiError, scope: Scope, record: RequestRecord, send: Send) -> None:
     """Answer with an error, unless an answer has begun: then nothing can be said."""
     if record.status is not None:
         return
-    headers = {"content-type": "application/json", "content-length": str(len(error.body)), **error.headers}
+    body = error.body(scope["path"])
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": error.body})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _where(error: BaseException) -> str:

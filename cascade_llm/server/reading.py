@@ -94,18 +94,29 @@ class RequestReader:
         sampling, priority = SamplingParams(**params, split_special_tokens=True), body.priority or 0
         self._input.check(sampling, priority)
         self._check_count(sampling.n)
-        read = self._input.read_chat(body.messages, _template_arguments(body), sampling)
+        arguments = _template_arguments(
+            body.chat_template_kwargs, body.add_generation_prompt is not False, bool(body.continue_final_message)
+        )
+        read = self._input.read_chat(body.messages, arguments, sampling)
         self._check_length(read.token_ids)
         if asked is None:
             left = max(1, self.max_model_len - len(read.token_ids))
             sampling = replace(sampling, max_tokens=min(sampling.max_tokens, left))
         return ReadBody(prompts=[read.token_ids], texts=[None], all_params=[sampling], priority=priority)
 
-    def tokenize_chat(self, messages: Sequence[Any], kwargs: dict[str, Any] | None, add_prompt: bool) -> list[int]:
-        """The token ids of a conversation. Raises `RequestError`."""
+    def tokenize_chat(
+        self,
+        messages: Sequence[Any],
+        kwargs: dict[str, Any] | None = None,
+        *,
+        add_prompt: bool = True,
+        is_continued: bool = False,
+    ) -> list[int]:
+        """The token ids of a conversation, its last message whole or to be continued. As `read_chat` raises."""
         sampling = SamplingParams(split_special_tokens=True)
-        arguments = {**(kwargs or {}), "add_generation_prompt": add_prompt}
-        return self._input.read_chat(messages, arguments, sampling).token_ids
+        return self._input.read_chat(
+            messages, _template_arguments(kwargs, add_prompt, is_continued), sampling
+        ).token_ids
 
     def requests(self, body: ReadBody) -> list[Request]:
         """Requests with ids and seeds of their own, one per prompt."""
@@ -166,12 +177,9 @@ def _as_many(prompt: Any) -> Sequence[Prompt]:
     return cast(Sequence[Prompt], prompt)
 
 
-def _template_arguments(body: ChatBody) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "add_generation_prompt": body.add_generation_prompt is not False,
-        "continue_final_message": bool(body.continue_final_message),
-    }
-    kwargs = body.chat_template_kwargs or {}
+def _template_arguments(kwargs: dict[str, Any] | None, add_prompt: bool, is_continued: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"add_generation_prompt": add_prompt, "continue_final_message": is_continued}
+    kwargs = kwargs or {}
     if taken := sorted({"messages", "tools", "chat_template", *arguments} & kwargs.keys()):
         raise ApiError(
             400, f"chat_template_kwargs has {taken[0]!r}: it is a field of its own", param="chat_template_kwargs"

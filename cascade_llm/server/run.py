@@ -127,7 +127,7 @@ class _Server:
         checkpoint = open_checkpoint(self._model, load_format="dummy", revision=revision)
         reader = RequestReader(load_tokenizer(checkpoint.tokenizer_source), facts, self._options)
         with suppress(CascadeError):  # the first conversation is not to wait for what only a first one needs
-            reader.tokenize_chat([{"role": "user", "content": "Hello"}], None, True)
+            reader.tokenize_chat([{"role": "user", "content": "Hello"}])
         # advice on requests, which repeats parts of them; the server's own lines have a logger of their own
         logging.getLogger("cascade_llm").addFilter(lambda record: False)
         return reader
