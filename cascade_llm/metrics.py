@@ -82,6 +82,8 @@ class PageCounts:
     total_pages: int
     free_pages: int
     held_pages: int
-    """Referenced by a live sequence."""
+    """Referenced by a live sequence, or held by a session."""
     cached_pages: int
     """In the prefix tree, held by none: evicted when room is needed."""
+    session_pages: int = 0
+    """Of the held ones those that sessions hold, alone or beside sequences."""

@@ -23,6 +23,7 @@ from cascade_llm.errors import GenerationError
 from cascade_llm.plan import StepPlan, StepResult
 from cascade_llm.scheduler.scheduler import FlashInferScheduler, SequenceUpdate
 from cascade_llm.scheduler.sequence import Request
+from cascade_llm.scheduler.sessions import SessionInfo, SessionLimits
 from cascade_llm.worker.executor import Executor, PendingStep
 
 __all__ = ["Engine", "StepEvent", "StepObserver"]
@@ -114,9 +115,28 @@ class Engine:
             pass
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix that no running request holds."""
+        """Forget every cached prefix that no running request holds, and every session."""
         with self._whole_call():
             self.scheduler.reset_prefix_cache()
+
+    def limit_sessions(self, limits: SessionLimits) -> None:
+        """Set what sessions may hold; what is beyond it is given up."""
+        with self._whole_call():
+            self.scheduler.limit_sessions(limits)
+
+    def sessions(self) -> list[SessionInfo]:
+        """All sessions that hold pages, the least recently used first; those whose time is over end."""
+        infos: list[SessionInfo] = []
+        with self._whole_call():
+            infos += self.scheduler.session_infos
+        return infos
+
+    def drop_session(self, session_id: str) -> bool:
+        """Give a session up, that of turns which run too; returns whether there was anything."""
+        found: list[bool] = []
+        with self._whole_call():
+            found.append(self.scheduler.drop_session(session_id))
+        return any(found)
 
     def close(self) -> None:
         """End every request, and let go of the executor with its weights and pages."""

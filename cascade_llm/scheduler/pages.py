@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from array import array
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 from cascade_llm.metrics import PageCounts
 from cascade_llm.plan import PageCopy
 from cascade_llm.scheduler.prefix_cache import PrefixCache, PrefixMatch
 from cascade_llm.scheduler.sequence import Sequence
+from cascade_llm.scheduler.sessions import SessionLimits, Sessions
 
 __all__ = ["PageAllocator", "PageTables"]
 
@@ -86,17 +89,26 @@ class PageAllocator:
 class PageTables:
     """Gives sequences their pages, from the free list, by eviction, by sharing, and takes them back.
 
-    Owns the page tables of all sequences, over one allocator and one prefix cache.
+    Owns the page tables of all sequences, over one allocator and one prefix cache, and what sessions hold of that.
 
     A table starts with the pages on the path to the sequence's tail, which the prefix cache owns; the rest are the
     sequence's own. An own page with several owners (after a fork) is copied before it is written.
     """
 
-    def __init__(self, total_pages: int, page_size: int, *, keep_unheld: bool) -> None:
+    def __init__(
+        self,
+        total_pages: int,
+        page_size: int,
+        *,
+        keep_unheld: bool,
+        session_limits: SessionLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`keep_unheld`: whether pages that no sequence holds stay for later requests (prefix caching)."""
         self.page_size = page_size
         self.allocator = PageAllocator(total_pages)
         self.cache = PrefixCache(page_size)
+        self.sessions = Sessions(self.cache, total_pages, session_limits or SessionLimits(), clock)
         self._keep_unheld = keep_unheld
 
     @property
@@ -104,7 +116,7 @@ class PageTables:
         """Where the pages are."""
         total, free = self.allocator.total_pages, self.allocator.num_free
         cached = self.cache.num_cached_pages
-        return PageCounts(total, free, total - free - cached, cached)
+        return PageCounts(total, free, total - free - cached, cached, self.sessions.num_pages)
 
     def match(self, sequence: Sequence) -> PrefixMatch:
         """What of a waiting sequence the cache has: full pages before its last known token."""
@@ -115,9 +127,10 @@ class PageTables:
         return self.cache.match(sequence.token_ids, sequence.keys, max_pages)
 
     def can_admit(self, sequence: Sequence, match: PrefixMatch, num_new: int, reserve: int) -> bool:
-        """Whether `num_new` tokens behind the match fit, with `reserve` pages left over."""
+        """Whether `num_new` tokens behind the match fit, with `reserve` pages left over; sessions would be given up."""
         needed = self._num_pages(match.num_pages * self.page_size + num_new) - match.num_pages
-        return needed + reserve + self._num_cached(match) <= self.allocator.num_free + self.cache.num_cached_pages
+        available = self.allocator.num_free + self.cache.num_cached_pages + self.sessions.num_pages_alone
+        return needed + reserve + self._num_available(match) <= available
 
     def admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         """Start the table of a sequence with the matched pages, held."""
@@ -213,6 +226,11 @@ class PageTables:
         if self._keep_unheld:
             self.allocator.remove_owner(self.cache.drop(tail))
 
+    def forget(self) -> None:
+        """Free every page that no sequence holds; sessions end."""
+        self.sessions.drop_all()
+        self.evict(self.cache.num_cached_pages)
+
     def evict(self, count: int) -> None:
         """Free `count` cached pages, the least recently used."""
         self.allocator.remove_owner(self.cache.evict(count))
@@ -223,6 +241,7 @@ class PageTables:
         `sequences`: all that have a table.
         """
         self.cache.check()
+        tails = self.sessions.tails
         owners: dict[int, int] = {}
         for node in self.cache.nodes():
             for page in node.pages:
@@ -230,6 +249,7 @@ class PageTables:
                 owners[page] = 1
         for sequence in sequences:
             assert sequence.tail is not None
+            tails.append(sequence.tail)
             path = [page for node in reversed(list(self.cache.path_up(sequence.tail))) for page in node.pages]
             assert list(sequence.pages[: sequence.tail.end]) == path
             for page in sequence.pages[sequence.tail.end :]:
@@ -237,6 +257,8 @@ class PageTables:
         for page in range(self.allocator.total_pages):
             assert self.allocator.num_owners(page) == owners.get(page, 0), f"page {page}"
         assert self.allocator.num_free + len(owners) == self.allocator.total_pages
+        nodes = [self.cache.root, *self.cache.nodes()]
+        assert Counter({node: node.num_tails for node in nodes}) == Counter(tails), "a hold has no holder"
 
     def _append(self, sequence: Sequence, end: int) -> None:
         """Hand own pages up to page `end` to the tree, as far as forks do not own them too."""
@@ -249,7 +271,10 @@ class PageTables:
     def _make_room(self, count: int) -> bool:
         missing = count - self.allocator.num_free
         if missing > self.cache.num_cached_pages:
-            return False
+            if missing > self.cache.num_cached_pages + self.sessions.num_pages_alone:
+                return False
+            while missing > self.cache.num_cached_pages:
+                self.sessions.drop_oldest()
         if missing > 0:
             self.evict(missing)
         return True
@@ -257,7 +282,9 @@ class PageTables:
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def _num_cached(self, match: PrefixMatch) -> int:
-        """Pages of a match that are unheld now, and will not be evictable once it is held."""
-        unheld = sum(len(node.pages) for node in self.cache.path_up(match.node) if node.num_holds == 0)
-        return unheld - (match.node.end - match.num_pages if match.node.num_holds == 0 else 0)
+    def _num_available(self, match: PrefixMatch) -> int:
+        """Pages of a match that no sequence holds now, and that cannot be had once it is held."""
+        held_by_sessions = self.sessions.holds
+        nodes = [n for n in self.cache.path_up(match.node) if n.num_holds == held_by_sessions.get(n, 0)]
+        behind = match.node.end - match.num_pages if nodes and nodes[0] is match.node else 0
+        return sum(len(node.pages) for node in nodes) - behind

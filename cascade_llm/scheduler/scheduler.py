@@ -11,6 +11,7 @@ knows from lengths alone; token ids that are not known yet are read on the devic
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -26,6 +27,7 @@ from cascade_llm.scheduler.cascade.tree import PlannedRows
 from cascade_llm.scheduler.pages import PageTables
 from cascade_llm.scheduler.prefix_cache import PrefixMatch, root_key
 from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus, SequenceUpdate, WaitingQueue
+from cascade_llm.scheduler.sessions import SessionInfo, SessionLimits
 from cascade_llm.scheduler.step import DecodeRun, InFlightStep, LanePool, StepDraft, build_step_plan, is_decode
 
 __all__ = ["Drafter", "FlashInferScheduler", "SequenceUpdate"]
@@ -41,12 +43,26 @@ class FlashInferScheduler:
     the cascade planner.
     """
 
-    def __init__(self, config: SchedulerConfig, costs: SegmentCosts, drafter: Drafter | None = None) -> None:
-        """`drafter`: who proposes tokens that steps check, several at once; they change speed, never the text."""
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        costs: SegmentCosts,
+        drafter: Drafter | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin with an empty pool.
+
+        Args:
+            config: limits of the engine
+            costs: what segments cost
+            drafter: who proposes tokens that steps check, several at once; they change speed, never the text
+            clock: seconds, from any start; for how long sessions live
+        """
         self.config = config
         self._drafter = drafter
         self.counters = SchedulerCounters()
-        self._costs = costs
+        self._costs, self._clock = costs, clock
+        self._session_limits = SessionLimits()
         self._sequences: dict[str, list[Sequence]] = {}
         self._num_arrived = 0
         self._next_step_id = 0
@@ -55,7 +71,13 @@ class FlashInferScheduler:
     def _begin(self) -> None:
         """An empty pool, nobody waiting or running, nothing in flight."""
         config, costs = self.config, self._costs
-        self._tables = PageTables(config.total_pages, config.page_size, keep_unheld=config.enable_prefix_caching)
+        self._tables = PageTables(
+            config.total_pages,
+            config.page_size,
+            keep_unheld=config.enable_prefix_caching,
+            session_limits=self._session_limits,
+            clock=self._clock,
+        )
         windows = [window_len for window_len in config.attention_kinds if window_len is not None]
         self._planner = CascadePlanner(config.page_size, config.cascade, costs, self._tables.cache.root, windows)
         self._waiting = WaitingQueue()
@@ -99,6 +121,8 @@ class FlashInferScheduler:
         assert 0 < len(request.prompt_token_ids) + min(1, request.params.max_tokens) <= self.config.max_model_len
         sequence = self._new_sequence(request, 0, self._num_arrived)
         self._num_arrived += 1
+        if request.session is not None:
+            self._tables.sessions.begin_turn(request.session)
         self._sequences[request.request_id] = [sequence]
         self._waiting.push(sequence)
         self.counters.requests += 1
@@ -116,8 +140,26 @@ class FlashInferScheduler:
                 self._finish(sequence, reason)
 
     def reset_prefix_cache(self) -> None:
-        """Forget every prefix that no running sequence holds."""
-        self._tables.evict(self._tables.cache.num_cached_pages)
+        """Forget every prefix that no running sequence holds, and every session."""
+        self._tables.forget()
+
+    @property
+    def session_infos(self) -> list[SessionInfo]:
+        """All sessions that hold pages, the least recently used first."""
+        return self._tables.sessions.infos()
+
+    def limit_sessions(self, limits: SessionLimits) -> None:
+        """Set what sessions may hold; what is beyond it is given up."""
+        self._session_limits = limits
+        self._tables.sessions.limit(limits)
+
+    def drop_session(self, session_id: str) -> bool:
+        """Give a session up, and keep nothing of its turns that run or wait; returns whether there was anything."""
+        found = self._tables.sessions.drop(session_id)
+        for sequence in self.sequences():
+            if sequence.session is not None and sequence.session.session_id == session_id:
+                sequence.session, found = None, True
+        return found
 
     def copy_pages(self, copies: Iterable[PageCopy]) -> None:
         """Have pages copied between tiers: the next step that is planned carries the copies, before its first write."""
@@ -130,6 +172,7 @@ class FlashInferScheduler:
         if self._draining and self._in_flight:
             return None
         self._draining = False
+        self._tables.sessions.expire()
         step = self._next_decode_step() or self._new_step()
         if step is None:
             return None
@@ -418,6 +461,7 @@ class FlashInferScheduler:
 
     def _commit_sample(self, sequence: Sequence, result: StepResult, sample: int) -> SequenceUpdate:
         if sample in result.failed_samples:
+            self._end_turn(sequence, "error")
             self._tables.discard(sequence)
             self._finish(sequence, "error")
             return sequence.update(finish_reason="error")
@@ -466,6 +510,7 @@ class FlashInferScheduler:
     def _finish(self, sequence: Sequence, reason: str) -> None:
         if sequence.status is SequenceStatus.FINISHED:
             return
+        self._end_turn(sequence, reason)
         if sequence.status is SequenceStatus.RUNNING:
             self._leave(sequence)
         else:
@@ -478,6 +523,16 @@ class FlashInferScheduler:
         if not siblings:
             del self._sequences[request_id]
             self.counters.finished_requests += 1
+
+    def _end_turn(self, sequence: Sequence, reason: str) -> None:
+        """Let its session hold the pages of a sequence that ends; an error may have filled them wrong."""
+        use, sessions = sequence.session, self._tables.sessions
+        if use is None:
+            return
+        if reason == "error" or (reason == "abort" and use.drop_on_abort):
+            sessions.drop(use.session_id)
+        elif sequence.tail is not None and self.config.enable_prefix_caching:
+            sessions.keep(use.session_id, sequence.tail)
 
     # -- checks -----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import IntColumn
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.prefix_cache import PageKeys, RadixNode
+from cascade_llm.scheduler.sessions import SessionUse
 
 __all__ = ["Request", "Sequence", "SequenceStatus", "SequenceUpdate", "TokenMask", "WaitingQueue"]
 
@@ -39,6 +40,8 @@ class Request:
     """Requests of another salt never share pages with this one (tenants)."""
     mask: TokenMask | None = None
     """Which tokens its samples may draw; called on the host when the tokens before are known."""
+    session: SessionUse | None = None
+    """The session of which it is a turn; of several samples the first one's pages are kept."""
     first_mask: IntColumn | None = field(init=False)
     """Of the first tokens."""
     ending_token_ids: frozenset[int] = field(init=False)
@@ -85,6 +88,7 @@ class Sequence:
         "prompt_len",
         "request",
         "sample_index",
+        "session",
         "status",
         "tail",
         "token_ids",
@@ -128,6 +132,8 @@ class Sequence:
         self.forked = request.params.n == 1 or sample_index > 0
         """Whether the other samples of the request exist already."""
         self.finish_reason: str | None = None
+        self.session = request.session if sample_index == 0 else None
+        """What keeps its pages when it ends."""
 
     @property
     def precedence(self) -> tuple[int, int, int]:

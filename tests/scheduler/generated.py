@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from cascade_llm.config import CascadeConfig, SchedulerConfig
@@ -11,6 +11,7 @@ from cascade_llm.plan import StepPlan
 from cascade_llm.scheduler.cascade.choice import SegmentCosts, TokensRead
 from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
 from cascade_llm.scheduler.cascade.device_costs import DeviceCosts
+from cascade_llm.scheduler.sessions import SessionUse
 from tests.scheduler.simulated_engine import SimulatedEngine, every_third
 
 __all__ = ["RandomLoad", "generated_steps", "random_config", "random_costs", "random_engine"]
@@ -97,7 +98,9 @@ def random_costs(rng: random.Random) -> SegmentCosts:
     return rng.choice((TokensRead(), CostModel(shape, device)))
 
 
-def random_engine(seed: int, *, lag: int, all_features: bool = False) -> tuple[SimulatedEngine, random.Random]:
+def random_engine(
+    seed: int, *, lag: int, all_features: bool = False, clock: Callable[[], float] = lambda: 0.0
+) -> tuple[SimulatedEngine, random.Random]:
     """An engine with a vocabulary so small that texts meet by chance, and what to draw its load from.
 
     all_features: whether every third has an attention kind with a window too, and every fifth drafts
@@ -108,7 +111,7 @@ def random_engine(seed: int, *, lag: int, all_features: bool = False) -> tuple[S
     if all_features and seed % 3 == 0:
         config = replace(config, attention_kinds=(None, 1 + seed % 37), layer_kinds=(0, 1, 1))
     return SimulatedEngine(
-        config, costs=costs, lag=lag, vocab_size=vocab_size, drafts=all_features and seed % 5 == 0
+        config, costs=costs, lag=lag, vocab_size=vocab_size, drafts=all_features and seed % 5 == 0, clock=clock
     ), rng
 
 
@@ -121,9 +124,10 @@ class RandomLoad:
         config: SchedulerConfig,
         salts: Sequence[bytes] = (b"", b"tenant"),
         masks: bool = False,
+        sessions: bool = False,
     ) -> None:
-        """`masks`: whether one request in four has one."""
-        self._masks = masks
+        """`masks`: whether one request in four has one; `sessions`: whether half are turns of "a" to "d"."""
+        self._masks, self._sessions = masks, sessions
         self._rng, self._config, self._salts = rng, config, salts
         self._prompts: list[list[int]] = []
 
@@ -143,9 +147,16 @@ class RandomLoad:
                 stop_token_ids=rng.choice(((), (), (1,))),
                 ignore_eos=rng.random() < 0.2,
                 mask=every_third if self._masks and rng.random() < 0.25 else None,
+                session=self._session() if self._sessions else None,
             )
             for _ in range(count)
         ]
+
+    def _session(self) -> SessionUse | None:
+        rng = self._rng
+        name, source = rng.choice("abcd"), rng.choice((None, None, *"abcd"))
+        use = SessionUse(session_id=name, fork_of=source, drop_on_abort=rng.random() < 0.5)
+        return use if rng.random() < 0.5 else None
 
     def _prompt(self, engine: SimulatedEngine) -> list[int]:
         rng, most = self._rng, self._config.max_model_len - 1

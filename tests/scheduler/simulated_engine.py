@@ -9,7 +9,7 @@ request has to produce is known beforehand (`expected_output`): batches, preempt
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.cascade.choice import SegmentCosts, TokensRead
 from cascade_llm.scheduler.scheduler import Drafter, FlashInferScheduler, SequenceUpdate
 from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus, TokenMask
+from cascade_llm.scheduler.sessions import SessionUse
 
 __all__ = [
     "Output",
@@ -282,11 +283,12 @@ class SimulatedEngine:
         vocab_size: int = 1000,
         drafter: Drafter | None = None,
         drafts: bool = False,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """`drafts`: tokens are proposed, by `drafter` or by the engine itself, which knows what is right."""
         self.config = config or small_config()
         drafter = self.draft if drafts and drafter is None else drafter
-        self.scheduler = FlashInferScheduler(self.config, costs or TokensRead(), drafter)
+        self.scheduler = FlashInferScheduler(self.config, costs or TokensRead(), drafter, clock)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], Output] = {}
         self.updates: list[SequenceUpdate] = []
@@ -313,6 +315,7 @@ class SimulatedEngine:
         salt: bytes = b"",
         ending: Tokens[int] = (),
         mask: TokenMask | None = None,
+        session: SessionUse | None = None,
         **params: Any,
     ) -> str:
         """Queue a request and return its id; `params` are sampling parameters."""
@@ -325,6 +328,7 @@ class SimulatedEngine:
             cache_salt=salt,
             model_ending_token_ids=frozenset(ending),
             mask=mask,
+            session=session,
         )
         self.requests[request.request_id] = self._by_seed[request.seed] = request
         self.scheduler.add(request)
@@ -383,7 +387,7 @@ class SimulatedEngine:
         counts = self.scheduler.page_counts
         assert counts.free_pages + counts.held_pages + counts.cached_pages == counts.total_pages
         if not self.scheduler.num_running:
-            assert counts.held_pages == 0
+            assert counts.held_pages == counts.session_pages
 
     def draft(self, sequence: Sequence, most: int) -> list[int]:
         """Proposals for the fuzz, a pure function of the text: none, or some right tokens and perhaps a wrong one."""

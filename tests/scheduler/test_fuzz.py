@@ -7,6 +7,7 @@ import xxhash
 
 from cascade_llm.plan import StepPlan
 from cascade_llm.scheduler.sequence import Sequence, SequenceStatus
+from cascade_llm.scheduler.sessions import SessionLimits
 from tests.scheduler.generated import RandomLoad, random_engine
 from tests.scheduler.simulated_engine import SimulatedEngine
 
@@ -17,9 +18,10 @@ class Fuzz:
     def __init__(
         self, seed: int, *, lag: int, num_requests: int, trouble: float, salts: tuple[bytes, ...] = (b"", b"tenant")
     ) -> None:
-        self.engine, self.rng = random_engine(seed, lag=lag, all_features=True)
+        self.now_s = 0.0
+        self.engine, self.rng = random_engine(seed, lag=lag, all_features=True, clock=lambda: self.now_s)
         self.lag, self.num_requests, self.trouble = lag, num_requests, trouble
-        self.load = RandomLoad(self.rng, self.engine.config, salts, masks=seed % 7 == 0)
+        self.load = RandomLoad(self.rng, self.engine.config, salts, masks=seed % 7 == 0, sessions=seed % 3 != 1)
         self.spoiled: set[str] = set()
         """Requests that were ended by trouble."""
         self.num_steps = 0
@@ -32,13 +34,27 @@ class Fuzz:
         while len(engine.requests) < self.num_requests or engine.scheduler.has_unfinished:
             if len(engine.requests) < self.num_requests and self.rng.random() < 0.4:
                 self.load.add_to(engine, self.rng.choice((1, 1, 1, 4)))
+            self.use_sessions()
             if engine.requests and self.happens(2 * self.trouble):
                 self.end(self.rng.choice(list(engine.requests)))
             self.step()
-        assert engine.scheduler.page_counts.held_pages == 0
+        counts = engine.scheduler.page_counts
+        assert counts.held_pages == counts.session_pages
         for request_id in self.spoiled:
             del engine.requests[request_id]
         engine.check_outputs()
+
+    def use_sessions(self) -> None:
+        """Time passes; sometimes a session is dropped, or what they may hold is another share of the pool."""
+        scheduler, names = self.engine.scheduler, ("a", "b", "c", "d")
+        self.now_s += 1.0
+        if self.happens(0.02):
+            scheduler.drop_session(self.rng.choice(names))
+        if self.happens(0.02):
+            scheduler.limit_sessions(SessionLimits(share=self.rng.choice((0.1, 0.5, 1.0)), ttl_s=50.0))
+        assert {info.session_id for info in scheduler.session_infos} <= {*names}
+        assert scheduler.page_counts.session_pages <= scheduler.config.total_pages
+        self.engine.check()
 
     def happens(self, probability: float) -> bool:
         return self.rng.random() < probability

@@ -1,0 +1,162 @@
+"""Sessions: conversations whose pages stay held between their turns.
+
+A session has a name and one hold on the path of its last turn's full pages. It is held as a running sequence holds its
+own, so it is never evicted page by page; but it is given up whole, the least recently used first, for its time to
+live, for the budget that all share, and before a request would have to wait or be preempted for want of pages. What is
+given up stays cached, as after any request.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cascade_llm.scheduler.prefix_cache import PrefixCache, RadixNode
+
+__all__ = ["MOST_SESSIONS", "SessionInfo", "SessionLimits", "SessionUse", "Sessions"]
+
+MOST_SESSIONS = 1024
+"""However few pages they hold: forks of one conversation hold the same ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionLimits:
+    """What all sessions together may hold, and for how long."""
+
+    share: float = 0.5
+    """Of the pool's pages, 0 to 1; pages that several sessions hold count once."""
+    ttl_s: float = 1800.0
+    """Seconds since a session's last turn began or ended, after which it is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionUse:
+    """A request is a turn of a session, which holds its pages from its end on."""
+
+    session_id: str
+    fork_of: str | None = None
+    """The session begins on the pages of this one; where there is none of that name, it begins empty."""
+    drop_on_abort: bool = False
+    """Whether the session is dropped where the request is aborted."""
+
+
+class SessionInfo(NamedTuple):
+    """One session."""
+
+    session_id: str
+    num_pages: int
+    """On its path, whoever else holds them."""
+    idle_s: float
+    """Seconds since it was used."""
+
+
+class _Session(NamedTuple):
+    tail: RadixNode
+    used_s: float
+
+
+class Sessions:
+    """The holds of all sessions, in the order in which they were used."""
+
+    def __init__(self, cache: PrefixCache, total_pages: int, limits: SessionLimits, clock: Callable[[], float]) -> None:
+        """`clock`: seconds, from any start."""
+        self._cache, self._total_pages, self._clock = cache, total_pages, clock
+        self._limits = limits
+        self._by_id: OrderedDict[str, _Session] = OrderedDict()
+        self._holds: Mapping[RadixNode, int] = {}
+        self._holds_version = cache.version
+
+    @property
+    def tails(self) -> list[RadixNode]:
+        """Where the paths of all sessions end."""
+        return [session.tail for session in self._by_id.values()]
+
+    @property
+    def budget(self) -> int:
+        """Pages that all together may hold."""
+        return int(self._limits.share * self._total_pages)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that any session holds."""
+        return sum(len(node.pages) for node in self.holds)
+
+    @property
+    def num_pages_alone(self) -> int:
+        """Pages that nobody but sessions holds: cached, once these are given up."""
+        return sum(len(node.pages) for node, count in self.holds.items() if node.num_holds == count)
+
+    @property
+    def holds(self) -> Mapping[RadixNode, int]:
+        """How many sessions hold each node. Counted anew only where the cache has another version."""
+        if self._holds_version != self._cache.version:
+            holds: dict[RadixNode, int] = {}
+            for tail in self.tails:
+                for node in self._cache.path_up(tail):
+                    holds[node] = holds.get(node, 0) + 1
+            self._holds, self._holds_version = holds, self._cache.version
+        return self._holds
+
+    def limit(self, limits: SessionLimits) -> None:
+        """Set the limits; what is beyond them is given up."""
+        self._limits = limits
+        self._fit()
+
+    def begin_turn(self, use: SessionUse) -> None:
+        """A turn was asked for: the session, and the one that it branches off, are used now."""
+        self.expire()
+        if use.fork_of is not None and use.fork_of in self._by_id:
+            self._touch(use.fork_of)
+            self.keep(use.session_id, self._by_id[use.fork_of].tail)
+        elif use.session_id in self._by_id:
+            self._touch(use.session_id)
+
+    def keep(self, session_id: str, tail: RadixNode) -> None:
+        """A session holds the path to `tail` from now on, and no longer what it held; the budget may forbid it."""
+        self._cache.hold_again(tail)
+        self.drop(session_id)
+        self._by_id[session_id] = _Session(tail, self._clock())
+        if not tail.end:  # not a page: there is nothing to hold
+            self.drop(session_id)
+        self._fit()
+
+    def drop(self, session_id: str) -> bool:
+        """Give a session up; returns whether it was there."""
+        session = self._by_id.pop(session_id, None)
+        if session is not None:
+            self._cache.release(session.tail)
+        return session is not None
+
+    def drop_oldest(self) -> None:
+        """Give up the least recently used; there must be one."""
+        self.drop(next(iter(self._by_id)))
+
+    def drop_all(self) -> None:
+        """Give up every session."""
+        while self._by_id:
+            self.drop_oldest()
+
+    def expire(self) -> None:
+        """Give up those whose time is over."""
+        while self._by_id:
+            oldest = next(iter(self._by_id.values()))
+            if self._clock() - oldest.used_s < self._limits.ttl_s:
+                return
+            self.drop_oldest()
+
+    def infos(self) -> list[SessionInfo]:
+        """All sessions, the least recently used first."""
+        self.expire()
+        now_s = self._clock()
+        return [SessionInfo(name, item.tail.end, now_s - item.used_s) for name, item in self._by_id.items()]
+
+    def _touch(self, session_id: str) -> None:
+        self._by_id[session_id] = self._by_id[session_id]._replace(used_s=self._clock())
+        self._by_id.move_to_end(session_id)
+
+    def _fit(self) -> None:
+        self.expire()
+        while self._by_id and (len(self._by_id) > MOST_SESSIONS or self.num_pages > self.budget):
+            self.drop_oldest()
