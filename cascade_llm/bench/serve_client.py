@@ -7,18 +7,16 @@ how many its text is; the totals come from the server's own `usage` where it tel
 from __future__ import annotations
 
 import http.client
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from cascade_llm.bench.arrivals import Arrival
 from cascade_llm.bench.load import Load, LoadRequest
 from cascade_llm.bench.online import Arrivals, RequestTiming
-from cascade_llm.errors import BackendError, ConfigError
+from cascade_llm.bench.openai_server import OpenAIServer
 
 __all__ = ["CompletionsServer", "ServeRun", "StreamedAnswer", "run_against_server"]
 
@@ -55,42 +53,8 @@ class ServeRun:
         return [answer.error for answer in self.answers if answer.error is not None]
 
 
-class CompletionsServer:
-    """Where a server is, and how to ask it."""
-
-    def __init__(
-        self, url: str, *, model: str | None = None, api_key: str | None = None, timeout_s: float = 600.0
-    ) -> None:
-        """Ask the server for its models.
-
-        Args:
-            url: such as http://localhost:8000, with or without /v1
-            model: one of the server's; default the first
-            api_key: sent as a bearer token
-            timeout_s: without a byte from the server
-
-        Raises:
-            ConfigError: no URL
-            BackendError: nothing answers there, or it has not that model
-        """
-        try:
-            parts = urlsplit(url)
-            scheme, host, port = parts.scheme, parts.hostname, parts.port
-        except ValueError:  # a port that is none
-            scheme, host, port = "", None, None
-        if scheme not in ("http", "https") or not host:
-            raise ConfigError(f"{url!r} is no URL of a server: write it as http://localhost:8000")
-        self._https, self._host, self._port = scheme == "https", host, port
-        self._path = parts.path.rstrip("/").removesuffix("/v1")
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._timeout_s = timeout_s
-        self.url = url
-        known = self._models()
-        self.model = model or (known[0] if known else "")
-        if known and self.model not in known:
-            raise BackendError(f"{url} has no model {self.model!r}: it serves {', '.join(known)}")
+class CompletionsServer(OpenAIServer):
+    """A server that prompts of token ids are sent to."""
 
     def complete(
         self,
@@ -114,7 +78,7 @@ class CompletionsServer:
         told: int | None = None
         said: list[int] = []
         try:
-            for event in self._events(body):
+            for event in self.stream("/v1/completions", body):
                 at_s = now_s()
                 if "error" in event:
                     return StreamedAnswer(timing, 0, f"the server said: {event['error']}")
@@ -133,45 +97,6 @@ class CompletionsServer:
         if not seen:
             return StreamedAnswer(timing, 0, "the stream had no text")
         return StreamedAnswer(timing, seen if told is None else told, token_ids=said)
-
-    def _models(self) -> list[str]:
-        connection = self._connection()
-        try:
-            connection.request("GET", f"{self._path}/v1/models", headers=self._headers)
-            response = connection.getresponse()
-            content = response.read()
-            if response.status != 200:
-                raise BackendError(f"{self.url} answers {response.status} to /v1/models: {content[:200]!r}")
-            return [entry["id"] for entry in json.loads(content)["data"]]
-        except (OSError, http.client.HTTPException) as error:
-            raise BackendError(f"nothing answers at {self.url} ({error}): start the server, or mend the URL") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise BackendError(f"{self.url} does not speak OpenAI's protocol (/v1/models: {error!r})") from None
-        finally:
-            connection.close()
-
-    def _events(self, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The objects of a stream of server-sent events, up to [DONE]."""
-        connection = self._connection()
-        try:
-            connection.request("POST", f"{self._path}/v1/completions", json.dumps(body), self._headers)
-            response = connection.getresponse()
-            if response.status != 200:
-                raise http.client.HTTPException(f"status {response.status}: {response.read(300)!r}")
-            for line in response:
-                if not line.startswith(b"data:"):
-                    continue
-                data = line.removeprefix(b"data:").strip()
-                if data == b"[DONE]":
-                    return
-                yield json.loads(data)
-            raise http.client.HTTPException("the stream ended without [DONE]")
-        finally:
-            connection.close()
-
-    def _connection(self) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
-        return kind(self._host, self._port, timeout=self._timeout_s)
 
 
 def run_against_server(

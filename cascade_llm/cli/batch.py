@@ -83,7 +83,9 @@ def batch(
             error_console().print(f"{kept}: the same command goes on from there", soft_wrap=True)
             raise
         if not quiet:
-            error_console().print(_summary(counts, llm.stats(), time.perf_counter() - start_s), style="dim")
+            error_console().print(
+                _summary(counts, llm.stats(), time.perf_counter() - start_s), style="dim", soft_wrap=True
+            )
     if counts.failed:
         total = counts.answered + counts.failed
         raise GenerationError(f"{counts.failed} of {total} lines have an error: see theirs in {answers}")

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ from cascade_llm.cli.field_options import (
     take_sampling,
 )
 from cascade_llm.cli.prompt_files import take_template, template_options
-from cascade_llm.errors import PromptError, RequestError, SamplingParamsError, nearest_name_hint
+from cascade_llm.cli.remote import RemoteModel, asked_model, remote_options, take_remote
+from cascade_llm.errors import GenerationError, PromptError, RequestError, SamplingParamsError, nearest_name_hint
 from cascade_llm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ COMMANDS = {"/reset": "forget the conversation", "/exit": "leave (or Ctrl-D)", "
 
 @click.command(cls=SectionedCommand)
 @model_option
+@remote_options
 @click.option(
     "--system-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -59,23 +61,64 @@ def chat(model: str, system_file: Path | None, quiet: bool, **arguments: Any) ->
         raise PromptError("--continue-final-message goes with `generate`: here each line begins a message of its own")
     if params.n != 1:
         raise SamplingParamsError(f"n is {params.n}: a conversation goes on from one answer, leave it at 1")
+    server = take_remote(arguments, options)
     system = system_file.read_text(encoding="utf-8-sig") if system_file else None
+    if server is not None:
+        _chat_with(RemoteModel(server, asked_model(), params, template), History(system), quiet=quiet)
+        return
     with open_llm(model, options) as llm:
         if llm.tokenizer is None:
             raise PromptError(f"{model} has no tokenizer: a conversation needs one, copy its tokenizer.json beside it")
         conversation = Conversation(llm.tokenizer, system, template, params.split_special_tokens)
-        if not quiet and sys.stdin.isatty():
-            _tell(f"{llm.model_name}: write a message, or {', '.join(COMMANDS)}")
-        for line in _lines():
-            if line == "/exit":
-                break
-            if line.startswith("/"):
-                _run_command(line, conversation)
-            else:
-                _take_turn(llm, conversation, line, params, quiet=quiet)
+        for line in _messages(llm.model_name, conversation, quiet=quiet):
+            _take_turn(llm, conversation, line, params, quiet=quiet)
 
 
-class Conversation:
+def _chat_with(remote: RemoteModel, history: History, *, quiet: bool) -> None:
+    """The same with a server, which gets the messages so far at every turn."""
+    for line in _messages(remote.name, history, quiet=quiet):
+        messages, texts = [*history.messages, {"role": "user", "content": line}], list[str]()
+        try:
+            with _stoppable() as stopped, closing(remote.stream_chat(messages)) as stream:
+                for delta in stream:
+                    texts.append(delta.text)
+                    click.echo(delta.text, nl=False)
+                    sys.stdout.flush()
+                    if stopped:
+                        break
+        except GenerationError as error:
+            _tell(f"{error} (/reset starts anew)", style="red")
+            continue
+        click.echo()
+        history.messages = [*messages, {"role": "assistant", "content": "".join(texts)}]
+
+
+def _messages(name: str, history: History, *, quiet: bool) -> Iterator[str]:
+    """What the user writes to the model of this name; commands are carried out."""
+    if not quiet and sys.stdin.isatty():
+        _tell(f"{name}: write a message, or {', '.join(COMMANDS)}")
+    for line in _lines():
+        if line == "/exit":
+            return
+        if line.startswith("/"):
+            _run_command(line, history)
+        else:
+            yield line
+
+
+class History:
+    """The messages of a conversation."""
+
+    def __init__(self, system: str | None) -> None:
+        self._start = [] if system is None else [{"role": "system", "content": system}]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = list(self._start)
+
+
+class Conversation(History):
     """Messages and the token ids that spell them."""
 
     def __init__(
@@ -89,12 +132,11 @@ class Conversation:
         self._tokenizer, self._splits = tokenizer, split_special_tokens
         template = dict(template or {})
         self._template = {**template.pop("chat_template_kwargs", {}), **template}
-        self._start = [] if system is None else [{"role": "system", "content": system}]
-        self.reset()
+        super().__init__(system)
 
     def reset(self) -> None:
         """Forget everything but the system message."""
-        self.messages = list(self._start)
+        super().reset()
         self._history_ids: list[int] = []
 
     def prompt_ids(self, text: str) -> list[int]:
@@ -129,7 +171,7 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def _run_command(line: str, conversation: Conversation) -> None:
+def _run_command(line: str, conversation: History) -> None:
     if line == "/reset":
         conversation.reset()
         _tell("the conversation starts anew")

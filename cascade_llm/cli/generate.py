@@ -25,6 +25,7 @@ from cascade_llm.cli.field_options import (
     take_sampling,
 )
 from cascade_llm.cli.prompt_files import PromptInput, read_prompts, take_template, template_options
+from cascade_llm.cli.remote import RemoteModel, asked_model, remote_options, take_remote
 from cascade_llm.errors import GenerationError, PromptError
 from cascade_llm.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from cascade_llm.sampling_params import SamplingParams
@@ -57,6 +58,7 @@ prompt_options = stacked(
 @prompt_options
 @template_options
 @model_option
+@remote_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per prompt.")
 @click.option(
     "--on-error",
@@ -81,9 +83,16 @@ def generate(
 ) -> None:
     """Complete PROMPTs; without any, and without --file, each line of standard input is one."""
     params, options, template = take_sampling(arguments), take_engine(arguments), take_template(arguments)
+    server = take_remote(arguments, options)
     inputs = read_prompts(prompts, file, system_file, as_chat=as_chat)
     if template and not inputs[0].is_chat:
         raise PromptError(f"--{next(iter(template)).replace('_', '-')} does nothing to plain prompts: add --chat")
+    if server is not None:
+        remote = RemoteModel(server, asked_model(), params, template)
+        outputs = remote.complete([item.content for item in inputs], as_chat=inputs[0].is_chat)
+        _print_outputs(outputs, as_json=as_json)
+        _raise_refused(outputs)
+        return
     with open_llm(model, options) as llm:
         start_s = time.perf_counter()
         failure: GenerationError | None = None
@@ -97,6 +106,10 @@ def generate(
             error_console().print(_summary(llm.stats(), elapsed_s), style="dim")
     if failure is not None:
         raise failure
+    _raise_refused(outputs)
+
+
+def _raise_refused(outputs: list[RequestOutput]) -> None:
     if refused := [index for index, output in enumerate(outputs) if output.error is not None]:
         raise GenerationError(f"{len(refused)} of {len(outputs)} prompts failed: {', '.join(map(str, refused))}")
 
