@@ -417,15 +417,26 @@ INLINE void integer_sums(const piece *p, int code, const cursor *c, const uint8_
     }
 }
 
+/* Ask for the same bytes of the next pair of tiles, of those tiles that vectors from `v0` on lie in: a tile is too short
+ * for the processor to see that memory is read in order. */
+INLINE void ask_for(const piece *p, const uint8_t *block, const uint8_t *end, int v0, int vectors) {
+    if (v0 % PER_TILE) return; /* asked by the tile's first vectors */
+    for (; block < end; block += 64)
+        UNROLLED for (int tile = v0 / PER_TILE; tile <= (v0 + vectors - 1) / PER_TILE; tile++)
+            __builtin_prefetch(block + (2 + tile) * p->tile_bytes);
+}
+
 INLINE void integer_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
-                         int vectors, floats out[ROWS][PAIR]) {
+                         int vectors, int asks, floats out[ROWS][PAIR]) {
     long blocks = t->in_size / BLOCK;
     const uint8_t *x = t->integers + r0 * blocks * INTEGER_BYTES;
     floats sums[ROWS][PAIR];
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sums[r][v] = (floats){};
     cursor c = {tile};
     for (long b = 0; b < blocks; b++, x += rows * INTEGER_BYTES) {
+        const uint8_t *block = c.next;
         advance(p, code, &c);
+        if (asks) ask_for(p, block, c.next, v0, vectors);
         integer_sums(p, code, &c, x, 0, rows, v0, vectors, sums);
         if (is_halved(code)) integer_sums(p, code, &c, x, 1, rows, v0, vectors, sums);
     }
@@ -461,14 +472,16 @@ INLINE void exact_sums(const piece *p, int code, const cursor *c, const float *x
 }
 
 INLINE void exact_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
-                       int vectors, floats out[ROWS][PAIR]) {
+                       int vectors, int asks, floats out[ROWS][PAIR]) {
     long blocks = t->in_size / BLOCK;
     const uint8_t *x = t->floats + r0 * blocks * FLOAT_BYTES;
     floats sums[ROWS][PAIR];
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sums[r][v] = (floats){};
     cursor c = {tile};
     for (long b = 0; b < blocks; b++, x += rows * FLOAT_BYTES) {
+        const uint8_t *block = c.next;
         advance(p, code, &c);
+        if (asks) ask_for(p, block, c.next, v0, vectors);
         exact_sums(p, code, &c, (const float *)x, 0, rows, v0, vectors, sums);
         if (is_halved(code)) exact_sums(p, code, &c, (const float *)x, 1, rows, v0, vectors, sums);
     }
@@ -476,7 +489,7 @@ INLINE void exact_tile(const product *t, const piece *p, int code, const uint8_t
 }
 
 INLINE void float_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
-                       int vectors, floats out[ROWS][PAIR]) {
+                       int vectors, int asks, floats out[ROWS][PAIR]) {
     long blocks = t->in_size / BLOCK;
     const uint8_t *x = t->floats + r0 * blocks * FLOAT_BYTES;
     int scaled = code == E4M3 || code == E5M2, side_by_side = inputs_side_by_side(code);
@@ -486,7 +499,9 @@ INLINE void float_tile(const product *t, const piece *p, int code, const uint8_t
     cursor c = {tile};
     for (long b = 0; b < blocks; b++, x += rows * FLOAT_BYTES) {
         const float *values = (const float *)x;
+        const uint8_t *block = c.next;
         advance(p, code, &c);
+        if (asks) ask_for(p, block, c.next, v0, vectors);
         /* unrolled further, GCC would move the sums between registers and memory */
         _Pragma("GCC unroll 1") for (int i = 0; i < BLOCK; i += side_by_side) UNROLLED for (int j = 0; j < side_by_side; j++) {
             floats w[PAIR];
@@ -551,15 +566,15 @@ INLINE void store_outputs(const product *t, const piece *p, long tile, long r0, 
     }
 }
 
-INLINE void tile_of_rows(const product *t, const piece *p, int code, long tile, long r0, int rows) {
+INLINE void tile_of_rows(const product *t, const piece *p, int code, long tile, long r0, int rows, int asks) {
     floats out[ROWS][PAIR];
     const uint8_t *data = p->data + tile * p->tile_bytes;
     /* at a time: what the registers hold beside the sums of these rows */
     int vectors = LANES == 16 || rows <= 2 || code >= BFLOAT16 ? 2 : 1;
     for (int v0 = 0; v0 < PAIR; v0 += vectors) {
-        if (code >= BFLOAT16) float_tile(t, p, code, data, r0, rows, v0, vectors, out);
-        else if (t->integers) integer_tile(t, p, code, data, r0, rows, v0, vectors, out);
-        else exact_tile(t, p, code, data, r0, rows, v0, vectors, out);
+        if (code >= BFLOAT16) float_tile(t, p, code, data, r0, rows, v0, vectors, asks, out);
+        else if (t->integers) integer_tile(t, p, code, data, r0, rows, v0, vectors, asks, out);
+        else exact_tile(t, p, code, data, r0, rows, v0, vectors, asks, out);
     }
     store_outputs(t, p, tile, r0, rows, out);
 }
@@ -574,13 +589,14 @@ INLINE long first_row(const product *t, long group) {
 INLINE void tile_of_code(const product *t, const piece *p, int code, long tile, long first_group, long last_group) {
     for (long group = first_group; group < last_group; group++) {
         long first = first_row(t, group);
+        int asks = group == first_group; /* for the next pair of tiles */
         switch (first_row(t, group + 1) - first) {
-        case 1: tile_of_rows(t, p, code, tile, first, 1); break;
-        case 2: tile_of_rows(t, p, code, tile, first, 2); break;
-        case 3: tile_of_rows(t, p, code, tile, first, 3); break;
-        case 4: tile_of_rows(t, p, code, tile, first, 4); break;
-        case 5: tile_of_rows(t, p, code, tile, first, 5); break;
-        case 6: tile_of_rows(t, p, code, tile, first, 6); break;
+        case 1: tile_of_rows(t, p, code, tile, first, 1, asks); break;
+        case 2: tile_of_rows(t, p, code, tile, first, 2, asks); break;
+        case 3: tile_of_rows(t, p, code, tile, first, 3, asks); break;
+        case 4: tile_of_rows(t, p, code, tile, first, 4, asks); break;
+        case 5: tile_of_rows(t, p, code, tile, first, 5, asks); break;
+        case 6: tile_of_rows(t, p, code, tile, first, 6, asks); break;
         }
     }
 }
