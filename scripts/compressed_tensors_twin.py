@@ -101,4 +101,4 @@ def main(source: Path, target: Path, tell: Callable[[str], object] = print) -> i
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(Path, sys.argv[1:3])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

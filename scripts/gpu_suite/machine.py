@@ -123,7 +123,12 @@ class CudaMachine(Machine):
 
     def llm(self, config: Path, **options: Any) -> LLM:
         """See `Machine`."""
-        always = {"load_format": "dummy", "device": "cuda", "dtype": "bfloat16", "attention_backend": "flashinfer"}
+        always: dict[str, Any] = {
+            "load_format": "dummy",
+            "device": "cuda",
+            "dtype": "bfloat16",
+            "attention_backend": "flashinfer",
+        }
         return LLM(config, **always, **options)  # a backend that was only fallen back to would be measured unseen
 
     def seconds(self, work: Callable[[], object]) -> float:
