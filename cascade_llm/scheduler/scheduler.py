@@ -148,6 +148,11 @@ class FlashInferScheduler:
         """All sessions that hold pages, the least recently used first."""
         return self._tables.sessions.infos()
 
+    @property
+    def session_budget(self) -> int:
+        """Pages that all sessions together may hold."""
+        return self._tables.sessions.budget
+
     def limit_sessions(self, limits: SessionLimits) -> None:
         """Set what sessions may hold; what is beyond it is given up."""
         self._session_limits = limits

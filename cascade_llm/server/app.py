@@ -34,6 +34,7 @@ from cascade_llm.server.schema import (
     refuse_unknown_fields,
     wrong_body,
 )
+from cascade_llm.server.session_paths import add_session_paths
 
 if TYPE_CHECKING:  # imports torch: see `run`
     from cascade_llm.server.reading import ReadBody, RequestReader
@@ -199,7 +200,7 @@ def build_application(api: Api, keys: Sequence[str]) -> Application:
         guarded = CORSMiddleware(
             guarded,
             allow_origins=list(api.options.allow_origin),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "x-api-key", "anthropic-version", "content-type", "x-request-id"],
             expose_headers=["x-request-id"],
         )
@@ -250,6 +251,8 @@ def _add_paths(app: FastAPI, api: Api) -> None:
                 found: dict[str, Any] = entry
                 return found
         raise ApiError(404, f"the model {name!r:.80} is not served here", code="model_not_found", param="model")
+
+    add_session_paths(app, api.engine, api.options.step_timeout)
 
     @app.get("/version")
     async def version() -> dict[str, str]:

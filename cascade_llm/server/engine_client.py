@@ -18,6 +18,7 @@ import zmq.asyncio
 from cascade_llm.engine.output_queue import OutputQueue, RequestGain
 from cascade_llm.errors import EngineClosedError, WorkerError
 from cascade_llm.scheduler.sequence import Request
+from cascade_llm.scheduler.sessions import SessionLimits
 from cascade_llm.server.engine_process import run_engine
 from cascade_llm.server.messages import (
     Abort,
@@ -108,6 +109,7 @@ class EngineClient:
         on_end: Callable[[], None] = lambda: None,
         on_ready: Callable[[EngineFacts], None] = lambda facts: None,
         first_pause_s: float = FIRST_PAUSE_S,
+        session_limits: SessionLimits | None = None,
     ) -> None:
         """Keep what the process is started with.
 
@@ -118,10 +120,12 @@ class EngineClient:
             on_end: called when it has died and is not started again
             on_ready: called each time it has loaded the model
             first_pause_s: before the first restart
+            session_limits: what sessions may hold
         """
         self._model, self._options = model, dict(options)
         self._restarts, self._pause_s = restarts, first_pause_s
         self._on_end, self._on_ready = on_end, on_ready
+        self._session_limits = session_limits or SessionLimits()
         self._open: dict[str, tuple[Answers, int]] = {}
         self._questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._num_asked = 0
@@ -165,6 +169,7 @@ class EngineClient:
                     request.seed,
                     request.priority,
                     only_whole,
+                    request.session,
                 )
             )
         return answers
@@ -177,14 +182,14 @@ class EngineClient:
         if unfinished and self.status is EngineStatus.READY:
             self._send(Abort(list(unfinished)))
 
-    async def ask(self, what: str, timeout_s: float = 1.0) -> dict[str, Any]:
-        """The engine's "health" or "stats". Raises `WorkerError` where no answer comes."""
+    async def ask(self, what: str, timeout_s: float = 1.0, session_id: str = "") -> dict[str, Any]:
+        """What an `Ask` is answered with. Raises `WorkerError` where no answer comes."""
         if self.status is not EngineStatus.READY:
             raise WorkerError(self.failure or f"the engine is {self.status.value}")
         self._num_asked += 1
         number = self._num_asked
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
-        self._send(Ask(number, what))
+        self._send(Ask(number, what, session_id))
         try:
             return await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
@@ -253,7 +258,10 @@ class EngineClient:
             commands.bind(addresses[0])
             reports.bind(addresses[1])
             process = multiprocessing.get_context("spawn").Process(
-                target=run_engine, args=(*addresses, self._model, self._options), name="cascade-llm engine", daemon=True
+                target=run_engine,
+                args=(*addresses, self._model, self._options, self._session_limits),
+                name="cascade-llm engine",
+                daemon=True,
             )
             process.start()
             self._process, self._commands = process, commands

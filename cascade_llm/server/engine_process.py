@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from multiprocessing import connection, parent_process
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from cascade_llm.engine.output_queue import OutputQueue
 from cascade_llm.errors import EngineClosedError
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.sequence import Request
+from cascade_llm.scheduler.sessions import SessionLimits
 from cascade_llm.server.messages import (
     Abort,
     Answered,
@@ -43,7 +45,9 @@ MOST_UNSENT = 16
 """Messages that the API process may leave untaken; what comes then is merged."""
 
 
-def run_engine(command_address: str, report_address: str, model: str, options: Mapping[str, Any]) -> None:
+def run_engine(
+    command_address: str, report_address: str, model: str, options: Mapping[str, Any], session_limits: SessionLimits
+) -> None:
     """The whole life of the process; it ends with the API process, whatever became of that.
 
     Args:
@@ -51,6 +55,7 @@ def run_engine(command_address: str, report_address: str, model: str, options: M
         report_address: where it takes reports
         model: see `LLM`
         options: see `LLM`
+        session_limits: what sessions may hold
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both: the API process says when to end
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -60,6 +65,7 @@ def run_engine(command_address: str, report_address: str, model: str, options: M
         from cascade_llm.llm import LLM
 
         llm = LLM(model, **options)
+        llm.engine.limit_sessions(session_limits)
     except BaseException as error:
         outbox.report(Failed(" ".join(str(error).split()) or type(error).__name__))
         outbox.close()
@@ -130,6 +136,10 @@ def _take_commands(address: str, llm: LLM, engine: AsyncEngine, outbox: Outbox) 
                     engine.abort(request_id)
             case Ask(number, "health"):
                 outbox.report(Answered(number, {"stalled_s": engine.stalled_s}))
+            case Ask(number, "sessions"):
+                engine.call(partial(_tell_sessions, llm, outbox, number))
+            case Ask(number, "drop_session", session_id):
+                engine.call(partial(_drop_session, llm, outbox, number, session_id))
             case Ask(number):
                 engine.call(lambda number=number: outbox.report(Answered(number, _stats(llm))))  # type: ignore[misc]
             case Close():
@@ -144,11 +154,33 @@ def _request(submit: Submit, ending: frozenset[int]) -> Request:
         seed=submit.seed,
         priority=submit.priority,
         model_ending_token_ids=ending,
+        session=submit.session,
     )
 
 
 def _stats(llm: LLM) -> dict[str, Any]:
     return {**llm.stats(), **llm.plan_report()}
+
+
+def _tell_sessions(llm: LLM, outbox: Outbox, number: int) -> None:
+    page_size, scheduler = llm.options.page_size, llm.engine.scheduler
+    sessions = [
+        {
+            "id": info.session_id,
+            "object": "session",
+            "held_pages": info.num_pages,
+            "held_tokens": info.num_pages * page_size,
+            "idle_s": round(info.idle_s, 3),
+        }
+        for info in llm.engine.sessions()
+    ]
+    counts = scheduler.page_counts
+    value = {"data": sessions, "held_pages": counts.session_pages, "budget_pages": scheduler.session_budget}
+    outbox.report(Answered(number, value))
+
+
+def _drop_session(llm: LLM, outbox: Outbox, number: int, session_id: str) -> None:
+    outbox.report(Answered(number, {"dropped": llm.engine.drop_session(session_id)}))
 
 
 def _end_with_parent() -> None:

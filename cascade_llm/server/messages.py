@@ -14,6 +14,7 @@ import msgspec
 
 from cascade_llm.engine.output_queue import RequestGain
 from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.sessions import SessionUse
 
 if TYPE_CHECKING:  # imports torch
     from cascade_llm.llm import LLM
@@ -50,6 +51,7 @@ class Submit(msgspec.Struct, tag=True, array_like=True):
     priority: int
     only_whole: bool
     """Report nothing before its end."""
+    session: SessionUse | None = None
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):
@@ -63,7 +65,9 @@ class Ask(msgspec.Struct, tag=True, array_like=True):
 
     number: int
     what: str
-    """health | stats"""
+    """health | stats | sessions | drop_session"""
+    session_id: str = ""
+    """Which one to drop."""
 
 
 class Close(msgspec.Struct, tag=True, array_like=True):
@@ -79,6 +83,7 @@ class EngineFacts(msgspec.Struct):
     max_num_seqs: int
     ending_token_ids: list[int]
     seed: int
+    has_prefix_cache: bool = True
 
     @classmethod
     def of(cls, llm: LLM) -> EngineFacts:
@@ -91,6 +96,7 @@ class EngineFacts(msgspec.Struct):
             max_num_seqs=llm.options.max_num_seqs,
             ending_token_ids=sorted(llm.facts.model.ending_token_ids | own),
             seed=llm.options.seed,
+            has_prefix_cache=llm.options.enable_prefix_caching,
         )
 
 

@@ -13,7 +13,7 @@ __all__ = ["CONTENT_TYPE", "ServerMetrics"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "cascade_llm_"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-GAUGES = frozenset(("running_sequences", "waiting_sequences"))
+GAUGES = frozenset(("running_sequences", "waiting_sequences", "session_pages"))
 PAGES = ("free", "held", "cached")
 
 

@@ -9,6 +9,7 @@ from cascade_llm.errors import ConfigError
 
 __all__ = ["ServerOptions"]
 
+NONE_WILL_DO = frozenset(("restarts", "max_queue", "drain_timeout", "port", "session_share", "session_ttl"))
 LOOPBACK = frozenset(("127.0.0.1", "localhost", "::1"))
 
 
@@ -43,6 +44,10 @@ class ServerOptions:
     """Longest prompt in tokens; the model's context limits it too."""
     max_output_len: int | None = None
     """Most tokens that a request may ask for; the model's context limits it too."""
+    session_share: float = 0.5
+    """Share of the pool's pages that sessions may hold between turns; requests that need them get them."""
+    session_ttl: float = 1800.0
+    """Seconds that an unused session is held."""
     body_timeout: float = 30.0
     """Seconds that a client has to send its body."""
     request_timeout: float | None = None
@@ -55,9 +60,11 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"port is {self.port}: it must be 0 to 65535")
+        if self.session_share > 1:
+            raise ConfigError(f"session_share is {self.session_share}: it must be 0 to 1")
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("restarts", "max_queue", "drain_timeout", "port") else 1e-3
+            least = 0 if field.name in NONE_WILL_DO else 1e-3
             if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 1 << 53:
                 raise ConfigError(f"{field.name} is {value}: it must be {'0 or larger' if least == 0 else 'above 0'}")
 

@@ -10,6 +10,7 @@ from cascade_llm.engine.input_processor import InputProcessor, Prompt, ReadPromp
 from cascade_llm.engine.tokenizer import Tokenizer
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.sequence import Request
+from cascade_llm.scheduler.sessions import SessionUse
 from cascade_llm.server.api_errors import ApiError
 from cascade_llm.server.messages import EngineFacts
 from cascade_llm.server.options import ServerOptions
@@ -31,6 +32,7 @@ class ReadBody:
     """What `echo` gives back."""
     all_params: Sequence[SamplingParams]
     priority: int
+    session: SessionUse | None = None
 
     @property
     def num_samples(self) -> int:
@@ -81,6 +83,7 @@ class RequestReader:
             texts=texts,
             all_params=[sampling] * len(read),
             priority=priority,
+            session=self._session(body, len(read), sampling.n),
         )
 
     def read_chat(self, body: ChatBody) -> ReadBody:
@@ -102,7 +105,13 @@ class RequestReader:
         if asked is None:
             left = max(1, self.max_model_len - len(read.token_ids))
             sampling = replace(sampling, max_tokens=min(sampling.max_tokens, left))
-        return ReadBody(prompts=[read.token_ids], texts=[None], all_params=[sampling], priority=priority)
+        return ReadBody(
+            prompts=[read.token_ids],
+            texts=[None],
+            all_params=[sampling],
+            priority=priority,
+            session=self._session(body, 1, sampling.n),
+        )
 
     def tokenize_chat(
         self,
@@ -120,10 +129,26 @@ class RequestReader:
 
     def requests(self, body: ReadBody) -> list[Request]:
         """Requests with ids and seeds of their own, one per prompt."""
-        return [
+        requests = [
             self._input.request(ReadPrompt(None, list(prompt)), params, body.priority)
             for prompt, params in zip(body.prompts, body.all_params, strict=True)
         ]
+        return [replace(request, session=body.session) for request in requests] if body.session else requests
+
+    def _session(self, body: GenerationBody, num_prompts: int, num_samples: int) -> SessionUse | None:
+        """The session of which a body is a turn."""
+        session_id, fork_of = body.session_id, body.fork_of
+        if session_id is None:
+            if fork_of is not None:
+                raise ApiError(400, "fork_of needs the branch's own session_id beside it", param="fork_of")
+            return None
+        if num_prompts != 1 or num_samples != 1:
+            raise ApiError(400, "a session goes on with one answer: give one prompt, and n of 1", param="session_id")
+        if not self._facts.has_prefix_cache:
+            raise ApiError(
+                400, "this server keeps no prefixes: leave session_id out", param="session_id", code="unsupported_field"
+            )
+        return SessionUse(session_id=session_id, fork_of=fork_of, drop_on_abort=bool(body.drop_session_on_disconnect))
 
     def _params(self, body: GenerationBody, default: int, asked: int | None, logprobs: int | None) -> dict[str, Any]:
         params = body.given_params()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from cascade_llm.errors import CascadeError, ConfigError, WorkerError
+from cascade_llm.scheduler.sessions import SessionLimits
 from cascade_llm.server.app import Api, build_application
 from cascade_llm.server.engine_client import EngineClient
 from cascade_llm.server.messages import EngineFacts
@@ -66,7 +67,12 @@ class _Server:
     ) -> None:
         self._model, self._engine_options, self._options = model, engine_options, options
         self._engine = EngineClient(
-            model, engine_options, restarts=options.restarts, on_end=self._stop, on_ready=self._load_reader
+            model,
+            engine_options,
+            restarts=options.restarts,
+            on_end=self._stop,
+            on_ready=self._load_reader,
+            session_limits=SessionLimits(share=options.session_share, ttl_s=options.session_ttl),
         )
         self._api = Api(self._engine, options)
         config = uvicorn.Config(

@@ -24,6 +24,7 @@ __all__ = [
     "wrong_body",
 ]
 
+SESSION_ID = r"^[A-Za-z0-9._:-]{1,128}$"
 PARAMETERS = tuple(field.name for field in fields(SamplingParams))
 
 
@@ -69,6 +70,13 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     priority: int | None = Field(None, description="Lower runs earlier.")
+    session_id: str | None = Field(
+        None, pattern=SESSION_ID, description="The conversation: its pages stay held between its turns."
+    )
+    fork_of: str | None = Field(
+        None, pattern=SESSION_ID, description="session_id begins on the pages of this session, as a branch of it."
+    )
+    drop_session_on_disconnect: bool | None = Field(None, description="A client that leaves ends the session.")
     return_token_ids: bool | None = Field(None, description="Choices say the ids of their tokens.")
 
     def given_params(self) -> dict[str, Any]:

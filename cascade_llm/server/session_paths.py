@@ -1,0 +1,28 @@
+"""The paths that list sessions and drop them; their turns come with the bodies of `/v1/completions` and chats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from cascade_llm.server.api_errors import ApiError
+from cascade_llm.server.engine_client import EngineClient
+
+__all__ = ["add_session_paths"]
+
+
+def add_session_paths(app: FastAPI, engine: EngineClient, timeout_s: float) -> None:
+    """Add them to an application. The engine answers between two steps, for which `timeout_s` is waited."""
+
+    @app.get("/v1/sessions")
+    async def sessions() -> dict[str, Any]:
+        """The sessions that hold pages, the least recently used first."""
+        return {"object": "list", **await engine.ask("sessions", timeout_s)}
+
+    @app.delete("/v1/sessions/{session_id}")
+    async def drop_session(session_id: str) -> dict[str, Any]:
+        """Give up a session's pages, and keep none of its turns that run."""
+        if (await engine.ask("drop_session", timeout_s, session_id))["dropped"]:
+            return {"id": session_id, "object": "session", "deleted": True}
+        raise ApiError(404, f"there is no session {session_id!r:.80}", code="session_not_found", param="session_id")
