@@ -17,7 +17,7 @@ from cascade_llm.server.engine_client import Answers, EngineClient, EngineStatus
 from cascade_llm.server.guard import Receive, RequestRecord, Scope, Send
 from cascade_llm.server.metrics import ServerMetrics
 
-__all__ = ["AnswerResponse"]
+__all__ = ["STREAM_HEADERS", "AnswerResponse", "until_left"]
 
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -49,7 +49,7 @@ class AnswerResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the answer. Raises `ApiError` for one that failed before its first byte."""
         work = asyncio.create_task(self._stream(send) if self._is_streamed else self._write(send))
-        leaving = asyncio.create_task(_until_left(receive))
+        leaving = asyncio.create_task(until_left(receive))
         try:
             done, _ = await asyncio.wait((work, leaving), timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if work in done:
@@ -140,6 +140,7 @@ class AnswerResponse(Response):
             )
 
 
-async def _until_left(receive: Receive) -> None:
+async def until_left(receive: Receive) -> None:
+    """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass

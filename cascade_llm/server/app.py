@@ -23,6 +23,7 @@ from cascade_llm.server.engine_client import EngineClient, EngineStatus
 from cascade_llm.server.guard import Application, Guard, RequestRecord
 from cascade_llm.server.metrics import CONTENT_TYPE, ServerMetrics
 from cascade_llm.server.options import ServerOptions
+from cascade_llm.server.page_files import PAGE_PATHS, add_page
 from cascade_llm.server.schema import (
     Body,
     ChatBody,
@@ -35,6 +36,7 @@ from cascade_llm.server.schema import (
     wrong_body,
 )
 from cascade_llm.server.session_paths import add_session_paths
+from cascade_llm.server.sharing_feed import SharingFeed, SharingResponse
 
 if TYPE_CHECKING:  # imports torch: see `run`
     from cascade_llm.server.reading import ReadBody, RequestReader
@@ -42,6 +44,8 @@ if TYPE_CHECKING:  # imports torch: see `run`
 __all__ = ["Api", "build_application"]
 
 Result = TypeVar("Result")
+ASKED_FOR_S = 5.0
+"""How long the live view waits for a step to end."""
 UNSUPPORTED = {"/v1/embeddings": "embeddings are not computed: this server generates text"}
 """Paths that clients know and this server refuses."""
 
@@ -51,6 +55,7 @@ class Api:
 
     def __init__(self, engine: EngineClient, options: ServerOptions) -> None:
         self.engine, self.options, self.metrics = engine, options, ServerMetrics()
+        self.sharing = SharingFeed(self._sharing)
         self.reader: RequestReader | None = None
         """There once the model is loaded."""
         self._started = int(time.time())
@@ -159,6 +164,21 @@ class Api:
         self.metrics.restarts.set(self.engine.num_restarts)
         return Response(self.metrics.text(stats), media_type=CONTENT_TYPE)
 
+    def sharing_events(self) -> Response:
+        """GET /v1/cascade/events: what the engine shares, as server-sent events, for as long as the client stays."""
+        return SharingResponse(self.sharing)
+
+    async def _sharing(self) -> dict[str, Any]:
+        """One event: lengths and counts, and how shared runs begin only with `show_text`."""
+        status = self.engine.status.value
+        if self.engine.status is not EngineStatus.READY:
+            return {"engine": status}
+        tokenizer = self.reader.tokenizer if self.options.show_text and self.reader is not None else None
+        told = await self.engine.ask("sharing" if tokenizer is None else "sharing_with_tokens", ASKED_FOR_S)
+        if tokenizer is not None:
+            _add_texts(told["last_step"], tokenizer)
+        return {"engine": status, **told}
+
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
         """POST /tokenize."""
         reader = self.ready_reader(body)
@@ -192,6 +212,7 @@ def build_application(api: Api, keys: Sequence[str]) -> Application:
         app,
         api.metrics,
         paths=[str(getattr(route, "path", "")) for route in app.routes],
+        open_paths=PAGE_PATHS if api.options.page else (),
         keys=keys,
         max_body_bytes=api.options.max_body_bytes,
         body_timeout_s=api.options.body_timeout,
@@ -264,6 +285,9 @@ def _add_paths(app: FastAPI, api: Api) -> None:
     app.get("/health", response_model=None)(api.health)
     app.get("/ready", response_model=None)(api.ready)
     app.get("/metrics", response_model=None)(api.metrics_text)
+    app.get("/v1/cascade/events", response_model=None)(api.sharing_events)
+    if api.options.page:
+        add_page(app)
 
 
 def _add_refusals(app: FastAPI) -> None:
@@ -310,6 +334,14 @@ def _tokenizer(reader: RequestReader) -> Any:
     if reader.tokenizer is None:
         raise ApiError(400, "this checkpoint has no tokenizer: token ids only", code="unsupported")
     return reader.tokenizer
+
+
+def _add_texts(node: dict[str, Any] | None, tokenizer: Any) -> None:
+    """Write the token ids of a step's shared runs as text."""
+    for run in (node or {}).get("runs", ()):
+        if (ids := run.pop("token_ids", None)) is not None:
+            run["text"] = tokenizer.decode(ids, skip_special_tokens=False)
+        _add_texts(run, tokenizer)
 
 
 async def _beside(read: Callable[[], Result]) -> Result:

@@ -32,6 +32,7 @@ from cascade_llm.server.messages import (
     decode_command,
     encode,
 )
+from cascade_llm.server.sharing_view import SharingView
 
 if TYPE_CHECKING:  # heavy, and the API process imports this module to name `run_engine`
     from cascade_llm.engine.async_engine import AsyncEngine
@@ -71,11 +72,12 @@ def run_engine(
         outbox.close()
         os._exit(1)
     with llm:
+        sharing = SharingView(llm)
         engine = AsyncEngine(llm.engine, outbox.announce)
         threading.Thread(target=_end_with_loop, args=(engine, outbox), daemon=True).start()
         outbox.report(Ready(EngineFacts.of(llm)))
         try:
-            _take_commands(command_address, llm, engine, outbox)
+            _take_commands(command_address, llm, engine, outbox, sharing)
         except EngineClosedError:  # the loop has failed, and the thread beside ends the process
             engine.wait()
             outbox.close()
@@ -121,7 +123,7 @@ class Outbox:
         self._context.term()  # returns when all was taken, or LINGER_MS later
 
 
-def _take_commands(address: str, llm: LLM, engine: AsyncEngine, outbox: Outbox) -> None:
+def _take_commands(address: str, llm: LLM, engine: AsyncEngine, outbox: Outbox, sharing: SharingView) -> None:
     """Hand on what the API process asks, until it says that this is all."""
     socket = zmq.Context().socket(zmq.PULL)
     socket.setsockopt(zmq.RCVHWM, 0)
@@ -140,6 +142,9 @@ def _take_commands(address: str, llm: LLM, engine: AsyncEngine, outbox: Outbox) 
                 engine.call(partial(_tell_sessions, llm, outbox, number))
             case Ask(number, "drop_session", session_id):
                 engine.call(partial(_drop_session, llm, outbox, number, session_id))
+            case Ask(number, "sharing" | "sharing_with_tokens" as what):
+                with_tokens = what == "sharing_with_tokens"
+                engine.call(partial(_describe, sharing, outbox, number, with_tokens=with_tokens))
             case Ask(number):
                 engine.call(lambda number=number: outbox.report(Answered(number, _stats(llm))))  # type: ignore[misc]
             case Close():
@@ -181,6 +186,10 @@ def _tell_sessions(llm: LLM, outbox: Outbox, number: int) -> None:
 
 def _drop_session(llm: LLM, outbox: Outbox, number: int, session_id: str) -> None:
     outbox.report(Answered(number, {"dropped": llm.engine.drop_session(session_id)}))
+
+
+def _describe(sharing: SharingView, outbox: Outbox, number: int, *, with_tokens: bool) -> None:
+    outbox.report(Answered(number, sharing.describe(with_tokens=with_tokens)))
 
 
 def _end_with_parent() -> None:

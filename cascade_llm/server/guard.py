@@ -57,12 +57,14 @@ class Guard:
         metrics: ServerMetrics,
         *,
         paths: Collection[str],
+        open_paths: Collection[str] = (),
         keys: Sequence[str],
         max_body_bytes: int,
         body_timeout_s: float,
     ) -> None:
-        """`paths`: what metrics may be labelled with."""
+        """`paths`: what metrics may be labelled with; `open_paths`: asked without a key, beside `OPEN_PATHS`."""
         self._application, self._metrics, self._paths = application, metrics, frozenset(paths)
+        self._open_paths = OPEN_PATHS.union(open_paths)
         self._digests = [_digest(key) for key in keys]
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
 
@@ -99,7 +101,7 @@ class Guard:
             self._note(scope, record)
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if not self._digests or path in OPEN_PATHS:
+        if not self._digests or path in self._open_paths:
             return
         own = headers.get(b"x-api-key")  # as Anthropic's clients send it
         given = headers.get(b"authorization", b"") if own is None else b"bearer " + own

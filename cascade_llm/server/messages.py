@@ -65,7 +65,7 @@ class Ask(msgspec.Struct, tag=True, array_like=True):
 
     number: int
     what: str
-    """health | stats | sessions | drop_session"""
+    """health | stats | sessions | drop_session | sharing | sharing_with_tokens"""
     session_id: str = ""
     """Which one to drop."""
 

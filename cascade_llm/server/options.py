@@ -32,6 +32,10 @@ class ServerOptions:
     """File with a key on each line."""
     allow_origin: Sequence[str] | None = None
     """Origin of web pages that may ask this server (CORS)."""
+    page: bool = True
+    """Serve a page with a chat and a live view of what is shared, at /."""
+    show_text: bool = False
+    """Let the live view tell how shared prefixes begin; else it has lengths only."""
     strict: bool = False
     """Refuse unknown fields of a request instead of ignoring them."""
     restarts: int = 0

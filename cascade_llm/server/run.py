@@ -114,6 +114,7 @@ class _Server:
 
     def _stop(self) -> None:
         self._uvicorn.should_exit = True
+        self._api.sharing.close()
 
     def _load_reader(self, facts: EngineFacts) -> None:
         """The engine is ready: read the model's tokenizer too, beside the loop."""

@@ -1,0 +1,173 @@
+// The live view: which running sequences share what.
+// @ts-check
+import { ask, element, eventData } from "./server.js";
+
+const at = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
+const SVG = "http://www.w3.org/2000/svg";
+const MOST_STEPS = 60, MOST_OWN_BARS = 12;
+const PAUSES_MS = [1000, 2000, 5000, 10000];
+
+/**
+ * @typedef {{level: number, num_tokens: number, num_sequences: number, kv_bytes_saved: number, text?: string,
+ *   runs: Run[], own_lens: number[]}} Run
+ */
+
+export class SharingView {
+  constructor() {
+    /** @type {{id: number, read: number, saved: number}[]} */
+    this.steps = [];
+    /** @type {{tokens: number, ms: number} | null} */
+    this.before = null;
+    this.drawn = "";
+    /** @type {AbortController | null} */
+    this.listening = null;
+    document.addEventListener("visibilitychange", () => this.follow());
+  }
+
+  /** Listen while the page is to be seen; begins anew where it listened already. */
+  follow() {
+    this.listening?.abort();
+    this.listening = null;
+    if (document.hidden) return;
+    this.listening = new AbortController();
+    this.listen(this.listening.signal);
+  }
+
+  /** @param {AbortSignal} signal */
+  async listen(signal) {
+    for (let failures = 0; !signal.aborted; failures += 1) {
+      try {
+        for await (const data of eventData(await ask("/v1/cascade/events", { signal }))) {
+          failures = 0;
+          this.draw(JSON.parse(data));
+        }
+      } catch (error) {
+        if (signal.aborted) return;
+        const { name, message } = /** @type {Error} */ (error);
+        at("sharing-state").textContent = name === "NeedsKey" ? "The server wants an API key: see Settings." : `No live view: ${message}.`;
+      }
+      await new Promise((resolve) => setTimeout(resolve, PAUSES_MS[Math.min(failures, PAUSES_MS.length - 1)]));
+    }
+  }
+
+  /** @param {any} told */
+  draw(told) {
+    const step = told.last_step;
+    at("sharing-state").textContent = state(told);
+    if (!("running_sequences" in told)) return;
+    const read = step?.kv_bytes_read ?? 0, saved = step?.kv_bytes_saved ?? 0, whole = read + saved;
+    this.drawFigures([
+      ["Running", String(told.running_sequences)],
+      ["Waiting", String(told.waiting_sequences)],
+      ["Tokens/s", this.rate(told)],
+      ["Levels", String(step?.num_levels ?? "–")],
+      ["Groups", String(step?.num_groups ?? "–")],
+      ["KV read a step", bytes(read)],
+      ["KV saved a step", whole ? `${bytes(saved)} (${Math.round((100 * saved) / whole)}\u00a0%)` : bytes(saved)],
+      ["KV saved in all", bytes(told.kv_bytes_saved)],
+      ["Cached pages", `${told.cached_pages} of ${told.total_pages}`],
+    ]);
+    if (!step) return;
+    if (this.steps.at(-1)?.id !== step.step_id) this.steps = [...this.steps, { id: step.step_id, read, saved }].slice(-MOST_STEPS);
+    this.drawTimeline();
+    const shape = JSON.stringify([step.runs, step.own_lens]);
+    if (shape !== this.drawn) at("tree").replaceChildren(...drawLevel(step.runs, step.own_lens, longest(step)));
+    this.drawn = shape;
+  }
+
+  /** Since the event before. @param {any} told */
+  rate(told) {
+    const before = this.before, ms = performance.now(), tokens = told.generated_tokens;
+    this.before = { tokens, ms };
+    if (!before || !told.running_sequences || ms - before.ms > 3000 || tokens < before.tokens) return "–";
+    return ((1000 * (tokens - before.tokens)) / Math.max(1, ms - before.ms)).toFixed(1);
+  }
+
+  /** @param {[string, string][]} figures */
+  drawFigures(figures) {
+    const place = at("figures");
+    if (!place.childElementCount) {
+      place.append(...figures.map(([name]) => {
+        const box = element("div");
+        box.append(element("dt", "", name), element("dd"));
+        return box;
+      }));
+    }
+    figures.forEach(([, value], i) => { place.children[i].lastElementChild.textContent = value; });
+  }
+
+  drawTimeline() {
+    const most = Math.max(1, ...this.steps.map(({ read, saved }) => read + saved));
+    const bars = this.steps.flatMap(({ read, saved }, i) => {
+      const x = 120 - 2 * (this.steps.length - i), low = (30 * read) / most, high = (30 * saved) / most;
+      return [bar(x, 32 - low, low, "read"), bar(x, 32 - low - high, high, "saved")];
+    });
+    const svg = at("timeline"), last = this.steps.at(-1);
+    svg.replaceChildren(...bars);
+    if (last) svg.setAttribute("aria-label", `KV bytes per step; the last read ${bytes(last.read)} and saved ${bytes(last.saved)}`);
+  }
+}
+
+/** @param {any} told */
+function state(told) {
+  if (told.engine !== "ready") return `The engine is ${told.engine}.`;
+  const step = told.last_step;
+  if (!step) return "No step yet: ask something.";
+  const when = told.running_sequences ? "This step" : "Idle. The last step";
+  if (step.reason) return `${when} shared nothing: ${step.reason}.`;
+  const groups = `${step.num_groups} ${step.num_groups === 1 ? "group" : "groups"}`;
+  return `${when} had ${step.num_sequences} sequences, ${groups} with a prefix in common, read on ${step.num_levels - 1} ${step.num_levels === 2 ? "level" : "levels"}.`;
+}
+
+/** Tokens of the longest sequence. @param {{runs: Run[], own_lens: number[]}} node @returns {number} */
+function longest(node) {
+  return Math.max(1, ...node.own_lens, ...node.runs.map((run) => run.num_tokens + longest(run)));
+}
+
+/** @param {Run[]} runs @param {number[]} ownLens @param {number} whole @returns {HTMLElement[]} */
+function drawLevel(runs, ownLens, whole) {
+  const items = runs.map((run) => {
+    const item = element("li");
+    item.append(
+      drawBar(run.num_tokens, whole),
+      element("div", "", `${run.num_tokens} tokens, read once for ${run.num_sequences} sequences`),
+      element("small", "", `level ${run.level}, saves ${bytes(run.kv_bytes_saved)} a step`),
+    );
+    if (run.text) item.append(element("br"), element("q", "", run.text));
+    const inner = element("ul");
+    inner.append(...drawLevel(run.runs, run.own_lens, whole));
+    item.append(inner);
+    return item;
+  });
+  if (!ownLens.length) return items;
+  const item = element("li", "own"), shown = ownLens.slice(0, MOST_OWN_BARS), more = ownLens.length - shown.length;
+  const who = ownLens.length === 1 ? "1 sequence" : `${ownLens.length} sequences`;
+  item.append(
+    element("small", "", `${who} with tokens of their own: ${shown.join(", ")}${more ? ` and ${more} more` : ""}`),
+    ...shown.map((length) => drawBar(length, whole)),
+  );
+  return [...items, item];
+}
+
+/** @param {number} tokens @param {number} whole */
+function drawBar(tokens, whole) {
+  const made = element("div", "bar");
+  made.style.width = `${(100 * tokens) / whole}%`;
+  made.setAttribute("aria-hidden", "true");
+  return made;
+}
+
+/** @param {number} x @param {number} y @param {number} height @param {string} kind */
+function bar(x, y, height, kind) {
+  const made = document.createElementNS(SVG, "rect");
+  for (const [name, value] of Object.entries({ x, y, height, width: 1.6, class: kind })) made.setAttribute(name, String(value));
+  return made;
+}
+
+/** @param {number} count */
+function bytes(count) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let place = 0, value = count;
+  while (value >= 1024 && place < units.length - 1) { value /= 1024; place += 1; }
+  return `${place && value < 100 ? value.toFixed(1) : Math.round(value)} ${units[place]}`;
+}

@@ -1,0 +1,130 @@
+"""What the last step shared, as a tree of lengths: read off its plan in the engine process, when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cascade_llm.plan import CascadePlan, StepPlan
+
+if TYPE_CHECKING:  # heavy
+    from cascade_llm.engine.engine import StepEvent
+    from cascade_llm.llm import LLM
+
+__all__ = ["SharedRun", "SharingView", "shared_runs"]
+
+COUNTERS = (
+    *("running_sequences", "waiting_sequences", "steps", "cascade_steps", "generated_tokens", "cached_tokens"),
+    *("kv_bytes_read", "kv_bytes_saved", "total_pages", "free_pages", "held_pages", "cached_pages"),
+)
+"""What is told of `LLM.stats()`."""
+MOST_SHOWN_TOKENS = 48
+"""Of a shared run, where its text may be told."""
+
+
+class SharedRun(NamedTuple):
+    """Tokens of K/V that a step reads once for several sequences."""
+
+    level: int
+    start_len: int
+    """Tokens before it."""
+    num_tokens: int
+    num_sequences: int
+    sequence: int
+    """The leaf segment of one of them."""
+    runs: list[SharedRun]
+    """Inside: of some of its sequences."""
+    own_lens: list[int]
+    """Tokens that the others of its sequences have to themselves."""
+
+
+def shared_runs(plan: CascadePlan) -> tuple[list[SharedRun], list[int]]:
+    """The outermost shared runs of a plan, and the lengths of the sequences that share nothing."""
+    firsts = {row: sequence for sequence, row in enumerate(plan.leaf.qo_indptr[:-1])}
+    segments = [
+        {
+            level.qo_indptr[i]: (level.qo_indptr[i + 1], level.kv_len(i, plan.page_size))
+            for i in range(level.num_segments)
+        }
+        for level in plan.levels
+    ]
+
+    def inside(depth: int, row: int, end: int, start_len: int) -> tuple[list[SharedRun], list[int]]:
+        runs: list[SharedRun] = []
+        own_lens: list[int] = []
+        while row < end:
+            first, (row, num_tokens) = row, segments[depth][row]
+            if depth == len(segments) - 1:
+                own_lens.append(num_tokens)
+                continue
+            inner, lens = inside(depth + 1, first, row, start_len + num_tokens)
+            num_sequences = len(lens) + sum(run.num_sequences for run in inner)
+            if num_sequences == 1 or num_tokens == 0:
+                runs += inner
+                own_lens += [num_tokens + length for length in lens]
+            else:
+                runs.append(SharedRun(depth, start_len, num_tokens, num_sequences, firsts[first], inner, lens))
+        return runs, own_lens
+
+    return inside(0, 0, plan.num_rows, 0)
+
+
+class SharingView:
+    """Remembers the last plan: all that a step costs where nobody asks."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._plan: StepPlan | None = None
+        llm.engine.on_step.append(self._note)
+
+    def _note(self, event: StepEvent) -> None:
+        self._plan = event.plan
+
+    def describe(self, *, with_tokens: bool) -> dict[str, Any]:
+        """Counters, and the last step; for the loop, between two steps.
+
+        Args:
+            with_tokens: say how each shared run begins, as token ids; else there are only lengths
+        """
+        stats = self._llm.stats()
+        last_step = None if self._plan is None else self._step(self._plan, with_tokens)
+        return {**{name: stats[name] for name in COUNTERS}, "last_step": last_step}
+
+    def _step(self, plan: StepPlan, with_tokens: bool) -> dict[str, Any]:
+        report, width = plan.report, self._llm.facts.kv_bytes_per_token
+        runs, own_lens = shared_runs(plan.cascade)
+        tokens = self._tokens(plan) if with_tokens else {}
+        return {
+            "step_id": plan.step_id,
+            "num_rows": plan.num_rows,
+            "num_sequences": plan.num_sequences,
+            "num_levels": report.num_levels,
+            "num_groups": report.num_groups,
+            "kv_bytes_read": report.kv_tokens_read * width,
+            "kv_bytes_saved": report.kv_tokens_saved * width,
+            "reason": report.reason,
+            "runs": [_as_dict(run, width, tokens) for run in runs],
+            "own_lens": own_lens,
+        }
+
+    def _tokens(self, plan: StepPlan) -> Mapping[int, list[int]]:
+        """Of the leaf segments whose sequences still run, all tokens."""
+        lanes = {(s.lane, s.epoch): s.token_ids for s in self._llm.engine.scheduler.sequences()}
+        uses = zip(plan.sequence_lanes, plan.sequence_epochs, strict=True)
+        return {segment: list(lanes[use]) for segment, use in enumerate(uses) if use in lanes}
+
+
+def _as_dict(run: SharedRun, width: int, tokens: Mapping[int, list[int]]) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "level": run.level,
+        "start_len": run.start_len,
+        "num_tokens": run.num_tokens,
+        "num_sequences": run.num_sequences,
+        "kv_bytes_saved": width * run.num_tokens * (run.num_sequences - 1),
+        "runs": [_as_dict(inner, width, tokens) for inner in run.runs],
+        "own_lens": run.own_lens,
+    }
+    if run.sequence in tokens:
+        end = run.start_len + min(run.num_tokens, MOST_SHOWN_TOKENS)
+        described["token_ids"] = tokens[run.sequence][run.start_len : end]
+    return described

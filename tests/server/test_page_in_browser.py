@@ -1,0 +1,98 @@
+"""The page in headless Chromium, against a real server: chat, stop, branches, live view, text that stays text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.browser import Browser, find_browser, open_browser
+from tests.server.conftest import RunningServer, StartServer
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_browser() is None, reason="no Chromium here")]
+
+MARKUP = "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'>"
+LAST_ANSWER = "[...document.querySelectorAll('.message.assistant')].at(-1)"
+
+
+@pytest.fixture
+def page_server(start_server: StartServer) -> RunningServer:
+    server = start_server("--cascade-shared-prefix-len", "16", "--served-model-name", "tiny")
+    server.wait_until_ready()
+    return server
+
+
+@pytest.fixture
+def browser(page_server: RunningServer, tmp_path: Path) -> Iterator[Browser]:
+    path = find_browser()
+    assert path is not None
+    with open_browser(path, tmp_path / "profile") as browser:
+        browser.look(width=1280, is_dark=False)
+        browser.open(page_server.url)
+        browser.wait_for("document.querySelector('#model').textContent === 'tiny'")
+        yield browser
+
+
+def ask(browser: Browser, text: str, *, answers: int = 1, max_tokens: int = 16) -> None:
+    browser.run(f"""
+        document.querySelector('#answers').value = '{answers}';
+        document.querySelector('#max-tokens').value = '{max_tokens}';
+        document.querySelector('#question').value = {json.dumps(text)};
+        document.querySelector('#send').click();
+    """)
+
+
+def wait_until_answered(browser: Browser) -> str:
+    browser.wait_for("document.querySelector('#stop').disabled")
+    note: str = browser.wait_for(f"{LAST_ANSWER}.querySelector('.note, .wrong').textContent")
+    return note
+
+
+def test_chat_branches_and_the_live_view(browser: Browser) -> None:
+    ask(browser, "A question of some length, which all answers share.", answers=4, max_tokens=300)
+    browser.wait_for("document.querySelector('#tree').innerText.includes('read once for 4 sequences')")
+    assert "with a prefix in common" in browser.run("document.querySelector('#sharing-state').textContent")
+    browser.run("document.querySelector('#stop').click()")
+    assert wait_until_answered(browser) == "stopped"
+    assert browser.run("document.querySelectorAll('#conversation-list ul button').length") == 3
+    ask(browser, "And again?", max_tokens=8)
+    assert "prompt tokens cached" in wait_until_answered(browser)
+    num_messages = "document.querySelectorAll('.message').length"
+    assert browser.run(num_messages) == 4
+    browser.run("document.querySelector('.message.assistant footer button').click()")
+    assert browser.run(num_messages) == 2
+    assert browser.run("document.querySelectorAll('#conversation-list ul button').length") == 4
+    browser.run("location.reload()")
+    browser.wait_for("document.querySelectorAll('#conversation-list button').length === 5")  # kept in the browser
+    assert browser.problems == []
+
+
+def test_markup_in_questions_and_answers_stays_text(browser: Browser) -> None:
+    piece = {"choices": [{"index": 0, "delta": {"content": MARKUP}}]}
+    browser.answer_instead("/v1/chat/completions", f"data: {json.dumps(piece)}\n\ndata: [DONE]\n\n")
+    ask(browser, MARKUP)
+    browser.wait_for("document.querySelector('#stop').disabled && document.querySelectorAll('.message').length === 2")
+    texts = browser.run("[...document.querySelectorAll('.message .text')].map(one => one.textContent)")
+    assert texts == [MARKUP, MARKUP]
+    assert browser.run("document.querySelectorAll('main script, main img').length") == 0
+    assert browser.run("window.hurt ?? null") is None
+    # the policy stops it even where a mistake of the page would make it markup
+    told = browser.run(f"try {{ document.body.innerHTML = {json.dumps(MARKUP)} }} catch (error) {{ error.name }}")
+    assert told == "TypeError"
+    assert browser.run("window.hurt ?? null") is None
+
+
+@pytest.mark.parametrize("width", [390, 800, 1280])
+def test_nothing_is_wider_than_the_window_and_all_is_labelled(browser: Browser, width: int) -> None:
+    ask(browser, "word" * 200, max_tokens=4)
+    wait_until_answered(browser)
+    for is_dark in (False, True):
+        browser.look(width=width, is_dark=is_dark)
+        for view in ("chat", "sharing"):
+            browser.run(f"document.body.dataset.view = '{view}'")
+            assert browser.run("document.documentElement.scrollWidth") <= width
+    nameless = """[...document.querySelectorAll('button, input, select, textarea')].filter(
+        (one) => !(one.labels?.length || one.textContent.trim() || one.ariaLabel)).map((one) => one.id)"""
+    assert browser.run(nameless) == []

@@ -1,0 +1,43 @@
+"""The tree of lengths that the live view draws, read off plans."""
+
+from __future__ import annotations
+
+from cascade_llm.bench.plan_tree import decode_step
+from cascade_llm.config import CascadeConfig
+from cascade_llm.plan import CascadeLevel, CascadePlan, int_column
+from cascade_llm.scheduler.cascade.choice import TokensRead
+from cascade_llm.server.sharing_view import SharedRun, shared_runs
+
+
+def plan_of(*levels: tuple[list[int], list[int]], page_size: int = 4) -> CascadePlan:
+    """A plan of full pages; each level as the rows where segments begin and end, and the pages of each."""
+    made, page = [], 0
+    for qo_indptr, num_pages in levels:
+        indptr = [sum(num_pages[:i]) for i in range(len(num_pages) + 1)]
+        pages = range(page, page := page + indptr[-1])
+        last = [page_size if count else 0 for count in num_pages]
+        made.append(CascadeLevel(int_column(qo_indptr), int_column(indptr), int_column(pages), int_column(last)))
+    plan = CascadePlan(tuple(made), page_size)
+    plan.check()
+    return plan
+
+
+def test_runs_lie_inside_each_other() -> None:
+    plan = plan_of(([0, 4, 5], [3, 0]), ([0, 1, 3, 4, 5], [0, 2, 0, 0]), ([0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5]))
+    inner = SharedRun(1, 12, 8, 2, 1, [], [8, 12])
+    assert shared_runs(plan) == ([SharedRun(0, 0, 12, 4, 0, [inner], [4, 16])], [20])
+
+
+def test_a_segment_of_one_sequence_is_its_own_and_rows_are_no_sequences() -> None:
+    plan = plan_of(([0, 3, 5], [2, 1]), ([0, 1, 3, 5], [1, 1, 1]))
+    assert shared_runs(plan) == ([SharedRun(0, 0, 8, 2, 0, [], [4, 4])], [8])
+
+
+def test_a_step_of_the_scheduler() -> None:
+    prompts = [[*range(32), 100 + i, *range(40, 40 + i)] for i in range(3)] + [[7] * 20]
+    config = CascadeConfig(shared_prefix_len=16)
+    _, step, _ = decode_step(prompts, TokensRead(), config, page_size=16, max_model_len=128)
+    runs, own_lens = shared_runs(step.cascade)
+    assert [(run.num_tokens, run.num_sequences, sorted(run.own_lens)) for run in runs] == [(32, 3, [2, 3, 4])]
+    assert own_lens == [21]
+    assert step.report.kv_tokens_saved == 32 * 2
