@@ -141,6 +141,7 @@ WRONG: list[tuple[dict[str, Any] | bytes, str, bool]] = [
     (b"\xff{}", "no UTF-8", False),
     (b"[" * 100_000, "no JSON", False),
     (b'{"custom_id": "big", "body": {"max_tokens": ' + b"9" * 5000 + b"}}", "no JSON", False),
+    (b'{"custom_id": "long' + b"g" * (8 << 20) + b'"}', "longer than", False),
     (request(None, prompt="a"), "custom_id must be", False),
     (request("", prompt="a"), "custom_id must be", False),
     (request("good", prompt="b"), "was there before", False),
