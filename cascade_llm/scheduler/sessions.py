@@ -114,11 +114,14 @@ class Sessions:
             self._touch(use.session_id)
 
     def keep(self, session_id: str, tail: RadixNode) -> None:
-        """A session holds the path to `tail` from now on, and no longer what it held; the budget may forbid it."""
+        """A session holds the path to `tail` from now on, and no longer what it held.
+
+        A path without a page is not held, nor one beyond the whole budget, for which all others would be given up.
+        """
         self._cache.hold_again(tail)
         self.drop(session_id)
         self._by_id[session_id] = _Session(tail, self._clock())
-        if not tail.end:  # not a page: there is nothing to hold
+        if not 0 < tail.end <= self.budget:
             self.drop(session_id)
         self._fit()
 

@@ -17,6 +17,7 @@ __all__ = [
     "CompletionBody",
     "DetokenizeBody",
     "GenerationBody",
+    "SessionFields",
     "TokenizeBody",
     "read_body",
     "refuse_other_models",
@@ -45,7 +46,19 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(Body):
+class SessionFields(BaseModel):
+    """Of which conversation a body is a turn."""
+
+    session_id: str | None = Field(
+        None, pattern=SESSION_ID, description="The conversation: its pages stay held between its turns."
+    )
+    fork_of: str | None = Field(
+        None, pattern=SESSION_ID, description="session_id begins on the pages of this session, as a branch of it."
+    )
+    drop_session_on_disconnect: bool | None = Field(None, description="A client that leaves ends the session.")
+
+
+class GenerationBody(Body, SessionFields):
     """What both ways to generate have; fields that are not OpenAI's are those of `SamplingParams`."""
 
     temperature: float | None = None
@@ -70,13 +83,6 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     priority: int | None = Field(None, description="Lower runs earlier.")
-    session_id: str | None = Field(
-        None, pattern=SESSION_ID, description="The conversation: its pages stay held between its turns."
-    )
-    fork_of: str | None = Field(
-        None, pattern=SESSION_ID, description="session_id begins on the pages of this session, as a branch of it."
-    )
-    drop_session_on_disconnect: bool | None = Field(None, description="A client that leaves ends the session.")
     return_token_ids: bool | None = Field(None, description="Choices say the ids of their tokens.")
 
     def given_params(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The paths that list sessions and drop them; their turns come with the bodies of `/v1/completions` and chats."""
+"""The paths that list sessions and drop them; their turns come with bodies (`SessionFields`)."""
 
 from __future__ import annotations
 

@@ -81,10 +81,13 @@ def test_budget_gives_up_the_least_recently_used() -> None:
 
 def test_session_beyond_the_budget_is_not_held_but_cached() -> None:
     engine = SimulatedEngine(small_config(total_pages=32))
-    engine.scheduler.limit_sessions(SessionLimits(share=0.05))
-    turn(engine, use("talk"), text(1))
-    assert held(engine) == {}
-    assert engine.scheduler.page_counts.cached_pages == 4
+    engine.scheduler.limit_sessions(SessionLimits(share=0.13))  # 4 pages
+    turn(engine, use("other"), text(2))
+    spoken = turn(engine, use("talk"), text(1, 20))
+    assert held(engine) == {"other": 4}, "nobody else is given up for it"
+    before = cached_tokens(engine)
+    turn(engine, use("talk"), [*spoken, 7])
+    assert cached_tokens(engine) - before == 20
 
 
 def test_smaller_limits_hold_at_once() -> None:
@@ -215,6 +218,7 @@ def test_failed_steps_and_samples_leave_no_session_on_their_pages() -> None:
     engine.schedule()
     engine.commit(frozenset([0]))
     assert held(engine) == {}
+    assert engine.scheduler.page_counts.free_pages == engine.scheduler.page_counts.total_pages
     engine.add(text(1), session=use("talk"))
     engine.run()
     assert held(engine) == {"talk": 4}

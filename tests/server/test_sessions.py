@@ -63,11 +63,12 @@ def test_turns_fork_list_and_drop(server: RunningServer) -> None:
     assert not {talk, branch} & held(server).keys()
 
 
-def test_a_chat_has_sessions_too(server: RunningServer) -> None:
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_chat_has_sessions_too(server: RunningServer, path: str) -> None:
     talk = new_id()
     messages = [{"role": "user", "content": "Tell me about pages. " * 10}]
     body = {"messages": messages, "max_tokens": 4, "session_id": talk}
-    assert server.post("/v1/chat/completions", body).status_code == 200
+    assert server.post(path, body).status_code == 200
     assert held(server)[talk] > 0
     drop(server, talk)
 
