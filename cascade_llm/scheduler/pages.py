@@ -129,8 +129,10 @@ class PageTables:
     def can_admit(self, sequence: Sequence, match: PrefixMatch, num_new: int, reserve: int) -> bool:
         """Whether `num_new` tokens behind the match fit, with `reserve` pages left over; sessions would be given up."""
         needed = self._num_pages(match.num_pages * self.page_size + num_new) - match.num_pages
-        available = self.allocator.num_free + self.cache.num_cached_pages + self.sessions.num_pages_alone
-        return needed + reserve + self._num_available(match) <= available
+        room = self.allocator.num_free + self.cache.num_cached_pages
+        if needed + reserve + match.num_pages <= room:  # whoever holds the match: nothing has to be counted
+            return True
+        return needed + reserve + self._num_available(match) <= room + self.sessions.num_pages_alone
 
     def admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         """Start the table of a sequence with the matched pages, held."""
