@@ -40,6 +40,8 @@ class RequestRecord:
         self.request_id, self.arrived_s = request_id, time.monotonic()
         self.status: int | None = None
         self.has_left = False
+        self.is_endless = False
+        """Whether the client decides when it is over: how long that took says nothing."""
         self.details: dict[str, Any] = {}
 
     @property
@@ -144,7 +146,8 @@ class Guard:
         self._metrics.requests.labels(path, str(status)).inc()
         if path in OPEN_PATHS:
             return
-        self._metrics.duration.observe(record.age_s)
+        if not record.is_endless:
+            self._metrics.duration.observe(record.age_s)
         details = "".join(f" {name}={value}" for name, value in record.details.items())
         log.info("%s %s %s %d %.3fs%s", record.request_id, scope["method"], path, status, record.age_s, details)
 

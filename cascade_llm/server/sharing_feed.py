@@ -90,6 +90,7 @@ class SharingResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the stream. Raises `ApiError` where too many listen."""
         listener = self._feed.listen()
+        scope["state"]["record"].is_endless = True
         work, leaving = asyncio.create_task(_write(listener, send)), asyncio.create_task(until_left(receive))
         try:
             await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
