@@ -79,7 +79,7 @@ class NativeAttentionBackend(AttentionBackend):
             k.stride(0),
             v.stride(0),
             slots.data_ptr(),
-            len(slots),
+            slots.shape[0],
             self.spec.num_kv_heads,
         )
 

@@ -55,7 +55,7 @@ class NativeOps(FusedOps):
         """See `FusedOps`; q, k and v are views of `qkv`."""
         assert qkv.is_contiguous()
         assert qkv.dtype == self.dtype
-        assert len(rotation.cos_sin) == len(qkv)
+        assert rotation.cos_sin.shape[0] == qkv.shape[0]
         self._rotate(
             qkv.data_ptr(),
             rotation.cos_sin.data_ptr(),

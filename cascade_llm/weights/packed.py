@@ -38,7 +38,10 @@ class Packed(WeightFormat):
     def __init__(self, spec: MatrixSpec, parts: Mapping[str, StoredTensor]) -> None:
         """Pack the codes of all parts; few of them stand beside their tiles at a time."""
         self.spec = spec
-        self._kernels = packed_kernels()
+        self._product, self._rows = packed_kernels().product, packed_kernels().rows
+        self._out_features = spec.out_features
+        self._is_bfloat16 = spec.options.dtype == torch.bfloat16
+        self._is_exact = spec.options.exact_activations
         packed = [_PackedPart(spec.rows_of(name).start, parts[name]) for name in spec.parts]
         self.layouts = [part.layout for part in packed]
         """Of the parts."""
@@ -68,11 +71,26 @@ class Packed(WeightFormat):
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `WeightFormat`."""
-        rows = x.shape[0]
         x = x.contiguous()
-        y = out if out is not None and out.is_contiguous() else x.new_empty(rows, self.spec.out_features)
+        rows, in_features = x.shape
+        y = out if out is not None and out.is_contiguous() else x.new_empty(rows, self._out_features)
         for order, pieces in self._groups:
-            self._multiply(x if order is None else x.index_select(1, order), pieces, bias, y)
+            ordered = x if order is None else x.index_select(1, order)
+            failed = self._product(
+                ordered.data_ptr(),
+                pieces,
+                len(pieces),
+                None if bias is None else bias.data_ptr(),
+                y.data_ptr(),
+                rows,
+                in_features,
+                self._out_features,
+                self._is_bfloat16,
+                self._is_exact,
+                torch.get_num_threads(),
+            )
+            if failed:
+                raise CapacityError(f"no memory for the inputs of {rows} rows: lower max_num_batched_tokens")
         return y if out is None or y is out else out.copy_(y)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -80,13 +98,13 @@ class Packed(WeightFormat):
         ids = ids.contiguous()
         rows = torch.empty(len(ids), self.spec.in_features, dtype=self.spec.options.dtype)
         ((_, pieces),) = self._groups
-        self._kernels.rows(
+        self._rows(
             pieces,
             ids.data_ptr(),
             len(ids),
             self.spec.in_features,
             rows.data_ptr(),
-            rows.dtype == torch.bfloat16,
+            self._is_bfloat16,
             torch.get_num_threads(),
         )
         return rows
@@ -101,25 +119,6 @@ class Packed(WeightFormat):
         codes = "+".join(dict.fromkeys(layout.code for layout in self.layouts))
         is_rounded = not self.spec.options.exact_activations and any(x.code in INTEGER_BITS for x in self.layouts)
         return f"{codes} ({'inputs rounded to 8 bits' if is_rounded else 'exact'})"
-
-    def _multiply(self, x: torch.Tensor, pieces: Any, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-        """Write the outputs of these pieces to their columns of y."""
-        rows, in_features = x.shape
-        failed = self._kernels.product(
-            x.data_ptr(),
-            pieces,
-            len(pieces),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            rows,
-            in_features,
-            self.spec.out_features,
-            x.dtype == torch.bfloat16,
-            self.spec.options.exact_activations,
-            torch.get_num_threads(),
-        )
-        if failed:
-            raise CapacityError(f"no memory for the inputs of a product of {rows} rows: lower max_num_batched_tokens")
 
 
 class _PackedPart:
