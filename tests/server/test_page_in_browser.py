@@ -64,6 +64,8 @@ def test_chat_branches_and_the_live_view(browser: Browser) -> None:
     browser.run("document.querySelector('.message.assistant footer button').click()")
     assert browser.run(num_messages) == 2
     assert browser.run("document.querySelectorAll('#conversation-list ul button').length") == 4
+    browser.run("document.querySelectorAll('#conversation-list button')[1].focus(); document.activeElement.click()")
+    assert browser.run("document.activeElement.textContent").startswith("1: ")  # the keyboard stays where it was
     browser.run("location.reload()")
     browser.wait_for("document.querySelectorAll('#conversation-list button').length === 5")  # kept in the browser
     assert browser.problems == []

@@ -48,7 +48,7 @@ export class Chat {
     this.show(this.conversations.current);
   }
 
-  /** Stop the answers of this conversation and of the branches that were asked with it. */
+  /** Stop every answer that is under way, in whatever conversation. */
   stop() {
     for (const controller of this.running.values()) controller.abort();
   }
@@ -125,8 +125,10 @@ export class Chat {
   }
 
   drawList() {
-    const draw = (/** @type {string | null} */ parent) => this.conversations.childrenOf(parent).map((conversation) => {
-      const item = element("li"), button = element("button", this.running.has(conversation) ? "busy" : "", title(conversation));
+    const hadFocus = list.contains(document.activeElement);
+    const draw = (/** @type {string | null} */ parent) => this.conversations.childrenOf(parent).map((conversation, i) => {
+      const name = parent === null ? title(conversation) : `${i + 1}: ${title(conversation)}`;
+      const item = element("li"), button = element("button", this.running.has(conversation) ? "busy" : "", name);
       button.setAttribute("type", "button");
       button.setAttribute("aria-current", String(conversation === this.conversations.current));
       button.addEventListener("click", () => this.show(conversation));
@@ -140,6 +142,7 @@ export class Chat {
       return item;
     });
     list.replaceChildren(...draw(null));
+    if (hadFocus) list.querySelector("[aria-current=true]").focus();
     at("stop").disabled = !this.running.size;
     at("send").disabled = this.running.has(this.conversations.current);
     log.setAttribute("aria-busy", String(this.running.has(this.conversations.current)));
@@ -147,10 +150,12 @@ export class Chat {
 
   drawMessages() {
     this.growing.clear();
+    const hadFocus = log !== document.activeElement && log.contains(document.activeElement);
     const { current } = this.conversations;
     const drawn = current.messages.map((message, place) => this.drawMessage(current, message, place));
     const hint = "Several answers to one question, or branches of one conversation, share their beginning: the server reads it once for all of them. See it under “What the running sequences share”.";
     log.replaceChildren(...(drawn.length ? drawn : [element("p", "", hint)]));
+    if (hadFocus) log.focus();
   }
 
   /** @param {Conversation} conversation @param {Message} message @param {number} place */
