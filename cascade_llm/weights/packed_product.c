@@ -144,7 +144,9 @@ INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
     return sum;
 }
 INLINE ints flush(ints sum, partial part) {
-    return sum + (ints)_mm256_madd_epi16((__m256i)part, _mm256_set1_epi16(1));
+    sum += (ints)_mm256_madd_epi16((__m256i)part, _mm256_set1_epi16(1));
+    __asm__("" : "+x"(sum)); /* as above */
+    return sum;
 }
 #endif
 
