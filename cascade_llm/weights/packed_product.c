@@ -707,7 +707,8 @@ static long num_pairs(const piece *p) { return (p->num_outputs + 2 * TILE - 1) /
 /* A pass over the weights takes as many rows as stay in the second-level cache. */
 enum {
     PASS_BYTES = 512 << 10,
-    CHUNKS_PER_THREAD = 8,
+    CHUNKS_PER_THREAD = 4, /* of many rows, so that a delayed thread is helped */
+    FEW_GROUPS = 4,        /* of rows: up to here memory is waited for, and a thread's tiles should lie together */
     SPREAD_FROM = 65536 /* values, from which a loop over them is worth another thread */
 };
 
@@ -728,7 +729,8 @@ static void pass_chunk(void *task, long chunk) {
 static void multiply_groups(const product *t, long first_group, long last_group, int threads) {
     long pairs = 0;
     for (long i = 0; i < t->num_pieces; i++) pairs += num_pairs(t->pieces + i);
-    long chunks = threads == 1 ? 1 : threads * CHUNKS_PER_THREAD;
+    long chunks = threads;
+    if (threads > 1 && last_group - first_group > FEW_GROUPS) chunks *= CHUNKS_PER_THREAD;
     pass s = {t, first_group, last_group, pairs, chunks < pairs ? chunks : pairs};
     parallel_for(pass_chunk, &s, s.chunks, threads);
 }
