@@ -14,7 +14,7 @@ import torch
 
 from cascade_llm.errors import CheckpointError
 
-__all__ = ["FLOAT_CODES", "INTEGER_BITS", "SUPER_LEN", "CodeLayout", "Codes"]
+__all__ = ["FLOAT_CODES", "INTEGER_BITS", "ROWS_TOGETHER", "SUPER_LEN", "CodeLayout", "Codes"]
 
 INTEGER_BITS = {"u2": 2, "u3": 3, "u4": 4, "u5": 5, "u6": 6, "u8": 8}
 """Unsigned integers by their width."""
@@ -26,6 +26,8 @@ FLOAT_CODES = {
     "float32": torch.float32,
 }
 """Codes that are numbers themselves: their zero is 0 and they have no minimum."""
+ROWS_TOGETHER = 128
+"""A multiple of the rows that share scales, in any format, and of those of a tile: chunks of rows begin at one."""
 SUPER_LEN = 256
 """Inputs that share a super-scale where scales are themselves integers: GGUF's K types."""
 

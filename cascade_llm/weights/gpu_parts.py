@@ -6,15 +6,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from cascade_llm.weights.codes import Codes
+from cascade_llm.weights.codes import ROWS_TOGETHER, Codes
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightOptions
 
 __all__ = ["code_chunks", "first_codes", "reason_against_gpu"]
 
 CHUNK_LEN = 1 << 22
 """Weights that stand as codes on the host at a time."""
-ROWS_TOGETHER = 128
-"""A multiple of the rows that share scales, in any format, and of those of a tile."""
 
 
 def reason_against_gpu(

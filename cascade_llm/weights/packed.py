@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cascade_llm.errors import CapacityError
-from cascade_llm.weights.codes import INTEGER_BITS, SUPER_LEN, CodeLayout, Codes
+from cascade_llm.weights.codes import INTEGER_BITS, ROWS_TOGETHER, SUPER_LEN, CodeLayout, Codes
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
 from cascade_llm.weights.packed_kernels import CODE_NUMBERS, SCALE_NUMBERS, Piece, packed_kernels, reason_against_packed
 
@@ -22,10 +22,10 @@ __all__ = ["Packed", "codes_in"]
 
 BLOCK_LEN, TILE_LEN = 32, 16
 """Inputs of a block and outputs of a tile, in the C file."""
-ROWS_TOGETHER = 128
-"""A multiple of the rows that share scales, in any format, and of those of a tile."""
 CHUNK_LEN = 1 << 20
 """Weights that stand as codes at a time, while a matrix is packed."""
+SCALED_CODES = (*INTEGER_BITS, "table", "float8_e4m3fn", "float8_e5m2")
+"""Codes that have scales; the other floats have none."""
 DTYPES = (torch.float32, torch.bfloat16)
 """Of the inputs and outputs of a product."""
 
@@ -39,8 +39,9 @@ class Packed(WeightFormat):
         """Pack the codes of all parts; few of them stand beside their tiles at a time."""
         self.spec = spec
         self._product, self._rows = packed_kernels().product, packed_kernels().rows
-        self._out_features = spec.out_features
-        self._is_bfloat16 = spec.options.dtype == torch.bfloat16
+        self._in_features, self._out_features = spec.in_features, spec.out_features
+        self._dtype = spec.options.dtype
+        self._is_bfloat16 = self._dtype == torch.bfloat16
         self._is_exact = spec.options.exact_activations
         packed = [_PackedPart(spec.rows_of(name).start, parts[name]) for name in spec.parts]
         self.layouts = [part.layout for part in packed]
@@ -73,6 +74,8 @@ class Packed(WeightFormat):
         """See `WeightFormat`."""
         x = x.contiguous()
         rows, in_features = x.shape
+        assert x.dtype == self._dtype
+        assert in_features == self._in_features
         y = out if out is not None and out.is_contiguous() else x.new_empty(rows, self._out_features)
         for order, pieces in self._groups:
             ordered = x if order is None else x.index_select(1, order)
@@ -172,6 +175,8 @@ def _reason_against(stored: StoredTensor, in_features: int) -> str | None:
     code = "table" if layout.values else layout.code
     if code not in CODE_NUMBERS:
         return f"there is no kernel for {code}"
+    if (layout.group_len is None) == (code in SCALED_CODES):
+        return f"there is no kernel for {code} {'without' if layout.group_len is None else 'with'} scales"
     if layout.scale == "sub":
         halved = code in ("u2", "u3", "u6")
         fits = in_features % SUPER_LEN == 0 and layout.group_len == (16 if halved else 32)

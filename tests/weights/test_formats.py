@@ -18,6 +18,8 @@ from cascade_llm.weights.select import FORMATS, Entry, build_matrix, describe_we
 from tests.weights.matrices import matrix_in, matrix_spec, plain, random_codes, stored_codes
 from tests.weights.test_packed import LAYOUTS
 
+OF_PLAIN_VALUES = [name for name in FORMATS if not name.startswith("cuda_")]
+"""The others hold codes on a GPU: `test_cuda_formats`."""
 SHAPES = [(576, 960), (1536, 576), (64, 128), (48, 100), (7, 3), (64, 1)]
 
 
@@ -36,7 +38,7 @@ def skip_unless_it_holds(name: str, spec: MatrixSpec) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", OF_PLAIN_VALUES)
 def test_a_matrix_has_the_product_of_its_values(
     name: str, inputs: int, outputs: int, dtype: torch.dtype, bias: bool
 ) -> None:
@@ -56,7 +58,7 @@ def test_a_matrix_has_the_product_of_its_values(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("order", [("q", "k", "v"), ("v", "q", "k")])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", OF_PLAIN_VALUES)
 def test_parts_loaded_in_any_order_give_the_same_matrix(name: str, order: tuple[str, ...]) -> None:
     torch.manual_seed(1)
     parts = {"q": 128, "k": 64, "v": 64}
@@ -74,7 +76,7 @@ def test_parts_loaded_in_any_order_give_the_same_matrix(name: str, order: tuple[
 @torch.inference_mode()
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", OF_PLAIN_VALUES)
 def test_a_product_is_written_into_memory_that_is_there(name: str, rows: int, bias: bool) -> None:
     torch.manual_seed(1)
     spec = matrix_spec(64, 128, torch.bfloat16)
@@ -89,7 +91,7 @@ def test_a_product_is_written_into_memory_that_is_there(name: str, rows: int, bi
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", OF_PLAIN_VALUES)
 def test_an_input_that_is_a_view_gives_the_same_product(name: str) -> None:
     spec = matrix_spec(64, 64, torch.bfloat16)
     skip_unless_it_holds(name, spec)
@@ -171,7 +173,7 @@ def test_a_matrix_that_is_rounded_while_loading_is_close_to_its_values() -> None
     torch.testing.assert_close(rounded, weight, rtol=0, atol=0.04)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "packed"])
+@pytest.mark.parametrize("name", [name for name in OF_PLAIN_VALUES if name != "packed"])
 def test_bytes_are_those_of_the_values(name: str) -> None:
     spec = matrix_spec(128, 64, torch.bfloat16)
     skip_unless_it_holds(name, spec)

@@ -197,5 +197,11 @@ def test_what_no_kernel_takes_is_named() -> None:
     assert "no kernel for float64" in reasons(64, StoredTensor.plain(torch.randn(4, 64).double()))
     undecoded = StoredTensor("IQ2_XXS", (4, 64), torch.zeros(4, 8, dtype=torch.uint8), lambda rows: rows.float())
     assert "IQ2_XXS has no kernel" in reasons(64, undecoded)
+    for layout, reason in (
+        (CodeLayout("float8_e4m3fn", group_len=None), "float8_e4m3fn without scales"),
+        (CodeLayout("u8", group_len=None), "u8 without scales"),
+        (CodeLayout("bfloat16", group_len=32, scale="float32"), "bfloat16 with scales"),
+    ):
+        assert reason in reasons(64, stored_codes(random_codes(layout, 4, 64, torch.Generator())))
     groups = CodeLayout("u4", group_len=16, scale="float32")
     assert "groups of 16" in reasons(64, stored_codes(random_codes(groups, 4, 64, torch.Generator())))
