@@ -36,8 +36,12 @@ class RopeConfig:
     """Rotary position embedding (Su et al. 2021) and how it is stretched; fields as in Hugging Face's config."""
 
     theta: float = 10000.0
+    rotary_dim: int | None = None
+    """How many dimensions of a head are rotated, the first ones; None: all."""
+    is_interleaved: bool = False
+    """Whether neighbouring dimensions are rotated against each other, and not the two halves."""
     rope_type: str = "default"
-    """default | linear | dynamic | llama3 | yarn"""
+    """default | linear | dynamic | llama3 | yarn | longrope"""
     factor: float = 1.0
     original_max_position_embeddings: int | None = None
     low_freq_factor: float = 1.0
@@ -48,6 +52,9 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    """Of longrope: what each wavelength is multiplied by up to the original length, and in `long_factors` beyond."""
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +62,7 @@ class ModelConfig:
     """A decoder-only transformer; how its layers are composed is `models.architectures`' knowledge."""
 
     architecture: str
-    """llama | qwen2 | qwen3"""
+    """A key of `models.architectures.ARCHITECTURES`."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -66,8 +73,16 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = field(default_factory=RopeConfig)
+    layer_ropes: tuple[RopeConfig | None, ...] = ()
+    """Of each layer, None where nothing is rotated; empty where all layers have `rope`."""
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    """What a block adds to the residual stream is multiplied by it."""
+    attention_multiplier: float | None = None
+    """What q·k is multiplied by; None: 1 / sqrt(head_dim)."""
+    logits_divisor: float = 1.0
     tie_word_embeddings: bool = False
-    own: Mapping[str, bool] = field(default_factory=dict)
+    own: Mapping[str, Any] = field(default_factory=dict)
     """Fields of config.json that only this architecture's composition of blocks reads."""
     attention_kinds: tuple[int | None, ...] = (None,)
     """What the kinds of attention read: all earlier tokens, or the last so many. Kind 0 reads all."""
@@ -81,7 +96,11 @@ class ModelConfig:
     @property
     def sm_scale(self) -> float:
         """What q·k is multiplied by before the softmax."""
-        return float(self.head_dim**-0.5)
+        return float(self.head_dim**-0.5) if self.attention_multiplier is None else self.attention_multiplier
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """What a layer rotates by; None where it rotates nothing."""
+        return self.layer_ropes[layer] if self.layer_ropes else self.rope
 
     def kv_bytes_per_token(self, kv_number_bytes: float) -> int:
         """K and V of one token over all layers, where each number takes so many bytes with its share of a scale."""

@@ -32,16 +32,23 @@ class FlashInferLayerOps(FusedOps):
         return delta
 
     def rotate(
-        self, qkv: torch.Tensor, layout: HeadLayout, rotation: Rotation, norms: tuple[RMSNorm, RMSNorm] | None
+        self, qkv: torch.Tensor, layout: HeadLayout, rotation: Rotation | None, norms: tuple[RMSNorm, RMSNorm] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `FusedOps`; without norms q and k are views of `qkv`, rotated where they lie."""
         q, k, v = layout.split(qkv)
         if norms is not None:
             q, k = self.rms_norm(q, norms[0]), self.rms_norm(k, norms[1])
+        if rotation is None:
+            return q, k, v
         rows = len(qkv)
         # the step's rows of the table were looked up once: row i of them is position i of this smaller table
         self._ops.apply_rope_with_cos_sin_cache_inplace(
-            self._row_numbers[:rows], q.flatten(1), k.flatten(1), layout.head_dim, rotation.cos_sin
+            self._row_numbers[:rows],
+            q.flatten(1),
+            k.flatten(1),
+            layout.head_dim,
+            rotation.cos_sin,
+            is_neox=not rotation.is_interleaved,
         )
         return q, k, v
 

@@ -62,14 +62,14 @@ class FusedOps(ABC):
 
     @abstractmethod
     def rotate(
-        self, qkv: torch.Tensor, layout: HeadLayout, rotation: Rotation, norms: tuple[RMSNorm, RMSNorm] | None
+        self, qkv: torch.Tensor, layout: HeadLayout, rotation: Rotation | None, norms: tuple[RMSNorm, RMSNorm] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v, each [rows, heads, head_dim], of one projection; q and k rotated.
 
         Args:
             qkv: [rows, all heads * head_dim], contiguous; may be overwritten
             layout: where the heads lie
-            rotation: of the same rows
+            rotation: of the same rows; None rotates nothing
             norms: applied to each query head and each key head before the rotation (Qwen3)
         """
 
@@ -96,15 +96,16 @@ class TorchOps(FusedOps):
         return self.rms_norm(residual.add_(delta), norm)
 
     def rotate(
-        self, qkv: torch.Tensor, layout: HeadLayout, rotation: Rotation, norms: tuple[RMSNorm, RMSNorm] | None
+        self, qkv: torch.Tensor, layout: HeadLayout, rotation: Rotation | None, norms: tuple[RMSNorm, RMSNorm] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `FusedOps`; q and k are views of a new tensor."""
+        """See `FusedOps`; q and k are views of a new tensor, or of `qkv` where nothing is done to them."""
         q, k, v = layout.split(qkv)
         if norms is None:
             qk = qkv.view(qkv.shape[0], -1, layout.head_dim)[:, : layout.num_rotated]
         else:
             qk = torch.cat((self.rms_norm(q, norms[0]), self.rms_norm(k, norms[1])), dim=1)
-        q, k = rotate_heads(qk, rotation).split_with_sizes((layout.num_qo_heads, layout.num_kv_heads), dim=1)
+        turned = qk if rotation is None else rotate_heads(qk, rotation)
+        q, k = turned.split_with_sizes((layout.num_qo_heads, layout.num_kv_heads), dim=1)
         return q, k, v
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -135,21 +135,23 @@ typedef struct {
     element *qkv;
     const float *cos_sin;
     const element *q_norm, *k_norm;
-    long rows, row_size, num_q, num_k, head_dim, parts;
+    long rows, row_size, num_q, num_k, head_dim, rotary_dim, parts;
+    int is_interleaved;
     float eps;
 } rotation;
 
-/* One head: normalise (unless weight is null), then rotate its halves against each other. */
-static inline void rotate_head(element *restrict head, const element *restrict weight, const float *restrict cosines,
-                               const float *restrict sines, long half, float eps) {
-    element *low = head, *high = head + half;
-    if (weight) {
-        float sum = 0;
+static inline void norm_head(element *restrict head, const element *restrict weight, long head_dim, float eps) {
+    float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < 2 * half; i++) sum += load(head[i]) * load(head[i]);
-        float scale = inverse_rms(sum, 2 * half, eps);
-        for (long i = 0; i < 2 * half; i++) head[i] = store(load(head[i]) * scale * load(weight[i]));
-    }
+    for (long i = 0; i < head_dim; i++) sum += load(head[i]) * load(head[i]);
+    float scale = inverse_rms(sum, head_dim, eps);
+    for (long i = 0; i < head_dim; i++) head[i] = store(load(head[i]) * scale * load(weight[i]));
+}
+
+/* The first 2 * half dimensions, one half against the other. */
+static inline void rotate_halves(element *restrict head, const float *restrict cosines, const float *restrict sines,
+                                 long half) {
+    element *low = head, *high = head + half;
     for (long i = 0; i < half; i++) {
         float x = load(low[i]), y = load(high[i]);
         low[i] = store(x * cosines[i] - y * sines[i]);
@@ -157,21 +159,39 @@ static inline void rotate_head(element *restrict head, const element *restrict w
     }
 }
 
-static void rotate_part(void *of, long part) {
-    const rotation *r = of;
-    const long half = r->head_dim / 2;
-    for (long row = part_begin(r->rows, part, r->parts); row < part_begin(r->rows, part + 1, r->parts); row++) {
-        const float *cosines = r->cos_sin + row * r->head_dim;
-        for (long head = 0; head < r->num_q + r->num_k; head++)
-            rotate_head(r->qkv + row * r->row_size + head * r->head_dim, head < r->num_q ? r->q_norm : r->k_norm,
-                        cosines, cosines + half, half, r->eps);
+/* The first 2 * half dimensions, neighbours against each other. */
+static inline void rotate_pairs(element *restrict head, const float *restrict cosines, const float *restrict sines,
+                                long half) {
+    for (long i = 0; i < half; i++) {
+        float x = load(head[2 * i]), y = load(head[2 * i + 1]);
+        head[2 * i] = store(x * cosines[i] - y * sines[i]);
+        head[2 * i + 1] = store(y * cosines[i] + x * sines[i]);
     }
 }
 
-/* Query and key heads of qkv [rows, row_size], in place; cos_sin is [rows, head_dim]. The norms may be null. */
+static void rotate_part(void *of, long part) {
+    const rotation *r = of;
+    const long half = r->rotary_dim / 2;
+    for (long row = part_begin(r->rows, part, r->parts); row < part_begin(r->rows, part + 1, r->parts); row++) {
+        const float *cosines = r->cos_sin + row * r->rotary_dim;
+        for (long i = 0; i < r->num_q + r->num_k; i++) {
+            element *head = r->qkv + row * r->row_size + i * r->head_dim;
+            if (r->q_norm) norm_head(head, i < r->num_q ? r->q_norm : r->k_norm, r->head_dim, r->eps);
+            if (r->is_interleaved)
+                rotate_pairs(head, cosines, cosines + half, half);
+            else
+                rotate_halves(head, cosines, cosines + half, half);
+        }
+    }
+}
+
+/* Query and key heads of qkv [rows, row_size], in place; cos_sin is [rows, rotary_dim], null with rotary_dim 0. The
+ * norms, which come first, may be null. */
 void rotate(element *qkv, const float *cos_sin, const element *q_norm, const element *k_norm, long rows, long row_size,
-            long num_q, long num_k, long head_dim, float eps, int threads) {
+            long num_q, long num_k, long head_dim, long rotary_dim, int is_interleaved, float eps, int threads) {
+    if (!rotary_dim && !q_norm) return;
     const long parts = rows * (num_q + num_k) * head_dim >= PARALLEL_FROM ? threads : 1;
-    rotation r = {qkv, cos_sin, q_norm, k_norm, rows, row_size, num_q, num_k, head_dim, parts, eps};
+    rotation r = {qkv,      cos_sin,    q_norm, k_norm,         rows, row_size, num_q, num_k,
+                  head_dim, rotary_dim, parts,  is_interleaved, eps};
     parallel_for(rotate_part, &r, parts, threads);
 }

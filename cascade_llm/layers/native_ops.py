@@ -50,21 +50,24 @@ class NativeOps(FusedOps):
         return self._normalised(residual, delta.data_ptr(), norm)
 
     def rotate(
-        self, qkv: torch.Tensor, layout: HeadLayout, rotation: Rotation, norms: tuple[RMSNorm, RMSNorm] | None
+        self, qkv: torch.Tensor, layout: HeadLayout, rotation: Rotation | None, norms: tuple[RMSNorm, RMSNorm] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `FusedOps`; q, k and v are views of `qkv`."""
         assert qkv.is_contiguous()
         assert qkv.dtype == self.dtype
-        assert rotation.cos_sin.shape[0] == qkv.shape[0]
+        cos_sin = None if rotation is None else rotation.cos_sin
+        assert cos_sin is None or cos_sin.shape[0] == qkv.shape[0]
         self._rotate(
             qkv.data_ptr(),
-            rotation.cos_sin.data_ptr(),
+            None if cos_sin is None else cos_sin.data_ptr(),
             norms[0].weight.data_ptr() if norms else None,
             norms[1].weight.data_ptr() if norms else None,
             *qkv.shape,
             layout.num_qo_heads,
             layout.num_kv_heads,
             layout.head_dim,
+            0 if cos_sin is None else cos_sin.shape[1],
+            rotation is not None and rotation.is_interleaved,
             norms[0].eps if norms else 0.0,
             torch.get_num_threads(),
         )
@@ -113,7 +116,7 @@ def _compiled(dtype: torch.dtype) -> Mapping[str, NativeFunction]:
     functions = native_functions(ops_unit(ELEMENTS[dtype]))
     functions["add_rms_norm"].argtypes = (*[_pointer] * 4, _long, _long, _float, _int)
     functions["silu_and_mul"].argtypes = (_pointer, _pointer, _long, _long, _int)
-    functions["rotate"].argtypes = (*[_pointer] * 4, *[_long] * 5, _float, _int)
+    functions["rotate"].argtypes = (*[_pointer] * 4, *[_long] * 6, _int, _float, _int)
     for function in functions.values():
         function.restype = None
     return functions

@@ -1,4 +1,4 @@
-"""Which architectures are served, stated as compositions of blocks, and how their config.json is read.
+"""Which architectures are served, and how a config.json is read.
 
 A field that would change the mathematics and is not implemented is refused by name: a model is served right or not at
 all.
@@ -6,67 +6,23 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from reprlib import repr as short_repr
+from collections.abc import Mapping
 from typing import Any
 
-from cascade_llm.config import ModelConfig, RopeConfig
+from cascade_llm.config import ModelConfig
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
-from cascade_llm.layers.rope import ROPE_TYPES
-from cascade_llm.models.blocks import AttentionBlock, BlockOptions, DecoderLayer, GatedMLP, PreNormLayer
+from cascade_llm.models.architecture import Architecture
+from cascade_llm.models.config_fields import ConfigFields
+from cascade_llm.models.families.llama import LLAMA
+from cascade_llm.models.families.qwen import QWEN2, QWEN3
+from cascade_llm.models.rope_fields import read_rope
 
 __all__ = ["ARCHITECTURES", "Architecture", "model_config_from_hf"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What sets one architecture apart."""
-
-    hf_class: str
-    layer: Callable[[BlockOptions, int], DecoderLayer]
-    """Composes the layer of an index from blocks."""
-    own_fields: Mapping[str, bool] = field(default_factory=dict)
-    """Fields of config.json that `layer` reads from `ModelConfig.own`, with their defaults."""
-    default_head_dim: int | None = None
-    """Where config.json has none; None is hidden_size / num_attention_heads."""
-    has_window_switch: bool = False
-    """`sliding_window` is in force only with `use_sliding_window`."""
-
-
-def _llama_layer(options: BlockOptions, index: int) -> DecoderLayer:
-    """Llama (Touvron et al. 2023)."""
-    bias, mlp_bias = options.config.own["attention_bias"], options.config.own["mlp_bias"]
-    attention = AttentionBlock(options, qkv_bias=bias, out_bias=bias)
-    return PreNormLayer(options, index, attention, GatedMLP(options, bias=mlp_bias))
-
-
-def _qwen2_layer(options: BlockOptions, index: int) -> DecoderLayer:
-    """As Llama, with a bias of q, k and v."""
-    return PreNormLayer(options, index, AttentionBlock(options, qkv_bias=True), GatedMLP(options))
-
-
-def _qwen3_layer(options: BlockOptions, index: int) -> DecoderLayer:
-    """As Llama, with norms of the heads."""
-    bias = options.config.own["attention_bias"]
-    attention = AttentionBlock(options, qkv_bias=bias, out_bias=bias, head_norms=True)
-    return PreNormLayer(options, index, attention, GatedMLP(options))
-
-
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(
-        hf_class="LlamaForCausalLM",
-        layer=_llama_layer,
-        own_fields={"attention_bias": False, "mlp_bias": False},
-    ),
-    "qwen2": Architecture(hf_class="Qwen2ForCausalLM", layer=_qwen2_layer, has_window_switch=True),
-    "qwen3": Architecture(
-        hf_class="Qwen3ForCausalLM",
-        layer=_qwen3_layer,
-        own_fields={"attention_bias": False},
-        default_head_dim=128,
-        has_window_switch=True,
-    ),
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
 }
 """By `model_type` of config.json."""
 
@@ -115,47 +71,41 @@ def model_config_from_hf(
         UnsupportedModelError: the architecture, or a field that changes the mathematics, is not implemented
         CheckpointError: a field is missing or makes no sense
     """
-    name = _architecture_name(hf_config)
+    name = _architecture_name(ConfigFields(hf_config))
     architecture = ARCHITECTURES[name]
-    _refuse_unimplemented(hf_config, architecture)
-    _require(hf_config)
-    hidden_size, num_qo_heads = _count(hf_config, "hidden_size"), _count(hf_config, "num_attention_heads")
-    head_dim = _count(hf_config, "head_dim", architecture.default_head_dim or hidden_size // num_qo_heads)
-    num_kv_heads = _count(hf_config, "num_key_value_heads", num_qo_heads)
+    fields = ConfigFields(hf_config, defaults=architecture.defaults)
+    _refuse_unimplemented(fields, architecture)
+    _require(fields)
+    hidden_size, num_qo_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    head_dim = fields.count("head_dim", hidden_size // num_qo_heads)
+    num_kv_heads = fields.count("num_key_value_heads", num_qo_heads)
     if num_qo_heads % num_kv_heads:
         raise CheckpointError(
             f"config.json: num_attention_heads {num_qo_heads} is no multiple of num_key_value_heads {num_kv_heads}"
         )
     if head_dim % 2:
         raise CheckpointError(f"config.json: head_dim is {head_dim}: rotary embedding needs an even one")
-    rope = _rope_config(hf_config)
-    if rope.rope_type == "dynamic" and head_dim == 2:
-        raise CheckpointError("config.json: head_dim is 2: a dynamic rotary embedding needs 4 or more")
-
-    return ModelConfig(
+    config = ModelConfig(
         architecture=name,
-        vocab_size=_count(hf_config, "vocab_size"),
+        vocab_size=fields.count("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_count(hf_config, "intermediate_size"),
-        num_layers=_count(hf_config, "num_hidden_layers", most=MAX_LAYERS),
+        intermediate_size=fields.count("intermediate_size"),
+        num_layers=fields.count("num_hidden_layers", most=MAX_LAYERS),
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=_count(hf_config, "max_position_embeddings"),
-        rms_norm_eps=_number(hf_config, "rms_norm_eps", 1e-6, least=0.0),
-        rope=rope,
-        tie_word_embeddings=_flag(hf_config, "tie_word_embeddings", False),
-        own={name: _flag(hf_config, name, default) for name, default in architecture.own_fields.items()},
-        dtype=_dtype(hf_config),
-        ending_token_ids=_ending_ids(hf_config) | _ending_ids(generation_config or {}, "generation_config.json"),
+        max_position_embeddings=fields.count("max_position_embeddings"),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, least=0.0),
+        rope=read_rope(fields, head_dim, architecture.implements),
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        dtype=_dtype(fields),
+        ending_token_ids=_ending_ids(fields)
+        | _ending_ids(ConfigFields(generation_config or {}, where="generation_config.json")),
     )
+    return architecture.refine(config, fields)
 
 
 MAX_LAYERS = 4096
-MAX_COUNT = 2**31 - 1
-"""Of any dimension: what an index of 32 bits reaches."""
-LARGEST = 1e30
-"""Of any number."""
 
 REQUIRED_FIELDS = (
     "vocab_size",
@@ -167,16 +117,14 @@ REQUIRED_FIELDS = (
 )
 
 
-def _require(hf_config: Mapping[str, Any]) -> None:
-    missing = [name for name in REQUIRED_FIELDS if hf_config.get(name) is None]
-    if missing:
+def _require(fields: ConfigFields) -> None:
+    if missing := [name for name in REQUIRED_FIELDS if name not in fields]:
         raise CheckpointError(f"config.json lacks {', '.join(missing)}: is it the model's own, and whole?")
 
 
-def _architecture_name(hf_config: Mapping[str, Any]) -> str:
+def _architecture_name(fields: ConfigFields) -> str:
     """The key of `ARCHITECTURES`; the class name decides where both are there, as it says which head is on top."""
-    classes = _texts(hf_config, "architectures")
-    model_type = hf_config.get("model_type")
+    classes, model_type = fields.texts("architectures"), fields.value("model_type")
     for name, architecture in ARCHITECTURES.items():
         if architecture.hf_class in classes or (not classes and name == model_type):
             return name
@@ -185,15 +133,15 @@ def _architecture_name(hf_config: Mapping[str, Any]) -> str:
     raise UnsupportedModelError(f"architecture {found} is not implemented; supported: {known}")
 
 
-def _refuse_unimplemented(hf_config: Mapping[str, Any], architecture: Architecture) -> None:
+def _refuse_unimplemented(fields: ConfigFields, architecture: Architecture) -> None:
     refused = [
-        f"{name}={hf_config[name]!r}"
+        f"{name}={fields.value(name)!r}"
         for name, neutral in NEUTRAL_VALUES.items()
-        if hf_config.get(name) is not None and hf_config[name] not in neutral
+        if name in fields and fields.value(name) not in neutral and name not in architecture.implements
     ]
-    if hf_config.get("sliding_window") is not None and not architecture.has_window_switch:
-        refused.append(f"sliding_window={hf_config['sliding_window']!r}")
-    layer_types = set(_texts(hf_config, "layer_types")) - {"full_attention"}
+    if "sliding_window" in fields and not architecture.has_window_switch:
+        refused.append(f"sliding_window={fields.value('sliding_window')!r}")
+    layer_types = set(fields.texts("layer_types")) - {"full_attention"}
     if layer_types:
         refused.append(f"layer_types with {', '.join(sorted(layer_types))}")
     if refused:
@@ -203,134 +151,22 @@ def _refuse_unimplemented(hf_config: Mapping[str, Any], architecture: Architectu
         )
 
 
-def _rope_config(hf_config: Mapping[str, Any]) -> RopeConfig:
-    """From `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (before)."""
-    newer = _mapping(hf_config, "rope_parameters")
-    fields = _mapping(hf_config, "rope_scaling") or newer
-    where = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
-    if any(isinstance(value, Mapping) for value in fields.values()):
-        raise UnsupportedModelError(f"config.json: {where} differs between layer types, which is not implemented")
-    rope_type = fields.get("rope_type") or fields.get("type") or "default"
-    if rope_type not in ROPE_TYPES:
-        raise UnsupportedModelError(
-            f"config.json: rope type {rope_type!r} is not implemented; supported: {', '.join(ROPE_TYPES)}"
-        )
-    if fields.get("partial_rotary_factor") not in (None, 1) or fields.get("mrope_section"):
-        raise UnsupportedModelError(f"config.json: {where} rotates by partial_rotary_factor or mrope_section")
-    holder = next((held for held in (fields, newer, hf_config) if held.get("rope_theta") is not None), fields)
-    theta = _number(holder, "rope_theta", 10000.0, least=1.0)
-    if rope_type == "default":
-        return RopeConfig(theta=theta)
-    return RopeConfig(theta=theta, rope_type=rope_type, **_rope_scaling(hf_config, fields, rope_type, where))
-
-
-def _rope_scaling(
-    hf_config: Mapping[str, Any], fields: Mapping[str, Any], rope_type: str, where: str
-) -> dict[str, Any]:
-    """The fields of `RopeConfig` that say how far, and how, positions are stretched."""
-    max_len = _count(hf_config, "max_position_embeddings")
-    if rope_type in ("llama3", "yarn"):
-        inner = _count(fields, "original_max_position_embeddings", max_len)
-        original_len = _count(hf_config, "original_max_position_embeddings", inner)
-    else:
-        original_len = max_len
-    scaling: dict[str, Any] = {"original_max_position_embeddings": original_len}
-    if fields.get("factor") is not None:
-        scaling["factor"] = _number(fields, "factor", 1.0, least=0.0, where=where)
-    elif rope_type == "yarn":
-        scaling["factor"] = max_len / original_len
-    given = {name: least for name, least in SCALING_NUMBERS.items() if fields.get(name) is not None}
-    # 0 means "not given" for the two ends of yarn's ramp, as transformers reads them
-    given = {name: least for name, least in given.items() if least is None or fields[name] != 0}
-    scaling.update({name: _number(fields, name, 1.0, least=least, where=where) for name, least in given.items()})
-    required = ("factor", "low_freq_factor", "high_freq_factor") if rope_type == "llama3" else ("factor",)
-    if missing := [name for name in required if name not in scaling]:
-        raise CheckpointError(f"config.json: {where} of type {rope_type} lacks {', '.join(missing)}")
-    if rope_type == "llama3" and scaling["low_freq_factor"] == scaling["high_freq_factor"]:
-        raise CheckpointError(f"config.json: {where} has equal low_freq_factor and high_freq_factor")
-    return {**scaling, "truncate": _flag(fields, "truncate", True)}
-
-
-SCALING_NUMBERS: Mapping[str, float | None] = {
-    "low_freq_factor": None,
-    "high_freq_factor": None,
-    "attention_factor": None,
-    "mscale": None,
-    "mscale_all_dim": None,
-    "beta_fast": 0.0,
-    "beta_slow": 0.0,
-}
-"""Each with what it must be larger than."""
-
-
-def _wrong(name: str, value: object, wanted: str, where: str = "config.json") -> CheckpointError:
-    return CheckpointError(f"{where}: {name} is {short_repr(value)}: it must be {wanted}")
-
-
-def _count(fields: Mapping[str, Any], name: str, default: int | None = None, most: int = MAX_COUNT) -> int:
-    """A field that must be a positive integer."""
-    value = default if fields.get(name) is None else fields[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _wrong(name, value, "an integer, 1 or larger")
-    if value > most:
-        raise _wrong(name, value, f"at most {most:,}")
-    return value
-
-
-def _number(
-    fields: Mapping[str, Any], name: str, default: float, *, least: float | None = None, where: str = ""
-) -> float:
-    """A field that must be a finite number, above `least`."""
-    value = default if fields.get(name) is None else fields[name]
-    where = f"config.json: {where}" if where else "config.json"
-    if not isinstance(value, int | float) or isinstance(value, bool) or not -LARGEST <= value <= LARGEST:
-        raise _wrong(name, value, "a number", where)
-    if least is not None and value <= least:
-        raise _wrong(name, value, f"larger than {least:g}", where)
-    return float(value)
-
-
-def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = default if fields.get(name) is None else fields[name]
-    if not isinstance(value, bool):
-        raise _wrong(name, value, "true or false")
-    return value
-
-
-def _mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A field that must be an object; empty where it is null or not there."""
-    value = fields.get(name)
-    if value is not None and not isinstance(value, Mapping):
-        raise _wrong(name, value, "an object")
-    return value or {}
-
-
-def _texts(fields: Mapping[str, Any], name: str) -> list[str]:
-    """A field that must be a list of texts; empty where it is null or not there."""
-    value = fields.get(name)
-    if value is None:
-        return []
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise _wrong(name, value, "a list of texts")
-    return list(value)
-
-
-def _dtype(hf_config: Mapping[str, Any]) -> str:
+def _dtype(fields: ConfigFields) -> str:
     """The checkpoint's dtype; what it does not say, or no plain float, is float32."""
-    name = "dtype" if hf_config.get("dtype") is not None else "torch_dtype"
-    stated = "float32" if hf_config.get(name) is None else hf_config[name]
+    name = "dtype" if "dtype" in fields else "torch_dtype"
+    stated = fields.value(name) if name in fields else "float32"
     if not isinstance(stated, str):
-        raise _wrong(name, stated, "a text, such as 'bfloat16'")
+        raise fields.wrong(name, "a text, such as 'bfloat16'")
     stated = stated.removeprefix("torch.")
     return stated if stated in ("float32", "float16", "bfloat16") else "float32"
 
 
-def _ending_ids(config: Mapping[str, Any], where: str = "config.json") -> frozenset[int]:
+def _ending_ids(fields: ConfigFields) -> frozenset[int]:
     """`eos_token_id`: null, one id, or a list of them."""
-    ids = config.get("eos_token_id")
+    ids = fields.value("eos_token_id")
     if ids is None:
         return frozenset()
     listed = ids if isinstance(ids, list | tuple) else (ids,)
     if any(not isinstance(token_id, int) or isinstance(token_id, bool) for token_id in listed):
-        raise _wrong("eos_token_id", ids, "a token id or a list of them", where)
+        raise fields.wrong("eos_token_id", "a token id or a list of them")
     return frozenset(listed)

@@ -18,12 +18,13 @@ from cascade_llm.weights.linear import Linear
 
 __all__ = [
     "MLP",
+    "PRE_NORM",
     "AttentionBlock",
     "BlockOptions",
     "DecoderLayer",
     "GatedMLP",
+    "NormNames",
     "Parameter",
-    "PreNormLayer",
     "below",
     "linear_parameters",
     "norm_parameter",
@@ -64,16 +65,33 @@ class AttentionBlock:
     """
 
     def __init__(
-        self, options: BlockOptions, *, qkv_bias: bool = False, out_bias: bool = False, head_norms: bool = False
+        self,
+        options: BlockOptions,
+        *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        head_norms: bool = False,
+        projection_norms: bool = False,
+        fused_name: str | None = None,
     ) -> None:
-        """`head_norms`: whether each query and each key head is normalised before it is rotated."""
-        config, self._ops = options.config, options.ops
+        """Without values.
+
+        Args:
+            options: of the model
+            qkv_bias: whether q, k and v have one
+            out_bias: whether the projection back has one
+            head_norms: whether each query and each key head is normalised before it is rotated
+            projection_norms: whether all queries together, and all keys, are normalised before they are rotated
+            fused_name: what a checkpoint calls the one tensor that it has in the place of q, k and v
+        """
+        config, self._ops, self._fused_name = options.config, options.ops, fused_name
         self._layout = HeadLayout(config.num_qo_heads, config.num_kv_heads, config.head_dim)
         q_size, kv_size = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv = options.linear("qkv", config.hidden_size, parts, bias=qkv_bias)
         self.out = options.linear("attention_out", q_size, {"o_proj": config.hidden_size}, bias=out_bias)
         self.head_norms = (options.norm(config.head_dim), options.norm(config.head_dim)) if head_norms else None
+        self.projection_norms = (options.norm(q_size), options.norm(kv_size)) if projection_norms else None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -82,15 +100,21 @@ class AttentionBlock:
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """The names of its tensors, and where they go."""
-        for linear in self.linears:
-            yield from linear_parameters(linear)
-        if self.head_norms is not None:
-            yield "q_norm.weight", norm_parameter(self.head_norms[0])
-            yield "k_norm.weight", norm_parameter(self.head_norms[1])
+        yield from linear_parameters(self.qkv, self._fused_name)
+        yield from linear_parameters(self.out)
+        for norms in (self.head_norms, self.projection_norms):
+            if norms is not None:
+                yield "q_norm.weight", norm_parameter(norms[0])
+                yield "k_norm.weight", norm_parameter(norms[1])
 
-    def project(self, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: torch.Tensor, rotation: Rotation | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Heads of x [rows, hidden]: q [rows, num_qo_heads, head_dim], k and v [rows, num_kv_heads, head_dim]."""
-        return self._ops.rotate(self.qkv(x), self._layout, rotation, self.head_norms)
+        qkv = self.qkv(x)
+        if self.projection_norms is not None:
+            for part, norm in zip(("q_proj", "k_proj"), self.projection_norms, strict=True):
+                columns = qkv[:, self.qkv.spec.rows_of(part)]
+                columns.copy_(self._ops.rms_norm(columns.contiguous(), norm))
+        return self._ops.rotate(qkv, self._layout, rotation, self.head_norms)
 
     def merge_heads(self, attended: torch.Tensor) -> torch.Tensor:
         """[rows, num_qo_heads, head_dim] -> [rows, hidden]."""
@@ -117,8 +141,9 @@ class MLP(ABC):
 class GatedMLP(MLP):
     """down(silu(gate(x)) * up(x)); a checkpoint calls the parts `gate_proj`, `up_proj` and `down_proj`."""
 
-    def __init__(self, options: BlockOptions, *, bias: bool = False) -> None:
-        self._ops = options.ops
+    def __init__(self, options: BlockOptions, *, bias: bool = False, fused_name: str | None = None) -> None:
+        """`fused_name`: what a checkpoint calls the one tensor that it has in the place of gate and up."""
+        self._ops, self._fused_name = options.ops, fused_name
         hidden, inner = options.config.hidden_size, options.config.intermediate_size
         self.gate_up = options.linear("gate_up", hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias)
         self.down = options.linear("down", inner, {"down_proj": hidden}, bias=bias)
@@ -130,101 +155,126 @@ class GatedMLP(MLP):
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """See `MLP`."""
-        for linear in self.linears:
-            yield from linear_parameters(linear)
+        yield from linear_parameters(self.gate_up, self._fused_name)
+        yield from linear_parameters(self.down)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `MLP`."""
         return self.down(self._ops.silu_and_mul(self.gate_up(x)))
 
 
-class DecoderLayer(ABC):
+@dataclass(frozen=True)
+class NormNames:
+    """Where a layer has norms, and what a checkpoint calls them; None where there is none."""
+
+    before_attention: str | None = None
+    after_attention: str | None = None
+    """Of what attention adds to the residual stream."""
+    before_mlp: str | None = None
+    after_mlp: str | None = None
+
+    @property
+    def in_order(self) -> tuple[str | None, ...]:
+        """All four."""
+        return self.before_attention, self.after_attention, self.before_mlp, self.after_mlp
+
+
+PRE_NORM = NormNames(before_attention="input_layernorm", before_mlp="post_attention_layernorm")
+"""Each block reads the normalised residual stream, and its output is added as it is."""
+
+
+class DecoderLayer:
     """Attention and a feed-forward block, in two pieces: what comes before attention, and what comes after.
 
     CUDA graphs of mixed steps are captured piece by piece, and attention runs between them.
     """
 
-    def __init__(self, index: int, attention: AttentionBlock, mlp: MLP) -> None:
+    def __init__(
+        self, options: BlockOptions, index: int, attention: AttentionBlock, mlp: MLP, norms: NormNames = PRE_NORM
+    ) -> None:
         self.index, self.attention, self.mlp = index, attention, mlp
+        self._ops, self._multiplier = options.ops, options.config.residual_multiplier
+        self._names, hidden = norms, options.config.hidden_size
+        self._norms = [None if name is None else options.norm(hidden) for name in norms.in_order]
+        self._before_attention, self._after_attention, self._before_mlp, self._after_mlp = self._norms
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """In the order they run."""
         return *self.attention.linears, *self.mlp.linears
 
-    @abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """The names of its tensors below the layer's own, and where they go."""
+        for name, norm in zip(self._names.in_order, self._norms, strict=True):
+            if norm is not None:
+                yield f"{name}.weight", norm_parameter(norm)
+        yield from below("self_attn", self.attention.named_parameters())
+        yield from below("mlp", self.mlp.named_parameters())
 
-    @abstractmethod
     def before_attention(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, rotation: Rotation
+        self, residual: torch.Tensor, delta: torch.Tensor | None, rotation: Rotation | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [rows, num_qo_heads, head_dim], k and v [rows, num_kv_heads, head_dim].
 
         Args:
             residual: [rows, hidden]; `delta` is added in place
             delta: [rows, hidden], what the layer before left to add; None for the first layer
-            rotation: of these rows
+            rotation: of these rows; None where the layer rotates nothing
         """
+        return self.attention.project(self._input(residual, delta, self._before_attention), rotation)
 
-    @abstractmethod
     def after_attention(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """What is left to add, [rows, hidden], after attention's output [rows, num_qo_heads, head_dim]."""
+        delta = self._output(self.attention.merge_heads(attended), self._after_attention)
+        return self._output(self.mlp(self._input(residual, delta, self._before_mlp)), self._after_mlp)
 
     def __call__(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, rotation: Rotation, attention: Attention
+        self, residual: torch.Tensor, delta: torch.Tensor | None, rotation: Rotation | None, attention: Attention
     ) -> torch.Tensor:
         """What this layer adds to the residual stream at its end, [rows, hidden]; adding it is left to the next norm.
 
         Args:
             residual: [rows, hidden]; `delta` and the attention's output are added in place
             delta: [rows, hidden], what the layer before left to add; None for the first layer
-            rotation: of these rows
+            rotation: of these rows; None where the layer rotates nothing
             attention: over this step's rows
         """
         q, k, v = self.before_attention(residual, delta, rotation)
         return self.after_attention(residual, attention(self.index, q, k, v))
 
+    def _input(self, residual: torch.Tensor, delta: torch.Tensor | None, norm: RMSNorm | None) -> torch.Tensor:
+        """What a block reads: the residual stream with `delta` added in place, normalised where there is a norm."""
+        if norm is None:
+            return residual if delta is None else residual.add_(delta)
+        return self._ops.rms_norm(residual, norm) if delta is None else self._ops.add_rms_norm(residual, delta, norm)
 
-class PreNormLayer(DecoderLayer):
-    """Each block reads the normalised residual stream, and its output is added to the stream."""
-
-    def __init__(self, options: BlockOptions, index: int, attention: AttentionBlock, mlp: MLP) -> None:
-        super().__init__(index, attention, mlp)
-        self._ops = options.ops
-        hidden = options.config.hidden_size
-        self.attention_norm, self.mlp_norm = options.norm(hidden), options.norm(hidden)
-
-    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """See `DecoderLayer`."""
-        yield "input_layernorm.weight", norm_parameter(self.attention_norm)
-        yield "post_attention_layernorm.weight", norm_parameter(self.mlp_norm)
-        yield from below("self_attn", self.attention.named_parameters())
-        yield from below("mlp", self.mlp.named_parameters())
-
-    def before_attention(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, rotation: Rotation
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `DecoderLayer`."""
-        if delta is None:
-            x = self._ops.rms_norm(residual, self.attention_norm)
-        else:
-            x = self._ops.add_rms_norm(residual, delta, self.attention_norm)
-        return self.attention.project(x, rotation)
-
-    def after_attention(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """See `DecoderLayer`."""
-        delta = self.attention.merge_heads(attended)
-        return self.mlp(self._ops.add_rms_norm(residual, delta, self.mlp_norm))
+    def _output(self, output: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+        """What a block adds to the residual stream."""
+        if norm is not None:
+            output = self._ops.rms_norm(output, norm)
+        return output if self._multiplier == 1 else output.mul_(self._multiplier)
 
 
-def linear_parameters(linear: Linear) -> Iterator[tuple[str, Parameter]]:
-    """`PART.weight` and `PART.bias` of each part."""
-    for part, rows in linear.spec.parts.items():
-        yield f"{part}.weight", Parameter((rows, linear.spec.in_features), partial(linear.load, part))
+def linear_parameters(linear: Linear, fused_name: str | None = None) -> Iterator[tuple[str, Parameter]]:
+    """`PART.weight` and `PART.bias` of each part, or of the one tensor `fused_name` that holds all parts in order."""
+    parts = linear.spec.parts if fused_name is None else {fused_name: linear.spec.out_features}
+    for part, rows in parts.items():
+        is_whole = fused_name is not None
+        load = partial(_load_parts, linear) if is_whole else partial(linear.load, part)
+        yield f"{part}.weight", Parameter((rows, linear.spec.in_features), load)
         if linear.bias is not None:
-            yield f"{part}.bias", Parameter((rows,), partial(linear.load_bias, part))
+            load = partial(_load_bias_parts, linear) if is_whole else partial(linear.load_bias, part)
+            yield f"{part}.bias", Parameter((rows,), load)
+
+
+def _load_parts(linear: Linear, stored: StoredTensor) -> None:
+    for part in linear.spec.parts:
+        linear.load(part, stored.rows(linear.spec.rows_of(part)))
+
+
+def _load_bias_parts(linear: Linear, stored: StoredTensor) -> None:
+    for part in linear.spec.parts:
+        linear.load_bias(part, stored.rows(linear.spec.rows_of(part)))
 
 
 def norm_parameter(norm: RMSNorm) -> Parameter:

@@ -16,7 +16,7 @@ from cascade_llm.config import ModelConfig
 from cascade_llm.errors import ConfigError
 from cascade_llm.layers.fused_ops import FusedOps
 from cascade_llm.layers.native_ops import select_fused_ops
-from cascade_llm.layers.rope import cos_sin_cache, rotation_at
+from cascade_llm.layers.rope import RotaryTables
 from cascade_llm.models.architectures import ARCHITECTURES
 from cascade_llm.models.blocks import BlockOptions, Parameter, below, linear_parameters, norm_parameter
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightOptions
@@ -61,7 +61,7 @@ class Decoder:
         Args:
             config: the model
             weights: their dtype and device, and what decides the formats of the matrices
-            max_positions: the longest sequence, for the RoPE table; default `config.max_position_embeddings`
+            max_positions: the longest sequence, for the RoPE tables; default `config.max_position_embeddings`
             ops: the elementwise operations; default the fastest that works on this device
 
         Raises:
@@ -84,7 +84,7 @@ class Decoder:
         self.final_norm = options.norm(hidden)
         tied_to = self.embedding if config.tie_word_embeddings else None
         self.lm_head = Linear(MatrixSpec("head", hidden, {"lm_head": vocab_size}, of_head), tied_to=tied_to)
-        self.cos_sin_cache = cos_sin_cache(config, max_positions or config.max_position_embeddings, weights.device)
+        self.rotary = RotaryTables(config, max_positions or config.max_position_embeddings, weights.device)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -110,6 +110,11 @@ class Decoder:
         self.embedding.load(stored)
         self.lm_head.tie()
 
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream [rows, hidden] before the first layer, of int64 `token_ids` [rows]."""
+        rows, multiplier = self.embedding(token_ids), self.config.embedding_multiplier
+        return rows if multiplier == 1 else rows.mul_(multiplier)
+
     def forward(
         self,
         token_ids: torch.Tensor,
@@ -125,12 +130,12 @@ class Decoder:
             attention: writes and attends K/V of this step's rows
             observer: is shown the output of every stage
         """
-        residual = self.embedding(token_ids)
-        rotation = rotation_at(self.cos_sin_cache, positions)
+        residual = self.embed(token_ids)
+        rotations = self.rotary.by_layer(self.rotary.rows_at(positions))
         if observer is not None:
             observer("embedding", residual)
         delta: torch.Tensor | None = None
-        for layer in self.layers:
+        for layer, rotation in zip(self.layers, rotations, strict=True):
             delta = layer(residual, delta, rotation, attention)
             if observer is not None:
                 observer(f"layer {layer.index}", residual + delta)
@@ -142,11 +147,14 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, vocab_size], the model's dtype; for the sampled rows only."""
-        return self.lm_head(hidden)
+        return self._scaled(self.lm_head(hidden))
 
     def write_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """`logits` into memory that is there, [n, vocab_size]: a copy of them would be read and written once more."""
-        self.lm_head(hidden, out)
+        self._scaled(self.lm_head(hidden, out))
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.config.logits_divisor == 1 else logits.div_(self.config.logits_divisor)
 
 
 class FirstNonFinite:

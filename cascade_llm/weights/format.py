@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,6 +47,11 @@ class StoredTensor:
     def plain(cls, values: torch.Tensor, release: Callable[[], None] = lambda: None) -> StoredTensor:
         """Values [...] of any shape and dtype, not copied."""
         return cls(PLAIN, tuple(values.shape), values, release=release)
+
+    def rows(self, rows: slice) -> StoredTensor:
+        """Some rows along the first dimension, as they are stored."""
+        data = self.data[rows]
+        return replace(self, shape=(len(data), *self.shape[1:]), data=data)
 
     def values(self) -> torch.Tensor:
         """The values [*shape]: a view of the file where they are plain, else new float32 ones."""

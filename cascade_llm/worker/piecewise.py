@@ -20,7 +20,6 @@ import torch
 from cascade_llm.attention.backend import Attention, AttentionSpec
 from cascade_llm.device.start_errors import is_out_of_memory
 from cascade_llm.device.stream import DeviceStream, Graph
-from cascade_llm.layers.rope import Rotation, rotation_at
 from cascade_llm.models.decoder import Decoder
 
 __all__ = ["PiecewiseGraphs", "piece_rows"]
@@ -51,7 +50,7 @@ class PiecewiseGraphs:
 
         self._token_ids, self._positions = zeros(dtype=torch.int64), zeros(dtype=torch.int64)
         self._residual, self._hidden = zeros(config.hidden_size), zeros(config.hidden_size)
-        self._cos_sin = zeros(decoder.cos_sin_cache.shape[1], dtype=torch.float32)
+        self._cos_sins = [zeros(table.shape[1], dtype=torch.float32) for table in decoder.rotary.tables]
         self._q = zeros(spec.num_qo_heads, spec.head_dim)
         self._k, self._v = zeros(spec.num_kv_heads, spec.head_dim), zeros(spec.num_kv_heads, spec.head_dim)
         self._attended = zeros(spec.num_qo_heads, spec.head_dim)
@@ -112,8 +111,9 @@ class PiecewiseGraphs:
 
     def _first(self, rows: int) -> None:
         decoder = self._decoder
-        self._residual[:rows] = decoder.embedding(self._token_ids[:rows])
-        self._cos_sin[:rows] = rotation_at(decoder.cos_sin_cache, self._positions[:rows]).cos_sin
+        self._residual[:rows] = decoder.embed(self._token_ids[:rows])
+        for kept, found in zip(self._cos_sins, decoder.rotary.rows_at(self._positions[:rows]), strict=True):
+            kept[:rows] = found
         self._project(rows, 0, None)
 
     def _between(self, rows: int, index: int) -> None:
@@ -129,6 +129,7 @@ class PiecewiseGraphs:
         return self._decoder.layers[index].after_attention(self._residual[:rows], self._attended[:rows])
 
     def _project(self, rows: int, index: int, delta: torch.Tensor | None) -> None:
-        layer, rotation = self._decoder.layers[index], Rotation(self._cos_sin[:rows])
-        q, k, v = layer.before_attention(self._residual[:rows], delta, rotation)
+        rotations = self._decoder.rotary.by_layer([kept[:rows] for kept in self._cos_sins])
+        layer = self._decoder.layers[index]
+        q, k, v = layer.before_attention(self._residual[:rows], delta, rotations[index])
         self._q[:rows], self._k[:rows], self._v[:rows] = q, k, v

@@ -225,8 +225,8 @@ class FlashInferDouble:
     ) -> None:
         if cos_sin_cache.dtype != torch.float32 or not cos_sin_cache.is_contiguous():
             raise DoubleError("cos_sin_cache must be contiguous float32")
-        if positions.dtype not in (torch.int32, torch.int64) or len(positions) != len(query) or not is_neox:
-            raise DoubleError("positions must be integers, one per row, rotated NeoX style")
+        if positions.dtype not in (torch.int32, torch.int64) or len(positions) != len(query):
+            raise DoubleError("positions must be integers, one per row")
         for heads in (query, key):
             self.check_dtype(heads, "query and key")
             if heads.dim() != 2 or heads.stride(-1) != 1 or heads.shape[1] % head_size:
@@ -236,8 +236,10 @@ class FlashInferDouble:
         def run() -> None:
             cos, sin = cos_sin_cache[positions.long()].unsqueeze(1).chunk(2, dim=-1)
             for heads in (query, key):
-                parts = heads.unflatten(1, (-1, head_size))
-                a, b = parts.float().chunk(2, dim=-1)
-                parts.copy_(torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1))
+                parts = heads.unflatten(1, (-1, head_size))[..., : cos_sin_cache.shape[1]]
+                pairs = parts.float().unflatten(-1, (2, -1) if is_neox else (-1, 2))
+                a, b = pairs.unbind(-2 if is_neox else -1)
+                turned = a * cos - b * sin, b * cos + a * sin
+                parts.copy_(torch.stack(turned, dim=-2 if is_neox else -1).flatten(-2))
 
         self.stream.launch(run, [positions, query, key, cos_sin_cache])

@@ -104,7 +104,8 @@ def test_what_pieces_leave_in_graph_memory_is_noticed(tiny: Path, monkeypatch: p
     """A planted fault: queries that stay where the graph put them are written over by another graph."""
 
     def left_behind(self: PiecewiseGraphs, rows: int, index: int, delta: Any) -> None:
-        layer, rotation = self._decoder.layers[index], piecewise.Rotation(self._cos_sin[:rows])
+        rotation = self._decoder.rotary.by_layer([kept[:rows] for kept in self._cos_sins])[index]
+        layer = self._decoder.layers[index]
         self._q, self._k, self._v = layer.before_attention(self._residual[:rows], delta, rotation)
 
     prompts = random_forest(5, 12, VOCAB, 50)

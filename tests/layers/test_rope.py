@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from cascade_llm.config import ModelConfig
-from cascade_llm.layers.rope import cos_sin_cache, max_context_len, rope_frequencies, rotate_heads, rotation_at
+from cascade_llm.layers.rope import RotaryTables, Rotation, max_context_len, rope_frequencies, rotate_heads
 from cascade_llm.models.architectures import model_config_from_hf
 
 CPU = torch.device("cpu")
@@ -75,6 +75,11 @@ def own_config(scaling: dict[str, Any], head_dim: int = 64) -> ModelConfig:
     return model_config_from_hf(hf_config(scaling, head_dim).to_dict())
 
 
+def table_of(config: ModelConfig, max_positions: int) -> torch.Tensor:
+    (table,) = RotaryTables(config, max_positions).tables
+    return table
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_frequencies_equal_transformers(name: str, head_dim: int) -> None:
@@ -90,7 +95,7 @@ def test_frequencies_equal_transformers(name: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_table_equals_transformers_at_every_position(name: str) -> None:
-    theirs, table = LlamaRotaryEmbedding(hf_config(SCALINGS[name])), cos_sin_cache(own_config(SCALINGS[name]), MAX_LEN)
+    theirs, table = LlamaRotaryEmbedding(hf_config(SCALINGS[name])), table_of(own_config(SCALINGS[name]), MAX_LEN)
     cos, sin = theirs(torch.zeros(1), torch.arange(MAX_LEN)[None])
     assert table.shape == (MAX_LEN, 64)
     torch.testing.assert_close(table[:, :32], cos[0, :, :32], rtol=0, atol=5e-5)
@@ -100,9 +105,9 @@ def test_table_equals_transformers_at_every_position(name: str) -> None:
 def test_dynamic_table_beyond_the_original_length_is_that_of_decoding_token_by_token() -> None:
     theirs, table = (
         LlamaRotaryEmbedding(hf_config(SCALINGS["dynamic"])),
-        cos_sin_cache(own_config(SCALINGS["dynamic"]), 900),
+        table_of(own_config(SCALINGS["dynamic"]), 900),
     )
-    plain = cos_sin_cache(own_config(SCALINGS["default"]), 900)
+    plain = table_of(own_config(SCALINGS["default"]), 900)
     for position in (MAX_LEN - 1, MAX_LEN, MAX_LEN + 1, 700, 899):
         cos, sin = theirs(torch.zeros(1), torch.tensor([[position]]))
         torch.testing.assert_close(table[position], torch.cat((cos[0, 0, :32], sin[0, 0, :32])), rtol=0, atol=2e-4)
@@ -114,13 +119,13 @@ def test_dynamic_table_beyond_the_original_length_is_that_of_decoding_token_by_t
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_rotation_equals_transformers(name: str, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
-    table = cos_sin_cache(own_config(SCALINGS[name]), MAX_LEN)
+    table = table_of(own_config(SCALINGS[name]), MAX_LEN)
     positions = torch.tensor([0, 5, 1, 255, 17])
     heads = torch.randn(5, 6, 64)
     cos, sin = LlamaRotaryEmbedding(hf_config(SCALINGS[name]))(heads, positions[None])
     expected, _ = apply_rotary_pos_emb(heads[None], heads[None], cos, sin, unsqueeze_dim=2)
     before = heads.to(dtype)
-    got = rotate_heads(before, rotation_at(table, positions))
+    got = rotate_heads(before, Rotation(table[positions]))
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), expected[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(before, heads.to(dtype))
@@ -128,12 +133,12 @@ def test_rotation_equals_transformers(name: str, dtype: torch.dtype, tolerance: 
 
 def test_rotation_keeps_scores_a_function_of_the_distance() -> None:
     torch.manual_seed(0)
-    table = cos_sin_cache(own_config(SCALINGS["default"]), MAX_LEN)
+    table = table_of(own_config(SCALINGS["default"]), MAX_LEN)
     q, k = torch.randn(1, 1, 64), torch.randn(1, 1, 64)
 
     def score(query_position: int, key_position: int) -> float:
-        rotated_q = rotate_heads(q, rotation_at(table, torch.tensor([query_position])))
-        rotated_k = rotate_heads(k, rotation_at(table, torch.tensor([key_position])))
+        rotated_q = rotate_heads(q, Rotation(table[[query_position]]))
+        rotated_k = rotate_heads(k, Rotation(table[[key_position]]))
         return float((rotated_q * rotated_k).sum())
 
     assert score(9, 2) == pytest.approx(score(200, 193), abs=1e-3)

@@ -206,7 +206,7 @@ def test_the_original_length_defaults_to_the_stated_one_and_may_stand_outside() 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "ntk-by-parts", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "proportional"}},
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},

@@ -17,7 +17,6 @@ from cascade_llm.models.blocks import (
     DecoderLayer,
     GatedMLP,
     Parameter,
-    PreNormLayer,
     below,
     linear_parameters,
 )
@@ -51,7 +50,7 @@ class BestExpert(MLP):
 
 
 def _layer(options: BlockOptions, index: int) -> DecoderLayer:
-    return PreNormLayer(options, index, AttentionBlock(options), BestExpert(options, num_experts=3))
+    return DecoderLayer(options, index, AttentionBlock(options), BestExpert(options, num_experts=3))
 
 
 @pytest.fixture
