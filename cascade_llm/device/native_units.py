@@ -11,7 +11,17 @@ from pathlib import Path
 
 from cascade_llm.device.cpu_levels import CpuLevel
 
-__all__ = ["BLOCKED", "PACKED", "PARALLEL", "SAMPLER", "NativeUnit", "attention_unit", "ops_unit", "units_of_wheel"]
+__all__ = [
+    "BLOCKED",
+    "PACKED",
+    "PARALLEL",
+    "SAMPLER",
+    "SUPER_BLOCKS",
+    "NativeUnit",
+    "attention_unit",
+    "ops_unit",
+    "units_of_wheel",
+]
 
 PACKAGE = Path(__file__).parent.parent
 ELEMENTS = ("float32", "bfloat16")
@@ -63,6 +73,7 @@ class NativeUnit:
 PARALLEL = NativeUnit("device/parallel.c", ("cascade_parallel_for",))
 SAMPLER = NativeUnit("sampling/native_sampler.c", ("scratch_len", "sample_rows", "draw_rows"))
 PACKED = NativeUnit("weights/packed_product.c", ("packed_product", "packed_tile_bytes", "pack_tiles", "packed_rows"))
+SUPER_BLOCKS = NativeUnit("weights/super_blocks.c", ("round_super_blocks",))
 BLOCKED = NativeUnit("weights/blocked.c", ("blocked_product",), flag="avx512_bf16")
 
 
@@ -84,7 +95,7 @@ def ops_unit(element: str) -> NativeUnit:
 
 def units_of_wheel() -> Iterator[NativeUnit]:
     """All that a library of the wheel holds, as far as its level has the instructions."""
-    yield from (PARALLEL, SAMPLER, PACKED, BLOCKED)
+    yield from (PARALLEL, SAMPLER, PACKED, SUPER_BLOCKS, BLOCKED)
     for element in ELEMENTS:
         yield ops_unit(element)
         for head_dim, others in WHEEL_HEAD_DIMS.items():

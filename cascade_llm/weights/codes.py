@@ -28,6 +28,8 @@ FLOAT_CODES = {
 """Codes that are numbers themselves: their zero is 0 and they have no minimum."""
 ROWS_TOGETHER = 128
 """A multiple of the rows that share scales, in any format, and of those of a tile: chunks of rows begin at one."""
+NOT_SIGN = 0x7F
+"""Of a byte; with all its bits set a float8_e4m3fn is NaN."""
 SUPER_LEN = 256
 """Inputs that share a super-scale where scales are themselves integers: GGUF's K types."""
 
@@ -91,7 +93,9 @@ class Codes:
 
     def check(self) -> None:
         """Raise `CheckpointError` where a code of float8_e4m3fn is NaN: kernels may take it for a number."""
-        if self.codes.dtype == torch.float8_e4m3fn and bool(self.codes.isnan().any()):
+        if self.codes.dtype != torch.float8_e4m3fn:
+            return
+        if bool(self.codes.view(torch.uint8).bitwise_and(NOT_SIGN).eq(NOT_SIGN).any()):
             raise CheckpointError("a matrix of float8_e4m3fn codes holds NaN: copy or download the checkpoint again")
 
     def group_scales(self) -> torch.Tensor:

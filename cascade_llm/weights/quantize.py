@@ -16,22 +16,17 @@ from cascade_llm.errors import CheckpointError, ConfigError
 from cascade_llm.weights.codes import SUPER_LEN, CodeLayout, Codes
 from cascade_llm.weights.format import StoredTensor
 from cascade_llm.weights.int4 import int4_codes
+from cascade_llm.weights.super_blocks import super_block_codes
 
 __all__ = ["QUANTIZERS", "quantized", "quantized_rows"]
 
 GROUP_LEN = 32
 BLOCK_LEN = 128
 """Rows, and inputs, of an FP8 block."""
-CHUNK_LEN = 1 << 21
-"""Values that are quantized at a time: the temporaries of "q4_k" are a dozen times as large, in float32."""
+CHUNK_LEN = 1 << 18
+"""Values that are quantized at a time, so that their temporaries stay in the last-level cache."""
 
 LARGEST_FP8 = 448.0
-MAX_CODE, MAX_SUB = 15, 63
-"""Of "q4_k": codes of 4 bits, sub-scales of 6."""
-SEARCHED_ENDS = (14.0, 14.5, 15.0, 15.5, 16.0)
-"""Codes on which the largest weight of a group is tried; the smallest is tried on 0. Sixteen of them take the error of
-normal weights from 7.27 to 7.20 % of their size, and three times as long; one alone has 7.60 %."""
-MAX_ROUNDS = 16
 
 
 @dataclass(frozen=True)
@@ -140,109 +135,6 @@ def _fp8(values: torch.Tensor) -> Codes:
     return Codes(CodeLayout("float8_e4m3fn", 0, unit, "float32"), codes, spread)
 
 
-def _q4_k(values: torch.Tensor) -> Codes:
-    """Groups of 32 in super-blocks of 256; the groups' scales and minima are 6 bits of the super-block's.
-
-    Super-blocks are rounded until they stay as they are: the 6 bits may leave a grid that the search would not choose.
-    """
-    found = _super_blocks(values.view(-1, SUPER_LEN))
-    moving = torch.arange(len(found.codes))
-    for _ in range(MAX_ROUNDS):
-        before = found.rows(moving).dequantized()
-        again = _super_blocks(before)
-        has_moved = (again.dequantized() != before).any(1)
-        moving = moving[has_moved]
-        if not len(moving):
-            break
-        found.replace(moving, again.rows(has_moved))
-    return found.codes_of(len(values))
-
-
-@dataclass(frozen=True, eq=False)
-class _SuperBlocks:
-    """Some super-blocks of "q4_k", a row each."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    minima: torch.Tensor
-    sub_scales: torch.Tensor
-    sub_minima: torch.Tensor
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.codes, self.scales, self.minima, self.sub_scales, self.sub_minima
-
-    def rows(self, index: torch.Tensor) -> _SuperBlocks:
-        return _SuperBlocks(*(tensor[index] for tensor in self.tensors))
-
-    def replace(self, index: torch.Tensor, others: _SuperBlocks) -> None:
-        for mine, other in zip(self.tensors, others.tensors, strict=True):
-            mine[index] = other
-
-    def codes_of(self, num_rows: int) -> Codes:
-        layout = CodeLayout("u4", 0, GROUP_LEN, "sub", has_minimum=True)
-        return Codes(layout, *(tensor.reshape(num_rows, -1) for tensor in self.tensors))
-
-    def dequantized(self) -> torch.Tensor:
-        return self.codes_of(len(self.codes)).dequantized()
-
-
-def _super_blocks(values: torch.Tensor) -> _SuperBlocks:
-    """Of values [super-blocks, 256]."""
-    groups = values.view(len(values), -1, GROUP_LEN)
-    scales, minima = _searched(groups)
-    super_scales, sub_scales = _by_sixty_three(scales)
-    super_minima, sub_minima = _by_sixty_three(-minima)
-    shifted = groups + (super_minima.float() * sub_minima).unsqueeze(-1)
-    codes = _steps(shifted, super_scales.float() * sub_scales).clamp_(0, MAX_CODE).flatten(1)
-    subs = sub_scales.to(torch.int8), sub_minima.to(torch.int8)
-    return _SuperBlocks(codes.to(torch.uint8), super_scales, -super_minima, *subs)
-
-
-def _searched(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum (at most 0) [rows, groups] of the least weighted squared error, over several roundings.
-
-    A large weight counts more, as its input does in the products that matter.
-    """
-    importance = groups.square().mean(-1, keepdim=True).sqrt() + groups.abs()
-    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1)
-    best_scale = torch.zeros_like(low)
-    best_low, best_error = low.clone(), torch.full_like(low, torch.inf)
-    for end in SEARCHED_ENDS:
-        first = ((high - low) / end).clamp_min(0)
-        codes = _steps(groups - low.unsqueeze(-1), first).clamp_(0, MAX_CODE)
-        for scale, minimum in ((first, low), _least_squares(groups, codes, importance)):
-            error = codes * scale.unsqueeze(-1) + minimum.unsqueeze(-1) - groups
-            total = (importance * error.square_()).sum(-1)
-            better = total < best_error
-            best_error = torch.where(better, total, best_error)
-            best_scale, best_low = torch.where(better, scale, best_scale), torch.where(better, minimum, best_low)
-    return best_scale, best_low
-
-
-def _least_squares(
-    groups: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and minimum that come closest to groups with these codes; neither has the wrong sign."""
-    weight, linear, square, goal, mixed = (
-        (importance * part).sum(-1) for part in (torch.ones_like(codes), codes, codes.square(), groups, codes * groups)
-    )
-    determinant = weight * square - linear.square()
-    scale = (weight * mixed - linear * goal) / determinant
-    minimum = (square * goal - linear * mixed) / determinant
-    alone = torch.where(square > 0, mixed / square, 0.0)
-    has_both = (determinant > 0) & (minimum <= 0)
-    scale = torch.where(has_both, scale, alone).clamp_min(0)
-    return scale, torch.where(has_both, minimum, 0.0)
-
-
-def _by_sixty_three(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Non-negative numbers [super-blocks, 8] as a float16 [super-blocks, 1] times 0 to 63."""
-    super_scales = (numbers.amax(-1, keepdim=True) / MAX_SUB).half()
-    steps = torch.where(super_scales == 0, 0.0, numbers / super_scales.float()).round_()
-    return super_scales, steps.clamp_(0, MAX_SUB)
-
-
 def _steps(groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The nearest whole numbers of steps; 0 where a step is 0."""
     steps = scales.unsqueeze(-1)
@@ -251,7 +143,7 @@ def _steps(groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 QUANTIZERS: Mapping[str, Quantizer] = {
     "q8_0": Quantizer(_q8_0, GROUP_LEN),
-    "q4_k": Quantizer(_q4_k, SUPER_LEN),
+    "q4_k": Quantizer(super_block_codes, SUPER_LEN),
     "int8": Quantizer(_int8),
     "int4": Quantizer(int4_codes, GROUP_LEN),
     "fp8": Quantizer(_fp8, rows_together=BLOCK_LEN),
