@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,8 +13,10 @@ from cascade_llm.attention.backend import Attention
 from cascade_llm.config import ModelConfig
 from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm
 from cascade_llm.layers.rope import Rotation
+from cascade_llm.layers.routing import Router
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightOptions
 from cascade_llm.weights.linear import Linear
+from cascade_llm.weights.stacked_linear import StackedLinear
 
 __all__ = [
     "MLP",
@@ -48,10 +50,22 @@ class BlockOptions:
     config: ModelConfig
     weights: WeightOptions
     ops: FusedOps
+    router: Router
 
     def linear(self, name: str, in_features: int, parts: Mapping[str, int], *, bias: bool) -> Linear:
         """A layer whose matrix is fused of `parts`: the name of each in a checkpoint, and its outputs."""
         return Linear(MatrixSpec(name, in_features, parts, self.weights), bias=bias)
+
+    def exact_linear(self, name: str, in_features: int, parts: Mapping[str, int], *, bias: bool) -> Linear:
+        """As `linear`, of a small matrix whose plain values are not rounded when the others are quantized."""
+        exact = replace(self, weights=replace(self.weights, quantization=None))
+        return exact.linear(name, in_features, parts, bias=bias)
+
+    def stacked(
+        self, name: str, in_features: int, parts: Mapping[str, int], num_matrices: int, *, bias: bool
+    ) -> StackedLinear:
+        """As `linear`, of as many matrices of one shape; each row of a product meets one."""
+        return StackedLinear(MatrixSpec(name, in_features, parts, self.weights), num_matrices, bias=bias)
 
     def norm(self, size: int) -> RMSNorm:
         """A norm over `size` values that only scales, until its weight is loaded."""
@@ -126,7 +140,7 @@ class MLP(ABC):
 
     @property
     @abstractmethod
-    def linears(self) -> tuple[Linear, ...]:
+    def linears(self) -> tuple[Linear | StackedLinear, ...]:
         """In the order they run."""
 
     @abstractmethod
@@ -141,10 +155,24 @@ class MLP(ABC):
 class GatedMLP(MLP):
     """down(silu(gate(x)) * up(x)); a checkpoint calls the parts `gate_proj`, `up_proj` and `down_proj`."""
 
-    def __init__(self, options: BlockOptions, *, bias: bool = False, fused_name: str | None = None) -> None:
-        """`fused_name`: what a checkpoint calls the one tensor that it has in the place of gate and up."""
+    def __init__(
+        self,
+        options: BlockOptions,
+        *,
+        bias: bool = False,
+        fused_name: str | None = None,
+        inner_size: int | None = None,
+    ) -> None:
+        """Without values.
+
+        Args:
+            options: what every block is made from
+            bias: whether each product has one
+            fused_name: what a checkpoint calls the one tensor that it has in the place of gate and up
+            inner_size: outputs of the gate; default `intermediate_size`
+        """
         self._ops, self._fused_name = options.ops, fused_name
-        hidden, inner = options.config.hidden_size, options.config.intermediate_size
+        hidden, inner = options.config.hidden_size, inner_size or options.config.intermediate_size
         self.gate_up = options.linear("gate_up", hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias)
         self.down = options.linear("down", inner, {"down_proj": hidden}, bias=bias)
 
@@ -199,7 +227,7 @@ class DecoderLayer:
         self._before_attention, self._after_attention, self._before_mlp, self._after_mlp = self._norms
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
+    def linears(self) -> tuple[Linear | StackedLinear, ...]:
         """In the order they run."""
         return *self.attention.linears, *self.mlp.linears
 

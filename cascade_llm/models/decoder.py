@@ -17,10 +17,12 @@ from cascade_llm.errors import ConfigError
 from cascade_llm.layers.fused_ops import FusedOps
 from cascade_llm.layers.native_ops import select_fused_ops
 from cascade_llm.layers.rope import RotaryTables
+from cascade_llm.layers.routing import TorchRouter
 from cascade_llm.models.architectures import ARCHITECTURES
 from cascade_llm.models.blocks import BlockOptions, Parameter, below, linear_parameters, norm_parameter
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightOptions
 from cascade_llm.weights.linear import Embedding, Linear
+from cascade_llm.weights.stacked_linear import StackedLinear
 
 __all__ = ["Decoder", "FirstNonFinite", "Observer", "head_options"]
 
@@ -75,7 +77,7 @@ class Decoder:
             )
         self.config, self.dtype, self.device = config, weights.dtype, weights.device
         self.ops = ops or select_fused_ops(weights.dtype, weights.device)
-        options = BlockOptions(config, weights, self.ops)
+        options = BlockOptions(config, weights, self.ops, TorchRouter())
         make_layer = ARCHITECTURES[config.architecture].layer
         self.layers = [make_layer(options, index) for index in range(config.num_layers)]
         of_head = head_options(weights)
@@ -87,7 +89,7 @@ class Decoder:
         self.rotary = RotaryTables(config, max_positions or config.max_position_embeddings, weights.device)
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
+    def linears(self) -> tuple[Linear | StackedLinear, ...]:
         """Every linear layer, the head last."""
         return *(linear for layer in self.layers for linear in layer.linears), self.lm_head
 

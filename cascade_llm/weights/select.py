@@ -16,15 +16,18 @@ from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
 from cascade_llm.weights.onednn import OneDNN
 from cascade_llm.weights.packed import Packed
 from cascade_llm.weights.quantize import quantized
+from cascade_llm.weights.stack import MatrixStack, OneByOne
 
 __all__ = [
     "FORMATS",
     "Entry",
     "FormatChoice",
     "build_embedding",
+    "build_expert",
     "build_matrix",
     "build_tied_matrix",
     "describe_weights",
+    "join_experts",
     "select_format",
 ]
 
@@ -97,7 +100,7 @@ def select_format(spec: MatrixSpec, parts: Parts) -> FormatChoice:
     raise AssertionError("dense holds every matrix")
 
 
-def describe_weights(matrices: Iterable[WeightFormat]) -> str:
+def describe_weights(matrices: Iterable[WeightFormat | MatrixStack]) -> str:
     """One line for the log: how many matrices are in which format, and how the quantized ones multiply."""
     kinds = Counter(matrix.describe() for matrix in matrices)
     return "weights: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
@@ -109,6 +112,16 @@ def build_matrix(spec: MatrixSpec, parts: Parts) -> WeightFormat:
     if method is not None:
         parts = {name: quantized(method, stored) for name, stored in parts.items()}
     return FORMATS[select_format(spec, parts).name].build(spec, parts)
+
+
+def build_expert(spec: MatrixSpec, parts: Parts) -> WeightFormat:
+    """As `build_matrix`, of one matrix of a stack."""
+    return build_matrix(spec, parts)
+
+
+def join_experts(matrices: list[WeightFormat], spec: MatrixSpec) -> MatrixStack:
+    """A stack of matrices of one spec that `build_expert` built."""
+    return OneByOne(matrices, spec.out_features)
 
 
 def build_embedding(spec: MatrixSpec, stored: StoredTensor) -> Packed | Dense:

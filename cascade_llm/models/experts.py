@@ -1,0 +1,106 @@
+"""A mixture of experts: a router sends each row through a few of many gated products (Shazeer et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from cascade_llm.layers.routing import Routing
+from cascade_llm.models.blocks import MLP, BlockOptions, GatedMLP, Parameter, below, linear_parameters
+from cascade_llm.weights.linear import Linear
+from cascade_llm.weights.stacked_linear import StackedLinear
+
+__all__ = ["ExpertNames", "Experts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """What a checkpoint calls the parts, below the block's own name."""
+
+    router: str = "gate"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+class Experts(MLP):
+    """down(silu(gate(x)) * up(x)) of the chosen experts, summed by the router's weights, and perhaps of a shared one.
+
+    A checkpoint calls the matrices of an expert `experts.N.gate_proj`, the router `gate`, and the shared expert, which
+    every row goes through, `shared_expert`; its output is multiplied by the sigmoid of `shared_expert_gate`.
+    """
+
+    def __init__(
+        self,
+        options: BlockOptions,
+        routing: Routing,
+        inner_size: int,
+        *,
+        names: ExpertNames | None = None,
+        router_bias: bool = False,
+        bias: bool = False,
+        shared_size: int | None = None,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Without values.
+
+        Args:
+            options: what every block is made from
+            routing: how many experts there are, and how they are chosen
+            inner_size: outputs of an expert's gate
+            names: in the checkpoint; default those of Qwen
+            router_bias: whether the router has one
+            bias: whether each product of an expert has one
+            shared_size: outputs of the shared expert's gate; None where there is none
+            activation: [n, 2 * inner_size], the gate's outputs first, to [n, inner_size]; default `silu_and_mul`
+        """
+        self.routing, self._names = routing, names or ExpertNames()
+        self._activation = activation or options.ops.silu_and_mul
+        self._route, self._combine = options.router.route, options.router.combine
+        hidden, count = options.config.hidden_size, routing.num_experts
+        self.router = options.exact_linear("router", hidden, {self._names.router: count}, bias=router_bias)
+        parts = {self._names.gate: inner_size, self._names.up: inner_size}
+        self.gate_up = options.stacked("expert_gate_up", hidden, parts, count, bias=bias)
+        self.down = options.stacked("expert_down", inner_size, {self._names.down: hidden}, count, bias=bias)
+        self.shared: GatedMLP | None = None
+        self.shared_gate: Linear | None = None
+        if shared_size is not None:
+            self.shared = GatedMLP(options, inner_size=shared_size)
+            self.shared_gate = options.exact_linear("shared_gate", hidden, {"shared_expert_gate": 1}, bias=False)
+
+    @property
+    def linears(self) -> tuple[Linear | StackedLinear, ...]:
+        """See `MLP`."""
+        shared = () if self.shared is None else self.shared.linears
+        gate = () if self.shared_gate is None else (self.shared_gate,)
+        return self.router, self.gate_up, self.down, *shared, *gate
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """See `MLP`."""
+        yield from linear_parameters(self.router)
+        for index in range(self.routing.num_experts):
+            for stack in (self.gate_up, self.down):
+                yield from below(f"experts.{index}", matrix_parameters(stack, index))
+        if self.shared is not None and self.shared_gate is not None:
+            yield from below("shared_expert", self.shared.named_parameters())
+            yield from linear_parameters(self.shared_gate)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `MLP`."""
+        routed = self._route(self.router(x), self.routing)
+        inner = self._activation(self.gate_up(x, routed.ends, routed.sources))
+        out = self._combine(self.down(inner, routed.ends), routed)
+        if self.shared is None or self.shared_gate is None:
+            return out
+        return out.addcmul_(self.shared_gate(x).sigmoid_(), self.shared(x))
+
+
+def matrix_parameters(stack: StackedLinear, index: int) -> Iterator[tuple[str, Parameter]]:
+    """As `linear_parameters`, of one matrix of a stack."""
+    for part, rows in stack.spec.parts.items():
+        yield f"{part}.weight", Parameter((rows, stack.spec.in_features), partial(stack.load, index, part))
+        if stack.bias is not None:
+            yield f"{part}.bias", Parameter((rows,), partial(stack.load_bias, index, part))
