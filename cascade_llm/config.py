@@ -93,6 +93,9 @@ class ModelConfig:
     ending_token_ids: frozenset[int] = frozenset()
     """End-of-sequence ids from generation_config.json, config.json or GGUF, together."""
 
+    attention_soft_cap: float | None = None
+    """Attention's scores s become cap * tanh(s / cap) (Gemma 2)."""
+
     @property
     def sm_scale(self) -> float:
         """What q·k is multiplied by before the softmax."""

@@ -77,6 +77,8 @@ class PlanFileHeader:
     """Whether token ids were recorded, those that were sampled and the users' stop strings with them."""
     kv_cache_dtype: str = "auto"
     """Of the KV pool: auto (as `dtype`) | float32 | bfloat16 | float16 | fp8_e4m3 | int8."""
+    attention_soft_cap: float | None = None
+    """Attention's scores s became cap * tanh(s / cap)."""
 
     def to_json(self) -> dict[str, Any]:
         """The first frame's object."""
@@ -112,8 +114,12 @@ class PlanFileHeader:
         for name, known in (("dtype", DTYPES), ("kv_cache_dtype", KV_CACHE_DTYPES)):
             if getattr(self, name) not in known:
                 raise PlanError(f"the header's {name} is {getattr(self, name)!r}, it must be one of {', '.join(known)}")
-        if not isinstance(self.sm_scale, float) or not 0 < self.sm_scale < float("inf"):
-            raise PlanError(f"the header's sm_scale is {self.sm_scale!r}, it must be a positive number")
+        for name in ("sm_scale", "attention_soft_cap"):
+            value = getattr(self, name)
+            if (value is not None or name == "sm_scale") and not (
+                isinstance(value, float) and 0 < value < float("inf")
+            ):
+                raise PlanError(f"the header's {name} is {value!r}, it must be a positive number")
         if not isinstance(self.token_ids, bool):
             raise PlanError(f"the header's token_ids is {self.token_ids!r}, it must be true or false")
 

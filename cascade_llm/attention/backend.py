@@ -36,6 +36,8 @@ class AttentionSpec:
     device: torch.device
     kv_dtype: torch.dtype | None = None
     """Of the pages, where it is not `dtype`."""
+    logits_soft_cap: float | None = None
+    """A score s = q·k * sm_scale becomes cap * tanh(s / cap) before it is masked (Gemma 2)."""
 
     @classmethod
     def for_model(
@@ -51,6 +53,7 @@ class AttentionSpec:
             dtype=dtype,
             device=device,
             kv_dtype=kv_dtype,
+            logits_soft_cap=model.attention_soft_cap,
         )
 
     @property

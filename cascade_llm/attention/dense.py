@@ -36,8 +36,9 @@ def dense_attention(
     sm_scale: float,
     bias: torch.Tensor | None,
     workspace: Workspace,
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T * sm_scale + bias) v, the softmax in float32.
+    """softmax(q k^T * sm_scale + bias) v, the softmax in float32; with a cap, of capped scores.
 
     Args:
         q: [batch, queries, head_dim]
@@ -45,6 +46,7 @@ def dense_attention(
         bias: float32, added to the last `bias.shape[-1]` scores of every query; broadcast against them as
             [outer, inner, rows, group, columns] where outer * inner = batch and rows * group = queries. No query may
             lose all its keys.
+        soft_cap: a score s becomes soft_cap * tanh(s / soft_cap) before the bias
 
     Returns:
         out [batch, queries, head_dim], q's dtype; lse [batch, queries], float32, base 2
@@ -54,6 +56,8 @@ def dense_attention(
     scores = workspace.take("scores", shape, q.dtype)
     torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=sm_scale, out=scores)
     weights = scores if q.dtype == torch.float32 else workspace.take("weights", shape, torch.float32).copy_(scores)
+    if soft_cap is not None:
+        weights.div_(soft_cap).tanh_().mul_(soft_cap)
     if bias is not None:
         outer, _, rows, _, columns = bias.shape
         weights.view(outer, batch // outer, rows, num_queries // rows, -1)[..., -columns:].add_(bias)

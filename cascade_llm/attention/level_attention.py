@@ -125,6 +125,7 @@ class _BatchAttention:
             self._spec.sm_scale,
             block.bias,
             self._workspace,
+            self._spec.logits_soft_cap,
         )
         return out.view(by_head.shape).transpose(1, 2), lse.view(by_head.shape[:-1]).transpose(1, 2)
 

@@ -53,6 +53,7 @@ typedef struct {
     int64_t window_len; /* 0: none */
     int64_t num_qo_heads, num_kv_heads;
     double score_scale; /* times log2(e): scores are exponents of 2 from here on */
+    double soft_cap;    /* likewise; a score s becomes soft_cap * tanh(s / soft_cap); 0: none */
 } plan;
 
 /* One layer's pool. */
@@ -342,6 +343,24 @@ INLINE vector larger(vector a, vector b) {
 #endif
 }
 
+/* ---- soft caps (Gemma 2) ---- */
+
+/* To float precision, NaN stays: e^2x - 1 = 2^n (2^f - 1) + (2^n - 1), so that small x lose nothing. */
+INLINE vector hyperbolic_tangent(vector x) {
+    const vector zero = {0}, rounder = zero + 12582912.0f; /* 1.5 * 2^23: a sum with it has no digits behind the point */
+    vector y = -larger(zero - 60.0f, -larger(zero - 60.0f, x * 2.88539008f)); /* a NaN in the second operand stays */
+    vector shifted = y + rounder, n = shifted - rounder, f = y - n;
+    vector power = (vector)(((words)shifted + 127) << 23); /* 2^n */
+    vector z = zero + 1.54353e-4f;
+    z = z * f + 1.33335581e-3f;
+    z = z * f + 9.61812911e-3f;
+    z = z * f + 5.55041087e-2f;
+    z = z * f + 2.40226507e-1f;
+    z = z * f + 6.93147181e-1f;
+    vector raised = power * (z * f) + (power - 1.0f);
+    return raised / (raised + 2.0f);
+}
+
 /* ---- the product of words ---- */
 
 /* sum + a * b, where a is one word for all lanes. */
@@ -497,9 +516,15 @@ typedef struct {
     packed_tile tile;
 } block;
 
+/* What a product becomes before its exponential: multiplied, with a cap after tanh(product * inner). */
+typedef struct {
+    float scale, inner; /* inner 0: no cap */
+} scoring;
+
 /* m queries against the first `num_keys` keys of the tile; query i sees keys low[i] to high[i] (NULL: all). */
-INLINE void attend_queries(const int m, block *b, long first, long num_keys, float scale, const int *low,
+INLINE void attend_queries(const int m, block *b, long first, long num_keys, scoring by, const int *low,
                            const int *high) {
+    const float scale = by.scale;
     float scores[QUERIES_AT_ONCE][TILE] __attribute__((aligned(64)));
     float weights[QUERIES_AT_ONCE][TILE / ELEMENTS_PER_WORD] __attribute__((aligned(64)));
     float top[LANES] = {0}, change[LANES] = {0};
@@ -512,6 +537,10 @@ INLINE void attend_queries(const int m, block *b, long first, long num_keys, flo
         UNROLLED for (int i = 0; i < m; i++)
             put_vector(scores[i] + k, vector_at(scores[i] + k) * vector_at(b->tile.key_scales + k));
 #endif
+    if (by.inner)
+        for (int i = 0; i < m; i++)
+            for (long k = 0; k < padded; k += LANES)
+                put_vector(scores[i] + k, hyperbolic_tangent(vector_at(scores[i] + k) * by.inner));
     if (high || num_keys < padded) {
         for (int i = 0; i < m; i++) {
             for (long k = 0; low && k < low[i]; k++) scores[i][k] = -INFINITY;
@@ -559,8 +588,8 @@ INLINE void attend_queries(const int m, block *b, long first, long num_keys, flo
 }
 
 #define ATTEND(m)                                                                                               \
-    static void attend_##m(block *b, long first, long num_keys, float scale, const int *low, const int *high) { \
-        attend_queries(m, b, first, num_keys, scale, low, high);                                                \
+    static void attend_##m(block *b, long first, long num_keys, scoring by, const int *low, const int *high) {  \
+        attend_queries(m, b, first, num_keys, by, low, high);                                                   \
     }
 ATTEND(1)
 ATTEND(2)
@@ -569,14 +598,16 @@ ATTEND(4)
 ATTEND(5)
 ATTEND(6)
 
-typedef void (*attend_function)(block *, long, long, float, const int *, const int *);
+typedef void (*attend_function)(block *, long, long, scoring, const int *, const int *);
 static const attend_function ATTEND_BY_COUNT[] = {NULL, attend_1, attend_2, attend_3, attend_4, attend_5, attend_6};
 
 /* All queries of a piece against its packed tile, while the next tile comes into the cache. */
 static void attend_tile(const plan *p, const pages *from, block *b, int64_t block_row, const tile *now,
                         const tile *next) {
     const piece *x = &now->x;
-    const float scale = (float)(p->score_scale * from->k_scale);
+    const double scale = p->score_scale * from->k_scale;
+    const scoring by = p->soft_cap ? (scoring){(float)p->soft_cap, (float)(scale / p->soft_cap)}
+                                   : (scoring){(float)scale, 0.0f};
     const int64_t first_key = now->first_key, num_keys = now->num_keys;
     const long group = group_size(p), first = (x->first_row - block_row) * group, end = (x->end_row - block_row) * group;
     const long rounds = (end - first + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
@@ -597,7 +628,7 @@ static void attend_tile(const plan *p, const pages *from, block *b, int64_t bloc
                 if (low[i] < high[i]) seen = max(seen, high[i]);
             }
         }
-        if (seen) ATTEND_BY_COUNT[count](b, query, seen, scale, masked ? low : NULL, masked ? high : NULL);
+        if (seen) ATTEND_BY_COUNT[count](b, query, seen, by, masked ? low : NULL, masked ? high : NULL);
         query += count;
     }
 }

@@ -113,6 +113,7 @@ class _PreparedNativeAttention(PreparedAttention):
             spec.num_qo_heads,
             spec.num_kv_heads,
             spec.sm_scale * LOG2_E,
+            (spec.logits_soft_cap or 0.0) * LOG2_E,
         )
         self._level_ns = torch.zeros(len(plan.levels), dtype=torch.int64)
         """Threads' time on each level; counted where `on_part` is set."""

@@ -51,6 +51,7 @@ class PlanColumns(ctypes.Structure):
         ("num_qo_heads", _long),
         ("num_kv_heads", _long),
         ("score_scale", ctypes.c_double),
+        ("soft_cap", ctypes.c_double),
     )
 
 

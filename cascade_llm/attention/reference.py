@@ -13,7 +13,14 @@ __all__ = ["reference_attention"]
 
 
 def reference_attention(
-    plan: CascadePlan, kv_cache: PagedKVCache, layer: int, q: torch.Tensor, sm_scale: float
+    plan: CascadePlan,
+    kv_cache: PagedKVCache,
+    layer: int,
+    q: torch.Tensor,
+    sm_scale: float,
+    *,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every row over all pages that it meets from root to leaf, in one softmax.
 
@@ -22,6 +29,8 @@ def reference_attention(
 
     Args:
         q: [rows, num_qo_heads, head_dim]
+        soft_cap: a score s becomes soft_cap * tanh(s / soft_cap)
+        sinks: [num_qo_heads], the score of a key that every row reads, with a value of zeros
 
     Returns:
         out [rows, num_qo_heads, head_dim] and lse [rows, num_qo_heads], base 2, both float64
@@ -34,8 +43,13 @@ def reference_attention(
         k, v = kv_cache.read(layer, _slots(plan, sequence).to(q.device))
         k, v = (x.double().repeat_interleave(group_size, dim=1) for x in (k, v))
         scores = torch.einsum("rhd,khd->rhk", q[rows.start : rows.stop].double(), k) * sm_scale
+        if soft_cap is not None:
+            scores = soft_cap * (scores / soft_cap).tanh()
         visible = _visible(len(rows), len(k), plan.window_len).to(q.device)
         scores.masked_fill_(~visible[:, None, :], -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.double().view(1, -1, 1).expand(len(rows), -1, 1)), dim=-1)
+            v = torch.cat((v, torch.zeros_like(v[:1])))
         out[rows.start : rows.stop] = torch.einsum("rhk,khd->rhd", scores.softmax(-1), v)
         lse[rows.start : rows.stop] = scores.logsumexp(-1) / math.log(2.0)
     return out, lse

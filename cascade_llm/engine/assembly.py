@@ -154,6 +154,7 @@ def _begin_recording(
         max_num_seqs=options.max_num_seqs,
         token_ids=options.record_token_ids,
         kv_cache_dtype=options.kv_cache_dtype if facts.kv_dtype != facts.dtype else "auto",
+        attention_soft_cap=model.attention_soft_cap,
     )
     writer.begin(header)
 

@@ -82,18 +82,25 @@ def check_attention(
                 progress(f"{backend}, {kind}: {family}", done, total)
                 heads = (model.num_kv_heads, model.num_qo_heads // model.num_kv_heads, model.head_dim)
                 cases = _cases(family, heads, cases_per_family, seed)
-                checks[backend, kind].append(_check_family(backend, kind, device, family, cases, seed))
+                found = _check_family(backend, kind, device, family, cases, seed, model.attention_soft_cap)
+                checks[backend, kind].append(found)
                 done += 1
     return _joined_skips(checks)
 
 
 def _check_family(
-    backend: str, kind: Numbers, device: torch.device, family: str, cases: Sequence[CascadeCase], seed: int
+    backend: str,
+    kind: Numbers,
+    device: torch.device,
+    family: str,
+    cases: Sequence[CascadeCase],
+    seed: int,
+    soft_cap: float | None,
 ) -> Check:
     error, tolerance = AttentionError(), TOLERANCES[kind.dtype]
     name, reasons, worst_case = f"{backend}, {kind}: {family}", dict[str, None](), ""
     for number, case in enumerate(cases):
-        spec = _spec(case, kind, device)
+        spec = _spec(case, kind, device, soft_cap)
         try:
             choice = select_backend(backend, spec)
         except BackendError as refusal:
@@ -126,7 +133,7 @@ def _add_case(error: AttentionError, case: CascadeCase, choice: BackendChoice, s
     num_rows = 1 if case.identical else case.plan.num_rows
     q = torch.randn(num_rows, case.num_qo_heads, case.head_dim, generator=generator)
     q = q.expand(case.plan.num_rows, -1, -1).to(spec.device, spec.dtype).contiguous()
-    expected = reference_attention(case.plan, kv_cache, 0, q, spec.sm_scale)
+    expected = reference_attention(case.plan, kv_cache, 0, q, spec.sm_scale, soft_cap=spec.logits_soft_cap)
     backend = choice.backend(spec, kv_cache)
     for plan in (case.plan, single_level_plan(case.plan)):
         error.add(backend.prepare(plan).attend(0, q), expected)
@@ -140,7 +147,7 @@ def _cases(family: str, own_heads: tuple[int, int, int], count: int, seed: int) 
     return cases
 
 
-def _spec(case: CascadeCase, kind: Numbers, device: torch.device) -> AttentionSpec:
+def _spec(case: CascadeCase, kind: Numbers, device: torch.device, soft_cap: float | None) -> AttentionSpec:
     return AttentionSpec(
         num_layers=1,
         num_qo_heads=case.num_qo_heads,
@@ -150,6 +157,7 @@ def _spec(case: CascadeCase, kind: Numbers, device: torch.device) -> AttentionSp
         dtype=kind.dtype,
         device=device,
         kv_dtype=kind.kv_dtype,
+        logits_soft_cap=soft_cap,
     )
 
 

@@ -148,7 +148,7 @@ def _replay_plan(
     expected: tuple[torch.Tensor, torch.Tensor] | None = None
     for each in replayed.values():
         if expected is None:  # all pools hold the same
-            expected = reference_attention(plan, each.kv_cache, 0, q, spec.sm_scale)
+            expected = reference_attention(plan, each.kv_cache, 0, q, spec.sm_scale, soft_cap=spec.logits_soft_cap)
         found = each.backend.prepare(plan).attend(0, q)
         found = found[0].clone(), found[1].clone()  # the next plan may be computed in the same memory
         plain = each.backend.prepare(single).attend(0, q) if plan.shared_levels else found
@@ -191,4 +191,5 @@ def _spec(header: PlanFileHeader, device: torch.device) -> AttentionSpec:
         dtype=dtype,
         device=device,
         kv_dtype=resolve_kv_dtype(header.kv_cache_dtype, dtype),
+        logits_soft_cap=header.attention_soft_cap,
     )

@@ -43,13 +43,11 @@ class Compiler:
     def __init__(self, cache: Path) -> None:
         self.cache, self.broken = cache, True
         self.built: list[str] = []
-        self.asked: list[tuple[torch.dtype, torch.dtype, int, tuple[str, ...]]] = []
+        self.asked: list[tuple[AttentionSpec, tuple[str, ...]]] = []
         self.arch: str | None = None
 
-    def modules(
-        self, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernels: tuple[str, ...]
-    ) -> list[JitModule]:
-        self.asked.append((dtype, kv_dtype, head_dim, kernels))
+    def modules(self, spec: AttentionSpec, kernels: tuple[str, ...]) -> list[JitModule]:
+        self.asked.append((spec, kernels))
         self.arch = os.environ["FLASHINFER_CUDA_ARCH_LIST"]
         return [JitModule(name, f"for {name}", self._build(name), self.cache / f"{name}.so") for name in ("a", "b")]
 
@@ -77,7 +75,7 @@ def test_builds_what_serves_the_model_and_keeps_the_environment(compiler: Compil
     before, seen = dict(os.environ), []
     folder = tmp_path / "out"
     kernels = build_kernels(SPEC, "9.0a", folder, on_kernel=lambda *progress: seen.append(progress))
-    assert compiler.asked == [(torch.bfloat16, torch.bfloat16, 128, ("prefill_fa2", "decode_tensor_cores"))]
+    assert compiler.asked == [(SPEC, ("prefill_fa2", "decode_tensor_cores"))]
     assert compiler.arch == "9.0a"
     assert dict(os.environ) == before
     assert seen == [("for a", 0, 2), ("for b", 1, 2)]
@@ -89,7 +87,7 @@ def test_builds_what_serves_the_model_and_keeps_the_environment(compiler: Compil
 
 def test_eight_bit_pages_have_modules_of_their_own(compiler: Compiler, tmp_path: Path) -> None:
     build_kernels(replace(SPEC, kv_dtype=torch.float8_e4m3fn), "9.0a", tmp_path / "out")
-    assert [asked[:2] for asked in compiler.asked] == [(torch.bfloat16, torch.float8_e4m3fn)]
+    assert [asked.page_dtype for asked, _ in compiler.asked] == [torch.float8_e4m3fn]
     with pytest.raises(BackendError, match=r"head_dim 64.*kv_cache_dtype"):
         build_kernels(replace(SPEC, head_dim=64, kv_dtype=torch.float8_e4m3fn), "9.0a", tmp_path / "out")
 
@@ -200,13 +198,15 @@ def test_states_of_the_modules_that_a_model_needs(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="flashinfer is not installed here")
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("soft_cap", [None, 50.0])
 def test_names_are_those_of_the_installed_package(
-    head_dim: int, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    head_dim: int, kv_dtype: torch.dtype, soft_cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     kernels = ("prefill_fa2", "decode_tensor_cores", "decode_cuda_cores")
-    theirs = {module.name: module.purpose for module in jit_modules(torch.bfloat16, kv_dtype, head_dim, kernels)}
-    assert module_purposes(torch.bfloat16, kv_dtype, head_dim, kernels) == theirs
+    spec = replace(SPEC, head_dim=head_dim, kv_dtype=kv_dtype, logits_soft_cap=soft_cap)
+    theirs = {module.name: module.purpose for module in jit_modules(spec, kernels)}
+    assert module_purposes(spec, kernels) == theirs
 
 
 @pytest.mark.parametrize(

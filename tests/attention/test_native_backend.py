@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,10 +28,15 @@ CUT_SMALL = Sharing(num_threads=3, smallest_task=1)
 
 
 def backend_for(
-    case: CascadeCase, dtype: torch.dtype, seed: int, sharing: Sharing | None = None
+    case: CascadeCase,
+    dtype: torch.dtype,
+    seed: int,
+    sharing: Sharing | None = None,
+    soft_cap: float | None = None,
 ) -> NativeAttentionBackend:
     kv_cache = pool_with_only(case, num_layers=1, dtype=dtype, seed=seed)
-    return NativeAttentionBackend(spec_for(kv_cache, case.group_size, dtype), kv_cache, sharing)
+    spec = replace(spec_for(kv_cache, case.group_size, dtype), logits_soft_cap=soft_cap)
+    return NativeAttentionBackend(spec, kv_cache, sharing)
 
 
 def pool(
@@ -51,7 +57,10 @@ def pool(
 
 def assert_right(backend: NativeAttentionBackend, plan: CascadePlan, q: torch.Tensor, note: object = "") -> None:
     out, lse = backend.prepare(plan).attend(0, q)
-    expected_out, expected_lse = reference_attention(plan, backend.kv_cache, 0, q, backend.spec.sm_scale)
+    spec = backend.spec
+    expected_out, expected_lse = reference_attention(
+        plan, backend.kv_cache, 0, q, spec.sm_scale, soft_cap=spec.logits_soft_cap
+    )
     assert (out.dtype, lse.dtype, out.shape) == (q.dtype, torch.float32, q.shape)
     assert worst(out, expected_out) < TOLERANCE[q.dtype], note
     assert worst(lse, expected_lse) < TOLERANCE[q.dtype], note
@@ -63,6 +72,17 @@ def test_equals_dense_float64(seed: int, dtype: torch.dtype) -> None:
     """Also that nothing leaks: the pool is NaN wherever no sequence of the case may read."""
     case = cascade_case(seed)
     backend = backend_for(case, dtype, seed, CUT_SMALL if seed % 2 else None)
+    q = random_q(backend, case.plan.num_rows, seed)
+    assert_right(backend, case.plan, q, case)
+    assert_right(backend, single_level(case), q, case)
+
+
+@pytest.mark.parametrize("soft_cap", [1.5, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(24))
+def test_equals_dense_float64_with_a_soft_cap(seed: int, dtype: torch.dtype, soft_cap: float) -> None:
+    case = cascade_case(seed)
+    backend = backend_for(case, dtype, seed, CUT_SMALL if seed % 2 else None, soft_cap)
     q = random_q(backend, case.plan.num_rows, seed)
     assert_right(backend, case.plan, q, case)
     assert_right(backend, single_level(case), q, case)
@@ -144,7 +164,8 @@ def test_processors_without_the_instructions_of_this_one(
         for seed in range(40):
             case = cascade_case(seed)
             if case.head_dim == 24:
-                backend = backend_for(case, dtype, seed, CUT_SMALL if seed % 2 else None)
+                soft_cap = 5.0 if seed % 3 == 0 else None
+                backend = backend_for(case, dtype, seed, CUT_SMALL if seed % 2 else None, soft_cap)
                 assert_right(backend, case.plan, random_q(backend, case.plan.num_rows, seed), case)
     finally:
         kernels_for.cache_clear()
@@ -159,6 +180,17 @@ def test_large_scores() -> None:
     expected_out, expected_lse = reference_attention(plan, kv_cache, 0, q, backend.spec.sm_scale)
     torch.testing.assert_close(out.double(), expected_out, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-4)
+
+
+def test_large_scores_end_at_the_soft_cap() -> None:
+    plan, num_pages = long_plan([[(3, 320)]], [(1, 20), (1, 200), (1, 1)], None, page_size=16)
+    kv_cache = pool(num_pages, 16, 2, 64, torch.float32)
+    spec = replace(spec_for(kv_cache, 3, torch.float32), logits_soft_cap=50.0)
+    backend = NativeAttentionBackend(spec, kv_cache, CUT_SMALL)
+    assert_right(backend, plan, 1e6 * random_q(backend, 3))
+    out, lse = backend.prepare(plan).attend(0, torch.full((3, 6, 64), torch.nan))
+    assert out.isnan().all()
+    assert lse.isnan().all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

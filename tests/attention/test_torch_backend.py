@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,7 +54,10 @@ def worst(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def assert_right(backend: TorchAttentionBackend, plan: CascadePlan, q: torch.Tensor, note: object = "") -> None:
     out, lse = backend.prepare(plan).attend(0, q)
-    expected_out, expected_lse = reference_attention(plan, backend.kv_cache, 0, q, backend.spec.sm_scale)
+    spec = backend.spec
+    expected_out, expected_lse = reference_attention(
+        plan, backend.kv_cache, 0, q, spec.sm_scale, soft_cap=spec.logits_soft_cap
+    )
     assert (out.dtype, lse.dtype) == (q.dtype, torch.float32)
     assert worst(out, expected_out) < TOLERANCE[q.dtype], note
     assert worst(lse, expected_lse) < TOLERANCE[q.dtype], note
@@ -64,6 +69,18 @@ def test_equals_dense_float64(seed: int, dtype: torch.dtype) -> None:
     """Also that nothing leaks: the pool is NaN wherever no sequence of the case may read."""
     case = cascade_case(seed)
     backend = backend_for(case, dtype, seed, SMALL_BLOCKS if seed % 2 else None)
+    q = random_q(backend, case.plan.num_rows, seed)
+    assert_right(backend, case.plan, q, case)
+    assert_right(backend, single_level(case), q, case)
+
+
+@pytest.mark.parametrize("soft_cap", [1.5, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(24))
+def test_equals_dense_float64_with_a_soft_cap(seed: int, dtype: torch.dtype, soft_cap: float) -> None:
+    case = cascade_case(seed)
+    plain = backend_for(case, dtype, seed)
+    backend = TorchAttentionBackend(replace(plain.spec, logits_soft_cap=soft_cap), plain.kv_cache)
     q = random_q(backend, case.plan.num_rows, seed)
     assert_right(backend, case.plan, q, case)
     assert_right(backend, single_level(case), q, case)

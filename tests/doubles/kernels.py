@@ -30,6 +30,7 @@ def run_tiles(
     causal: bool,
     scale: float | None,
     window: int,
+    soft_cap: float | None,
     no_surplus: bool = False,
 ) -> None:
     """The kernel: every tile of the plan in the workspace, over what the device's columns say now."""
@@ -58,7 +59,9 @@ def run_tiles(
             continue
         rows = range(first + packed.start // group, first + -(-packed.stop // group))
         limits = readable_keys(rows, end, kv_len, causal=causal, window=window)
-        v, s = attend_rows(q[rows.start : rows.stop], pools, buffers[2], kv_indptr[segment], begin, stop, scale, limits)
+        v, s = attend_rows(
+            q[rows.start : rows.stop], pools, buffers[2], kv_indptr[segment], begin, stop, scale, limits, soft_cap
+        )
         if split:  # partial results pass through memory in the output's dtype
             v = v.to(q.dtype).double()
         if (segment, q_tile) in states:
@@ -88,6 +91,7 @@ def attend_rows(
     stop: int,
     scale: float | None,
     limits: list[tuple[int, int]],
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(v, s) of rows over tokens begin:stop of one segment, float64, s base 2; (0, -inf) where there are none."""
     assert indices is not None
@@ -97,6 +101,8 @@ def attend_rows(
     pages = indices[first_entry + token // page_size].long()
     k, v = (_gathered(pool, pages, token % page_size).repeat_interleave(group, dim=1) for pool in pools)
     scores = torch.einsum("rhd,khd->rhk", q.double(), k) * (scale or head_dim**-0.5)
+    if soft_cap is not None:
+        scores = soft_cap * (scores / soft_cap).tanh()
     lower, upper = torch.tensor(limits).view(-1, 2, 1).unbind(1)
     hidden = (token < lower) | (token >= upper)
     scores.masked_fill_(hidden[:, None, :], -torch.inf)

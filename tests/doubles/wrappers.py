@@ -174,6 +174,11 @@ class _Wrapper:
             raise DoubleError("out is written as contiguous memory whatever its strides")
         return k_pool, v_pool
 
+    def _use(self, kernel: str, q: torch.Tensor) -> None:
+        """Windows and soft caps are compiled in."""
+        is_capped = bool(self._soft_cap)
+        self._double.use(kernel, q.dtype, self._kv_dtype, q.shape[-1], self._window >= 0, is_capped)
+
     def _launch(
         self, run: Callable[[], None], touched: list[torch.Tensor], pools: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
@@ -249,14 +254,20 @@ class PrefillWrapper(_Wrapper):
         self._num_rows, self._dtype = num_rows, bound["q_data_type"]
         self._heads = (bound["num_qo_heads"], bound["head_dim_qk"])
         self._causal, self._sm_scale, self._window = bound["causal"], bound["sm_scale"], bound["window_left"]
+        self._soft_cap = bound["logits_soft_cap"]
 
     def run(self, q: torch.Tensor, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:
         bound = _bind_recorded("BatchPrefillWithPagedKVCacheWrapper.run", (q, paged_kv_cache, *args), kwargs)
         out, lse = bound["out"], bound["lse"]
         pools = self._check_run(q, paged_kv_cache, out, lse, bound["return_lse"])
-        self._double.use("prefill", q.dtype, self._kv_dtype, q.shape[-1], self._window >= 0)
+        self._use("prefill", q)
         buffers, workspace = self._buffers, self._int_workspace
-        options = {"causal": self._causal, "scale": _folded(self._sm_scale, bound), "window": self._window}
+        options = {
+            "causal": self._causal,
+            "scale": _folded(self._sm_scale, bound),
+            "window": self._window,
+            "soft_cap": self._soft_cap,
+        }
 
         def run() -> None:
             run_tiles(workspace, buffers, q, pools, out, lse, **options)
@@ -335,26 +346,24 @@ class DecodeWrapper(_Wrapper):
         self._num_rows, self._dtype = rows, bound["q_data_type"]
         self._heads = (bound["num_qo_heads"], bound["head_dim"])
         self._sm_scale, self._window = bound["sm_scale"], bound["window_left"]
+        self._soft_cap = bound["logits_soft_cap"]
 
     def run(self, q: torch.Tensor, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:
         bound = _bind_recorded("BatchDecodeWithPagedKVCacheWrapper.run", (q, paged_kv_cache, *args), kwargs)
         out, lse = bound["out"], bound["lse"]
         pools = self._check_run(q, paged_kv_cache, out, lse, bound["return_lse"])
-        self._double.use(
-            "prefill" if self._tensor_cores else "decode", q.dtype, self._kv_dtype, q.shape[-1], self._window >= 0
-        )
-        buffers, workspace, scale, window = (
-            self._buffers,
-            self._int_workspace,
-            _folded(self._sm_scale, bound),
-            self._window,
-        )
-        strict = not self._tensor_cores
+        self._use("prefill" if self._tensor_cores else "decode", q)
+        buffers, workspace = self._buffers, self._int_workspace
+        options = {
+            "causal": False,
+            "scale": _folded(self._sm_scale, bound),
+            "window": self._window,
+            "soft_cap": self._soft_cap,
+            "no_surplus": not self._tensor_cores,
+        }
 
         def run() -> None:
-            run_tiles(
-                workspace, buffers, q, pools, out, lse, causal=False, scale=scale, window=window, no_surplus=strict
-            )
+            run_tiles(workspace, buffers, q, pools, out, lse, **options)
 
         self._launch(run, [q, out, lse], pools)
         return out, lse

@@ -43,10 +43,11 @@ def backend_of(
     dtype: torch.dtype = torch.float32,
     num_sm: int = 132,
     decode_leaf: DecodeKernel | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[FlashInferAttentionBackend, FlashInferDouble]:
     stream = DoubleStream()
     double = FlashInferDouble(stream, num_sm=num_sm, exact=dtype == torch.float32)
-    spec = spec_of(case, dtype)
+    spec = replace(spec_of(case, dtype), logits_soft_cap=soft_cap)
     return FlashInferAttentionBackend(spec, pool, double.platform(), decode_leaf), double
 
 
@@ -58,10 +59,12 @@ def random_q(case: CascadeCase, dtype: torch.dtype, seed: int = 0) -> torch.Tens
 def assert_equals_reference(
     backend: FlashInferAttentionBackend, case: CascadeCase, plan: CascadePlan, pool: PagedKVCache, q: torch.Tensor
 ) -> None:
-    prepared = backend.prepare(plan)
+    prepared, spec = backend.prepare(plan), backend.spec
     for layer in range(pool.num_layers):
         out, lse = prepared.attend(layer, q)
-        expected_out, expected_lse = reference_attention(plan, pool, layer, q, backend.spec.sm_scale)
+        expected_out, expected_lse = reference_attention(
+            plan, pool, layer, q, spec.sm_scale, soft_cap=spec.logits_soft_cap
+        )
         tolerance = TOLERANCE[q.dtype]
         torch.testing.assert_close(out.double(), expected_out, atol=tolerance, rtol=tolerance, msg=str(case))
         torch.testing.assert_close(lse.double(), expected_lse, atol=tolerance, rtol=tolerance, msg=str(case))
@@ -72,6 +75,14 @@ def test_equals_dense_attention(seed: int) -> None:
     case = case_of(seed)
     pool = pool_with_only(case, num_layers=2, dtype=torch.float32, seed=seed)
     backend, _ = backend_of(case, pool)
+    assert_equals_reference(backend, case, case.plan, pool, random_q(case, torch.float32))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_equals_dense_attention_with_a_soft_cap(seed: int) -> None:
+    case = case_of(seed)
+    pool = pool_with_only(case, num_layers=1, dtype=torch.float32, seed=seed)
+    backend, _ = backend_of(case, pool, soft_cap=2.0)
     assert_equals_reference(backend, case, case.plan, pool, random_q(case, torch.float32))
 
 

@@ -130,28 +130,29 @@ def kernel_states(spec: AttentionSpec, arch: str) -> list[KernelState]:
             return "built"
         return "prebuilt" if name in prebuilt else "missing"
 
-    purposes = module_purposes(spec.dtype, spec.page_dtype, spec.head_dim, serving_kernels(spec))
+    purposes = module_purposes(spec, serving_kernels(spec))
     return [KernelState(name, purpose, state_of(name)) for name, purpose in purposes.items()]
 
 
-def module_purposes(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernels: Iterable[str]) -> dict[str, str]:
+def module_purposes(spec: AttentionSpec, kernels: Iterable[str]) -> dict[str, str]:
     """The modules that an engine loads, by FlashInfer's names, and what each is for.
 
     Derived without importing FlashInfer, which asks for the GPU: see the `get_*_uri` functions of 0.7.2, with no
-    position encoding, no sliding window, no soft cap.
+    position encoding and no sliding window.
 
     Args:
-        dtype, kv_dtype: of the model and of its pages: keys of `DTYPE_NAMES`
-        head_dim: of its heads
+        spec: the model; its dtypes are keys of `DTYPE_NAMES`
         kernels: those that serve, see `serving_kernels`
     """
-    types = f"dtype_q_{DTYPE_NAMES[dtype]}_dtype_kv_{DTYPE_NAMES[kv_dtype]}_dtype_o_{DTYPE_NAMES[dtype]}_dtype_idx_i32"
-    heads = f"head_dim_qk_{head_dim}_head_dim_vo_{head_dim}_posenc_0_use_swa_False_use_logits_cap_False"
-    fa2 = f"batch_prefill_with_kv_cache_{types}_{heads}_f16qk_False_kv_stride_equal"
+    dtype, kv_dtype, head_dim = DTYPE_NAMES[spec.dtype], DTYPE_NAMES[spec.page_dtype], spec.head_dim
+    types = f"dtype_q_{dtype}_dtype_kv_{kv_dtype}_dtype_o_{dtype}_dtype_idx_i32"
+    heads = f"head_dim_qk_{head_dim}_head_dim_vo_{head_dim}"
+    variant = f"posenc_0_use_swa_False_use_logits_cap_{spec.logits_soft_cap is not None}"
+    fa2 = f"batch_prefill_with_kv_cache_{types}_{heads}_{variant}_f16qk_False_kv_stride_equal"
     names = {
         "prefill_fa2": fa2,
         "decode_tensor_cores": fa2,
-        "decode_cuda_cores": f"batch_decode_with_kv_cache_{types}_{heads}",
+        "decode_cuda_cores": f"batch_decode_with_kv_cache_{types}_{heads}_{variant}",
     }
     purposes: dict[str, list[str]] = {}
     for kernel in sorted(set(kernels)):
@@ -215,7 +216,7 @@ def build_kernels(
         raise BackendError(f"kernels cannot be built: {'; '.join(reasons)}")
     built = {kernel.name: kernel for kernel in list_kernels(folder) if kernel.error is None}
     with build_environment(arch):
-        modules = jit_modules(spec.dtype, spec.page_dtype, spec.head_dim, serving_kernels(spec))
+        modules = jit_modules(spec, serving_kernels(spec))
         for done, module in enumerate(modules):
             if on_kernel is not None:
                 on_kernel(module.purpose, done, len(modules))

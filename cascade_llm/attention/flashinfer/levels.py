@@ -129,6 +129,7 @@ class LevelKernel:
         self._options: dict[str, Any] = {
             "sm_scale": spec.sm_scale,
             "window_left": NO_WINDOW if window_len is None else window_len - 1,
+            "logits_soft_cap": spec.logits_soft_cap,
             "q_data_type": spec.dtype,
             "kv_data_type": spec.page_dtype,
         }

@@ -96,13 +96,11 @@ class JitModule:
     """Where it then is."""
 
 
-def jit_modules(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernels: Iterable[str]) -> list[JitModule]:
+def jit_modules(spec: AttentionSpec, kernels: Iterable[str]) -> list[JitModule]:
     """The modules that a model needs, as the engine calls them. FLASHINFER_CUDA_ARCH_LIST must be set before.
 
     Args:
-        dtype: of the model
-        kv_dtype: of its pages
-        head_dim: of its heads
+        spec: the model; its device does not matter
         kernels: those that serve, see `serving_kernels`
     """
     from flashinfer.jit.activation import gen_act_and_mul_module
@@ -115,15 +113,16 @@ def jit_modules(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernel
     from flashinfer.jit.page import gen_page_module
     from flashinfer.jit.rope import gen_rope_module
 
-    # no position encoding, no sliding window, no soft cap
-    shape = (dtype, kv_dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False)
+    # no position encoding, no sliding window
+    types, heads = (spec.dtype, spec.page_dtype, spec.dtype, torch.int32), (spec.head_dim, spec.head_dim)
+    shape = (*types, *heads, 0, False, spec.logits_soft_cap is not None)
     attention = {
         "prefill_fa2": lambda: _gen_batch_prefill_primary_module("fa2", *shape, False),
         "decode_tensor_cores": lambda: _gen_batch_prefill_primary_module("fa2", *shape, False),
         "decode_cuda_cores": lambda: gen_batch_decode_module(*shape),
     }
-    specs = [(kernel, attention[kernel]()) for kernel in sorted(set(kernels))]
-    specs += [
+    modules = [(kernel, attention[kernel]()) for kernel in sorted(set(kernels))]
+    modules += [
         ("merging levels", gen_cascade_module()),
         ("appending to pages", gen_page_module()),
         ("rotary embedding", gen_rope_module()),
@@ -131,12 +130,12 @@ def jit_modules(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, kernel
         ("gated activation", gen_act_and_mul_module("silu")),
     ]
     purposes: dict[str, list[str]] = {}
-    for purpose, spec in specs:
-        purposes.setdefault(spec.name, []).append(purpose)
-    by_name = {spec.name: spec for _, spec in specs}
+    for purpose, module in modules:
+        purposes.setdefault(module.name, []).append(purpose)
+    by_name = {module.name: module for _, module in modules}
     return [
-        JitModule(name, ", ".join(purposes[name]), spec.build, Path(spec.jit_library_path))
-        for name, spec in by_name.items()
+        JitModule(name, ", ".join(purposes[name]), module.build, Path(module.jit_library_path))
+        for name, module in by_name.items()
     ]
 
 
