@@ -41,6 +41,8 @@ ENGINE_CALLS = (
     "flashinfer:get_seq_lens",
     "flashinfer.norm:rmsnorm",
     "flashinfer.norm:fused_add_rmsnorm",
+    "flashinfer.norm:gemma_rmsnorm",
+    "flashinfer.norm:gemma_fused_add_rmsnorm",
     "flashinfer.activation:silu_and_mul",
     "flashinfer.rope:apply_rope_with_cos_sin_cache_inplace",
     "flashinfer.rope:apply_rope_pos_ids_inplace",

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from cascade_llm.attention.sinks import apply_sinks
 from cascade_llm.config import ModelConfig
 from cascade_llm.kv_cache.page_dtypes import bytes_per_number
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
@@ -75,13 +76,16 @@ class AttentionSpec:
 class Attention(Protocol):
     """What a decoder layer is given: attention of one step, every layer through the same object."""
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Write k and v, then attend.
 
         Args:
             layer: index of the layer
             q: [rows, num_qo_heads, head_dim], after RoPE
             k, v: [rows, num_kv_heads, head_dim]
+            sinks: [num_qo_heads] float32, the score of a key without a value beside those of each row
 
         Returns:
             [rows, num_qo_heads, head_dim]
@@ -152,10 +156,13 @@ class StepAttention:
         """
         self._prepared, self._backend, self._slots, self._kinds = prepared, backend, slots, layer_kinds
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See `Attention`."""
         self._backend.write(layer, k, v, self._slots)
-        return self._prepared[self._kinds[layer] if self._kinds else 0].attend(layer, q)[0]
+        out, lse = self._prepared[self._kinds[layer] if self._kinds else 0].attend(layer, q)
+        return out if sinks is None else apply_sinks(out, lse, sinks)
 
 
 def column_tensor(column: IntColumn) -> torch.Tensor:

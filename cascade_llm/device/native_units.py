@@ -89,7 +89,7 @@ def attention_unit(element: str, pages: str, head_dim: int) -> NativeUnit:
 
 def ops_unit(element: str) -> NativeUnit:
     """The elementwise operations for one element type."""
-    functions = ("add_rms_norm", "rotate", "silu_and_mul")
+    functions = ("add_rms_norm", "rotate", "silu_and_mul", "gelu_tanh_and_mul", "clamped_swiglu")
     return NativeUnit("layers/native_ops.c", functions, (element.upper(),), f"_{element}")
 
 

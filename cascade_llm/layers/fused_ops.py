@@ -20,11 +20,13 @@ class RMSNorm:
     weight: torch.Tensor
     """[size]"""
     eps: float
+    offset: float = 0.0
+    """Added to the weight in float32; 1 in Gemma, whose 16-bit weights would lose digits if they held the sum."""
 
     @classmethod
-    def ones(cls, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> RMSNorm:
+    def ones(cls, size: int, eps: float, *, dtype: torch.dtype, device: torch.device, offset: float = 0.0) -> RMSNorm:
         """A norm that only scales to unit mean square."""
-        return cls(torch.ones(size, dtype=dtype, device=device), eps)
+        return cls(torch.full((size,), 1.0 - offset, dtype=dtype, device=device), eps, offset)
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,20 @@ class FusedOps(ABC):
             qkv: [rows, all heads * head_dim], contiguous; may be overwritten
             layout: where the heads lie
             rotation: of the same rows; None rotates nothing
-            norms: applied to each query head and each key head before the rotation (Qwen3)
+            norms: applied to each query head and each key head before the rotation (Qwen3); of one eps and offset
         """
 
     @abstractmethod
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up (SwiGLU, Shazeer 2020), for gate_up [rows, 2 * size], the gate first; -> [rows, size]."""
+
+    @abstractmethod
+    def gelu_tanh_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gelu(gate) * up (GeGLU, Shazeer 2020), gelu by its approximation with tanh (Gemma); shapes as above."""
+
+    @abstractmethod
+    def clamped_swiglu(self, gate_up: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+        """gate * sigmoid(alpha * gate) * (up + 1), gate at most `limit`, up within it (gpt-oss); shapes as above."""
 
 
 class TorchOps(FusedOps):
@@ -89,7 +99,9 @@ class TorchOps(FusedOps):
 
     def rms_norm(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """See `FusedOps`; x may be [..., size]."""
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+        if not norm.offset:
+            return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+        return F.rms_norm(x.float(), norm.weight.shape, norm.offset + norm.weight.float(), norm.eps).to(x.dtype)
 
     def add_rms_norm(self, residual: torch.Tensor, delta: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """See `FusedOps`."""
@@ -112,3 +124,14 @@ class TorchOps(FusedOps):
         """See `FusedOps`."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+
+    def gelu_tanh_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `FusedOps`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    def clamped_swiglu(self, gate_up: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+        """See `FusedOps`."""
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        gate = gate.clamp(max=limit)
+        return (gate * torch.sigmoid(alpha * gate)).mul_(up.clamp(-limit, limit).add_(1)).to(gate_up.dtype)

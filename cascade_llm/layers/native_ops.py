@@ -37,7 +37,8 @@ class NativeOps(FusedOps):
         self.dtype = dtype
         functions = _compiled(dtype)
         self._add_rms_norm, self._rotate = functions["add_rms_norm"], functions["rotate"]
-        self._silu_and_mul = functions["silu_and_mul"]
+        self._silu_and_mul, self._gelu_tanh_and_mul = functions["silu_and_mul"], functions["gelu_tanh_and_mul"]
+        self._clamped_swiglu = functions["clamped_swiglu"]
 
     def rms_norm(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """See `FusedOps`."""
@@ -69,17 +70,29 @@ class NativeOps(FusedOps):
             0 if cos_sin is None else cos_sin.shape[1],
             rotation is not None and rotation.is_interleaved,
             norms[0].eps if norms else 0.0,
+            norms[0].offset if norms else 0.0,
             torch.get_num_threads(),
         )
         return layout.split(qkv)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See `FusedOps`."""
+        return self._gated(self._silu_and_mul, gate_up)
+
+    def gelu_tanh_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `FusedOps`."""
+        return self._gated(self._gelu_tanh_and_mul, gate_up)
+
+    def clamped_swiglu(self, gate_up: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+        """See `FusedOps`."""
+        return self._gated(self._clamped_swiglu, gate_up, limit, alpha)
+
+    def _gated(self, function: NativeFunction, gate_up: torch.Tensor, *constants: float) -> torch.Tensor:
         assert gate_up.is_contiguous()
         assert gate_up.dtype == self.dtype
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, size)
-        self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), rows, size, torch.get_num_threads())
+        function(gate_up.data_ptr(), out.data_ptr(), rows, size, *constants, torch.get_num_threads())
         return out
 
     def _normalised(self, residual: torch.Tensor, delta_pointer: int | None, norm: RMSNorm) -> torch.Tensor:
@@ -93,6 +106,7 @@ class NativeOps(FusedOps):
             out.data_ptr(),
             *residual.shape,
             norm.eps,
+            norm.offset,
             torch.get_num_threads(),
         )
         return out
@@ -114,9 +128,11 @@ def _compiled(dtype: torch.dtype) -> Mapping[str, NativeFunction]:
     if dtype not in ELEMENTS:
         raise BackendError(f"native operations are for float32 and bfloat16, not {str(dtype).removeprefix('torch.')}")
     functions = native_functions(ops_unit(ELEMENTS[dtype]))
-    functions["add_rms_norm"].argtypes = (*[_pointer] * 4, _long, _long, _float, _int)
+    functions["add_rms_norm"].argtypes = (*[_pointer] * 4, _long, _long, _float, _float, _int)
     functions["silu_and_mul"].argtypes = (_pointer, _pointer, _long, _long, _int)
-    functions["rotate"].argtypes = (*[_pointer] * 4, *[_long] * 6, _int, _float, _int)
+    functions["gelu_tanh_and_mul"].argtypes = (_pointer, _pointer, _long, _long, _int)
+    functions["clamped_swiglu"].argtypes = (_pointer, _pointer, _long, _long, _float, _float, _int)
+    functions["rotate"].argtypes = (*[_pointer] * 4, *[_long] * 6, _int, _float, _float, _int)
     for function in functions.values():
         function.restype = None
     return functions

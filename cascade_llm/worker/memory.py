@@ -73,7 +73,7 @@ def step_bytes(decoder: Decoder, options: EngineOptions, *, has_graphs: bool) ->
     before = torch.cuda.memory_allocated(device)
     rows = torch.zeros(options.max_num_batched_tokens, dtype=torch.int64, device=device)
     with memory_for(f"a step of {len(rows):,} tokens beside the weights: lower max_num_batched_tokens"):
-        decoder.forward(rows, rows, lambda layer, q, k, v: torch.zeros_like(q))
+        decoder.forward(rows, rows, lambda layer, q, k, v, sinks=None: torch.zeros_like(q))
         torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()

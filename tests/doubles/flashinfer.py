@@ -51,6 +51,8 @@ class FlashInferDouble:
             append_paged_kv_cache=self.append_paged_kv_cache,
             rmsnorm=self.rmsnorm,
             fused_add_rmsnorm=self.fused_add_rmsnorm,
+            gemma_rmsnorm=self.gemma_rmsnorm,
+            gemma_fused_add_rmsnorm=self.gemma_fused_add_rmsnorm,
             silu_and_mul=self.silu_and_mul,
             apply_rope_with_cos_sin_cache_inplace=self.apply_rope_with_cos_sin_cache_inplace,
         )
@@ -194,6 +196,42 @@ class FlashInferDouble:
             total = input.float() + residual.float()
             residual.copy_(total)
             input.copy_(normalized(total, weight, eps))
+
+        self.stream.launch(run, [input, residual, weight])
+
+    def gemma_rmsnorm(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        out: torch.Tensor | None = None,
+        enable_pdl: bool | None = None,
+    ) -> torch.Tensor:
+        self.check_dtype(input, "input")
+        if input.dim() != 2 or weight.dtype != input.dtype or input.stride(-1) != 1:
+            raise DoubleError(f"gemma_rmsnorm of {input.shape} {input.dtype} with {weight.dtype}")
+        self.use("gemma_rmsnorm", input.dtype)
+        result = torch.empty(input.shape, dtype=input.dtype, device=input.device) if out is None else out
+        self.stream.launch(lambda: assign(result, normalized(input, 1 + weight.float(), eps)), [input, weight, result])
+        return result
+
+    def gemma_fused_add_rmsnorm(
+        self,
+        input: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        enable_pdl: bool | None = None,
+    ) -> None:
+        self.check_dtype(input, "input")
+        if not input.dtype == residual.dtype == weight.dtype or input.dim() != 2 or input.shape != residual.shape:
+            raise DoubleError(f"gemma_fused_add_rmsnorm of {input.shape} and {residual.shape}")
+        self.use("gemma_fused_add_rmsnorm", input.dtype)
+
+        def run() -> None:
+            total = input.float() + residual.float()
+            residual.copy_(total)
+            input.copy_(normalized(total, 1 + weight.float(), eps))
 
         self.stream.launch(run, [input, residual, weight])
 

@@ -24,17 +24,18 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_norms(ops: FlashInferLayerOps) -> None:
-    norm, x, delta = RMSNorm(random(SIZE), 1e-5), random(ROWS, SIZE, seed=1), random(ROWS, SIZE, seed=2)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms(ops: FlashInferLayerOps, offset: float) -> None:
+    norm, x, delta = RMSNorm(random(SIZE), 1e-5, offset), random(ROWS, SIZE, seed=1), random(ROWS, SIZE, seed=2)
     torch.testing.assert_close(ops.rms_norm(x, norm), TorchOps().rms_norm(x, norm))
     mine, twin = x.clone(), x.clone()
     torch.testing.assert_close(ops.add_rms_norm(mine, delta.clone(), norm), TorchOps().add_rms_norm(twin, delta, norm))
     torch.testing.assert_close(mine, twin)
 
 
-@pytest.mark.parametrize("with_norms", [False, True])
-def test_rotate(ops: FlashInferLayerOps, with_norms: bool) -> None:
-    norms = (RMSNorm(random(64, seed=3), 1e-6), RMSNorm(random(64, seed=4), 1e-6)) if with_norms else None
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+def test_rotate(ops: FlashInferLayerOps, offset: float | None) -> None:
+    norms = None if offset is None else tuple(RMSNorm(random(64, seed=seed), 1e-6, offset) for seed in (3, 4))
     qkv, angles = random(ROWS, 8 * 64, seed=5), random(ROWS, 32, seed=6)
     rotation = Rotation(torch.cat((angles.cos(), angles.sin()), dim=-1))
     expected = TorchOps().rotate(qkv.clone(), LAYOUT, rotation, norms)
@@ -45,3 +46,9 @@ def test_rotate(ops: FlashInferLayerOps, with_norms: bool) -> None:
 def test_silu_and_mul(ops: FlashInferLayerOps) -> None:
     gate_up = random(ROWS, 2 * SIZE, seed=7)
     torch.testing.assert_close(ops.silu_and_mul(gate_up), TorchOps().silu_and_mul(gate_up))
+
+
+def test_other_gates_are_torchs(ops: FlashInferLayerOps) -> None:
+    gate_up = random(ROWS, 2 * SIZE, seed=8)
+    assert torch.equal(ops.gelu_tanh_and_mul(gate_up), TorchOps().gelu_tanh_and_mul(gate_up))
+    assert torch.equal(ops.clamped_swiglu(gate_up, 1.0, 1.7), TorchOps().clamped_swiglu(gate_up, 1.0, 1.7))

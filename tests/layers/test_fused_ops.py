@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cascade_llm.errors import BackendError
 from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm, TorchOps
@@ -48,7 +49,7 @@ def assert_near(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, f
 
 def exact_norm(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
     x = x.double()
-    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * (norm.offset + norm.weight.double())
 
 
 def exact_rotation(heads: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
@@ -59,8 +60,9 @@ def exact_rotation(heads: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("size", [8, 33, 576])
-def test_rms_norm(ops: FusedOps, dtype: torch.dtype, rows: int, size: int) -> None:
-    norm, x = RMSNorm(random(size, dtype=dtype), 1e-5), random(rows, size, dtype=dtype, scale=3)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(ops: FusedOps, dtype: torch.dtype, rows: int, size: int, offset: float) -> None:
+    norm, x = RMSNorm(random(size, dtype=dtype), 1e-5, offset), random(rows, size, dtype=dtype, scale=3)
     before = x.clone()
     assert_near(ops.rms_norm(x, norm), exact_norm(x, norm), dtype)
     assert torch.equal(x, before)
@@ -68,8 +70,9 @@ def test_rms_norm(ops: FusedOps, dtype: torch.dtype, rows: int, size: int) -> No
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("size", [8, 33, 576])
-def test_add_rms_norm_adds_in_place(ops: FusedOps, dtype: torch.dtype, rows: int, size: int) -> None:
-    norm, delta = RMSNorm(random(size, dtype=dtype), 1e-6), random(rows, size, dtype=dtype)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_add_rms_norm_adds_in_place(ops: FusedOps, dtype: torch.dtype, rows: int, size: int, offset: float) -> None:
+    norm, delta = RMSNorm(random(size, dtype=dtype), 1e-6, offset), random(rows, size, dtype=dtype)
     residual = random(size, rows, dtype=dtype).view(rows, size)
     total = residual + delta
     got = ops.add_rms_norm(residual, delta, norm)
@@ -94,6 +97,41 @@ def test_silu_and_mul(ops: FusedOps, dtype: torch.dtype, rows: int, size: int) -
     assert_near(got, gate * torch.sigmoid(gate) * up, dtype, factor=2)
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [4, 33, 1536])
+def test_gelu_tanh_and_mul(ops: FusedOps, dtype: torch.dtype, rows: int, size: int) -> None:
+    gate_up = random(rows, 2 * size, dtype=dtype, scale=4)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    got = ops.gelu_tanh_and_mul(gate_up)
+    assert got.is_contiguous()
+    assert_near(got, F.gelu(gate, approximate="tanh") * up, dtype, factor=2)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [4, 33, 1536])
+def test_clamped_swiglu(ops: FusedOps, dtype: torch.dtype, rows: int, size: int) -> None:
+    gate_up = random(rows, 2 * size, dtype=dtype, scale=4)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=3), up.clamp(-3, 3)
+    got = ops.clamped_swiglu(gate_up, 3.0, 1.702)
+    assert got.is_contiguous()
+    assert_near(got, gate * torch.sigmoid(1.702 * gate) * (up + 1), dtype, factor=2)
+
+
+def test_a_norm_of_16_bits_with_an_offset_has_the_digits_of_the_sum() -> None:
+    norm, x = RMSNorm(torch.full((64,), 0.0037).bfloat16(), 1e-6, 1.0), random(3, 64, dtype=torch.bfloat16)
+    folded = RMSNorm((1 + norm.weight.float()).bfloat16(), 1e-6)
+    ops, exact = TorchOps(), exact_norm(x, norm)
+    lost = (ops.rms_norm(x, folded).double() - exact).abs().mean()
+    assert (ops.rms_norm(x, norm).double() - exact).abs().mean() < lost
+
+
+def test_gelu_of_large_gates_is_the_gate_or_nothing(ops: FusedOps, dtype: torch.dtype) -> None:
+    gates = torch.tensor([[-1e30, -200.0, -9.0, -0.5, 0.0, 5.0, 90.0, 1e4, 1e30]], dtype=dtype)
+    got = ops.gelu_tanh_and_mul(torch.cat((gates, torch.ones_like(gates)), dim=-1))
+    assert_near(got, F.gelu(gates.double(), approximate="tanh"), dtype)
+
+
 def test_silu_of_large_gates_is_the_gate_or_nothing(ops: FusedOps, dtype: torch.dtype) -> None:
     gates = torch.tensor([[-1e4, -200.0, -90.0, -50.0, 0.0, 50.0, 90.0, 200.0, 1e4]], dtype=dtype)
     got = ops.silu_and_mul(torch.cat((gates, torch.ones_like(gates)), dim=-1))
@@ -102,11 +140,18 @@ def test_silu_of_large_gates_is_the_gate_or_nothing(ops: FusedOps, dtype: torch.
 
 @pytest.mark.parametrize("with_norms", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("layout", [HeadLayout(9, 3, 64), HeadLayout(1, 1, 6), HeadLayout(32, 8, 128)], ids=str)
-def test_rotate(ops: FusedOps, dtype: torch.dtype, layout: HeadLayout, rows: int, with_norms: bool) -> None:
+def test_rotate(
+    ops: FusedOps, dtype: torch.dtype, layout: HeadLayout, rows: int, with_norms: bool, offset: float
+) -> None:
     num_heads = layout.num_rotated + layout.num_kv_heads
     qkv = random(rows, num_heads * layout.head_dim, dtype=dtype)
-    norms = tuple(RMSNorm(random(layout.head_dim + i, dtype=dtype)[i:], 1e-6) for i in (0, 1)) if with_norms else None
+    norms = (
+        tuple(RMSNorm(random(layout.head_dim + i, dtype=dtype)[i:], 1e-6, offset) for i in (0, 1))
+        if with_norms
+        else None
+    )
     cos_sin = random(rows, layout.head_dim, dtype=torch.float32)
     q, k, v = (part.double() for part in layout.split(qkv.clone()))
     if norms is not None:
@@ -128,9 +173,10 @@ def test_what_is_not_finite_stays_so(ops: FusedOps, dtype: torch.dtype, value: f
         ops.rms_norm(x, norm),
         ops.add_rms_norm(torch.ones_like(x), x, norm),
         ops.silu_and_mul(torch.cat((torch.ones_like(x), x), dim=-1)),
+        ops.gelu_tanh_and_mul(torch.cat((torch.ones_like(x), x), dim=-1)),
         ops.rotate(x.clone(), layout, Rotation(torch.ones(2, 8)), None)[0].flatten(1),
     ]
-    for output in outputs[: 3 if place >= 16 else 4]:
+    for output in outputs[: 4 if place >= 16 else 5]:
         assert not torch.isfinite(output[0]).all()
         assert torch.isfinite(output[1]).all()
 

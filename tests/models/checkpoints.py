@@ -83,7 +83,9 @@ class DenseAttention:
         """Say which sequence and position each row of the coming step has."""
         self._rows = list(zip(sequences, positions, strict=True))
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         store, group_size = self._store[layer], q.shape[1] // k.shape[1]
         for row, key in enumerate(self._rows):
             store[key] = k[row].clone(), v[row].clone()
@@ -92,6 +94,9 @@ class DenseAttention:
             keys, values = zip(*(store[sequence, earlier] for earlier in range(position + 1)), strict=True)
             keys, values = (torch.stack(part).repeat_interleave(group_size, dim=1) for part in (keys, values))
             scores = torch.einsum("hd,thd->ht", q[row], keys) * self._sm_scale
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[:, None]), dim=-1)
+                values = torch.cat((values, torch.zeros_like(values[:1])))
             out[row] = torch.einsum("ht,thd->hd", scores.softmax(-1), values)
         return out
 

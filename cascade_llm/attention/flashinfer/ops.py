@@ -48,6 +48,8 @@ class FlashInferOps:
     append_paged_kv_cache: Callable[..., Any]
     rmsnorm: Callable[..., Any]
     fused_add_rmsnorm: Callable[..., Any]
+    gemma_rmsnorm: Callable[..., Any]
+    gemma_fused_add_rmsnorm: Callable[..., Any]
     silu_and_mul: Callable[..., Any]
     apply_rope_with_cos_sin_cache_inplace: Callable[..., Any]
 
@@ -65,7 +67,7 @@ def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
         import flashinfer
         from flashinfer.activation import silu_and_mul
         from flashinfer.jit import env
-        from flashinfer.norm import fused_add_rmsnorm, rmsnorm
+        from flashinfer.norm import fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm
         from flashinfer.rope import apply_rope_with_cos_sin_cache_inplace
     except (ImportError, OSError, RuntimeError) as error:  # of its own, or of a CUDA library that it loads
         raise BackendError(f"FlashInfer cannot be imported ({error}): pip install 'cascade-llm[cuda]'") from error
@@ -78,6 +80,8 @@ def load_flashinfer_ops(prebuilt: Path | None = None) -> FlashInferOps:
         append_paged_kv_cache=flashinfer.append_paged_kv_cache,
         rmsnorm=rmsnorm,
         fused_add_rmsnorm=fused_add_rmsnorm,
+        gemma_rmsnorm=gemma_rmsnorm,
+        gemma_fused_add_rmsnorm=gemma_fused_add_rmsnorm,
         silu_and_mul=silu_and_mul,
         apply_rope_with_cos_sin_cache_inplace=apply_rope_with_cos_sin_cache_inplace,
     )
