@@ -66,6 +66,9 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    gate_sizes: tuple[int, ...] = ()
+    """Of each layer, the outputs of all gates, those of all experts together; empty where each has
+    `intermediate_size`."""
     num_layers: int
     num_qo_heads: int
     num_kv_heads: int
@@ -100,6 +103,11 @@ class ModelConfig:
     def sm_scale(self) -> float:
         """What q·k is multiplied by before the softmax."""
         return float(self.head_dim**-0.5) if self.attention_multiplier is None else self.attention_multiplier
+
+    @property
+    def total_gate_size(self) -> int:
+        """The outputs of all gates of all layers."""
+        return sum(self.gate_sizes) if self.gate_sizes else self.num_layers * self.intermediate_size
 
     def rope_of(self, layer: int) -> RopeConfig | None:
         """What a layer rotates by; None where it rotates nothing."""

@@ -15,6 +15,7 @@ from cascade_llm.models.architecture import Architecture
 from cascade_llm.models.config_fields import ConfigFields
 from cascade_llm.models.families.llama import LLAMA
 from cascade_llm.models.families.qwen import QWEN2, QWEN3
+from cascade_llm.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from cascade_llm.models.rope_fields import read_rope
 
 __all__ = ["ARCHITECTURES", "Architecture", "model_config_from_hf"]
@@ -23,6 +24,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": LLAMA,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
 }
 """By `model_type` of config.json."""
 

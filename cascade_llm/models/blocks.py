@@ -41,6 +41,9 @@ class Parameter:
     """That it must have."""
     load: Callable[[StoredTensor], None]
     """Takes its values, and converts their dtype."""
+    stands_for: tuple[str, ...] = ()
+    """Names of the parameters that it gives values to together, such as all matrices of a stack: a checkpoint has this
+    one or those."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +315,9 @@ def norm_parameter(norm: RMSNorm) -> Parameter:
 
 def below(prefix: str, parameters: Iterator[tuple[str, Parameter]]) -> Iterator[tuple[str, Parameter]]:
     """The same parameters, their names behind `prefix` and a dot."""
-    return ((f"{prefix}.{name}", parameter) for name, parameter in parameters)
+    for name, parameter in parameters:
+        inner = tuple(f"{prefix}.{stood_for}" for stood_for in parameter.stands_for)
+        yield f"{prefix}.{name}", replace(parameter, stands_for=inner) if inner else parameter
 
 
 def _copy(weight: torch.Tensor, stored: StoredTensor) -> None:

@@ -88,6 +88,14 @@ class ConfigFields:
             raise self.wrong(name, f"a list of numbers larger than {least:g}")
         return tuple(map(float, value))
 
+    def indices(self, name: str, count: int) -> frozenset[int]:
+        """A list of integers below `count`; empty where it is not there."""
+        value = self._fields.get(name, [])
+        is_list = isinstance(value, list | tuple)
+        if not is_list or not all(type(item) is int and 0 <= item < count for item in value):
+            raise self.wrong(name, f"a list of integers from 0 to {count - 1}")
+        return frozenset(value)
+
     def wrong(self, name: str, wanted: str) -> CheckpointError:
         """That a field is not what it must be."""
         return CheckpointError(f"{self.where}: {name} is {short_repr(self.value(name))}: it must be {wanted}")

@@ -10,6 +10,7 @@ import torch
 
 from cascade_llm.layers.routing import Routing
 from cascade_llm.models.blocks import MLP, BlockOptions, GatedMLP, Parameter, below, linear_parameters
+from cascade_llm.weights.format import StoredTensor
 from cascade_llm.weights.linear import Linear
 from cascade_llm.weights.stacked_linear import StackedLinear
 
@@ -29,8 +30,9 @@ class ExpertNames:
 class Experts(MLP):
     """down(silu(gate(x)) * up(x)) of the chosen experts, summed by the router's weights, and perhaps of a shared one.
 
-    A checkpoint calls the matrices of an expert `experts.N.gate_proj`, the router `gate`, and the shared expert, which
-    every row goes through, `shared_expert`; its output is multiplied by the sigmoid of `shared_expert_gate`.
+    A checkpoint calls the matrices of an expert `experts.N.gate_proj`, or has those of all experts in one tensor,
+    `experts.gate_up_proj` [experts, 2 * inner_size, hidden] and `experts.down_proj`. It calls the router `gate`. The
+    shared expert, `shared_expert`, has every row; its output is multiplied by the sigmoid of `shared_expert_gate`.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class Experts(MLP):
         for index in range(self.routing.num_experts):
             for stack in (self.gate_up, self.down):
                 yield from below(f"experts.{index}", matrix_parameters(stack, index))
+        for name, stack in (("gate_up_proj", self.gate_up), ("down_proj", self.down)):
+            yield f"experts.{name}", stack_parameter(stack)
         if self.shared is not None and self.shared_gate is not None:
             yield from below("shared_expert", self.shared.named_parameters())
             yield from linear_parameters(self.shared_gate)
@@ -104,3 +108,18 @@ def matrix_parameters(stack: StackedLinear, index: int) -> Iterator[tuple[str, P
         yield f"{part}.weight", Parameter((rows, stack.spec.in_features), partial(stack.load, index, part))
         if stack.bias is not None:
             yield f"{part}.bias", Parameter((rows,), partial(stack.load_bias, index, part))
+
+
+def stack_parameter(stack: StackedLinear) -> Parameter:
+    """All matrices in one tensor [matrices, rows of all parts, inputs]."""
+    indices = range(stack.num_matrices)
+    names = tuple(f"experts.{index}.{part}.weight" for index in indices for part in stack.spec.parts)
+    shape = stack.num_matrices, stack.spec.out_features, stack.spec.in_features
+    return Parameter(shape, partial(_load_matrices, stack), names)
+
+
+def _load_matrices(stack: StackedLinear, stored: StoredTensor) -> None:
+    for index in range(stack.num_matrices):
+        matrix = stored.matrix(index)
+        for part in stack.spec.parts:
+            stack.load(index, part, matrix.rows(stack.spec.rows_of(part)))

@@ -35,7 +35,8 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) 
     or given twice.
     """
     parameters = dict(decoder.named_parameters())
-    missing = dict.fromkeys(parameters)
+    missing = dict.fromkeys(name for name, parameter in parameters.items() if not parameter.stands_for)
+    num_expected = len(missing)
     problems: list[str] = []
     tied = (HEAD, EMBEDDING) if decoder.config.tie_word_embeddings else ()
     held: dict[str, StoredTensor] = {}
@@ -45,10 +46,11 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) 
         if name not in parameters:
             if name not in tied and not name.endswith(RECOMPUTED_SUFFIXES):
                 problems.append(f"{name} is not a tensor of {decoder.config.architecture}")
-        elif name not in missing:
+        elif any(own not in missing for own in _own_names(name, parameters[name])):
             problems.append(f"{name} is given twice")
         else:
-            del missing[name]
+            for own in _own_names(name, parameters[name]):
+                del missing[own]
             if problem := _problem(name, tensor, parameters[name]):
                 problems.append(problem)
             else:
@@ -57,7 +59,7 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) 
     if len(held) == 2 and not torch.equal(held[HEAD].values(), held[EMBEDDING].values()):
         problems.append(f"{HEAD} is another matrix than {EMBEDDING}, and the configuration ties them")
     if problems:
-        raise CheckpointError(_summary(problems, len(parameters)))
+        raise CheckpointError(_summary(problems, num_expected))
 
 
 def init_dummy(decoder: Decoder, seed: int = 0) -> None:
@@ -66,6 +68,8 @@ def init_dummy(decoder: Decoder, seed: int = 0) -> None:
     numbers = torch.randn(DUMMY_PERIOD, generator=generator).to(decoder.dtype).to(decoder.device)
     start = 0
     for name, parameter in decoder.named_parameters():
+        if parameter.stands_for:
+            continue
         if name.endswith("norm.weight"):
             values = torch.ones(parameter.shape, dtype=decoder.dtype, device=decoder.device)
         else:
@@ -95,6 +99,11 @@ class KVScaleReader:
     def scales(self) -> list[KVScale]:
         """Of each layer; 1 where the checkpoint says nothing."""
         return [KVScale(**found) for found in self._found]
+
+
+def _own_names(name: str, parameter: Parameter) -> tuple[str, ...]:
+    """Of all that a tensor of this name gives values to."""
+    return parameter.stands_for or (name,)
 
 
 def _scale(name: str, tensor: torch.Tensor) -> float:

@@ -53,6 +53,12 @@ class StoredTensor:
         data = self.data[rows]
         return replace(self, shape=(len(data), *self.shape[1:]), data=data)
 
+    def matrix(self, index: int) -> StoredTensor:
+        """One of the matrices of a stack [matrices, rows, inputs], as it is stored."""
+        count, rows, _ = self.shape
+        data = self.data.view(count, rows, -1) if self.decode is not None else self.data
+        return replace(self, shape=self.shape[1:], data=data[index])
+
     def values(self) -> torch.Tensor:
         """The values [*shape]: a view of the file where they are plain, else new float32 ones."""
         return self.data if self.decode is None else self.decode(self.data).view(self.shape)

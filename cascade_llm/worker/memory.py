@@ -43,7 +43,7 @@ def check_sizes(options: EngineOptions, model: ModelConfig, dtype: torch.dtype, 
     """
     free = available_bytes(resolve_device(options.device))
     heads = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim
-    layers = model.num_layers * model.hidden_size * (heads + 3 * model.intermediate_size)
+    layers = model.hidden_size * (model.num_layers * heads + 3 * model.total_gate_size)
     vocabularies = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     needs = (
         (

@@ -22,6 +22,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
@@ -39,6 +41,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3, tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3, biases": ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40, "qkv_bias": True}),
+    "qwen2_moe, few": ("qwen2_moe", EXPERTS | {"mlp_only_layers": [2], "decoder_sparse_step": 2, "qkv_bias": False}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS | {"head_dim": 16}),
+    "qwen3_moe, all": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "num_experts_per_tok": 5}),
     "qwen3, yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN}),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,16 @@ from transformers import Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from cascade_llm.errors import CheckpointError
 from cascade_llm.layers.fused_ops import TorchOps
 from cascade_llm.layers.routing import Router, Routing, TorchRouter
+from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
+from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.blocks import BlockOptions
 from cascade_llm.models.experts import Experts
+from cascade_llm.models.loading import load_weights
 from cascade_llm.weights.format import StoredTensor, WeightOptions
-from tests.models.checkpoints import empty_decoder, tiny_model
+from tests.models.checkpoints import Replay, decoder_of, empty_decoder, hf_config_of, stored, tiny_model
 
 HIDDEN, INNER, SHARED, NUM_EXPERTS, CHOSEN = 48, 32, 40, 7, 3
 
@@ -31,7 +36,8 @@ def filled(experts: Experts, state: dict[str, torch.Tensor]) -> Experts:
     """The block with a checkpoint's tensors, those of all experts in one cut apart."""
     parameters = dict(experts.named_parameters())
     for name, parameter in parameters.items():
-        parameter.load(StoredTensor.plain(tensor_of(state, name)))
+        if not parameter.stands_for:
+            parameter.load(StoredTensor.plain(tensor_of(state, name)))
     return experts
 
 
@@ -95,3 +101,71 @@ def test_rows_are_ordered_by_expert_and_found_again() -> None:
     weights = logits.softmax(-1)
     expected = torch.stack((10 * weights[0, 1] + 1000 * weights[0, 3], weights[1, 0] + 100 * weights[1, 1]))
     torch.testing.assert_close(TorchRouter().combine(outputs, routed), expected.unsqueeze(1))
+
+
+def moe_config(kind: str = "qwen3_moe", **fields: Any) -> dict[str, Any]:
+    """A config.json."""
+    model = tiny_model(kind, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, num_hidden_layers=2)
+    return {**hf_config_of(model), **fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_experts_per_tok": 6}, "num_experts_per_tok is 6: it must be at most num_local_experts, 5"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is None"),
+        ({"num_experts": 4}, "num_experts 4 and num_local_experts 5 contradict each other"),
+        ({"num_local_experts": None}, "num_experts is None: it must be an integer"),
+        ({"num_local_experts": 0}, "num_local_experts is 0"),
+        ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1"),
+        ({"mlp_only_layers": [2]}, r"mlp_only_layers is \[2\]: it must be a list of integers from 0 to 1"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers is 1"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1"),
+    ],
+)
+def test_a_field_of_experts_that_makes_no_sense_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        model_config_from_hf(moe_config(**fields))
+
+
+def test_the_older_name_of_the_count_is_read() -> None:
+    assert model_config_from_hf(moe_config(num_experts=5, num_local_experts=None)) == model_config_from_hf(moe_config())
+
+
+def test_a_folder_has_a_tensor_for_each_expert_and_gives_the_same_logits(tmp_path: Path) -> None:
+    """transformers takes the tensors of all experts apart as it saves them."""
+    model = tiny_model("qwen2_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32)
+    model.save_pretrained(tmp_path)
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
+    tensors = dict(checkpoint.stored_tensors())
+    assert "model.layers.0.mlp.experts.4.up_proj.weight" in tensors
+    decoder = empty_decoder(model)
+    load_weights(decoder, checkpoint.stored_tensors())
+    rows = [(0, position, token) for position, token in enumerate((5, 9, 3, 77))]
+    assert torch.equal(Replay(decoder).step(rows), Replay(decoder_of(model)).step(rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("model.layers.0.mlp.experts.3.up_proj.weight", None, "experts.3.up_proj.weight is missing"),
+        ("model.layers.1.mlp.gate.weight", torch.zeros(4, 48), r"gate.weight has shape \[4, 48\], .* says \[5, 48\]"),
+        (
+            "model.layers.1.mlp.experts.5.up_proj.weight",
+            torch.zeros(32, 48),
+            "experts.5.up_proj.weight is not a tensor",
+        ),
+        ("model.layers.1.mlp.experts.down_proj", torch.zeros(5, 48, 32), "experts.down_proj is given twice"),
+    ],
+)
+def test_a_checkpoint_with_other_experts_is_refused(name: str, values: torch.Tensor | None, message: str) -> None:
+    decoder = empty_decoder(tiny_model("qwen3_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32))
+    parameters = {n: p for n, p in decoder.named_parameters() if not p.stands_for}
+    state = {n: torch.zeros(p.shape) for n, p in parameters.items()}
+    if values is None:
+        del state[name]
+    else:
+        state[name] = values
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(decoder, stored(state))
