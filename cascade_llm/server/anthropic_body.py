@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cascade_llm.server.api_errors import ApiError
-from cascade_llm.server.schema import Body, ChatBody, SessionFields
+from cascade_llm.server.schema import Body, ChatBody, SessionFields, TokenKey
 
 __all__ = ["MessagesBody", "MessagesPrompt"]
 
@@ -85,7 +85,7 @@ class MessagesBody(MessagesPrompt, SessionFields):
     seed: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[TokenKey, float] | None = None
     priority: int | None = None
 
     def as_chat(self) -> ChatBody:

@@ -15,7 +15,7 @@ from cascade_llm.errors import (
     WorkerError,
 )
 
-__all__ = ["ApiError", "anthropic_error_body", "api_error", "error_body"]
+__all__ = ["ApiError", "anthropic_error_body", "api_error", "error_body", "unforeseen"]
 
 LONGEST_MESSAGE = 600
 """Characters: a message may repeat what a client sent."""
@@ -92,4 +92,9 @@ def api_error(error: CascadeError) -> ApiError:
         return ApiError(400, str(error), code="invalid_value", param=name if name.isidentifier() else None)
     if isinstance(error, RequestError):
         return ApiError(400, str(error), code="invalid_value")
+    return unforeseen()
+
+
+def unforeseen() -> ApiError:
+    """What a client is told where the server is to blame."""
     return ApiError(500, "the request failed: the server's log says where", code="internal_error")

@@ -16,14 +16,29 @@ from cascade_llm import __version__
 from cascade_llm.errors import CascadeError, WorkerError
 from cascade_llm.server.answer_forms import AnswerForm, ChatForm, CompletionForm
 from cascade_llm.server.answer_response import AnswerResponse
+from cascade_llm.server.answer_schema import (
+    AnthropicErrorAnswer,
+    Chat,
+    Completion,
+    Detokenized,
+    Health,
+    InputTokens,
+    Message,
+    Model,
+    Models,
+    Readiness,
+    Tokenized,
+    Version,
+)
 from cascade_llm.server.anthropic_body import MessagesBody, MessagesPrompt
 from cascade_llm.server.anthropic_form import MessagesForm
-from cascade_llm.server.api_errors import ApiError, api_error
+from cascade_llm.server.api_errors import ApiError, api_error, unforeseen
 from cascade_llm.server.engine_client import EngineClient, EngineStatus
-from cascade_llm.server.guard import Application, Guard, RequestRecord
+from cascade_llm.server.guard import OPEN_PATHS, Application, Guard, RequestRecord
 from cascade_llm.server.metrics import CONTENT_TYPE, ServerMetrics
 from cascade_llm.server.options import ServerOptions
 from cascade_llm.server.page_files import PAGE_PATHS, add_page
+from cascade_llm.server.published import Answers, answers, error_answers, openapi_document, text_answers
 from cascade_llm.server.schema import (
     Body,
     ChatBody,
@@ -121,20 +136,10 @@ class Api:
         if num_open + num_samples > most:
             raise ApiError(429, f"{num_open} samples run or wait already: try again later", code="queue_full")
 
-    def models(self) -> dict[str, Any]:
+    def models(self) -> Models:
         """GET /v1/models."""
         length = self.engine.facts.max_model_len if self.engine.facts else None
-        entries = [
-            {
-                "id": name,
-                "object": "model",
-                "created": self._started,
-                "owned_by": "cascade-llm",
-                "max_model_len": length,
-            }
-            for name in self.names
-        ]
-        return {"object": "list", "data": entries}
+        return Models(data=[Model(id=name, created=self._started, max_model_len=length) for name in self.names])
 
     async def health(self) -> Response:
         """GET /health: 200 while the engine's loop is alive, or the model is being loaded."""
@@ -179,7 +184,7 @@ class Api:
             _add_texts(told["last_step"], tokenizer)
         return {"engine": status, **told}
 
-    async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(self, body: TokenizeBody) -> Tokenized:
         """POST /tokenize."""
         reader = self.ready_reader(body)
         prompt, messages = body.prompt, body.messages
@@ -192,27 +197,35 @@ class Api:
         else:
             tokenizer, add_special = _tokenizer(reader), body.add_special_tokens is not False
             ids = await _beside(lambda: tokenizer.encode(str(prompt), add_special))
-        return {"tokens": ids, "count": len(ids), "max_model_len": reader.max_model_len}
+        return Tokenized(tokens=ids, count=len(ids), max_model_len=reader.max_model_len)
 
-    async def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+    async def detokenize(self, body: DetokenizeBody) -> Detokenized:
         """POST /detokenize."""
         tokenizer = _tokenizer(self.ready_reader(body))
         if not all(0 <= token < 1 << 31 for token in body.tokens):
             raise ApiError(400, "tokens must be token ids, 0 or larger", param="tokens")
-        return {"prompt": await _beside(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))}
+        return Detokenized(prompt=await _beside(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False)))
 
 
 def build_application(api: Api, keys: Sequence[str]) -> Application:
     """The ASGI application of a server that takes these keys (any, where there are none)."""
-    app = FastAPI(title="cascade-llm", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="cascade-llm", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
+    open_paths = OPEN_PATHS.union(PAGE_PATHS if api.options.page else ())
+    _add_generation(app, api)
     _add_paths(app, api)
     _add_refusals(app)
     _add_error_forms(app)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def document() -> dict[str, Any]:
+        """What is served, for programs that read it."""
+        return await asyncio.to_thread(openapi_document, app, open_paths=open_paths, has_keys=bool(keys))
+
     guarded: Application = Guard(
         app,
         api.metrics,
         paths=[str(getattr(route, "path", "")) for route in app.routes],
-        open_paths=PAGE_PATHS if api.options.page else (),
+        open_paths=open_paths,
         keys=keys,
         max_body_bytes=api.options.max_body_bytes,
         body_timeout_s=api.options.body_timeout,
@@ -228,20 +241,24 @@ def build_application(api: Api, keys: Sequence[str]) -> Application:
     return guarded
 
 
-def _add_paths(app: FastAPI, api: Api) -> None:
-    @app.post("/v1/completions", response_model=None)
+def _add_generation(app: FastAPI, api: Api) -> None:
+    statuses = (400, 404, 429, 503, 504)
+
+    @app.post("/v1/completions", response_model=None, responses=answers(Completion, *statuses))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue prompts."""
         record: RequestRecord = request.scope["state"]["record"]
         return await api.generate(body, record, "cmpl", CompletionForm, lambda reader: reader.read_completion(body))
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=answers(Chat, *statuses))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         record: RequestRecord = request.scope["state"]["record"]
         return await api.generate(body, record, "chatcmpl", ChatForm, lambda reader: reader.read_chat(body))
 
-    @app.post("/v1/messages", response_model=None)
+    in_anthropic_form = answers(Message, *statuses, form=AnthropicErrorAnswer)
+
+    @app.post("/v1/messages", response_model=None, responses=in_anthropic_form)
     async def messages(body: MessagesBody, request: Request) -> Response:
         """Answer a conversation, as Anthropic's clients ask."""
         record: RequestRecord = request.scope["state"]["record"]
@@ -249,54 +266,74 @@ def _add_paths(app: FastAPI, api: Api) -> None:
         chat = body.as_chat()
         return await api.generate(chat, record, "msg", MessagesForm, lambda reader: reader.read_chat(chat))
 
-    @app.post("/v1/messages/count_tokens")
-    async def count_tokens(body: MessagesPrompt) -> dict[str, int]:
+    errors = error_answers(400, 404, 503, form=AnthropicErrorAnswer)
+
+    @app.post("/v1/messages/count_tokens", responses=errors)
+    async def count_tokens(body: MessagesPrompt) -> InputTokens:
         """The tokens of such a conversation."""
         reader = api.ready_reader(body)
         messages, kwargs, goes_on = body.chat_messages(), body.chat_template_kwargs, body.is_continued
         ids = await _beside(
             lambda: reader.tokenize_chat(messages, kwargs, add_prompt=not goes_on, is_continued=goes_on)
         )
-        return {"input_tokens": len(ids)}
+        return InputTokens(input_tokens=len(ids))
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+
+def _add_paths(app: FastAPI, api: Api) -> None:
+    @app.get("/v1/models", responses=error_answers())
+    async def models() -> Models:
         """The models that are served."""
         return api.models()
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", responses=error_answers(404))
+    async def model(name: str) -> Model:
         """One of them."""
-        for entry in api.models()["data"]:
-            if entry["id"] == name:
-                found: dict[str, Any] = entry
-                return found
+        for entry in api.models().data:
+            if entry.id == name:
+                return entry
         raise ApiError(404, f"the model {name!r:.80} is not served here", code="model_not_found", param="model")
 
     add_session_paths(app, api.engine, api.options.step_timeout)
 
-    @app.get("/version")
-    async def version() -> dict[str, str]:
+    @app.get("/version", responses=error_answers())
+    async def version() -> Version:
         """The server's version."""
-        return {"version": __version__}
+        return Version(version=__version__)
 
-    app.post("/tokenize")(api.tokenize)
-    app.post("/detokenize")(api.detokenize)
-    app.get("/health", response_model=None)(api.health)
-    app.get("/ready", response_model=None)(api.ready)
-    app.get("/metrics", response_model=None)(api.metrics_text)
-    app.get("/v1/cascade/events", response_model=None)(api.sharing_events)
+    app.post("/tokenize", responses=error_answers(400, 404, 503))(api.tokenize)
+    app.post("/detokenize", responses=error_answers(400, 404, 503))(api.detokenize)
+    probes: dict[str, tuple[Any, Any]] = {"/health": (api.health, Health), "/ready": (api.ready, Readiness)}
+    for path, (probe, form) in probes.items():
+        said: Answers = {status: {"model": form} for status in (200, 503)}
+        app.get(path, response_model=None, responses={**error_answers(), **said})(probe)
+    texts: dict[str, tuple[Any, str, Sequence[int]]] = {
+        "/metrics": (api.metrics_text, "text/plain", ()),
+        "/v1/cascade/events": (api.sharing_events, "text/event-stream", (429,)),
+    }
+    for path, (answer, media_type, statuses) in texts.items():
+        said = text_answers(media_type, *statuses)
+        app.get(path, response_model=None, response_class=Response, responses=said)(answer)
     if api.options.page:
         add_page(app)
 
 
 def _add_refusals(app: FastAPI) -> None:
     for path, reason in UNSUPPORTED.items():
+        app.post(
+            path,
+            response_model=None,
+            operation_id=path.strip("/").replace("/", "_"),
+            status_code=501,
+            responses=error_answers(501),
+        )(_refusal(reason))
 
-        @app.post(path, response_model=None, operation_id=path.strip("/").replace("/", "_"))
-        async def refuse(reason: str = reason) -> Response:
-            """Not served here."""
-            raise ApiError(501, reason, code="unsupported")
+
+def _refusal(reason: str) -> Callable[[], Response]:
+    def refuse() -> Response:
+        """Not served here."""
+        raise ApiError(501, reason, code="unsupported")
+
+    return refuse
 
 
 def _add_error_forms(app: FastAPI) -> None:
@@ -324,10 +361,16 @@ def _add_error_forms(app: FastAPI) -> None:
         status = int(getattr(error, "status_code", 500))
         reasons = {400: "the body cannot be read as JSON: send one object", 404: "there is nothing at this path"}
         message = reasons.get(status, str(getattr(error, "detail", "the request cannot be served")))
-        return answer(request, ApiError(status, message))
+        answered = answer(request, ApiError(status, message))
+        answered.headers.update(getattr(error, "headers", None) or {})  # Allow, beside 405
+        return answered
 
     for status in (400, 404, 405):
         app.exception_handler(status)(on_http_error)
+
+    @app.exception_handler(Exception)
+    async def on_unforeseen_error(request: Request, error: Exception) -> Response:
+        return answer(request, unforeseen())  # the guard writes it to the log
 
 
 def _tokenizer(reader: RequestReader) -> Any:

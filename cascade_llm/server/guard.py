@@ -13,10 +13,10 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
 from typing import Any
 
-from cascade_llm.server.api_errors import ApiError
+from cascade_llm.server.api_errors import ApiError, unforeseen
 from cascade_llm.server.metrics import ServerMetrics
 
-__all__ = ["Guard", "RequestRecord"]
+__all__ = ["OPEN_PATHS", "Guard", "RequestRecord"]
 
 log = logging.getLogger("cascade_llm.server")
 
@@ -59,14 +59,14 @@ class Guard:
         metrics: ServerMetrics,
         *,
         paths: Collection[str],
-        open_paths: Collection[str] = (),
+        open_paths: Collection[str],
         keys: Sequence[str],
         max_body_bytes: int,
         body_timeout_s: float,
     ) -> None:
-        """`paths`: what metrics may be labelled with; `open_paths`: asked without a key, beside `OPEN_PATHS`."""
+        """`paths`: what metrics may be labelled with; `open_paths`: asked without a key."""
         self._application, self._metrics, self._paths = application, metrics, frozenset(paths)
-        self._open_paths = OPEN_PATHS.union(open_paths)
+        self._open_paths = frozenset(open_paths)
         self._digests = [_digest(key) for key in keys]
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
 
@@ -97,8 +97,7 @@ class Guard:
             raise
         except Exception as error:
             log.error("%s failed: %s", record.request_id, _where(error))
-            failure = ApiError(500, "the request failed: the server's log says where")
-            await _answer(failure, scope, record, send_named)
+            await _answer(unforeseen(), scope, record, send_named)
         finally:
             self._note(scope, record)
 

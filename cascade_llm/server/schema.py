@@ -1,23 +1,25 @@
-"""The bodies of requests, as FastAPI reads and publishes them."""
+"""The bodies of requests, as FastAPI reads and publishes them; what the bodies of answers have."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from cascade_llm.errors import nearest_name_hint
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.server.api_errors import ApiError
 
 __all__ = [
+    "Answer",
     "ChatBody",
     "CompletionBody",
     "DetokenizeBody",
     "GenerationBody",
     "SessionFields",
+    "TokenKey",
     "TokenizeBody",
     "read_body",
     "refuse_other_models",
@@ -26,13 +28,21 @@ __all__ = [
 ]
 
 SESSION_ID = r"^[A-Za-z0-9._:-]{1,128}$"
+TokenKey = Annotated[int, Strict(False)]
+"""A token id as the name of a JSON object's member, which is always a text."""
 PARAMETERS = tuple(field.name for field in fields(SamplingParams))
 
 
-class Body(BaseModel):
-    """What all bodies have."""
+class Answer(BaseModel):
+    """The body of an answer: no other fields than these."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Body(BaseModel):
+    """What all bodies have. A number in quotes is none, and true is not 1."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), strict=True)
 
     model: str | None = Field(None, description="One of /v1/models; without it the only one.")
 
@@ -40,7 +50,7 @@ class Body(BaseModel):
 class StreamOptions(BaseModel):
     """How an answer is streamed."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     include_usage: bool | None = Field(None, description="A last piece says how many tokens there were.")
     continuous_usage_stats: bool | None = None
@@ -69,7 +79,7 @@ class GenerationBody(Body, SessionFields):
     max_tokens: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[TokenKey, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

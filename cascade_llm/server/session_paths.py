@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI
 
+from cascade_llm.server.answer_schema import Deleted, Sessions
 from cascade_llm.server.api_errors import ApiError
 from cascade_llm.server.engine_client import EngineClient
+from cascade_llm.server.published import error_answers
 
 __all__ = ["add_session_paths"]
 
@@ -15,14 +15,14 @@ __all__ = ["add_session_paths"]
 def add_session_paths(app: FastAPI, engine: EngineClient, timeout_s: float) -> None:
     """Add them to an application. The engine answers between two steps, for which `timeout_s` is waited."""
 
-    @app.get("/v1/sessions")
-    async def sessions() -> dict[str, Any]:
+    @app.get("/v1/sessions", responses=error_answers(503))
+    async def sessions() -> Sessions:
         """The sessions that hold pages, the least recently used first."""
-        return {"object": "list", **await engine.ask("sessions", timeout_s)}
+        return Sessions.model_validate(await engine.ask("sessions", timeout_s))
 
-    @app.delete("/v1/sessions/{session_id}")
-    async def drop_session(session_id: str) -> dict[str, Any]:
+    @app.delete("/v1/sessions/{session_id}", responses=error_answers(404, 503))
+    async def drop_session(session_id: str) -> Deleted:
         """Give up a session's pages, and keep none of its turns that run."""
         if (await engine.ask("drop_session", timeout_s, session_id))["dropped"]:
-            return {"id": session_id, "object": "session", "deleted": True}
+            return Deleted(id=session_id)
         raise ApiError(404, f"there is no session {session_id!r:.80}", code="session_not_found", param="session_id")
