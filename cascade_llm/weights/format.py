@@ -13,13 +13,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
 from cascade_llm.weights.codes import Codes
 
-__all__ = ["MatrixSpec", "StoredTensor", "WeightFormat", "WeightOptions"]
+__all__ = ["MatrixSpec", "Refusal", "StoredTensor", "WeightFormat", "WeightOptions"]
 
+Refusal: TypeAlias = tuple[str, str]
+"""A format, and a reason against it."""
 PLAIN = "plain"
 CHUNK_LEN = 1 << 20
 """Values that are decoded at a time, so that a large matrix does not stand in memory twice."""
@@ -119,6 +122,8 @@ class WeightFormat(ABC):
 
     name: str
     """Of the format."""
+    refused: tuple[Refusal, ...] = ()
+    """What spoke against formats that are preferred to this one; `select` tells."""
 
     @abstractmethod
     def multiply(

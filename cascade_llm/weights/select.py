@@ -12,7 +12,7 @@ from cascade_llm.weights.blocked import Blocked
 from cascade_llm.weights.cuda_fp8 import CudaFP8
 from cascade_llm.weights.cuda_int4 import CudaInt4
 from cascade_llm.weights.dense import Dense, dense_values
-from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
+from cascade_llm.weights.format import MatrixSpec, Refusal, StoredTensor, WeightFormat
 from cascade_llm.weights.onednn import OneDNN
 from cascade_llm.weights.packed import Packed
 from cascade_llm.weights.quantize import quantized
@@ -80,18 +80,16 @@ class FormatChoice:
     """The format that holds a matrix, and what speaks against those that were preferred to it."""
 
     name: str
-    refused: tuple[tuple[str, str], ...]
-    """(format, reason), one per reason."""
+    refused: tuple[Refusal, ...]
 
     def describe(self) -> str:
         """One line for the log."""
-        reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.refused)
-        return f"weights: {self.name}" + (f" ({reasons})" if reasons else "")
+        return f"weights: {self.name}" + _told(self.refused)
 
 
 def select_format(spec: MatrixSpec, parts: Parts) -> FormatChoice:
     """The first format of the table that nothing speaks against."""
-    refused: list[tuple[str, str]] = []
+    refused: list[Refusal] = []
     for name, entry in FORMATS.items():
         reasons = entry.reasons_against(spec, parts)
         if not reasons:
@@ -101,9 +99,18 @@ def select_format(spec: MatrixSpec, parts: Parts) -> FormatChoice:
 
 
 def describe_weights(matrices: Iterable[WeightFormat | MatrixStack]) -> str:
-    """One line for the log: how many matrices are in which format, and how the quantized ones multiply."""
-    kinds = Counter(matrix.describe() for matrix in matrices)
+    """One line for the log: how many matrices are in which format, how they multiply, and why in no preferred one."""
+    kinds = Counter(matrix.describe() + _told(matrix.refused) for matrix in matrices)
     return "weights: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+
+
+def _told(refused: Iterable[Refusal]) -> str:
+    """Formats by what speaks against them, in brackets; nothing where there are none."""
+    names: dict[str, list[str]] = {}
+    for name, reason in refused:
+        names.setdefault(reason, []).append(name)
+    reasons = "; ".join(f"not {' nor '.join(refused_for)}: {reason}" for reason, refused_for in names.items())
+    return f" ({reasons})" if reasons else ""
 
 
 def build_matrix(spec: MatrixSpec, parts: Parts) -> WeightFormat:
@@ -111,7 +118,13 @@ def build_matrix(spec: MatrixSpec, parts: Parts) -> WeightFormat:
     method = spec.options.quantization
     if method is not None:
         parts = {name: quantized(method, stored) for name, stored in parts.items()}
-    return FORMATS[select_format(spec, parts).name].build(spec, parts)
+    return _built(select_format(spec, parts), spec, parts)
+
+
+def _built(choice: FormatChoice, spec: MatrixSpec, parts: Parts) -> WeightFormat:
+    matrix = FORMATS[choice.name].build(spec, parts)
+    matrix.refused = choice.refused
+    return matrix
 
 
 def build_expert(spec: MatrixSpec, parts: Parts) -> WeightFormat:
@@ -140,5 +153,8 @@ def build_tied_matrix(spec: MatrixSpec, embedding: Packed | Dense) -> WeightForm
         return embedding
     (part,) = spec.parts
     parts = {part: StoredTensor.plain(embedding.values)}
-    name = select_format(spec, parts).name
-    return embedding if name == Dense.name else FORMATS[name].build(spec, parts)
+    choice = select_format(spec, parts)
+    if choice.name != Dense.name:
+        return _built(choice, spec, parts)
+    embedding.refused = choice.refused
+    return embedding

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
+from cascade_llm.weights.format import MatrixSpec, Refusal, StoredTensor, WeightFormat
 
 __all__ = ["Grouped", "MatrixStack", "OneByOne", "group_rows"]
 
@@ -40,6 +40,11 @@ class MatrixStack(ABC):
     def num_bytes(self) -> int:
         """Memory that the matrices take."""
 
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        """As `WeightFormat.refused`, of all matrices."""
+        return ()
+
     @abstractmethod
     def describe(self) -> str:
         """Of one matrix, for the log."""
@@ -65,6 +70,11 @@ class OneByOne(MatrixStack):
     def num_bytes(self) -> int:
         """See `MatrixStack`."""
         return sum(matrix.num_bytes for matrix in self.matrices)
+
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        """See `MatrixStack`."""
+        return tuple(dict.fromkeys(refusal for matrix in self.matrices for refusal in matrix.refused))
 
     def describe(self) -> str:
         """See `MatrixStack`."""

@@ -10,10 +10,8 @@ import torch
 
 from cascade_llm.attention.backend import PreparedAttention
 from cascade_llm.attention.native_backend import NativeAttentionBackend, Sharing
-from cascade_llm.attention.native_kernels import kernels_for
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
-from cascade_llm.device.cpu_levels import LEVEL_VARIABLE, LEVELS, CpuLevel, architecture, missing_flags
 from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
 from cascade_llm.plan import CascadePlan
@@ -149,26 +147,6 @@ def test_shapes(dtype: torch.dtype, head_dim: int, group_size: int) -> None:
     kv_cache = pool(num_pages, 16, 2, head_dim, dtype)
     backend = NativeAttentionBackend(spec_for(kv_cache, group_size, dtype), kv_cache, CUT_SMALL)
     assert_right(backend, plan, random_q(backend, 5))
-
-
-@pytest.mark.parametrize("level", LEVELS[architecture()], ids=lambda level: level.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_processors_without_the_instructions_of_this_one(
-    dtype: torch.dtype, level: CpuLevel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if missing := missing_flags(level):
-        pytest.skip(f"this processor has no {', '.join(missing)}")
-    monkeypatch.setenv(LEVEL_VARIABLE, level.name)
-    kernels_for.cache_clear()
-    try:
-        for seed in range(40):
-            case = cascade_case(seed)
-            if case.head_dim == 24:
-                soft_cap = 5.0 if seed % 3 == 0 else None
-                backend = backend_for(case, dtype, seed, CUT_SMALL if seed % 2 else None, soft_cap)
-                assert_right(backend, case.plan, random_q(backend, case.plan.num_rows, seed), case)
-    finally:
-        kernels_for.cache_clear()
 
 
 def test_large_scores() -> None:

@@ -15,6 +15,7 @@ from cascade_llm.weights.linear import Embedding, Linear
 from cascade_llm.weights.onednn import OneDNN
 from cascade_llm.weights.packed import Packed
 from cascade_llm.weights.select import FORMATS, Entry, build_matrix, describe_weights, select_format
+from cascade_llm.weights.stack import OneByOne
 from tests.weights.matrices import matrix_in, matrix_spec, plain, random_codes, stored_codes
 from tests.weights.test_packed import LAYOUTS
 
@@ -107,7 +108,7 @@ def test_a_format_is_chosen_from_dtype_device_and_storage_and_says_why_not_anoth
     choice = select_format(spec, parts)
     assert choice.name == "dense"
     assert [name for name, _ in choice.refused] == ["packed", "cuda_int4", "cuda_fp8", "blocked", "onednn"]
-    assert "not onednn: oneDNN packs float32 and bfloat16, not float16" in choice.describe()
+    assert "not blocked nor onednn: oneDNN packs float32 and bfloat16, not float16" in choice.describe()
     for change, reason in (
         ({"device": torch.device("meta")}, "the device is meta"),
         ({"on_stream": True}, "queued on a stream"),
@@ -234,7 +235,17 @@ def test_a_new_format_is_a_class_and_a_line_and_may_hold_parts_of_several_kinds(
 def test_the_log_says_how_many_matrices_are_in_which_format() -> None:
     dense = build_matrix(matrix_spec(4, 3, torch.float64), plain(all=torch.ones(3, 4).double()))
     assert isinstance(dense, Dense)
-    assert describe_weights([dense, dense]) == "weights: 2 dense"
+    assert describe_weights([dense, dense]).startswith("weights: 2 dense (")
+    assert describe_weights([Dense(torch.ones(3, 4))]) == "weights: 1 dense"
+
+
+def test_the_log_says_why_no_preferred_format_holds_a_matrix() -> None:
+    spec = matrix_spec(64, 128, torch.float16)
+    matrix = build_matrix(spec, plain(all=torch.zeros(128, 64)))
+    told = describe_weights([matrix, matrix])
+    assert told.startswith("weights: 2 dense (not packed: its kernels take float32 and bfloat16, not float16; not ")
+    assert "not blocked nor onednn: oneDNN packs float32 and bfloat16, not float16" in told
+    assert describe_weights([OneByOne([matrix, matrix], 128)]) == told.replace("2", "1", 1)
 
 
 def test_onednn_serves_float32_here_where_inputs_are_no_blocks() -> None:
