@@ -13,9 +13,15 @@ from cascade_llm.config import ModelConfig
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.models.architecture import Architecture
 from cascade_llm.models.config_fields import ConfigFields
+from cascade_llm.models.families.glm4 import GLM4
+from cascade_llm.models.families.granite import GRANITE
 from cascade_llm.models.families.llama import LLAMA
+from cascade_llm.models.families.mistral import MISTRAL
+from cascade_llm.models.families.olmo2 import OLMO2
+from cascade_llm.models.families.phi3 import PHI3
 from cascade_llm.models.families.qwen import QWEN2, QWEN3
 from cascade_llm.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from cascade_llm.models.families.smollm3 import SMOLLM3
 from cascade_llm.models.rope_fields import read_rope
 
 __all__ = ["ARCHITECTURES", "Architecture", "model_config_from_hf"]
@@ -26,6 +32,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3": QWEN3,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
+    "mistral": MISTRAL,
+    "phi3": PHI3,
+    "glm4": GLM4,
+    "olmo2": OLMO2,
+    "smollm3": SMOLLM3,
+    "granite": GRANITE,
 }
 """By `model_type` of config.json."""
 
@@ -57,6 +69,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
     "attention_chunk_size": (),
     "no_rope_layers": ([],),
+    "no_rope_layer_interval": (),
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
     "n_routed_experts": (0, 1),

@@ -6,32 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
-from transformers.models.qwen2 import Qwen2ForCausalLM
-from transformers.models.qwen3 import Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.models.loading import load_weights
 from cascade_llm.weights.format import StoredTensor, WeightOptions
+from tests.models.families import FAMILIES
 
-CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
-    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
-}
 TINY: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -48,9 +30,9 @@ TINY: dict[str, Any] = {
 
 def tiny_model(architecture: str, **changes: Any) -> PreTrainedModel:
     """A random float32 model whose every parameter matters: biases and norms are not left at 0 and 1."""
-    config_class, model_class = CLASSES[architecture]
+    family = FAMILIES[architecture]
     torch.manual_seed(0)
-    model = model_class(config_class(**{**TINY, **changes})).eval()
+    model = family.model_class(family.config_class(**{**TINY, **family.fields, **changes})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

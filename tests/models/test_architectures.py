@@ -7,10 +7,11 @@ import torch
 
 from cascade_llm.config import ModelConfig, RopeConfig
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
-from cascade_llm.models.architectures import ARCHITECTURES, model_config_from_hf
+from cascade_llm.models.architectures import ARCHITECTURES, REQUIRED_FIELDS, model_config_from_hf
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.weights.format import WeightOptions
-from tests.models.checkpoints import hf_config_of, tiny_model
+from tests.models.checkpoints import TINY
+from tests.models.families import FAMILIES
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -66,11 +67,13 @@ def test_architectures_differ_by_facts(fields: dict[str, Any], facts: tuple[bool
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_defaults_are_those_of_transformers(architecture: str) -> None:
-    saved = hf_config_of(tiny_model(architecture, rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
-    whole = model_config_from_hf(saved)
-    assert whole.rope.theta == 5e5
-    defaulted = ("rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias", "head_dim", "hidden_act")
-    assert model_config_from_hf({name: value for name, value in saved.items() if name not in defaulted}) == whole
+    given = {name: TINY[name] for name in (*REQUIRED_FIELDS, "num_key_value_heads")}
+    config = FAMILIES[architecture].config_class(**given, pad_token_id=None, eos_token_id=2)
+    whole = {**config.to_dict(), "architectures": [ARCHITECTURES[architecture].hf_class]}
+    bare = {"architectures": whole["architectures"], **given, "eos_token_id": 2}
+    for fields in (whole, bare):  # a window is refused; `sliding_window` has no default
+        fields["sliding_window"] = None
+    assert model_config_from_hf(bare) == model_config_from_hf(whole)
 
 
 def test_model_type_decides_where_no_class_is_named() -> None:

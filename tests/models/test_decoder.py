@@ -11,42 +11,7 @@ from cascade_llm.models.decoder import FirstNonFinite
 from cascade_llm.models.loading import init_dummy
 from cascade_llm.weights.format import StoredTensor
 from tests.models.checkpoints import TINY, Replay, decoder_of, empty_decoder, tiny_model
-
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-
-EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "llama, all biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama, multi-head": ("llama", {"num_key_value_heads": 6}),
-    "llama, multi-query": ("llama", {"num_key_value_heads": 1}),
-    "llama, wide heads": ("llama", {"head_dim": 32}),
-    "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-    "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
-    "llama, llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "llama, yarn": ("llama", {"rope_parameters": YARN}),
-    "qwen2": ("qwen2", {}),
-    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
-    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
-    "qwen3": ("qwen3", {"head_dim": 16}),
-    "qwen3, tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
-    "qwen3, biases": ("qwen3", {"head_dim": 8, "attention_bias": True}),
-    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40, "qkv_bias": True}),
-    "qwen2_moe, few": ("qwen2_moe", EXPERTS | {"mlp_only_layers": [2], "decoder_sparse_step": 2, "qkv_bias": False}),
-    "qwen3_moe": ("qwen3_moe", EXPERTS | {"head_dim": 16}),
-    "qwen3_moe, all": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "num_experts_per_tok": 5}),
-    "qwen3, yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN}),
-}
+from tests.models.families import CASES
 
 
 def token_ids(length: int, seed: int) -> list[int]:
@@ -63,9 +28,9 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_whole_prompt_has_the_logits_of_transformers(name: str, plain: bool) -> None:
-    architecture, changes = MODELS[name]
+    architecture, changes = CASES[name]
     model = tiny_model(architecture, **changes)
     decoder = decoder_of(model, ops=TorchOps() if plain else None)
     ids = token_ids(40, seed=1)
@@ -75,7 +40,7 @@ def test_a_whole_prompt_has_the_logits_of_transformers(name: str, plain: bool) -
 
 @pytest.mark.parametrize("name", ["llama, llama3", "qwen2", "qwen3"])
 def test_chunks_of_mixed_sequences_have_the_logits_of_each_alone(name: str) -> None:
-    architecture, changes = MODELS[name]
+    architecture, changes = CASES[name]
     model, rng = tiny_model(architecture, **changes), random.Random(3)
     replay = Replay(decoder_of(model))
     prompts = [token_ids(length, seed=length) for length in (23, 1, 40)]
@@ -109,7 +74,7 @@ def test_dynamic_rope_beyond_its_length_has_the_logits_of_decoding_token_by_toke
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("name", ["llama, tied", "llama, llama3", "qwen2", "qwen3"])
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(name: str, plain: bool) -> None:
-    architecture, changes = MODELS[name]
+    architecture, changes = CASES[name]
     model, ids = tiny_model(architecture, **changes), token_ids(40, seed=2)
     exact = transformers_logits(model, ids)
     decoder = decoder_of(model, dtype=torch.bfloat16, ops=TorchOps() if plain else None)

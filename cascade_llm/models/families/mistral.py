@@ -1,0 +1,15 @@
+"""Mistral (Jiang et al. 2023): as Llama without biases."""
+
+from __future__ import annotations
+
+from cascade_llm.models.architecture import Architecture
+from cascade_llm.models.blocks import AttentionBlock, BlockOptions, DecoderLayer, GatedMLP
+
+__all__ = ["MISTRAL"]
+
+
+def _layer(options: BlockOptions, index: int) -> DecoderLayer:
+    return DecoderLayer(options, index, AttentionBlock(options), GatedMLP(options))
+
+
+MISTRAL = Architecture(hf_class="MistralForCausalLM", layer=_layer, defaults={"num_key_value_heads": 8})
