@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
 from cascade_llm.cli.console import format_bytes, print_json, result_console
 from cascade_llm.cli.kernels import DEFAULT_ARCH, attention_spec
+
+if TYPE_CHECKING:
+    from cascade_llm.engine.weight_support import TypeSupport
 
 __all__ = ["env"]
 
@@ -36,23 +39,37 @@ def env(model: str, models: bool, as_json: bool) -> None:
 
 
 def _print_weight_support(as_json: bool) -> None:
-    """Types of weights down, architectures across."""
+    """The types of weights, and then which of them an architecture may have."""
     from cascade_llm.engine.weight_support import weight_support
-    from cascade_llm.models.architectures import ARCHITECTURES
 
     rows = list(weight_support())
     if as_json:
         print_json([asdict(row) for row in rows], indent=2)
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("file", "type", "bits there", "here", "multiplied by", *ARCHITECTURES):
+    for column in ("file", "type", "bits there", "here", "multiplied by"):
         table.add_column(column, no_wrap=True, justify="right" if column in ("bits there", "here") else "left")
     table.add_column("", overflow="fold")
     for row in rows:
-        served = ("yes" if name in row.architectures else "no" for name in ARCHITECTURES)
         bits = (_bits(row.file_bits), _bits(row.memory_bits))
-        table.add_row(row.container, row.type, *bits, row.held_as or "", *served, row.note or "")
+        table.add_row(row.container, row.type, *bits, row.held_as or "", row.note or "")
     result_console().print(table)
+    result_console().print()
+    result_console().print(_architecture_table(rows))
+
+
+def _architecture_table(rows: Sequence[TypeSupport]) -> Table:
+    """Architectures down, kinds of files across: of how many types their weights may be."""
+    from cascade_llm.models.architectures import ARCHITECTURES
+
+    containers = dict.fromkeys(row.container for row in rows)
+    table = Table(box=None, pad_edge=False)
+    for column in ("architecture", "class", *containers):
+        table.add_column(column, no_wrap=True)
+    for name, architecture in ARCHITECTURES.items():
+        counts = (sum(name in row.architectures for row in rows if row.container == kind) for kind in containers)
+        table.add_row(name, architecture.hf_class, *(f"{count} types" if count else "no" for count in counts))
+    return table
 
 
 def _bits(bits: float | None) -> str:

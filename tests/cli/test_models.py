@@ -56,8 +56,8 @@ def test_models(cache: Path, repo_root: Path, environment: dict[str, str], as_js
 def test_env_models(run: Run) -> None:
     rows = json.loads(run("env", "--models", "--json").stdout)
     text = run("env", "--models").stdout
-    for name in ARCHITECTURES:
-        assert name in text.splitlines()[0]
+    for name, architecture in ARCHITECTURES.items():
+        assert any(line.split()[:2] == [name, architecture.hf_class] for line in text.splitlines())
     for row in rows:
         assert f"{row['container']}" in text
         assert any(line.split()[:2] == [row["container"], row["type"]] for line in text.splitlines()), row["type"]
