@@ -69,7 +69,7 @@ def test_64_greedy_tokens_equal_transformers(case: str, tmp_path: Path) -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
-    "preempted": {"kv_pages": CONTEXT // 4 + 6},
+    "preempted": {"kv_pages": CONTEXT // 4 + 6, "max_model_len": CONTEXT},
     "four levels": {"cascade_max_levels": 4, "page_size": 1},
 }
 

@@ -67,9 +67,11 @@ def test_architectures_differ_by_facts(fields: dict[str, Any], facts: tuple[bool
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_defaults_are_those_of_transformers(architecture: str) -> None:
-    given = {name: TINY[name] for name in (*REQUIRED_FIELDS, "num_key_value_heads")}
-    config = FAMILIES[architecture].config_class(**given, pad_token_id=None, eos_token_id=2)
-    whole = {**config.to_dict(), "architectures": [ARCHITECTURES[architecture].hf_class]}
+    family, ours = FAMILIES[architecture], ARCHITECTURES[architecture]
+    own = {name: value for name, value in family.fields.items() if name not in (*ours.defaults, "head_dim")}
+    given = {**{name: TINY[name] for name in (*REQUIRED_FIELDS, "num_key_value_heads")}, **own}
+    config = family.config_class(**given, pad_token_id=None, eos_token_id=2)
+    whole = {**config.to_dict(), "architectures": [ours.hf_class]}
     bare = {"architectures": whole["architectures"], **given, "eos_token_id": 2}
     for fields in (whole, bare):  # a window is refused; `sliding_window` has no default
         fields["sliding_window"] = None

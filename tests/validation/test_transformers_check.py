@@ -18,7 +18,8 @@ from cascade_llm.validation.transformers_check import check_transformers
 from cascade_llm.validation.transformers_model import TransformersModel
 from cascade_llm.worker.worker import build_worker
 from tests.engine.tiny_llm import save_tiny
-from tests.models.checkpoints import CLASSES, tiny_model
+from tests.models.checkpoints import tiny_model
+from tests.models.families import FAMILIES
 
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 60))]
 
@@ -31,7 +32,7 @@ def run(ours: Checkpoint, theirs: Checkpoint, dtype: str = "float32") -> list[Ch
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", sorted(CLASSES))
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
 def test_the_same_weights_agree(tmp_path: Path, architecture: str, dtype: str) -> None:
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", architecture))
     checks = run(checkpoint, checkpoint, dtype)
