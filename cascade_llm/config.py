@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from reprlib import repr as short_repr
 from typing import Any
 
 from cascade_llm.errors import ConfigError, nearest_name_hint
 
-__all__ = ["CascadeConfig", "EngineOptions", "ModelConfig", "RopeConfig", "SchedulerConfig"]
+__all__ = ["CascadeConfig", "EngineOptions", "ModelConfig", "RopeConfig", "SchedulerConfig", "kinds_of_layers"]
 
 MAX_CASCADE_LEVELS = 4
 LIMITS: Mapping[str, int] = {
@@ -88,7 +88,8 @@ class ModelConfig:
     own: Mapping[str, Any] = field(default_factory=dict)
     """Fields of config.json that only this architecture's composition of blocks reads."""
     attention_kinds: tuple[int | None, ...] = (None,)
-    """What the kinds of attention read: all earlier tokens, or the last so many. Kind 0 reads all."""
+    """What the kinds of attention read, the one that reads most first: all earlier tokens (None), or the last so
+    many; see `kinds_of_layers`."""
     layer_kinds: tuple[int, ...] = ()
     """The kind of each layer; empty where all layers have kind 0."""
     dtype: str = "float32"
@@ -116,6 +117,15 @@ class ModelConfig:
     def kv_bytes_per_token(self, kv_number_bytes: float) -> int:
         """K and V of one token over all layers, where each number takes so many bytes with its share of a scale."""
         return round(2 * self.num_layers * self.num_kv_heads * self.head_dim * kv_number_bytes)
+
+
+def kinds_of_layers(windows: Sequence[int | None]) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """The attention kinds of a model, as `ModelConfig.attention_kinds` and `layer_kinds` have them.
+
+    windows: [layers] how many tokens each layer reads, None for all earlier ones
+    """
+    kinds = tuple(sorted(set(windows), key=lambda window_len: (window_len is not None, -(window_len or 0))))
+    return kinds, tuple(kinds.index(window_len) for window_len in windows) if len(kinds) > 1 else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +177,7 @@ class SchedulerConfig:
     cache_salt: bytes = b""
     """Names model and adapter in every page key, so that pages of another model never match."""
     attention_kinds: tuple[int | None, ...] = (None,)
-    """The window of each attention kind; the first has none (None) and reads all earlier tokens."""
+    """The window of each attention kind, the widest first; None reads all earlier tokens."""
     layer_kinds: tuple[int, ...] = ()
     """[layers] the kind of each layer; empty: all of the first."""
 
@@ -176,9 +186,15 @@ class SchedulerConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 1 or larger")
         _check_batch(self.max_num_batched_tokens, self.max_num_seqs)
-        if self.attention_kinds[:1] != (None,) or any((w or 0) < 1 for w in self.attention_kinds[1:]):
+        kinds = self.attention_kinds
+        if (
+            not kinds
+            or kinds != kinds_of_layers(kinds)[0]
+            or any(window is not None and window < 1 for window in kinds)
+        ):
             raise ConfigError(
-                f"attention_kinds is {self.attention_kinds}: it must be None and then windows of 1 or more tokens"
+                f"attention_kinds is {kinds}: it must be windows of 1 or more tokens, each shorter than the one "
+                "before; the first may be None"
             )
         if any(not 0 <= kind < len(self.attention_kinds) for kind in self.layer_kinds):
             raise ConfigError(
@@ -191,6 +207,13 @@ class SchedulerConfig:
                 f"{self.max_model_len} needs {needed}: give more memory (kv_cache_bytes, gpu_memory_utilization) or "
                 f"set max_model_len to {self.total_pages * self.page_size} or less"
             )
+
+    @property
+    def layers_of_kinds(self) -> tuple[int, ...]:
+        """How many layers are of each attention kind."""
+        if not self.layer_kinds:
+            return (1, *[0] * (len(self.attention_kinds) - 1))
+        return tuple(self.layer_kinds.count(kind) for kind in range(len(self.attention_kinds)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,11 @@ last level has one segment per sequence. Six invariants hold:
 
 A level that did not change since the last step is the same object, so that what was derived from it can be kept.
 
-A kind with a window reads the last `window_len` tokens before and at each row. What a sequence meets is one stretch
-that ends at its last token, so that the window masks the leaf alone, counted from the leaf's end. A segment is shared
-only where it lies inside the window of every row in it; pages that no row's window reaches need not be read.
+A kind with a window reads the last `window_len` tokens before and at each row. A segment is shared only where it lies
+inside the window of every row in it; pages that no row's window reaches need not be read. What a sequence meets is one
+stretch that ends at its last token: first pages of its leaf, then the shared ones, then the rest of its leaf. So the
+window masks the leaf alone. It is counted from the leaf's end, and shorter there by the tokens that are shared
+(`CascadePlan.leaf_window_lens`).
 """
 
 from __future__ import annotations
@@ -165,16 +167,37 @@ class CascadePlan:
         """Tokens on one of `paths()`, the sequence's new ones counted."""
         return sum(level.kv_len(segment, self.page_size) for level, segment in zip(self.levels, path, strict=True))
 
+    def leaf_window_lens(self) -> list[int] | None:
+        """For each leaf segment how many of its last tokens its rows may read, counted from the row's own; None where
+        a row reads all earlier ones. What a sequence shares lies inside its window and is no part of the leaf."""
+        if self.window_len is None:
+            return None
+        if len(self.levels) == 1:
+            return [self.window_len] * self.leaf.num_segments
+        return [self.window_len - self._shared_len(path) for path in self.paths()]
+
+    def _shared_len(self, path: Sequence[int]) -> int:
+        """Tokens of the shared segments on one of `paths()`."""
+        zipped = zip(self.shared_levels, path, strict=False)
+        return sum(level.kv_len(segment, self.page_size) for level, segment in zipped)
+
     def page_table(self, sequence: int) -> list[int]:
-        """All pages that the rows of one leaf segment meet, root to leaf. Slow; for checks and twins."""
+        """All pages that the rows of one leaf segment meet, in an order in which one causal mask, and the window
+        counted from the end, say what each row reads. Slow; for checks and twins."""
         path = next(islice(self.paths(), sequence, None))
-        return [page for level, segment in zip(self.levels, path, strict=True) for page in level.pages(segment)]
+        zipped = zip(self.shared_levels, path, strict=False)
+        shared = [page for level, segment in zipped for page in level.pages(segment)]
+        own, num_cut = self.leaf.pages(sequence).tolist(), 0
+        if self.window_len is not None:
+            num_hidden = self.path_len(path) - self.window_len
+            num_cut = max(0, -(-num_hidden // self.page_size)) if shared else 0
+        return [*own[:num_cut], *shared, *own[num_cut:]]
 
     def check(self, page_tables: Sequence[Sequence[int]] | None = None) -> None:
         """Raise `PlanError` unless invariants 1-5 hold.
 
         `page_tables`: all pages of each leaf segment's sequence, for a full check of exactness, whose end alone a
-        kind with a window has to meet; without them only repeated pages are found.
+        kind with a window has to meet; without them only repeated pages are found, and too many shared ones.
         """
         if self.page_size < 1:
             raise PlanError(f"page_size is {self.page_size}: it must be 1 or larger")
@@ -216,15 +239,27 @@ class CascadePlan:
         if page_tables is not None and len(page_tables) != self.leaf.num_segments:
             raise PlanError(f"{len(page_tables)} page tables for {self.leaf.num_segments} sequences (exactness)")
         for sequence, path in enumerate(self.paths()):
-            met = [page for level, segment in zip(self.levels, path, strict=True) for page in level.pages(segment)]
-            if len(set(met)) != len(met):
+            own = self.leaf.pages(sequence).tolist()
+            zipped = zip(self.shared_levels, path, strict=False)
+            shared = [page for level, segment in zipped for page in level.pages(segment)]
+            if len({*shared, *own}) != len(shared) + len(own):
                 raise PlanError(f"sequence {sequence} meets a page twice (exactness)")
-            table = met if page_tables is None else list(page_tables[sequence])
-            if met != (table if self.window_len is None else table[max(0, len(table) - len(met)) :]):
-                raise PlanError(f"sequence {sequence} meets pages {met}, its own are {table}")
-            own_len, met_len = self.leaf.kv_len(sequence, self.page_size), self.path_len(path)
-            if self.window_len is not None and own_len < met_len > self.window_len:
-                raise PlanError(f"sequence {sequence} shares pages outside its window of {self.window_len} (exactness)")
+            if shared and self.window_len is not None:
+                room = self.window_len - len(self.leaf.rows(sequence))
+                if len(shared) * self.page_size > room:
+                    raise PlanError(f"sequence {sequence} shares pages outside its window of {self.window_len}")
+            if page_tables is not None:
+                self._check_pages(sequence, shared, own, list(page_tables[sequence]))
+
+    def _check_pages(self, sequence: int, shared: list[int], own: list[int], table: list[int]) -> None:
+        """What a sequence meets is its table, or in a kind with a window the table's end."""
+        first = 0 if self.window_len is None else max(0, len(table) - len(shared) - len(own))
+        start = table.index(shared[0], first) - first if shared and shared[0] in table[first:] else 0
+        if [*own[:start], *shared, *own[start:]] != table[first:] or (start and self.window_len is None):
+            raise PlanError(f"sequence {sequence} meets pages {[*shared, *own]}, its own are {table}")
+        end = (len(table) - 1) * self.page_size + self.leaf.kv_last_page_len[sequence]
+        if shared and self.window_len is not None and (first + start) * self.page_size < end - self.window_len:
+            raise PlanError(f"sequence {sequence} shares pages outside its window of {self.window_len} (exactness)")
 
 
 class Tier(IntEnum):
@@ -265,7 +300,7 @@ class LaneStart:
 
 @dataclass(frozen=True, slots=True)
 class CascadeReport:
-    """What a step's plan shares, or why it shares nothing; of the kind that reads all earlier tokens."""
+    """What a step's plan shares, or why it shares nothing; groups are those of the kind that reads most."""
 
     num_levels: int = 1
     """Levels of the plan, the leaf counted."""
@@ -274,9 +309,9 @@ class CascadeReport:
     grouped_rows: int = 0
     """Rows in at least one of them."""
     kv_tokens_read: int = 0
-    """Tokens of K/V over all segments."""
+    """Tokens of K/V over all segments: of several attention kinds, the mean over the model's layers, rounded down."""
     kv_tokens_one_level: int = 0
-    """Tokens of K/V that a one-level plan of the same step reads."""
+    """Tokens of K/V that a one-level plan of the same step reads, counted in the same way."""
     reason: str | None = None
     """Why nothing was shared; None where something was."""
 
@@ -295,7 +330,7 @@ class StepPlan:
 
     step_id: int
     cascades: tuple[CascadePlan, ...]
-    """One per attention kind of the model, all over the same rows; kind 0 reads all earlier tokens."""
+    """One per attention kind of the model, all over the same rows; the kind that reads most first."""
     layer_kinds: tuple[int, ...] = ()
     """[layers] which of `cascades` a layer reads, the same object every step; empty: all layers the first."""
     token_ids: IntColumn
@@ -338,7 +373,7 @@ class StepPlan:
 
     @property
     def cascade(self) -> CascadePlan:
-        """The plan of the kind that reads all earlier tokens."""
+        """The plan of the kind that reads most."""
         return self.cascades[0]
 
     def cascade_of(self, layer: int) -> CascadePlan:
@@ -357,8 +392,12 @@ class StepPlan:
 
     def check(self, page_tables: Sequence[Sequence[int]] | None = None) -> None:
         """Raise `PlanError` unless the plan is whole: columns, slots, samples, and the invariants of its cascades."""
-        if not self.cascades or self.cascade.window_len is not None:
-            raise PlanError("the first cascade of a step must be there and read all earlier tokens (window_len None)")
+        if not self.cascades:
+            raise PlanError("a step needs the cascade of an attention kind")
+        windows = [cascade.window_len for cascade in self.cascades]
+        shorter = all(b is not None and (a is None or b < a) for a, b in pairwise(windows))
+        if not shorter or (windows[-1] is not None and windows[-1] < 1):
+            raise PlanError(f"the kinds have windows {windows}: each must be shorter than the one before, 1 or more")
         for cascade in self.cascades:
             cascade.check(page_tables)
             if cascade.num_rows != self.num_rows:

@@ -254,8 +254,11 @@ LANE_START = LaneStart(
 )
 
 BROKEN_STEPS: list[tuple[Callable[[StepPlan], dict[str, Any]], str]] = [
-    (lambda s: {"cascades": ()}, "first cascade of a step must be there"),
-    (lambda s: {"cascades": (replace(s.cascade, window_len=8),)}, "window_len None"),
+    (lambda s: {"cascades": ()}, "a step needs the cascade"),
+    (lambda s: {"cascades": (s.cascade, s.cascade)}, "each must be shorter than the one before"),
+    (lambda s: {"cascades": (replace(s.cascade, window_len=100), s.cascade)}, "each must be shorter"),
+    (lambda s: {"cascades": (replace(s.cascade, window_len=0),)}, "1 or more"),
+    (lambda s: {"cascades": (replace(s.cascade, window_len=8),)}, "shares pages outside its window of 8"),
     (lambda s: {"token_ids": int_column([1, 2])}, "covers 3 rows, the step has 2"),
     (lambda s: {"sequence_lanes": int_column([1, 2])}, "3 leaf segments for 2 sequences"),
     (lambda s: {"token_ids": [1, 2, 3]}, "token_ids must be a read-only int32 view"),
@@ -400,6 +403,8 @@ def test_a_result_says_how_much_of_each_draft_was_drawn() -> None:
 
 TABLES = [[0, 1, 2], [0, 1, 3], [5, 6]]
 WINDOWED = [(1, (1, 2), 2), (1, (1, 3), 1), (1, (5, 6), 3)]
+CUT = [(2, (1,), 4), (1, (), 0)]
+"""Of what A and B share, page 0 is read by each, before the shared page, and page 1 by both at once."""
 
 
 def with_window(step: StepPlan, window_len: int, *levels: list[tuple[int, tuple[int, ...], int]]) -> StepPlan:
@@ -413,6 +418,12 @@ def test_a_windowed_kind_reads_the_end_of_what_the_first_reads(step: StepPlan) -
     assert [both.cascade_of(layer) for layer in range(3)] == [both.cascade, both.cascades[1], both.cascades[1]]
     assert step.cascade_of(2) is step.cascade
     with_window(step, 100, SHARED, LEAF).check(TABLES)
+    cut = with_window(step, 9, CUT, [(1, (0, 2), 2), (1, (0, 3), 1), (1, (5, 6), 3)])
+    cut.check(TABLES)
+    assert cut.cascades[1].leaf_window_lens() == [5, 5, 9]
+    assert [cut.cascades[1].page_table(i) for i in range(3)] == TABLES
+    assert both.cascades[1].leaf_window_lens() == [5, 5, 5]
+    assert step.cascade.leaf_window_lens() is None
     with pytest.raises(PlanError, match="covers 1 rows"):
         with_window(step, 5, WINDOWED[:1]).check()
 
@@ -420,7 +431,9 @@ def test_a_windowed_kind_reads_the_end_of_what_the_first_reads(step: StepPlan) -
 @pytest.mark.parametrize(
     ("window_len", "levels", "words"),
     [
+        (8, [SHARED, LEAF], "sequence 0 shares pages outside its window of 8"),
         (9, [SHARED, LEAF], "sequence 0 shares pages outside its window of 9"),
+        (9, [CUT, [(1, (2, 0), 2), (1, (0, 3), 1), (1, (5, 6), 3)]], r"sequence 0 meets pages \[1, 2, 0\]"),
         (6, [WINDOWED], "sequence 1 meets 5 tokens, its window reaches further"),
         (5, [[(1, (0, 2), 2), *WINDOWED[1:]]], r"sequence 0 meets pages \[0, 2\], its own are \[0, 1, 2\]"),
         (5, [[*WINDOWED[:2], (1, (5, 6), 4)]], "row 2 writes slot"),

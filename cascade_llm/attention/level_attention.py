@@ -35,14 +35,14 @@ class LevelAttention:
         self._num_rows = level.num_rows
         pages = column_tensor(level.kv_page_indices).to(spec.device, torch.int64)
         self._batches = []
-        for segments in split_into_batches(read_segments(level, kv_cache.page_size), blocking, spec):
+        windows = leaf_of.leaf_window_lens() if leaf_of else None
+        for segments in split_into_batches(read_segments(level, kv_cache.page_size, windows), blocking, spec):
             scores_per_row = spec.num_qo_heads * len(segments) * max(s.kv_len for s in segments)
             batch = SegmentBatch.build(
                 segments,
                 pages,
                 kv_cache.page_size,
                 causal=leaf_of is not None,
-                window_len=leaf_of.window_len if leaf_of else None,
                 max_rows_per_block=max(1, blocking.scores_per_block // scores_per_row),
             )
             self._batches.append(_BatchAttention(batch, spec, kv_cache, workspace))

@@ -50,7 +50,7 @@ typedef struct {
 typedef struct {
     const level *levels; /* root to leaf */
     int64_t num_levels, page_size;
-    int64_t window_len; /* 0: none */
+    int64_t window_len; /* 0: none; shared segments lie inside it, so it counts in leaves alone */
     int64_t num_qo_heads, num_kv_heads;
     double score_scale; /* times log2(e): scores are exponents of 2 from here on */
     double soft_cap;    /* likewise; a score s becomes soft_cap * tanh(s / soft_cap); 0: none */
@@ -83,6 +83,7 @@ typedef struct {
     int64_t first_key, end_key;
     const int32_t *pages;
     int64_t causal_shift; /* leaf: row r reads keys below r + causal_shift */
+    int64_t window_len;   /* leaf, where there is a window: how many of them */
     int causal;
     int64_t depth; /* of its level */
 } piece;
@@ -99,6 +100,17 @@ static int64_t segment_of_row(const level *l, int64_t row) {
         else high = middle;
     }
     return low;
+}
+
+/* Tokens of the shared segments that a row sits in. */
+static int64_t shared_len(const plan *p, int64_t row) {
+    int64_t tokens = 0;
+    for (int64_t depth = 0; depth < p->num_levels - 1; depth++) {
+        const level *l = p->levels + depth;
+        int64_t s = segment_of_row(l, row);
+        tokens += (l->kv_page_indptr[s + 1] - l->kv_page_indptr[s]) * p->page_size;
+    }
+    return tokens;
 }
 
 /* The next piece of rows [first, end) at or after `at`; 0 when there is none. Start with {0, -1}. */
@@ -120,7 +132,10 @@ static int next_piece(const plan *p, int64_t first, int64_t end, place *at, piec
             if (out->causal) {
                 out->causal_shift = out->end_key - stop + 1;
                 out->end_key = out->end_row - 1 + out->causal_shift;
-                if (p->window_len) out->first_key = max(0, out->first_row + out->causal_shift - p->window_len);
+                if (p->window_len) {
+                    out->window_len = p->window_len - shared_len(p, start);
+                    out->first_key = max(0, out->first_row + out->causal_shift - out->window_len);
+                }
             }
             return 1;
         }
@@ -613,7 +628,7 @@ static void attend_tile(const plan *p, const pages *from, block *b, int64_t bloc
     const long rounds = (end - first + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
     const int masked =
         x->causal && (first_key + num_keys > x->first_row + x->causal_shift ||
-                      (p->window_len && first_key < x->end_row - 1 + x->causal_shift - p->window_len));
+                      (p->window_len && first_key < x->end_row - 1 + x->causal_shift - x->window_len));
     for (long round = 0, query = first; round < rounds; round++) {
         prefetch(from, next, next->num_keys * round / rounds, next->num_keys * (round + 1) / rounds);
         const int count = (int)((end - query + rounds - round - 1) / (rounds - round));
@@ -624,7 +639,7 @@ static void attend_tile(const plan *p, const pages *from, block *b, int64_t bloc
             for (int i = 0; i < count; i++) {
                 int64_t limit = block_row + (query + i) / group + x->causal_shift;
                 high[i] = (int)max(0, min(num_keys, limit - first_key));
-                low[i] = p->window_len ? (int)max(0, min(num_keys, limit - p->window_len - first_key)) : 0;
+                low[i] = p->window_len ? (int)max(0, min(num_keys, limit - x->window_len - first_key)) : 0;
                 if (low[i] < high[i]) seen = max(seen, high[i]);
             }
         }

@@ -41,6 +41,8 @@ class Segment(NamedTuple):
     num_rows: int
     first_page_entry: int
     kv_len: int
+    window_len: int | None = None
+    """How many tokens back a row may look, its own counted; only where it is masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,6 @@ class SegmentBatch:
         page_size: int,
         *,
         causal: bool,
-        window_len: int | None,
         max_rows_per_block: int,
     ) -> SegmentBatch:
         """Join segments of one level.
@@ -86,7 +87,6 @@ class SegmentBatch:
         Args:
             pages: [page entries], the level's `kv_page_indices`, int64, on the device
             causal: whether a segment's rows are its last tokens and see no later ones
-            window_len: how many tokens back a row may look; only with `causal`
         """
         num_rows, kv_len = (
             torch.tensor(x).unsqueeze(1) for x in zip(*((s.num_rows, s.kv_len) for s in segments), strict=True)
@@ -94,6 +94,8 @@ class SegmentBatch:
         max_rows = int(num_rows.max())
         row = torch.arange(max_rows).unsqueeze(0)
         limits = torch.minimum(kv_len - num_rows + row + 1, kv_len) if causal else kv_len.expand(-1, max_rows)
+        windows = [s.window_len for s in segments if s.window_len is not None]
+        window_lens = torch.tensor(windows).unsqueeze(1) if windows else None
         rows_per_block = -(-max_rows // -(-max_rows // max_rows_per_block))
         rows, real, real_rows = _row_indices(segments, num_rows, row, pages.device)
         return cls(
@@ -105,19 +107,20 @@ class SegmentBatch:
             real_rows=real_rows,
             slots=_slots(segments, pages, page_size),
             blocks=tuple(
-                _row_block(slice(start, min(start + rows_per_block, max_rows)), limits, window_len, pages.device)
+                _row_block(slice(start, min(start + rows_per_block, max_rows)), limits, window_lens, pages.device)
                 for start in range(0, max_rows, rows_per_block)
             ),
         )
 
 
-def read_segments(level: CascadeLevel, page_size: int) -> list[Segment]:
-    """The segments of a level that hold pages, in order."""
+def read_segments(level: CascadeLevel, page_size: int, window_lens: Sequence[int] | None = None) -> list[Segment]:
+    """The segments of a level that hold pages, in order; `window_lens`: one for each segment of the level."""
     qo_indptr, kv_indptr = level.qo_indptr.tolist(), level.kv_page_indptr.tolist()
+    windows = [None] * level.num_segments if window_lens is None else window_lens
     return [
-        Segment(row, next_row - row, entry, (next_entry - entry - 1) * page_size + last_page_len)
-        for (row, next_row), (entry, next_entry), last_page_len in zip(
-            pairwise(qo_indptr), pairwise(kv_indptr), level.kv_last_page_len, strict=True
+        Segment(row, next_row - row, entry, (next_entry - entry - 1) * page_size + last_page_len, window_len)
+        for (row, next_row), (entry, next_entry), last_page_len, window_len in zip(
+            pairwise(qo_indptr), pairwise(kv_indptr), level.kv_last_page_len, windows, strict=True
         )
         if entry < next_entry and row < next_row
     ]
@@ -161,17 +164,20 @@ def _slots(segments: Sequence[Segment], pages: torch.Tensor, page_size: int) -> 
     return pages[first_entry + token // page_size] * page_size + token % page_size
 
 
-def _row_block(rows: slice, limits: torch.Tensor, window_len: int | None, device: torch.device) -> RowBlock:
-    """The block of some rows, given how many of its segment's keys each row may read: `limits` [segments, rows]."""
+def _row_block(rows: slice, limits: torch.Tensor, window_lens: torch.Tensor | None, device: torch.device) -> RowBlock:
+    """The block of some rows, given how many of its segment's keys each row may read: up to `limits` [segments, rows],
+    and of these the last `window_lens` [segments, 1]."""
     limit = limits[:, rows]
-    first_limit, stop = int(limit.min()), int(limit.max())
-    start = 0 if window_len is None else max(0, first_limit - window_len)
-    masked_from = first_limit if window_len is None else start
+    masked_from, start, stop = int(limit.min()), 0, int(limit.max())
+    first_keys = None
+    if window_lens is not None:
+        first_keys = limit - window_lens
+        masked_from = start = max(0, int(first_keys.min()))
     bias = None
     if masked_from < stop:
-        key, limit = torch.arange(masked_from, stop, device=device), limit.to(device).unsqueeze(-1)
-        hidden = key >= limit
-        if window_len is not None:
-            hidden |= key < limit - window_len
+        key = torch.arange(masked_from, stop, device=device)
+        hidden = key >= limit.to(device).unsqueeze(-1)
+        if first_keys is not None:
+            hidden |= key < first_keys.to(device).unsqueeze(-1)
         bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)[:, None, :, None, :]
     return RowBlock(rows, slice(start, stop), bias)

@@ -78,8 +78,14 @@ class FlashInferScheduler:
             session_limits=self._session_limits,
             clock=self._clock,
         )
-        windows = [window_len for window_len in config.attention_kinds if window_len is not None]
-        self._planner = CascadePlanner(config.page_size, config.cascade, costs, self._tables.cache.root, windows)
+        self._planner = CascadePlanner(
+            config.page_size,
+            config.cascade,
+            costs,
+            self._tables.cache.root,
+            config.attention_kinds,
+            config.layers_of_kinds,
+        )
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # by precedence
         self._lanes = LanePool(config.max_num_seqs)
@@ -221,7 +227,7 @@ class FlashInferScheduler:
 
     def _may_repeat(self, plan: StepPlan) -> bool:
         """Whether the step after a decode step can be made from it: nothing in it depends on the tokens drawn."""
-        return self._drafter is None and len(plan.cascades) == 1 and not plan.token_bitmasks
+        return self._drafter is None and not plan.token_bitmasks
 
     def _plan_running(self, draft: StepDraft) -> None:
         """Every running sequence gets its rows, the earliest first; each later one is left at least a token."""

@@ -78,7 +78,7 @@ def build_step_plan(
     """Write the columns over `rows`, which are the draft's in the order of the cascade plan."""
     return StepPlan(
         step_id=step_id,
-        cascades=(cascade.plan, *cascade.windowed),
+        cascades=cascade.plans,
         layer_kinds=config.layer_kinds,
         sequence_lanes=int_column([row.sequence.lane for row in rows]),
         sequence_epochs=int_column([row.sequence.epoch for row in rows]),
@@ -220,7 +220,8 @@ class DecodeRun:
     def next_step(self, step_id: int) -> InFlightStep | None:
         """The next decode step; None, with nothing changed, where it has to be decided anew.
 
-        That is where the prefix cache has another version, a sequence is at its end, or pages are short.
+        That is where the prefix cache has another version, a sequence is at its end, pages are short, or windows have
+        moved on.
         """
         last, size = self._last, self._tables.page_size
         if last.version != self._tables.cache.version or self._num_steps == self._max_steps:
@@ -246,7 +247,7 @@ class DecodeRun:
         tokens = [0] * len(sequences) if on_device else [sequence.token_ids[-1] for sequence in sequences]
         return StepPlan(
             step_id=step_id,
-            cascades=(cascade.plan,),
+            cascades=cascade.plans,
             layer_kinds=last.layer_kinds,
             token_ids=int_column(tokens),
             positions=last.sample_positions,
@@ -263,8 +264,9 @@ class DecodeRun:
 
     @cached_property
     def _max_steps(self) -> int:
-        """Steps until the first sequence has all the tokens that it may have."""
-        return min([sequence.max_len - sequence.total_len for sequence in self._last.sequences])
+        """Steps until the first sequence has all the tokens that it may have, or what is shared has to be cut anew."""
+        left = min([sequence.max_len - sequence.total_len for sequence in self._last.sequences])
+        return min(left, self._planner.num_steps_left(self._last.plan.positions))
 
     @cached_property
     def _rows_by_place(self) -> list[list[int]]:

@@ -111,8 +111,8 @@ def cascade_case(seed: int, choices: CaseChoices = ANY) -> CascadeCase:
 def single_level_plan(plan: CascadePlan) -> CascadePlan:
     """The plain way to compute a plan: every sequence reads all its pages by itself."""
     segments = []
-    for sequence, path in enumerate(plan.paths()):
-        met = [page for level, segment in zip(plan.levels, path, strict=True) for page in level.pages(segment)]
+    for sequence in range(plan.leaf.num_segments):
+        met = plan.page_table(sequence)
         segments.append((len(plan.leaf.rows(sequence)), met, plan.leaf.kv_last_page_len[sequence]))
     single = CascadePlan((make_level(segments),), plan.page_size, plan.window_len)
     single.check([pages for _, pages, _ in segments])

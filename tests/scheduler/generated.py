@@ -14,10 +14,22 @@ from cascade_llm.scheduler.cascade.device_costs import DeviceCosts
 from cascade_llm.scheduler.sessions import SessionUse
 from tests.scheduler.simulated_engine import SimulatedEngine, every_third
 
-__all__ = ["RandomLoad", "generated_steps", "random_config", "random_costs", "random_engine"]
+__all__ = ["KINDS", "RandomLoad", "generated_steps", "random_config", "random_costs", "random_engine"]
 
 VOCAB_SIZE = 4
 """Of prompts: so few that prompts which do not branch off each other begin alike too."""
+
+KINDS: tuple[tuple[int | None, ...], ...] = (
+    (None, 1),
+    (9,),
+    (None, 20, 6),
+    (33, 2),
+    (None, 37),
+    (3,),
+    (17,),
+    (None, 12),
+)
+"""Windows of attention kinds, from a token to more than most sequences have."""
 
 
 def generated_steps(
@@ -103,13 +115,15 @@ def random_engine(
 ) -> tuple[SimulatedEngine, random.Random]:
     """An engine with a vocabulary so small that texts meet by chance, and what to draw its load from.
 
-    all_features: whether every third has an attention kind with a window too, and every fifth drafts
+    all_features: whether every third has attention kinds with windows, and every fifth drafts
     """
     rng = random.Random(seed)
     config = random_config(rng)
     costs, vocab_size = random_costs(rng), rng.choice((2, 4, 1000))
     if all_features and seed % 3 == 0:
-        config = replace(config, attention_kinds=(None, 1 + seed % 37), layer_kinds=(0, 1, 1))
+        kinds = KINDS[seed // 3 % len(KINDS)]
+        layer_kinds = tuple(i % len(kinds) for i in range(5))
+        config = replace(config, attention_kinds=kinds, layer_kinds=layer_kinds)
     return SimulatedEngine(
         config, costs=costs, lag=lag, vocab_size=vocab_size, drafts=all_features and seed % 5 == 0, clock=clock
     ), rng

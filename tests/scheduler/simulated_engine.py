@@ -16,7 +16,7 @@ from typing import Any
 
 from cascade_llm.config import CascadeConfig, SchedulerConfig
 from cascade_llm.outputs import TokenLogprob
-from cascade_llm.plan import CascadeLevel, IntColumn, LaneStart, StepPlan, StepResult, Tier, int_column
+from cascade_llm.plan import CascadeLevel, CascadePlan, IntColumn, LaneStart, StepPlan, StepResult, Tier, int_column
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.cascade.choice import SegmentCosts, TokensRead
 from cascade_llm.scheduler.scheduler import Drafter, FlashInferScheduler, SequenceUpdate
@@ -216,14 +216,34 @@ class SimulatedDevice:
         size = self._config.page_size
         for cascade in plan.cascades:
             for (sequence, rows, lane), path in zip(self._sequences(plan), cascade.paths(), strict=True):
-                zipped = zip(cascade.levels, path, strict=True)
-                pages = [page for level, segment in zipped for page in level.pages(segment)]
-                end = plan.positions[rows[-1]] + 1
+                zipped = zip(cascade.shared_levels, path, strict=False)
+                shared = [page for level, segment in zipped for page in level.pages(segment)]
+                own, end = list(cascade.leaf.pages(sequence)), plan.positions[rows[-1]] + 1
                 num_read = cascade.path_len(path)
                 assert num_read == end or cascade.window_len is not None
-                met = [text for page in pages for text in self._slots[page * size : (page + 1) * size]][:num_read]
-                texts, salt = self._row_texts(plan, rows, lane)[end - num_read : end], lane.request.cache_salt
-                assert met == [(salt, text) for text in texts], f"sequence {sequence} meets another text"
+                first = end - num_read
+                texts, salt = self._row_texts(plan, rows, lane)[:end], lane.request.cache_salt
+                met = self._met(texts, salt, first, shared, own, 0)
+                if cascade.window_len is not None:  # the shared pages may lie between those of the leaf
+                    reached = max(first, plan.positions[rows[0]] + 1 - cascade.window_len)
+                    inside = max(0, end - cascade.window_len)
+                    met = any(
+                        self._met(texts, salt, first, shared, own, cut, skip=reached - first)
+                        and (not shared or first + cut * size >= inside)
+                        for cut in range(len(own))
+                    )
+                assert met, f"sequence {sequence} meets another text"
+
+    def _met(
+        self, texts: list[int], salt: bytes, first: int, shared: list[int], own: list[int], cut: int, skip: int = 0
+    ) -> bool:
+        """Whether pages of a leaf, with the shared ones behind the first `cut`, hold a text from position `first` on,
+        but for `skip` tokens that no row reads."""
+        size = self._config.page_size
+        pages = [*own[:cut], *shared, *own[cut:]]
+        expected = [(salt, text) for text in texts[first + skip :]]
+        slots = [text for page in pages for text in self._slots[page * size : (page + 1) * size]]
+        return slots[skip:][: len(expected)] == expected
 
     def _sample(self, plan: StepPlan, sample: int) -> int:
         row, position = plan.sample_rows[sample], plan.sample_positions[sample]
@@ -425,24 +445,33 @@ class SimulatedEngine:
 def check_report(plan: StepPlan) -> None:
     """Assert that a plan's report says what the plan does."""
     cascade, report = plan.cascade, plan.report
-    segments = [(level, i) for level in cascade.levels for i in range(level.num_segments)]
-    above_leaf = [(level, i) for level, i in segments if level is not cascade.leaf and level.kv_last_page_len[i]]
+    above_leaf = [(level, i) for level in cascade.shared_levels for i in range(level.num_segments)]
     starts = set(cascade.leaf.qo_indptr[:-1])
-    groups = [(level, i) for level, i in above_leaf if len(starts & set(level.rows(i))) > 1]
+    groups = [
+        (level, i) for level, i in above_leaf if level.kv_last_page_len[i] and len(starts & set(level.rows(i))) > 1
+    ]
     assert report.num_levels == len(cascade.levels)
     assert report.num_groups == len(groups)
     assert report.grouped_rows == len({row for level, i in groups for row in level.rows(i)})
-    assert report.kv_tokens_read == sum(level.kv_len(i, cascade.page_size) for level, i in segments)
-    assert report.kv_tokens_one_level == sum(plan.positions[end - 1] + 1 for end in cascade.leaf.qo_indptr[1:])
+    kinds = plan.layer_kinds or (0,)
+    assert report.kv_tokens_read == sum(_tokens_read(plan.cascades[kind]) for kind in kinds) // len(kinds)
+    one_level = [sum(plan.cascades[kind].path_len(path) for path in plan.cascades[kind].paths()) for kind in kinds]
+    assert report.kv_tokens_one_level == sum(one_level) // len(kinds)
+    if cascade.window_len is None:
+        assert one_level[kinds.index(0)] == sum(plan.positions[end - 1] + 1 for end in cascade.leaf.qo_indptr[1:])
     assert (report.reason is None) == bool(groups)
     for level in cascade.shared_levels:
         assert any(level.kv_last_page_len), "a level without a segment"
 
 
+def _tokens_read(cascade: CascadePlan) -> int:
+    return sum(level.kv_len(i, cascade.page_size) for level in cascade.levels for i in range(level.num_segments))
+
+
 def check_order(plan: StepPlan) -> None:
     """Assert that under each parent segment those with pages come first and at most one empty one after them."""
     above: CascadeLevel | None = None
-    for level in plan.cascade.shared_levels:
+    for level in plan.cascade.shared_levels if plan.cascade.window_len is None else ():
         starts = set(above.qo_indptr) if above else {0}
         had_empty = False
         for i, last_page_len in enumerate(level.kv_last_page_len):

@@ -49,7 +49,8 @@ def without_page_ids(plan: StepPlan) -> list[object]:
     columns = [list(getattr(plan, name)) for name in ROW_COLUMNS + SAMPLE_COLUMNS]
     levels = [
         (list(level.qo_indptr), list(level.kv_page_indptr), list(level.kv_last_page_len))
-        for level in plan.cascade.levels
+        for cascade in plan.cascades
+        for level in cascade.levels
     ]
     return [columns, levels, plan.report, [start.lane for start in plan.lane_starts], len(plan.page_copies)]
 

@@ -25,6 +25,7 @@ from cascade_llm.attention.flashinfer.levels import (
     decode_kernel,
 )
 from cascade_llm.attention.flashinfer.ops import FlashInferOps, load_flashinfer_ops
+from cascade_llm.attention.flashinfer.window_cut import cut_leaf
 from cascade_llm.attention.flashinfer.workspace import float_workspace_bytes
 from cascade_llm.device.stream import CudaStream, DeviceStream
 from cascade_llm.errors import BackendError
@@ -87,6 +88,7 @@ class FlashInferAttentionBackend(AttentionBackend):
         self.device = FlashInferDevice.create(platform.ops, platform.stream, workspace_bytes)
         self._leaves: dict[tuple[bool, int | None], LevelKernel] = {}
         self._shared: dict[int | None, list[_SharedLevel]] = {}
+        self._edges: dict[int | None, LevelKernel] = {}
         self._append_table = _append_table(kv_cache)
 
     @staticmethod
@@ -112,14 +114,19 @@ class FlashInferAttentionBackend(AttentionBackend):
     def prepare(self, plan: CascadePlan) -> PreparedAttention:
         """Plan the leaf, and those shared levels that are not the objects planned last."""
         assert plan.page_size == self.kv_cache.page_size
-        leaf = self._leaf_kernel(plan)
-        leaf.plan(self.columns(plan.leaf, plan.leaf.num_segments))
+        leaf, cut = self._leaf_kernel(plan), cut_leaf(plan)
+        if cut is None:
+            leaf.plan(self.columns(plan.leaf, plan.leaf.num_segments))
+        else:
+            leaf.plan(self._on_device(cut.rest))
         shared = self._shared.setdefault(
             plan.window_len, []
         )  # by kind: all kinds of a step are prepared before it runs
         while len(shared) < len(plan.shared_levels):
             shared.append(_SharedLevel(self))
         runs = [mine.planned(level) for mine, level in zip(shared, plan.shared_levels, strict=False)]
+        if cut is not None:
+            runs.append(self._planned_edge(plan.window_len, cut.edge))
         return _PreparedFlashInferAttention(self, leaf, [run for run in runs if run.num_rows], plan.num_rows)
 
     def columns(self, level: CascadeLevel, num_segments: int) -> LevelColumns:
@@ -132,6 +139,18 @@ class FlashInferAttentionBackend(AttentionBackend):
             self.device.stream.upload(column_tensor(level.kv_page_indices[: kv_page_indptr[-1]])),
             column_tensor(level.kv_last_page_len[:num_segments]),
         )
+
+    def _on_device(self, columns: LevelColumns) -> LevelColumns:
+        """Columns on the host as a kernel's plan takes them, see `columns`."""
+        return columns._replace(kv_page_indices=self.device.stream.upload(columns.kv_page_indices))
+
+    def _planned_edge(self, window_len: int | None, edge: LevelColumns) -> LevelRun:
+        """Plan what windows cut off the leaf of a kind, which is read token by token."""
+        kernel = self._edges.get(window_len)
+        if kernel is None:
+            kernel = self._edges[window_len] = LevelKernel(self.device, self.spec, 1, "prefill_fa2")
+        kernel.plan(self._on_device(edge))
+        return LevelRun(kernel, int(edge.qo_indptr[-1]))
 
     def _leaf_kernel(self, plan: CascadePlan) -> LevelKernel:
         decodes = plan.num_rows == plan.leaf.num_segments

@@ -156,9 +156,12 @@ class LevelKernel:
     ) -> None:
         """Attention of q [rows, num_qo_heads, head_dim] to the level's pages of one layer's (K, V), into `output`.
 
-        `k_scale` is folded into the softmax scale, on the host: a capture keeps it. V stays as it is stored.
+        A level in pages of one token reads the same pool. `k_scale` is folded into the softmax scale, on the host: a
+        capture keeps it. V stays as it is stored.
         """
         scales = {} if k_scale == 1.0 else {"k_scale": k_scale}
+        if kv[0].shape[1] != self._page_size:
+            kv = (kv[0].flatten(0, 1).unsqueeze(1), kv[1].flatten(0, 1).unsqueeze(1))
         self._wrapper.run(q, kv, out=output.out, lse=output.lse, return_lse=True, **scales)
 
     def _arguments(self, columns: LevelColumns) -> tuple[Any, ...]:

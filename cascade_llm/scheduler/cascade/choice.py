@@ -132,7 +132,7 @@ def _best_costs(
             function = by_levels[levels]
             function.end_at(start)
             shares[run].append(function.undercut(shared, last_start) if last_start >= 0 else range(0))
-    return [function.end_at(0) for function in functions[top]], shares
+    return [function.end_at(top.end) for function in functions[top]], shares
 
 
 def _sums(functions: Sequence[list[CarriedCost]], max_levels: int) -> list[CarriedCost]:
@@ -150,7 +150,7 @@ def _collect(top: Run, shares: Shares, num_levels: int) -> SegmentChoice:
     """Follow the best decisions from the root down."""
     start_pages: dict[Run, int] = {}
     fewest_left = num_levels
-    stack = [(child, 0, num_levels) for child in top.children]
+    stack = [(child, top.end, num_levels) for child in top.children]
     while stack:
         run, start, left = stack.pop()
         if start in shares[run][left]:

@@ -8,11 +8,19 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from cascade_llm.plan import CascadeLevel, int_column
+from cascade_llm.plan import CascadeLevel, CascadeReport, IntColumn, int_column
 from cascade_llm.scheduler.cascade.choice import SegmentChoice
 from cascade_llm.scheduler.cascade.tree import PlannedRows, Run
 
-__all__ = ["Placement", "Segment", "leaf_columns", "level_columns", "place_segments"]
+__all__ = [
+    "Placement",
+    "Segment",
+    "leaf_columns",
+    "leaf_row_columns",
+    "level_columns",
+    "place_segments",
+    "shared_report",
+]
 
 
 class Segment(NamedTuple):
@@ -108,6 +116,40 @@ def level_columns(
         end_segment(segment.last_row, tables[segment.sequence][segment.start_page : segment.end_page])
     skip_to(num_rows)
     return CascadeLevel(int_column(qo_indptr), int_column(page_indptr), int_column(indices), int_column(last_page_len))
+
+
+def leaf_row_columns(order: list[int], rows: list[PlannedRows], page_size: int) -> tuple[IntColumn, IntColumn]:
+    """`qo_indptr` and `kv_last_page_len` of the leaf, which are the same in all attention kinds."""
+    qo_indptr, last_page_len, num_rows = array("i", [0]), array("i"), 0
+    for i in order:
+        num_rows += rows[i].num_new
+        qo_indptr.append(num_rows)
+        last_page_len.append((rows[i].start_len + rows[i].num_new - 1) % page_size + 1)
+    return int_column(qo_indptr), int_column(last_page_len)
+
+
+def shared_report(levels: Sequence[Sequence[Segment]], reason: str | None, page_size: int) -> CascadeReport:
+    """What segments share; token counts are of these alone. `reason`: why nothing was chosen, if nothing was."""
+    groups = [segment for segments in levels for segment in segments if segment.num_sequences > 1]
+    if not groups and reason is None:
+        reason = "no shared run lies inside the windows"
+    return CascadeReport(
+        num_levels=len(levels) + 1,
+        num_groups=len(groups),
+        grouped_rows=_num_rows_in(groups),
+        kv_tokens_read=page_size * sum(s.num_pages for s in groups),
+        kv_tokens_one_level=page_size * sum(s.num_pages * s.num_sequences for s in groups),
+        reason=reason,
+    )
+
+
+def _num_rows_in(segments: list[Segment]) -> int:
+    """Rows in at least one of them."""
+    rows = end = 0
+    for segment in sorted(segments):
+        rows += max(0, segment.last_row - max(end, segment.first_row))
+        end = max(end, segment.last_row)
+    return rows
 
 
 def leaf_columns(order: list[int], first_pages: list[int], rows: list[PlannedRows], page_size: int) -> CascadeLevel:

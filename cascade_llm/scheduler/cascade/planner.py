@@ -9,15 +9,19 @@
 All of this depends on which sequences are there, where their paths end and how many rows each has. While that does not
 change, the shared levels are kept as they are, and only the leaf is new. From one decode step to the next even the leaf
 is made from the one before (`plan_next`).
+
+All attention kinds of a model have the same order of rows and share by one choice, made for the kind that reads most;
+those with a window cut it (`windows`).
 """
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from operator import add
+from operator import add, mul
 from typing import NamedTuple
 
 from cascade_llm.config import CascadeConfig
@@ -25,24 +29,42 @@ from cascade_llm.plan import CascadeLevel, CascadePlan, CascadeReport, IntColumn
 from cascade_llm.scheduler.cascade.balance import LevelBalancer, levels_by_depth
 from cascade_llm.scheduler.cascade.choice import SegmentChoice, SegmentCosts, TokensRead, choices_by_levels
 from cascade_llm.scheduler.cascade.cost_model import CostModel, PlanWork
-from cascade_llm.scheduler.cascade.layout import Placement, Segment, leaf_columns, level_columns, place_segments
-from cascade_llm.scheduler.cascade.tree import PlannedRows, Run, attach_nodes, preorder, shared_forest
-from cascade_llm.scheduler.cascade.windows import WindowPlanner
+from cascade_llm.scheduler.cascade.layout import (
+    Placement,
+    leaf_columns,
+    leaf_row_columns,
+    level_columns,
+    place_segments,
+    shared_report,
+)
+from cascade_llm.scheduler.cascade.tree import (
+    PlannedRows,
+    Run,
+    attach_nodes,
+    preorder,
+    shared_forest,
+    without_pages_before,
+)
+from cascade_llm.scheduler.cascade.windows import WindowPlanner, first_read_page
 from cascade_llm.scheduler.prefix_cache import RadixNode
 from cascade_llm.scheduler.sequence import Sequence
 
 __all__ = ["CascadePlanner", "PlannedCascade"]
 
+STRIDES_PER_WINDOW = 8
+"""What is shared is chosen anew when the windows of all kinds have moved on by such a part of the widest."""
+
 
 class PlannedCascade(NamedTuple):
-    """A plan, the sequences in the order of its leaf segments, and what it shares."""
+    """A step's plans, the sequences in the order of their leaf segments, and what is shared."""
 
-    plan: CascadePlan
+    plans: tuple[CascadePlan, ...]
+    """One per attention kind, over the same rows."""
     order: list[int]
     """Leaf segment i belongs to sequence `order[i]` of the step."""
     report: CascadeReport
-    windowed: tuple[CascadePlan, ...] = ()
-    """Of the attention kinds with a window, in their order, over the same rows."""
+    kv_lens: tuple[int, ...]
+    """Tokens of K/V that a plan of one level reads, of each kind."""
 
 
 @dataclass(slots=True)
@@ -52,10 +74,15 @@ class _Layout:
     sequences: list[Sequence]
     nodes: list[RadixNode]
     num_new: list[int]
+    first_page: int
+    """Pages before are read by no sequence in any kind, nearly."""
     placement: Placement
     levels: tuple[CascadeLevel, ...]
+    """Of the kind that reads all earlier tokens."""
     report: CascadeReport
     """Its token counts are those of the shared levels alone: read once, and as often as a one-level plan does."""
+    reason: str | None
+    """Why nothing was chosen to be shared."""
 
 
 class CascadePlanner:
@@ -67,17 +94,30 @@ class CascadePlanner:
         config: CascadeConfig,
         costs: SegmentCosts,
         root: RadixNode,
-        window_lens: Iterable[int] = (),
+        kinds: Iterable[int | None] = (None,),
+        layers_of_kinds: Iterable[int] = (1,),
     ) -> None:
-        """`window_lens`: of the attention kinds beside the one that reads all earlier tokens."""
+        """Begin with nothing kept.
+
+        Args:
+            page_size: tokens per page
+            config: how many levels, and what is shared in any case
+            costs: what segments cost
+            root: of the prefix tree
+            kinds: the window of each attention kind, the kind that reads most first; None reads all earlier tokens
+            layers_of_kinds: how many layers are of each kind
+        """
         self._page_size = page_size
         self._max_shared_levels = config.max_shared_levels
         self._min_tokens = config.shared_prefix_len
         self._costs = costs if config.shared_prefix_len is None else TokensRead()
+        self._reach, *_ = kinds = tuple(kinds)
+        """What the first kind reads"""
         self._balancer: LevelBalancer | None = None
-        if isinstance(costs, CostModel) and costs.is_tiled and costs.costs.measured:
+        if self._reach is None and isinstance(costs, CostModel) and costs.is_tiled and costs.costs.measured:
             self._balancer = LevelBalancer(costs, page_size, self._max_shared_levels)
-        self._windows = [WindowPlanner(page_size, window_len) for window_len in window_lens]
+        self._windows = [WindowPlanner(page_size, window_len) for window_len in kinds if window_len is not None]
+        self._layers_of_kinds = tuple(layers_of_kinds)
         self._root = root
         self._layout: _Layout | None = None
         self._last: PlannedCascade | None = None
@@ -85,19 +125,24 @@ class CascadePlanner:
     def plan(self, rows: list[PlannedRows]) -> PlannedCascade:
         """The cascade plan of a step. `rows`: each scheduled sequence once, its new pages in its table already."""
         layout = self._kept_layout(rows)
-        kv_tokens = sum([row.start_len + row.num_new for row in rows])
         placement = layout.placement
-        leaf = leaf_columns(placement.order, placement.prefix_pages, rows, self._page_size)
-        planned = self._planned(layout, leaf, kv_tokens)
-        if not self._windows:
-            return planned
-        return planned._replace(windowed=tuple([window.plan(placement, rows) for window in self._windows]))
+        kv_len = sum([row.start_len + row.num_new for row in rows])
+        if self._reach is None:
+            leaf = leaf_columns(placement.order, placement.prefix_pages, rows, self._page_size)
+            plans, kv_lens = [CascadePlan((*layout.levels, leaf), self._page_size)], [kv_len]
+            leaf_rows = leaf.qo_indptr, leaf.kv_last_page_len
+        else:
+            plans, kv_lens, leaf_rows = [], [], leaf_row_columns(placement.order, rows, self._page_size)
+        for window in self._windows:
+            plans.append(window.plan(placement, rows, *leaf_rows))
+            kv_lens.append(kv_len - window.unread_len(rows))
+        return self._planned(layout, tuple(plans), tuple(kv_lens))
 
     def plan_next(self, new_pages: list[tuple[int, int]]) -> PlannedCascade:
         """The plan after the last one, when each of its sequences goes on by one token and shares what it shared.
 
-        Shared levels, and columns of the leaf that are as before, are the same objects. Not for attention kinds with a
-        window.
+        Shared levels, and columns of the leaf that are as before, are the same objects. Not for more steps in turn than
+        `num_steps_left` said.
 
         Args:
             new_pages: (leaf segment, page id) of the sequences whose token is the first of a page, in order
@@ -105,63 +150,68 @@ class CascadePlanner:
         layout, last = self._layout, self._last
         assert layout is not None
         assert last is not None
-        leaf = last.plan.leaf
-        last_page_len = [length + 1 for length in leaf.kv_last_page_len]
+        lens = [length + 1 for length in last.plans[0].leaf.kv_last_page_len]
         for segment, _ in new_pages:
-            last_page_len[segment] = 1
-        page_indptr, page_indices = leaf.kv_page_indptr, leaf.kv_page_indices
-        if new_pages:
-            page_indptr, page_indices = _with_pages(leaf, new_pages)
-        leaf = CascadeLevel(leaf.qo_indptr, page_indptr, page_indices, int_column(last_page_len))
-        return self._planned(layout, leaf, last.report.kv_tokens_one_level + len(last_page_len))
+            lens[segment] = 1
+        last_page_len = int_column(lens)
+        plans = tuple([_next_plan(plan, last_page_len, new_pages) for plan in last.plans])
+        return self._planned(layout, plans, tuple([kv_len + len(lens) for kv_len in last.kv_lens]))
 
-    def _planned(self, layout: _Layout, leaf: CascadeLevel, kv_tokens: int) -> PlannedCascade:
-        """`kv_tokens`: of all sequences, as many as a one-level plan reads."""
-        shared = layout.report
-        report = replace(shared, kv_tokens_one_level=kv_tokens, kv_tokens_read=kv_tokens - shared.kv_tokens_saved)
-        plan = CascadePlan((*layout.levels, leaf), self._page_size)
-        self._last = PlannedCascade(plan, layout.placement.order, report)
+    def num_steps_left(self, positions: Iterable[int]) -> int:
+        """How many decode steps in turn may follow the last plan. `positions`: of its rows, one per sequence."""
+        if not self._windows:
+            return sys.maxsize
+        assert self._last is not None
+        kv_lens = [position + 1 for position in positions]
+        return min([window.num_steps_left(self._last.order, kv_lens) for window in self._windows])
+
+    def _planned(self, layout: _Layout, plans: tuple[CascadePlan, ...], kv_lens: tuple[int, ...]) -> PlannedCascade:
+        if not self._windows:
+            (kv_len,), shared = kv_lens, layout.report
+            report = replace(shared, kv_tokens_one_level=kv_len, kv_tokens_read=kv_len - shared.kv_tokens_saved)
+        else:
+            report = self._report_of_kinds(layout, kv_lens)
+        self._last = PlannedCascade(plans, layout.placement.order, report, kv_lens)
         return self._last
+
+    def _report_of_kinds(self, layout: _Layout, kv_lens: tuple[int, ...]) -> CascadeReport:
+        """The groups of the first kind, and the tokens of all, by their layers."""
+        reports = [layout.report] if self._reach is None else []
+        reports += [shared_report(window.segments, layout.reason, self._page_size) for window in self._windows]
+        read = [kv_len - shared.kv_tokens_saved for kv_len, shared in zip(kv_lens, reports, strict=True)]
+        num_layers = sum(self._layers_of_kinds)
+        return replace(
+            reports[0],
+            kv_tokens_one_level=sum(map(mul, self._layers_of_kinds, kv_lens)) // num_layers,
+            kv_tokens_read=sum(map(mul, self._layers_of_kinds, read)) // num_layers,
+        )
 
     def _kept_layout(self, rows: list[PlannedRows]) -> _Layout:
         """The layout of the last step where nothing that it depends on has changed, else a new one."""
         sequences = [row.sequence for row in rows]
         nodes = attach_nodes(rows, self._page_size)
         num_new = [row.num_new for row in rows]
-        kept = self._layout
-        if kept and kept.sequences == sequences and kept.nodes == nodes and kept.num_new == num_new:
+        first_page = 0 if self._reach is None else self._first_page(rows, self._reach)
+        kept, about = self._layout, (num_new, first_page)
+        if kept and kept.sequences == sequences and kept.nodes == nodes and (kept.num_new, kept.first_page) == about:
             return kept
-        self._layout = self._new_layout(sequences, nodes, num_new, *self._place(rows, nodes, num_new))
+        placement, reason = self._place(rows, nodes, num_new, first_page)
+        tables, levels = [sequence.pages for sequence in sequences], list[CascadeLevel]()
+        for segments in placement.levels if self._reach is None else ():
+            above = levels[-1].qo_indptr.tolist() if levels else []
+            levels.append(level_columns(segments, above, sum(num_new), tables, self._page_size))
+        report = shared_report(placement.levels, reason, self._page_size)
+        self._layout = _Layout(sequences, nodes, num_new, first_page, placement, tuple(levels), report, reason)
         return self._layout
 
-    def _new_layout(
-        self,
-        sequences: list[Sequence],
-        nodes: list[RadixNode],
-        num_new: list[int],
-        placement: Placement,
-        reason: str | None,
-    ) -> _Layout:
-        segments_by_level = placement.levels
-        tables = [sequence.pages for sequence in sequences]
-        num_rows = sum(num_new)
-        levels: list[CascadeLevel] = []
-        for segments in segments_by_level:
-            above = levels[-1].qo_indptr.tolist() if levels else []
-            levels.append(level_columns(segments, above, num_rows, tables, self._page_size))
-        groups = [segment for segments in segments_by_level for segment in segments if segment.num_sequences > 1]
-        report = CascadeReport(
-            num_levels=len(levels) + 1,
-            num_groups=len(groups),
-            grouped_rows=_num_rows_in(groups),
-            kv_tokens_read=self._page_size * sum(s.num_pages for s in groups),
-            kv_tokens_one_level=self._page_size * sum(s.num_pages * s.num_sequences for s in groups),
-            reason=reason,
-        )
-        return _Layout(sequences, nodes, num_new, placement, tuple(levels), report)
+    def _first_page(self, rows: list[PlannedRows], window_len: int) -> int:
+        """The first page that any sequence reads, rounded down so that it changes seldom."""
+        first = first_read_page(min([row.start_len for row in rows]), window_len, self._page_size)
+        stride = max(1, window_len // self._page_size // STRIDES_PER_WINDOW)
+        return first - first % stride
 
     def _place(
-        self, rows: list[PlannedRows], nodes: list[RadixNode], num_new: list[int]
+        self, rows: list[PlannedRows], nodes: list[RadixNode], num_new: list[int], first_page: int
     ) -> tuple[Placement, str | None]:
         """The segments of the levels above the leaf, and the reason why none of them is shared."""
         plain = Placement(list(range(len(rows))), [], [0] * len(rows))
@@ -170,7 +220,9 @@ class CascadePlanner:
         if len(nodes) == 1:
             return plain, "one sequence"
         forest = shared_forest(nodes, num_new, self._root)
-        kv_lens = [row.start_len + row.num_new for row in rows]
+        if first_page:
+            forest = without_pages_before(forest, first_page)
+        kv_lens = [row.start_len + row.num_new - first_page * self._page_size for row in rows]
         choice, shared = self._choose(forest, num_new, kv_lens)
         placement, reason = (plain, shared) if isinstance(shared, str) else (shared, None)
         if self._balancer is not None:
@@ -206,20 +258,21 @@ class CascadePlanner:
         return PlanWork(shared, list(zip(own_lens, num_new, strict=True)))
 
 
-def _num_rows_in(segments: list[Segment]) -> int:
-    """Rows in at least one of them."""
-    rows = end = 0
-    for segment in sorted(segments):
-        rows += max(0, segment.last_row - max(end, segment.first_row))
-        end = max(end, segment.last_row)
-    return rows
-
-
 def _tokens_in_common(forest: Run, page_size: int) -> tuple[int, int]:
     """Different tokens that at least two sequences read, and how often these are read again in a one-level plan."""
     runs = [(run.end - run.start, run.num_sequences) for run in preorder(forest)]
     common, read = sum([pages for pages, _ in runs]), sum([pages * readers for pages, readers in runs])
     return page_size * common, page_size * (read - common)
+
+
+def _next_plan(plan: CascadePlan, last_page_len: IntColumn, new_pages: list[tuple[int, int]]) -> CascadePlan:
+    """A plan with a token more in each leaf segment."""
+    leaf = plan.leaf
+    page_indptr, page_indices = leaf.kv_page_indptr, leaf.kv_page_indices
+    if new_pages:
+        page_indptr, page_indices = _with_pages(leaf, new_pages)
+    leaf = CascadeLevel(leaf.qo_indptr, page_indptr, page_indices, last_page_len)
+    return CascadePlan((*plan.shared_levels, leaf), plan.page_size, plan.window_len)
 
 
 def _with_pages(leaf: CascadeLevel, new_pages: list[tuple[int, int]]) -> tuple[IntColumn, IntColumn]:

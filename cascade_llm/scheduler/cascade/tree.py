@@ -7,7 +7,7 @@ from typing import NamedTuple
 from cascade_llm.scheduler.prefix_cache import RadixNode
 from cascade_llm.scheduler.sequence import Sequence
 
-__all__ = ["PlannedRows", "Run", "attach_nodes", "preorder", "shared_forest"]
+__all__ = ["PlannedRows", "Run", "attach_nodes", "preorder", "shared_forest", "without_pages_before"]
 
 
 class PlannedRows(NamedTuple):
@@ -72,6 +72,22 @@ def shared_forest(nodes: list[RadixNode], num_new: list[int], root: RadixNode) -
         if run is not top and not run.members and len(run.children) == 1:
             _absorb(run, run.children[0])
     return top
+
+
+def without_pages_before(top: Run, page: int) -> Run:
+    """A forest without the pages before one; its runs, and the empty root, begin there at the earliest."""
+    kept = Run(page, page)
+    kept.members, kept.num_sequences, kept.num_rows = list(top.members), top.num_sequences, top.num_rows
+    stack = list(top.children)
+    while stack:
+        run = stack.pop()
+        if run.end <= page:
+            kept.members.extend(run.members)
+            stack.extend(run.children)
+        else:
+            run.start = max(run.start, page)
+            kept.children.append(run)
+    return kept
 
 
 def _run_of(node: RadixNode, runs: dict[RadixNode, Run]) -> Run:

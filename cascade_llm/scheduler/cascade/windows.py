@@ -1,66 +1,130 @@
 """The plans of attention kinds with a window, which read the last so many tokens and no more.
 
-A window masks the leaf alone, counted from the leaf's end. So what a sequence meets has to be one stretch that ends at
-its last token, and what is shared has to lie inside every row's window. Both hold for a sequence that is not longer
-than the window: it shares what was chosen for the kind that reads everything. Any other reads its last pages by itself.
+A shared segment has no mask, so it is shared as far as it lies inside the window of every row in it. What a window cuts
+is read by each sequence's leaf, where the mask is:
+
+    pages of A    0 1 2 3 4 5 6 7 8 9     A and B have the pages 0 to 7 in common; A is ahead, its window begins in 3
+    pages of B    0 1 2 3 4 5 6 7 10      the window of B begins in 2
+    shared                4 5 6 7
+    leaf of A           3         8 9
+    leaf of B         2 3         10
+
+So a windowed kind shares what was chosen for all kinds, cut at its start (`Placement`). The window moves with every
+token; a segment is cut a page further than it must be, so that it lasts for a page of decode steps.
 """
 
 from __future__ import annotations
 
+from array import array
 from itertools import accumulate
 
-from cascade_llm.plan import CascadeLevel, CascadePlan
-from cascade_llm.scheduler.cascade.layout import Placement, Segment, leaf_columns, level_columns
+from cascade_llm.plan import CascadeLevel, CascadePlan, IntColumn, int_column
+from cascade_llm.scheduler.cascade.layout import Placement, Segment, level_columns
 from cascade_llm.scheduler.cascade.tree import PlannedRows
 
-__all__ = ["WindowPlanner"]
+__all__ = ["WindowPlanner", "first_read_page"]
+
+MOST_ROWS = 256
+"""Of a sequence that the window cuts and that shares all the same: some kernels have no mask per segment and read the
+cut pages row by row. A step with so many rows of one sequence computes them for longer than it reads."""
 
 
 class WindowPlanner:
-    """Plans one kind; its shared levels last while the placement does and no sequence outgrows the window."""
+    """Plans one kind; its shared levels last while the placement does and every segment is inside the windows."""
 
     def __init__(self, page_size: int, window_len: int) -> None:
-        self._page_size, self._window_len = page_size, window_len
+        self.window_len = window_len
+        self._page_size = page_size
         self._placement: Placement | None = None
-        self._fits: list[bool] = []
+        self.segments: list[list[Segment]] = []
+        """Of the shared levels of the last plan."""
         self._levels: tuple[CascadeLevel, ...] = ()
-        self._prefix_pages: list[int] = []
+        self._holes: list[range] = []
+        """[sequences] the pages that shared segments cover"""
+        self._max_lens: list[int] = []
+        """[sequences] tokens that each may have before the levels have to be cut anew"""
 
-    def plan(self, placement: Placement, rows: list[PlannedRows]) -> CascadePlan:
+    def plan(
+        self, placement: Placement, rows: list[PlannedRows], qo_indptr: IntColumn, kv_last_page_len: IntColumn
+    ) -> CascadePlan:
         """The plan of a step.
 
         Args:
-            placement: of the kind that reads everything; the same object while that is unchanged
+            placement: of all kinds; the same object while that is unchanged
             rows: each scheduled sequence once, as in the placement
+            qo_indptr, kv_last_page_len: of the leaf, the same in all kinds
         """
-        fits = [row.start_len + row.num_new <= self._window_len for row in rows]
-        if placement is not self._placement or fits != self._fits:
-            self._placement, self._fits = placement, fits
-            self._place(placement, rows)
-        first_pages = [
-            pages if fit else max(0, row.start_len - self._window_len + 1) // self._page_size
-            for pages, fit, row in zip(self._prefix_pages, fits, rows, strict=True)
-        ]
-        leaf = leaf_columns(placement.order, first_pages, rows, self._page_size)
-        return CascadePlan((*self._levels, leaf), self._page_size, self._window_len)
+        lens = [row.start_len + row.num_new for row in rows]
+        if placement is not self._placement or any(map(int.__gt__, lens, self._max_lens)):
+            self._placement = placement
+            self._place(placement, rows, lens)
+        page_indptr, indices = array("i", [0]), array("i")
+        for i in placement.order:
+            sequence, start_len, _, _, _ = rows[i]
+            hole, first = self._holes[i], first_read_page(start_len, self.window_len, self._page_size)
+            end = -(-lens[i] // self._page_size)
+            if hole:
+                indices.extend(sequence.pages[first : hole.start])
+                indices.extend(sequence.pages[hole.stop : end])
+            else:
+                indices.extend(sequence.pages[first:end])
+            page_indptr.append(len(indices))
+        leaf = CascadeLevel(qo_indptr, int_column(page_indptr), int_column(indices), kv_last_page_len)
+        return CascadePlan((*self._levels, leaf), self._page_size, self.window_len)
 
-    def _place(self, placement: Placement, rows: list[PlannedRows]) -> None:
-        """Keep the segments whose sequences all fit the window; one longer than it drops every segment above it too."""
-        order, levels = placement.order, list[CascadeLevel]()
+    def unread_len(self, rows: list[PlannedRows]) -> int:
+        """Tokens of all sequences that lie in pages which no row of theirs reaches."""
+        firsts = [first_read_page(row.start_len, self.window_len, self._page_size) for row in rows]
+        return self._page_size * sum(firsts)
+
+    def num_steps_left(self, order: list[int], kv_lens: list[int]) -> int:
+        """Decode steps for which the levels last, and for which the leaf's first pages may stay though no window
+        reaches them.
+
+        Args:
+            order: of the placement
+            kv_lens: tokens of the last plan's sequences, in that order
+        """
+        left = min([self._max_lens[i] - kv_len for i, kv_len in zip(order, kv_lens, strict=True)])
+        return min(left, self._page_size) if max(kv_lens) + self._page_size > self.window_len else left
+
+    def _place(self, placement: Placement, rows: list[PlannedRows], lens: list[int]) -> None:
+        """Cut the segments of a placement; those of which nothing is left go, and what is below them begins earlier."""
+        order, size = placement.order, self._page_size
+        levels, self.segments = list[CascadeLevel](), []
         first_rows = accumulate([rows[i].num_new for i in order], initial=0)
         places = {row: place for place, row in enumerate(first_rows)}
-        self._prefix_pages = [0] * len(rows)
+        holes = [range(0)] * len(rows)
+        max_lens = [row.sequence.max_len for row in rows]
         for segments in placement.levels:
             kept: list[Segment] = []
             for segment in segments:
                 place = places[segment.first_row]
                 members = order[place : place + segment.num_sequences]
-                if all(self._fits[i] for i in members):
-                    kept.append(segment._replace(start_page=self._prefix_pages[members[0]]))
-                    for i in members:
-                        self._prefix_pages[i] = segment.end_page
+                start = holes[members[0]].stop or self._first_shared_page(members, rows, lens)
+                if start is None or start >= segment.end_page:
+                    continue
+                kept.append(segment._replace(start_page=start))
+                for i in members:
+                    holes[i] = range(holes[i].start if holes[i] else start, segment.end_page)
+                    max_lens[i] = min(max_lens[i], holes[i].start * size + self.window_len)
             if kept:
+                self.segments.append(kept)
                 above = levels[-1].qo_indptr.tolist() if levels else []
                 tables = [row.sequence.pages for row in rows]
-                levels.append(level_columns(kept, above, sum([row.num_new for row in rows]), tables, self._page_size))
-        self._levels = tuple(levels)
+                levels.append(level_columns(kept, above, sum([row.num_new for row in rows]), tables, size))
+        self._levels, self._holes, self._max_lens = tuple(levels), holes, max_lens
+
+    def _first_shared_page(self, members: list[int], rows: list[PlannedRows], lens: list[int]) -> int | None:
+        """The first page that is inside the windows of all rows of some sequences; None where they do not share."""
+        ahead = max([lens[i] for i in members])
+        if ahead <= self.window_len:
+            return 0
+        if any(rows[i].num_new > MOST_ROWS for i in members if lens[i] > self.window_len):
+            return None
+        return -(-(ahead + self._page_size - self.window_len) // self._page_size)
+
+
+def first_read_page(start_len: int, window_len: int, page_size: int) -> int:
+    """The first page that a window reaches from the row at position `start_len`."""
+    return max(0, start_len + 1 - window_len) // page_size

@@ -1,4 +1,4 @@
-"""Attention kinds with a window: they share what the first kind shares, as long as their sequences fit the window.
+"""Attention kinds with a window: they share what is shared at all, as far as it lies inside their windows.
 
 That each row meets what its window reaches, and nothing is shared outside it, is what `StepPlan.check` asserts of every
 plan that a `SimulatedEngine` makes.
@@ -10,9 +10,10 @@ from itertools import pairwise
 
 import pytest
 
-from cascade_llm.config import SchedulerConfig
+from cascade_llm.config import SchedulerConfig, kinds_of_layers
 from cascade_llm.errors import ConfigError
 from cascade_llm.plan import CascadePlan, StepPlan
+from cascade_llm.scheduler.cascade.windows import MOST_ROWS
 from tests.scheduler.simulated_engine import SimulatedEngine, small_config
 
 SYSTEM = list(range(16))
@@ -20,7 +21,10 @@ SYSTEM = list(range(16))
 
 def decode_steps(*window_lens: int, prompts: int = 4) -> tuple[SimulatedEngine, list[StepPlan]]:
     """Prompts of 16 common tokens and 2 of their own, 12 tokens more; pages of 4."""
-    kinds = (None, *window_lens)
+    return steps_of((None, *window_lens), prompts)
+
+
+def steps_of(kinds: tuple[int | None, ...], prompts: int = 4) -> tuple[SimulatedEngine, list[StepPlan]]:
     engine = SimulatedEngine(small_config(attention_kinds=kinds, layer_kinds=tuple(range(len(kinds)))))
     for i in range(prompts):
         engine.add([*SYSTEM, 100 + i, 200 + i], max_tokens=13)
@@ -45,20 +49,24 @@ def test_a_window_that_holds_everything_shares_all_the_same() -> None:
         assert tokens_read(windowed) == tokens_read(full)
 
 
-def test_a_sequence_reads_its_last_pages_once_it_is_longer_than_the_window() -> None:
+def test_what_a_window_cuts_is_read_by_leaves_and_the_rest_is_shared() -> None:
+    """16 common tokens, a window of 24: while a sequence has 24 at most, all four pages are shared; then the leaf takes
+    the pages that the window has reached, a page ahead of it."""
     _, plans = decode_steps(24)
     for plan in plans[1:]:
         end = plan.positions[0] + 1
         full, windowed = plan.cascades
-        assert shared(full)
-        assert bool(shared(windowed)) == (end <= 24)
-        if end > 24:
-            assert [windowed.leaf.kv_len(i, 4) for i in range(4)] == [end - (end - 24) // 4 * 4] * 4
+        (segment,) = shared(full)[0]
+        assert len(segment) == 4
+        first_inside = -(-max(0, end - 24) // 4)
+        (kept,) = shared(windowed)[0]
+        assert kept == segment[-len(kept) :]
+        assert 4 - len(kept) in ((0,) if end <= 24 else (first_inside, first_inside + 1))
     assert plans[0].layer_kinds is plans[-1].layer_kinds
 
 
-def test_one_long_sequence_among_short_ones_takes_the_segments_above_it_away() -> None:
-    """Four share 16 tokens, of which two share 4 more; with a third that outgrows the window, these two still do."""
+def test_a_sequence_ahead_of_the_others_takes_pages_from_their_segment() -> None:
+    """Three have four pages in common, and two a fifth; the window of the third begins in page 1."""
     engine = SimulatedEngine(small_config(attention_kinds=(None, 28)))
     for i in range(2):
         engine.add([*SYSTEM, 50, 51, 52, 53, 100 + i], max_tokens=6)
@@ -68,24 +76,71 @@ def test_one_long_sequence_among_short_ones_takes_the_segments_above_it_away() -
     assert plan is not None
     full, windowed = plan.cascades
     assert [len(segment) for level in shared(full) for segment in level if segment] == [4, 1]
-    (level,) = shared(windowed)
-    assert [len(segment) for segment in level] == [5, 0], "the first segment's pages come with the second's"
+    assert [len(segment) for level in shared(windowed) for segment in level if segment] == [2, 1]
+    assert tokens_read(windowed) == tokens_read(full) + 4 * (5 - 2), "pages 0 and 1 are read five times, not twice"
     engine.run()
     engine.check_outputs()
 
 
-def test_levels_of_a_window_last_while_its_sequences_fit() -> None:
+def test_a_prefix_longer_than_the_window_is_shared_in_its_tail() -> None:
+    """Only windowed layers: 48 common tokens, a window of 16. Each decode step reads the shared tail once."""
+    engine = SimulatedEngine(small_config(attention_kinds=(16,)))
+    prompt = list(range(48))
+    for i in range(6):
+        engine.add([*prompt, 100 + i], max_tokens=8)
+    plans = engine.run()
+    engine.check_outputs()
+    decode = [plan for plan in plans if plan.num_rows == plan.num_sequences == 6]
+    assert len(decode) >= 6
+    for plan in decode:
+        (segment,) = shared(plan.cascade)[0]
+        assert 1 <= len(segment) <= 3
+        assert plan.report.kv_tokens_saved == 5 * 4 * len(segment)
+
+
+def test_many_rows_of_a_sequence_that_the_window_cuts_share_nothing() -> None:
+    """A long chunk beside decode rows: its step reads each sequence by itself."""
+    config = small_config(
+        attention_kinds=(32,), max_num_batched_tokens=600, max_model_len=1024, total_pages=512, page_size=4
+    )
+    engine = SimulatedEngine(config)
+    for i in range(2):
+        engine.add([*range(64), 100 + i], max_tokens=20)
+    engine.step()
+    engine.step()
+    for own, shares in ((MOST_ROWS - 8, True), (MOST_ROWS + 8, False)):
+        engine.add([*range(64), *range(1000 * own, 1001 * own)], max_tokens=2)
+        plan = engine.step()
+        assert plan is not None
+        assert max(len(plan.cascade.leaf.rows(i)) for i in range(plan.num_sequences)) == own
+        # the longer chunk's last row looks back no further than its own tokens: then nothing is shared either
+        assert not any(segment for level in shared(plan.cascade) for segment in level) or shares
+    engine.run()
+    engine.check_outputs()
+
+
+def test_levels_of_a_window_last_for_a_page_of_steps() -> None:
     _, plans = decode_steps(24)
     kept = [a.cascades[1].shared_levels == b.cascades[1].shared_levels for a, b in pairwise(plans[1:])]
-    assert kept.count(False) == 1, "once, when they outgrow it"
+    assert kept.count(False) == 1, "when they outgrow it"
 
 
 def test_several_windows() -> None:
-    _, plans = decode_steps(1, 7, 24, 100)
-    assert [cascade.window_len for cascade in plans[-1].cascades] == [None, 1, 7, 24, 100]
-    assert [tokens_read(cascade) // 4 for cascade in plans[-1].cascades[1:4]] == sorted(
-        tokens_read(cascade) // 4 for cascade in plans[-1].cascades[1:4]
-    )
+    _, plans = decode_steps(100, 24, 7, 1)
+    assert [cascade.window_len for cascade in plans[-1].cascades] == [None, 100, 24, 7, 1]
+    read = [tokens_read(cascade) for cascade in plans[-1].cascades]
+    assert max(read) < 2 * read[0]
+    assert read[-1] < 4 * 2 * 4
+    assert plans[-1].report.kv_tokens_read == sum(read) // 5
+
+
+def test_decode_steps_of_windows_are_made_from_the_one_before() -> None:
+    """But for one in a page, where windows have moved on."""
+    for kinds in ((None, 24), (24,), (None, 24, 7), (20, 5)):
+        _, plans = steps_of(kinds)
+        made = [after.positions is before.sample_positions for before, after in pairwise(plans[1:])]
+        assert len(made) == 11
+        assert sum(made) >= 7
 
 
 def test_windows_with_drafts_and_chunks() -> None:
@@ -102,10 +157,12 @@ def test_windows_with_drafts_and_chunks() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"attention_kinds": ()}, "must be None and then windows"),
-        ({"attention_kinds": (8,)}, "must be None and then windows"),
-        ({"attention_kinds": (None, 0)}, "must be None and then windows"),
-        ({"attention_kinds": (None, None)}, "must be None and then windows"),
+        ({"attention_kinds": ()}, "each shorter than the one before"),
+        ({"attention_kinds": (8, None)}, "each shorter than the one before"),
+        ({"attention_kinds": (None, 0)}, "windows of 1 or more tokens"),
+        ({"attention_kinds": (-1,)}, "windows of 1 or more tokens"),
+        ({"attention_kinds": (None, None)}, "each shorter than the one before"),
+        ({"attention_kinds": (None, 4, 8)}, "each shorter than the one before"),
         ({"layer_kinds": (0, 1)}, r"layer_kinds is \(0, 1\): there are 1 attention kinds"),
     ],
 )
@@ -119,3 +176,10 @@ def test_without_kinds_there_is_one_plan() -> None:
     engine = SimulatedEngine(config)
     engine.add(SYSTEM)
     assert all(len(plan.cascades) == 1 and plan.layer_kinds == () for plan in engine.run())
+
+
+def test_kinds_of_layers_has_the_widest_first() -> None:
+    assert kinds_of_layers([None, None]) == ((None,), ())
+    assert kinds_of_layers([7, 7]) == ((7,), ())
+    assert kinds_of_layers([512, None, 512]) == ((None, 512), (1, 0, 1))
+    assert kinds_of_layers([4, 9, None, 4]) == ((None, 9, 4), (2, 1, 0, 2))
