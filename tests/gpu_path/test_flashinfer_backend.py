@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,15 @@ import torch
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
 from cascade_llm.attention.flashinfer.levels import DecodeKernel
+from cascade_llm.attention.flashinfer.window_cut import cut_leaf
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadePlan
+from tests.attention.test_scheduled_plans import one_level
 from tests.cascade_cases import CascadeCase, cascade_case, make_level, pool_with_only
 from tests.doubles.device import DoubleStream
 from tests.doubles.flashinfer import FlashInferDouble
+from tests.scheduler.generated import KINDS, generated_steps, random_config
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -195,3 +199,41 @@ def test_write_puts_rows_where_their_slots_are() -> None:
     written_k, written_v = pool.read(1, slots.long())
     assert torch.equal(written_k, k)
     assert torch.equal(written_v, v)
+
+
+def num_cut_leaves(seed: int, kinds: tuple[int | None, ...], num_steps: int) -> int:
+    """Compare scheduled plans of kinds with windows with dense attention; returns how many had windows that cut a leaf
+    from segment to segment otherwise, so that it was read as an edge and the rest."""
+    generator, num_pages, found = torch.Generator().manual_seed(seed), 200, 0
+    config = replace(random_config(random.Random(seed)), attention_kinds=kinds)
+    pool = PagedKVCache(
+        num_layers=1,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_kv_heads=2,
+        head_dim=64,
+        dtype=torch.float32,
+    )
+    pool.layer(0).normal_(generator=generator)
+    backend = None
+    for step, tables in generated_steps(seed, num_steps, config=config):
+        case = CascadeCase(step.cascade, tables, num_pages, 2, 3, 64)
+        backend = backend or backend_of(case, pool)[0]
+        q = torch.randn(step.num_rows, 6, 64, generator=generator)
+        for plan in step.cascades:
+            found += cut_leaf(plan) is not None
+            out, lse = backend.prepare(plan).attend(0, q)
+            dense = one_level(plan, tables)
+            expected_out, expected_lse = reference_attention(dense, pool, 0, q, backend.spec.sm_scale)
+            torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+    return found
+
+
+def test_what_windows_cut_off_shared_prefixes_is_read_row_by_row() -> None:
+    assert num_cut_leaves(1, (9,), 30) + num_cut_leaves(7, (None, 12), 40) > 15
+
+
+@pytest.mark.slow
+def test_scheduled_plans_with_windows_equal_dense_attention() -> None:
+    assert sum(num_cut_leaves(seed, KINDS[seed % len(KINDS)], 60) for seed in range(40)) > 200
