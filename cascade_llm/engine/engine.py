@@ -23,7 +23,7 @@ from cascade_llm.errors import GenerationError
 from cascade_llm.plan import StepPlan, StepResult
 from cascade_llm.scheduler.scheduler import FlashInferScheduler, SequenceUpdate
 from cascade_llm.scheduler.sequence import Request
-from cascade_llm.scheduler.sessions import SessionInfo, SessionLimits
+from cascade_llm.scheduler.sessions import SessionInfo, SessionLimits, SessionName
 from cascade_llm.worker.executor import Executor, PendingStep
 
 __all__ = ["Engine", "StepEvent", "StepObserver"]
@@ -128,14 +128,14 @@ class Engine:
         """All sessions that hold pages, the least recently used first; those whose time is over end."""
         infos: list[SessionInfo] = []
         with self._whole_call():
-            infos += self.scheduler.session_infos
+            infos += self.scheduler.sessions.infos()
         return infos
 
-    def drop_session(self, session_id: str) -> bool:
+    def drop_session(self, name: SessionName) -> bool:
         """Give a session up, that of turns which run too; returns whether there was anything."""
         found: list[bool] = []
         with self._whole_call():
-            found.append(self.scheduler.drop_session(session_id))
+            found.append(self.scheduler.drop_session(name))
         return any(found)
 
     def close(self) -> None:

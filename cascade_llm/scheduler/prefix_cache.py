@@ -14,6 +14,7 @@ order, and the first of the order has no children: eviction needs no search.
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -25,11 +26,16 @@ __all__ = ["PageKeys", "PrefixCache", "PrefixMatch", "RadixNode", "next_page_key
 
 
 def root_key(*salts: bytes) -> bytes:
-    """The key before the first page, from what names model, adapter and tenant: xxh3-128 of the salts' xxh3-128.
+    """The key before the first page, from what names model, adapter and tenant: BLAKE2b-128 of the salts' BLAKE2b-128.
 
-    Each salt is digested by itself, so that different lists of salts never spell the same bytes.
+    Each salt is digested by itself, so that different lists of salts never spell the same bytes. A client may choose a
+    salt: this digest, unlike the keys' own, lets nobody find one that leads to another's pages.
     """
-    return xxhash.xxh3_128_digest(b"".join(xxhash.xxh3_128_digest(salt) for salt in salts))
+    return _digest(b"".join(map(_digest, salts)))
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def next_page_key(parent_key: bytes, token_ids: array[int]) -> bytes:

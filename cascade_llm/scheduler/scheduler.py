@@ -26,9 +26,10 @@ from cascade_llm.scheduler.cascade.planner import CascadePlanner
 from cascade_llm.scheduler.cascade.tree import PlannedRows
 from cascade_llm.scheduler.pages import PageTables
 from cascade_llm.scheduler.prefix_cache import PrefixMatch, root_key
-from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus, SequenceUpdate, WaitingQueue
-from cascade_llm.scheduler.sessions import SessionInfo, SessionLimits
+from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus, SequenceUpdate
+from cascade_llm.scheduler.sessions import SessionLimits, SessionName, Sessions
 from cascade_llm.scheduler.step import DecodeRun, InFlightStep, LanePool, StepDraft, build_step_plan, is_decode
+from cascade_llm.scheduler.waiting import Turns, WaitingQueue
 
 __all__ = ["Drafter", "FlashInferScheduler", "SequenceUpdate"]
 
@@ -63,6 +64,7 @@ class FlashInferScheduler:
         self.counters = SchedulerCounters()
         self._costs, self._clock = costs, clock
         self._session_limits = SessionLimits()
+        self._turns = Turns()
         self._sequences: dict[str, list[Sequence]] = {}
         self._num_arrived = 0
         self._next_step_id = 0
@@ -86,7 +88,7 @@ class FlashInferScheduler:
             config.attention_kinds,
             config.layers_of_kinds,
         )
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue(self._turns)
         self._running: list[Sequence] = []  # by precedence
         self._lanes = LanePool(config.max_num_seqs)
         self._in_flight: deque[InFlightStep] = deque()
@@ -128,8 +130,10 @@ class FlashInferScheduler:
         sequence = self._new_sequence(request, 0, self._num_arrived)
         self._num_arrived += 1
         if request.session is not None:
-            self._tables.sessions.begin_turn(request.session)
+            self._tables.sessions.begin_turn(request.client.tenant, request.session)
         self._sequences[request.request_id] = [sequence]
+        if not self._waiting.has(request.client):
+            self._turns.settle(self._running)
         self._waiting.push(sequence)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(request.prompt_token_ids)
@@ -150,25 +154,20 @@ class FlashInferScheduler:
         self._tables.forget()
 
     @property
-    def session_infos(self) -> list[SessionInfo]:
-        """All sessions that hold pages, the least recently used first."""
-        return self._tables.sessions.infos()
-
-    @property
-    def session_budget(self) -> int:
-        """Pages that all sessions together may hold."""
-        return self._tables.sessions.budget
+    def sessions(self) -> Sessions:
+        """What sessions hold; to look at only."""
+        return self._tables.sessions
 
     def limit_sessions(self, limits: SessionLimits) -> None:
         """Set what sessions may hold; what is beyond it is given up."""
         self._session_limits = limits
         self._tables.sessions.limit(limits)
 
-    def drop_session(self, session_id: str) -> bool:
+    def drop_session(self, name: SessionName) -> bool:
         """Give a session up, and keep nothing of its turns that run or wait; returns whether there was anything."""
-        found = self._tables.sessions.drop(session_id)
+        found = self._tables.sessions.drop(name)
         for sequence in self.sequences():
-            if sequence.session is not None and sequence.session.session_id == session_id:
+            if sequence.session_name == name:
                 sequence.session, found = None, True
         return found
 
@@ -278,13 +277,18 @@ class FlashInferScheduler:
             if sequence.computed_len == 0:
                 sequence.num_cached_tokens = matched_len
                 self.counters.cached_tokens += matched_len
+                self._turns.charge(sequence.request.client, len(sequence.token_ids) - matched_len)
             self._start(draft, sequence)
             planned = self._plan_sequence(draft, sequence, num_new)
             assert planned, "room was made sure of"
 
     def _next_admission(self, budget: int) -> tuple[Sequence, PrefixMatch, int] | None:
         """The waiting sequence whose turn it is, what the cache has of it and how many tokens to plan, if it fits."""
-        if budget <= 0 or not self._lanes.num_free or (sequence := self._waiting.first()) is None:
+        if budget <= 0 or not self._lanes.num_free:
+            return None
+        if self._waiting.is_contended:
+            self._turns.settle(self._running)
+        if (sequence := self._waiting.first()) is None:
             return None
         match = self._tables.match(sequence)
         num_new = min(len(sequence.token_ids) - match.num_pages * self.config.page_size, budget)
@@ -499,7 +503,7 @@ class FlashInferScheduler:
     # -- sequences --------------------------------------------------------------------------------------------------
 
     def _new_sequence(self, request: Request, sample_index: int, arrival: int) -> Sequence:
-        salts = [self.config.cache_salt, request.cache_salt]
+        salts = [self.config.cache_salt, request.client.tenant.encode(), request.cache_salt]
         if not self.config.enable_prefix_caching:
             salts.append(request.request_id.encode())  # its samples share, other requests do not
         key, max_model_len = root_key(*salts), self.config.max_model_len
@@ -513,6 +517,7 @@ class FlashInferScheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         """Give back lane and pages of a running sequence."""
+        self._turns.settle([sequence])
         self._running.remove(sequence)
         self._lanes.leave(sequence)
         if sequence.tail is not None:  # else its pages were discarded already
@@ -525,7 +530,7 @@ class FlashInferScheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._leave(sequence)
         else:
-            self._waiting.note_ended()
+            self._waiting.note_ended(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         request_id = sequence.request.request_id
@@ -537,13 +542,13 @@ class FlashInferScheduler:
 
     def _end_turn(self, sequence: Sequence, reason: str) -> None:
         """Let its session hold the pages of a sequence that ends; an error may have filled them wrong."""
-        use, sessions = sequence.session, self._tables.sessions
-        if use is None:
+        use, name, sessions = sequence.session, sequence.session_name, self._tables.sessions
+        if use is None or name is None:
             return
         if reason == "error" or (reason == "abort" and use.drop_on_abort):
-            sessions.drop(use.session_id)
+            sessions.drop(name)
         elif sequence.tail is not None and self.config.enable_prefix_caching:
-            sessions.keep(use.session_id, sequence.tail)
+            sessions.keep(name, sequence.tail)
 
     # -- checks -----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,7 @@
-"""A request, the token streams that it becomes, those that wait, and what a step does to one."""
+"""A request, the token streams that it becomes, and what a step does to one."""
 
 from __future__ import annotations
 
-import heapq
 import sys
 from array import array
 from collections.abc import Callable, Iterator
@@ -15,12 +14,24 @@ from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import IntColumn
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.prefix_cache import PageKeys, RadixNode
-from cascade_llm.scheduler.sessions import SessionUse
+from cascade_llm.scheduler.sessions import SessionName, SessionUse
 
-__all__ = ["Request", "Sequence", "SequenceStatus", "SequenceUpdate", "TokenMask", "WaitingQueue"]
+__all__ = ["Client", "Request", "Sequence", "SequenceStatus", "SequenceUpdate", "TokenMask"]
 
 TokenMask = Callable[[TokenSequence[int]], IntColumn]
 """What may come after a sample's output token ids: a row of `StepPlan.token_bitmasks`; a pure function."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Client:
+    """Who asks: requests of one client take turns with those of another, and share pages within a tenant alone."""
+
+    name: str = ""
+    """Whose turn it is."""
+    tenant: str = ""
+    """Whose prefixes and sessions it meets; clients of one tenant trust each other."""
+    weight: float = 1.0
+    """Above 0; a client of weight 2 is served twice as many tokens as one of weight 1 while both wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +47,9 @@ class Request:
     """Lower runs earlier; equal priorities in order of arrival."""
     model_ending_token_ids: frozenset[int] = frozenset()
     """The model's own end-of-sequence ids."""
+    client: Client = Client()
     cache_salt: bytes = b""
-    """Requests of another salt never share pages with this one (tenants)."""
+    """Requests of another salt never share pages with this one, nor do those of another tenant."""
     mask: TokenMask | None = None
     """Which tokens its samples may draw; called on the host when the tokens before are known."""
     session: SessionUse | None = None
@@ -71,6 +83,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "charged_len",
         "committed_len",
         "computed_len",
         "epoch",
@@ -124,6 +137,8 @@ class Sequence:
         self.committed_len = 0
         self.computed_len = 0
         """The `planned_len` that it had when it was preempted: rows below are computed again."""
+        self.charged_len = self.prompt_len
+        """Tokens that its client was charged for; see `Turns`."""
         self.num_unresolved = 0
         self.mask = request.first_mask
         """What its next token may be."""
@@ -139,6 +154,11 @@ class Sequence:
     def precedence(self) -> tuple[int, int, int]:
         """Smaller runs earlier and is preempted later; kept for life, so the oldest always advances."""
         return (self.request.priority, self.arrival, self.sample_index)
+
+    @property
+    def session_name(self) -> SessionName | None:
+        """Of `session`."""
+        return None if self.session is None else SessionName(self.request.client.tenant, self.session.session_id)
 
     @property
     def total_len(self) -> int:
@@ -213,43 +233,6 @@ class Sequence:
 
     def __repr__(self) -> str:
         return f"Sequence({self.request.request_id!r}, {self.sample_index}, {self.status.value})"
-
-
-class WaitingQueue:
-    """Sequences that wait to be admitted: a heap over `Sequence.precedence`. A preempted one takes its old place."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int, int], Sequence]] = []
-        self._num_ended = 0
-
-    def __len__(self) -> int:
-        return len(self._heap) - self._num_ended
-
-    def __iter__(self) -> Iterator[Sequence]:
-        """All waiting sequences, in no particular order."""
-        return (sequence for _, sequence in self._heap if sequence.status is SequenceStatus.WAITING)
-
-    def push(self, sequence: Sequence) -> None:
-        """Add a sequence whose status is WAITING."""
-        heapq.heappush(self._heap, (sequence.precedence, sequence))
-
-    def first(self) -> Sequence | None:
-        """The sequence to admit next, or None."""
-        while self._heap and self._heap[0][1].status is not SequenceStatus.WAITING:
-            heapq.heappop(self._heap)
-            self._num_ended -= 1
-        return self._heap[0][1] if self._heap else None
-
-    def pop_first(self) -> Sequence:
-        """Remove and return `first()`, which must be there."""
-        sequence = self.first()
-        assert sequence is not None
-        heapq.heappop(self._heap)
-        return sequence
-
-    def note_ended(self) -> None:
-        """A sequence in the queue has left the WAITING status; it is dropped when it comes up."""
-        self._num_ended += 1
 
 
 @dataclass(slots=True)

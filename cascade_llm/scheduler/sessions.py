@@ -1,9 +1,9 @@
 """Sessions: conversations whose pages stay held between their turns.
 
-A session has a name and one hold on the path of its last turn's full pages. It is held as a running sequence holds its
-own, so it is never evicted page by page; but it is given up whole, the least recently used first, for its time to
-live, for the budget that all share, and before a request would have to wait or be preempted for want of pages. What is
-given up stays cached, as after any request.
+A session has a name within its tenant and one hold on the path of its last turn's full pages. It is held as a running
+sequence holds its own, so it is never evicted page by page; but it is given up whole, the least recently used first,
+for its time to live, for the budget that all share, and before a request would have to wait or be preempted for want of
+pages. What is given up stays cached, as after any request.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from cascade_llm.scheduler.prefix_cache import PrefixCache, RadixNode
 
-__all__ = ["MOST_SESSIONS", "SessionInfo", "SessionLimits", "SessionUse", "Sessions"]
+__all__ = ["MOST_SESSIONS", "SessionInfo", "SessionLimits", "SessionName", "SessionUse", "Sessions"]
 
 MOST_SESSIONS = 1024
 """However few pages they hold: forks of one conversation hold the same ones."""
@@ -42,9 +42,17 @@ class SessionUse:
     """Whether the session is dropped where the request is aborted."""
 
 
+class SessionName(NamedTuple):
+    """What no two sessions share."""
+
+    tenant: str
+    session_id: str
+
+
 class SessionInfo(NamedTuple):
     """One session."""
 
+    tenant: str
     session_id: str
     num_pages: int
     """On its path, whoever else holds them."""
@@ -64,14 +72,14 @@ class Sessions:
         """`clock`: seconds, from any start."""
         self._cache, self._total_pages, self._clock = cache, total_pages, clock
         self._limits = limits
-        self._by_id: OrderedDict[str, _Session] = OrderedDict()
+        self._by_name: OrderedDict[SessionName, _Session] = OrderedDict()
         self._holds: Mapping[RadixNode, int] = {}
         self._holds_version = cache.version
 
     @property
     def tails(self) -> list[RadixNode]:
         """Where the paths of all sessions end."""
-        return [session.tail for session in self._by_id.values()]
+        return [session.tail for session in self._by_name.values()]
 
     @property
     def budget(self) -> int:
@@ -104,47 +112,49 @@ class Sessions:
         self._limits = limits
         self._fit()
 
-    def begin_turn(self, use: SessionUse) -> None:
+    def begin_turn(self, tenant: str, use: SessionUse) -> None:
         """A turn was asked for: the session, and the one that it branches off, are used now."""
         self.expire()
-        if use.fork_of is not None and use.fork_of in self._by_id:
-            self._touch(use.fork_of)
-            self.keep(use.session_id, self._by_id[use.fork_of].tail)
-        elif use.session_id in self._by_id:
-            self._touch(use.session_id)
+        name = SessionName(tenant, use.session_id)
+        source = None if use.fork_of is None else SessionName(tenant, use.fork_of)
+        if source is not None and source in self._by_name:
+            self._touch(source)
+            self.keep(name, self._by_name[source].tail)
+        elif name in self._by_name:
+            self._touch(name)
 
-    def keep(self, session_id: str, tail: RadixNode) -> None:
+    def keep(self, name: SessionName, tail: RadixNode) -> None:
         """A session holds the path to `tail` from now on, and no longer what it held.
 
         A path without a page is not held, nor one beyond the whole budget, for which all others would be given up.
         """
         self._cache.hold_again(tail)
-        self.drop(session_id)
-        self._by_id[session_id] = _Session(tail, self._clock())
+        self.drop(name)
+        self._by_name[name] = _Session(tail, self._clock())
         if not 0 < tail.end <= self.budget:
-            self.drop(session_id)
+            self.drop(name)
         self._fit()
 
-    def drop(self, session_id: str) -> bool:
+    def drop(self, name: SessionName) -> bool:
         """Give a session up; returns whether it was there."""
-        session = self._by_id.pop(session_id, None)
+        session = self._by_name.pop(name, None)
         if session is not None:
             self._cache.release(session.tail)
         return session is not None
 
     def drop_oldest(self) -> None:
         """Give up the least recently used; there must be one."""
-        self.drop(next(iter(self._by_id)))
+        self.drop(next(iter(self._by_name)))
 
     def drop_all(self) -> None:
         """Give up every session."""
-        while self._by_id:
+        while self._by_name:
             self.drop_oldest()
 
     def expire(self) -> None:
         """Give up those whose time is over."""
-        while self._by_id:
-            oldest = next(iter(self._by_id.values()))
+        while self._by_name:
+            oldest = next(iter(self._by_name.values()))
             if self._clock() - oldest.used_s < self._limits.ttl_s:
                 return
             self.drop_oldest()
@@ -153,13 +163,18 @@ class Sessions:
         """All sessions, the least recently used first."""
         self.expire()
         now_s = self._clock()
-        return [SessionInfo(name, item.tail.end, now_s - item.used_s) for name, item in self._by_id.items()]
+        return [SessionInfo(*name, item.tail.end, now_s - item.used_s) for name, item in self._by_name.items()]
 
-    def _touch(self, session_id: str) -> None:
-        self._by_id[session_id] = self._by_id[session_id]._replace(used_s=self._clock())
-        self._by_id.move_to_end(session_id)
+    def num_pages_of(self, tenant: str) -> int:
+        """Pages that any session of a tenant holds."""
+        tails = [session.tail for name, session in self._by_name.items() if name.tenant == tenant]
+        return sum(len(node.pages) for node in {node for tail in tails for node in self._cache.path_up(tail)})
+
+    def _touch(self, name: SessionName) -> None:
+        self._by_name[name] = self._by_name[name]._replace(used_s=self._clock())
+        self._by_name.move_to_end(name)
 
     def _fit(self) -> None:
         self.expire()
-        while self._by_id and (len(self._by_id) > MOST_SESSIONS or self.num_pages > self.budget):
+        while self._by_name and (len(self._by_name) > MOST_SESSIONS or self.num_pages > self.budget):
             self.drop_oldest()

@@ -16,6 +16,7 @@ from cascade_llm.server.api_errors import ApiError
 from cascade_llm.server.engine_client import Answers, EngineClient, EngineStatus
 from cascade_llm.server.guard import Receive, RequestRecord, Scope, Send
 from cascade_llm.server.metrics import ServerMetrics
+from cascade_llm.server.quotas import Lease
 
 __all__ = ["STREAM_HEADERS", "AnswerResponse", "until_left"]
 
@@ -37,13 +38,14 @@ class AnswerResponse(Response):
         metrics: ServerMetrics,
         record: RequestRecord,
         *,
+        lease: Lease,
         is_streamed: bool,
         timeout_s: float | None,
     ) -> None:
         super().__init__()
         self._engine, self._answers, self._form = engine, answers, form
         self._metrics, self._record = metrics, record
-        self._is_streamed, self._timeout_s = is_streamed, timeout_s
+        self._lease, self._is_streamed, self._timeout_s = lease, is_streamed, timeout_s
         self._last_s: dict[int, float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,6 +65,7 @@ class AnswerResponse(Response):
             work.cancel()
             leaving.cancel()
             tally = self._form.tally
+            self._lease.settle(tally.prompt_tokens + tally.completion_tokens)
             self._record.details |= {
                 "prompt": tally.prompt_tokens,
                 "cached": sum(tally.cached_tokens),

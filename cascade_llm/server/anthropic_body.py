@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cascade_llm.server.api_errors import ApiError
-from cascade_llm.server.schema import Body, ChatBody, SessionFields, TokenKey
+from cascade_llm.server.schema import Body, ChatBody, SharingFields, TokenKey
 
 __all__ = ["MessagesBody", "MessagesPrompt"]
 
@@ -25,7 +25,7 @@ SAME_FIELDS = (
     "logit_bias",
     "priority",
     "chat_template_kwargs",
-    *SessionFields.model_fields,
+    *SharingFields.model_fields,
 )
 """What a chat has under the same name."""
 
@@ -69,7 +69,7 @@ class MessagesPrompt(Body):
         return chat
 
 
-class MessagesBody(MessagesPrompt, SessionFields):
+class MessagesBody(MessagesPrompt, SharingFields):
     """POST /v1/messages; fields that are not Anthropic's are those of `SamplingParams`."""
 
     max_tokens: int

@@ -23,6 +23,7 @@ RETRY_AFTER_S = 1
 
 TYPES: Mapping[int, str] = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     500: "server_error",
@@ -34,6 +35,7 @@ ANTHROPIC_PATHS = ("/v1/messages",)
 """What the paths begin with whose clients read Anthropic's form."""
 ANTHROPIC_TYPES: Mapping[int, str] = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
@@ -46,18 +48,27 @@ ANTHROPIC_TYPES: Mapping[int, str] = {
 class ApiError(Exception):
     """An answer with this status; the message says what to change."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
+        self._headers = headers or {}
 
     @property
     def headers(self) -> dict[str, str]:
         """What goes with the answer."""
         if self.status in (429, 503):
-            return {"retry-after": str(RETRY_AFTER_S)}
+            return {"retry-after": str(RETRY_AFTER_S), **self._headers}
         if self.status == 401:
-            return {"www-authenticate": "Bearer"}
-        return {"connection": "close"} if self.status in (408, 413) else {}
+            return {"www-authenticate": "Bearer", **self._headers}
+        return {**({"connection": "close"} if self.status in (408, 413) else {}), **self._headers}
 
     def body(self, path: str) -> bytes:
         """The JSON of the answer, in the form that clients of this path read."""

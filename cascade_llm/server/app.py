@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -35,10 +37,12 @@ from cascade_llm.server.anthropic_form import MessagesForm
 from cascade_llm.server.api_errors import ApiError, api_error, unforeseen
 from cascade_llm.server.engine_client import EngineClient, EngineStatus
 from cascade_llm.server.guard import OPEN_PATHS, Application, Guard, RequestRecord
+from cascade_llm.server.keys import KeyRing
 from cascade_llm.server.metrics import CONTENT_TYPE, ServerMetrics
 from cascade_llm.server.options import ServerOptions
 from cascade_llm.server.page_files import PAGE_PATHS, add_page
 from cascade_llm.server.published import Answers, answers, error_answers, openapi_document, text_answers
+from cascade_llm.server.quotas import RATE_HEADERS, QuotaKeeper
 from cascade_llm.server.schema import (
     Body,
     ChatBody,
@@ -68,9 +72,10 @@ UNSUPPORTED = {"/v1/embeddings": "embeddings are not computed: this server gener
 class Api:
     """What the paths share: one engine, one reader of bodies."""
 
-    def __init__(self, engine: EngineClient, options: ServerOptions) -> None:
-        self.engine, self.options, self.metrics = engine, options, ServerMetrics()
-        self.sharing = SharingFeed(self._sharing)
+    def __init__(self, engine: EngineClient, options: ServerOptions, keys: KeyRing) -> None:
+        self.engine, self.options, self.keys, self.metrics = engine, options, keys, ServerMetrics()
+        self._quotas: dict[str, QuotaKeeper] = {}
+        self._feeds: dict[str | None, SharingFeed] = {}
         self.reader: RequestReader | None = None
         """There once the model is loaded."""
         self._started = int(time.time())
@@ -101,15 +106,21 @@ class Api:
         read: Callable[[RequestReader], ReadBody],
     ) -> Response:
         """Read a body, hand its requests over, and answer with what they gain."""
-        reader = self.ready_reader(body)
+        reader, visitor = self.ready_reader(body), record.visitor
+        quota = self._quotas.setdefault(visitor.client.name, QuotaKeeper(visitor.quota))
+        quota.check()
         self._check_room(1)
-        items = await _beside(lambda: read(reader))
+        priority = visitor.priority(body.priority)
+        items = replace(await _beside(lambda: read(reader)), priority=priority)
         self._check_room(items.num_samples)
         is_streamed = bool(body.stream)
+        lease = quota.take(items.most_tokens)
         try:
-            answers = self.engine.submit(reader.requests(items), only_whole=not is_streamed)
+            answers = self.engine.submit(reader.requests(items, visitor.client), only_whole=not is_streamed)
         except CascadeError as error:
+            lease.settle(0)
             raise api_error(error) from None
+        record.headers |= quota.headers
         options = body.stream_options
         answer_form = form(
             f"{prefix}-{record.request_id}",
@@ -125,6 +136,7 @@ class Api:
             answer_form,
             self.metrics,
             record,
+            lease=lease,
             is_streamed=is_streamed,
             timeout_s=self.options.request_timeout,
         )
@@ -159,8 +171,10 @@ class Api:
         is_ready = self.reader is not None and self.engine.status is EngineStatus.READY
         return JSONResponse({"ready": is_ready, "engine": self.engine.status.value}, 200 if is_ready else 503)
 
-    async def metrics_text(self) -> Response:
-        """GET /metrics."""
+    async def metrics_text(self, request: Request) -> Response:
+        """GET /metrics: of all tenants together, so for none of them."""
+        if _record(request).visitor.client.tenant:
+            raise ApiError(403, "metrics count all tenants: ask with a key that has none", code="forbidden")
         try:
             stats = await self.engine.ask("stats")
         except WorkerError:
@@ -169,17 +183,28 @@ class Api:
         self.metrics.restarts.set(self.engine.num_restarts)
         return Response(self.metrics.text(stats), media_type=CONTENT_TYPE)
 
-    def sharing_events(self) -> Response:
-        """GET /v1/cascade/events: what the engine shares, as server-sent events, for as long as the client stays."""
-        return SharingResponse(self.sharing)
+    def sharing_events(self, request: Request) -> Response:
+        """GET /v1/cascade/events: what the engine shares, as server-sent events, for as long as the client stays.
 
-    async def _sharing(self) -> dict[str, Any]:
+        Where keys have tenants, each is told of its own.
+        """
+        tenant = _record(request).visitor.client.tenant if self.keys.has_tenants else None
+        return SharingResponse(self._feeds.setdefault(tenant, SharingFeed(partial(self._sharing, tenant))))
+
+    def close_feeds(self) -> None:
+        """End all streams of the live view."""
+        for feed in self._feeds.values():
+            feed.close()
+
+    async def _sharing(self, tenant: str | None) -> dict[str, Any]:
         """One event: lengths and counts, and how shared runs begin only with `show_text`."""
         status = self.engine.status.value
         if self.engine.status is not EngineStatus.READY:
             return {"engine": status}
         tokenizer = self.reader.tokenizer if self.options.show_text and self.reader is not None else None
-        told = await self.engine.ask("sharing" if tokenizer is None else "sharing_with_tokens", ASKED_FOR_S)
+        told = await self.engine.ask(
+            "sharing" if tokenizer is None else "sharing_with_tokens", ASKED_FOR_S, tenant=tenant
+        )
         if tokenizer is not None:
             _add_texts(told["last_step"], tokenizer)
         return {"engine": status, **told}
@@ -207,8 +232,8 @@ class Api:
         return Detokenized(prompt=await _beside(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False)))
 
 
-def build_application(api: Api, keys: Sequence[str]) -> Application:
-    """The ASGI application of a server that takes these keys (any, where there are none)."""
+def build_application(api: Api) -> Application:
+    """The ASGI application of a server."""
     app = FastAPI(title="cascade-llm", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     open_paths = OPEN_PATHS.union(PAGE_PATHS if api.options.page else ())
     _add_generation(app, api)
@@ -219,14 +244,15 @@ def build_application(api: Api, keys: Sequence[str]) -> Application:
     @app.get("/openapi.json", include_in_schema=False)
     async def document() -> dict[str, Any]:
         """What is served, for programs that read it."""
-        return await asyncio.to_thread(openapi_document, app, open_paths=open_paths, has_keys=bool(keys))
+        return await asyncio.to_thread(openapi_document, app, open_paths=open_paths, has_keys=bool(api.keys))
 
     guarded: Application = Guard(
         app,
         api.metrics,
         paths=[str(getattr(route, "path", "")) for route in app.routes],
         open_paths=open_paths,
-        keys=keys,
+        keys=api.keys,
+        allowed_hosts=api.options.checked_hosts(has_keys=bool(api.keys)),
         max_body_bytes=api.options.max_body_bytes,
         body_timeout_s=api.options.body_timeout,
     )
@@ -236,7 +262,7 @@ def build_application(api: Api, keys: Sequence[str]) -> Application:
             allow_origins=list(api.options.allow_origin),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "x-api-key", "anthropic-version", "content-type", "x-request-id"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
         )
     return guarded
 
@@ -247,13 +273,13 @@ def _add_generation(app: FastAPI, api: Api) -> None:
     @app.post("/v1/completions", response_model=None, responses=answers(Completion, *statuses))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue prompts."""
-        record: RequestRecord = request.scope["state"]["record"]
+        record = _record(request)
         return await api.generate(body, record, "cmpl", CompletionForm, lambda reader: reader.read_completion(body))
 
     @app.post("/v1/chat/completions", response_model=None, responses=answers(Chat, *statuses))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        record: RequestRecord = request.scope["state"]["record"]
+        record = _record(request)
         return await api.generate(body, record, "chatcmpl", ChatForm, lambda reader: reader.read_chat(body))
 
     in_anthropic_form = answers(Message, *statuses, form=AnthropicErrorAnswer)
@@ -261,7 +287,7 @@ def _add_generation(app: FastAPI, api: Api) -> None:
     @app.post("/v1/messages", response_model=None, responses=in_anthropic_form)
     async def messages(body: MessagesBody, request: Request) -> Response:
         """Answer a conversation, as Anthropic's clients ask."""
-        record: RequestRecord = request.scope["state"]["record"]
+        record = _record(request)
         api.ready_reader(body)
         chat = body.as_chat()
         return await api.generate(chat, record, "msg", MessagesForm, lambda reader: reader.read_chat(chat))
@@ -307,7 +333,7 @@ def _add_paths(app: FastAPI, api: Api) -> None:
         said: Answers = {status: {"model": form} for status in (200, 503)}
         app.get(path, response_model=None, responses={**error_answers(), **said})(probe)
     texts: dict[str, tuple[Any, str, Sequence[int]]] = {
-        "/metrics": (api.metrics_text, "text/plain", ()),
+        "/metrics": (api.metrics_text, "text/plain", (403,)),
         "/v1/cascade/events": (api.sharing_events, "text/event-stream", (429,)),
     }
     for path, (answer, media_type, statuses) in texts.items():
@@ -371,6 +397,11 @@ def _add_error_forms(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def on_unforeseen_error(request: Request, error: Exception) -> Response:
         return answer(request, unforeseen())  # the guard writes it to the log
+
+
+def _record(request: Request) -> RequestRecord:
+    record: RequestRecord = request.scope["state"]["record"]
+    return record
 
 
 def _tokenizer(reader: RequestReader) -> Any:

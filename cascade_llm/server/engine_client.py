@@ -170,6 +170,8 @@ class EngineClient:
                     request.priority,
                     only_whole,
                     request.session,
+                    request.client,
+                    request.cache_salt,
                 )
             )
         return answers
@@ -182,14 +184,16 @@ class EngineClient:
         if unfinished and self.status is EngineStatus.READY:
             self._send(Abort(list(unfinished)))
 
-    async def ask(self, what: str, timeout_s: float = 1.0, session_id: str = "") -> dict[str, Any]:
+    async def ask(
+        self, what: str, timeout_s: float = 1.0, *, tenant: str | None = None, session_id: str = ""
+    ) -> dict[str, Any]:
         """What an `Ask` is answered with. Raises `WorkerError` where no answer comes."""
         if self.status is not EngineStatus.READY:
             raise WorkerError(self.failure or f"the engine is {self.status.value}")
         self._num_asked += 1
         number = self._num_asked
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
-        self._send(Ask(number, what, session_id))
+        self._send(Ask(number, what, tenant, session_id))
         try:
             return await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:

@@ -17,7 +17,7 @@ from cascade_llm.engine.output_queue import OutputQueue
 from cascade_llm.errors import EngineClosedError
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.sequence import Request
-from cascade_llm.scheduler.sessions import SessionLimits
+from cascade_llm.scheduler.sessions import SessionLimits, SessionName
 from cascade_llm.server.messages import (
     Abort,
     Answered,
@@ -138,13 +138,13 @@ def _take_commands(address: str, llm: LLM, engine: AsyncEngine, outbox: Outbox, 
                     engine.abort(request_id)
             case Ask(number, "health"):
                 outbox.report(Answered(number, {"stalled_s": engine.stalled_s}))
-            case Ask(number, "sessions"):
-                engine.call(partial(_tell_sessions, llm, outbox, number))
-            case Ask(number, "drop_session", session_id):
-                engine.call(partial(_drop_session, llm, outbox, number, session_id))
-            case Ask(number, "sharing" | "sharing_with_tokens" as what):
+            case Ask(number, "sessions", tenant):
+                engine.call(partial(_tell_sessions, llm, outbox, number, tenant or ""))
+            case Ask(number, "drop_session", tenant, session_id):
+                engine.call(partial(_drop_session, llm, outbox, number, SessionName(tenant or "", session_id)))
+            case Ask(number, "sharing" | "sharing_with_tokens" as what, tenant):
                 with_tokens = what == "sharing_with_tokens"
-                engine.call(partial(_describe, sharing, outbox, number, with_tokens=with_tokens))
+                engine.call(partial(_describe, sharing, outbox, number, tenant, with_tokens=with_tokens))
             case Ask(number):
                 engine.call(lambda number=number: outbox.report(Answered(number, _stats(llm))))  # type: ignore[misc]
             case Close():
@@ -160,6 +160,8 @@ def _request(submit: Submit, ending: frozenset[int]) -> Request:
         priority=submit.priority,
         model_ending_token_ids=ending,
         session=submit.session,
+        client=submit.client,
+        cache_salt=submit.cache_salt,
     )
 
 
@@ -167,8 +169,8 @@ def _stats(llm: LLM) -> dict[str, Any]:
     return {**llm.stats(), **llm.plan_report()}
 
 
-def _tell_sessions(llm: LLM, outbox: Outbox, number: int) -> None:
-    page_size, scheduler = llm.options.page_size, llm.engine.scheduler
+def _tell_sessions(llm: LLM, outbox: Outbox, number: int, tenant: str) -> None:
+    page_size, held = llm.options.page_size, llm.engine.scheduler.sessions
     sessions = [
         {
             "id": info.session_id,
@@ -178,18 +180,18 @@ def _tell_sessions(llm: LLM, outbox: Outbox, number: int) -> None:
             "idle_s": round(info.idle_s, 3),
         }
         for info in llm.engine.sessions()
+        if info.tenant == tenant
     ]
-    counts = scheduler.page_counts
-    value = {"data": sessions, "held_pages": counts.session_pages, "budget_pages": scheduler.session_budget}
+    value = {"data": sessions, "held_pages": held.num_pages_of(tenant), "budget_pages": held.budget}
     outbox.report(Answered(number, value))
 
 
-def _drop_session(llm: LLM, outbox: Outbox, number: int, session_id: str) -> None:
-    outbox.report(Answered(number, {"dropped": llm.engine.drop_session(session_id)}))
+def _drop_session(llm: LLM, outbox: Outbox, number: int, name: SessionName) -> None:
+    outbox.report(Answered(number, {"dropped": llm.engine.drop_session(name)}))
 
 
-def _describe(sharing: SharingView, outbox: Outbox, number: int, *, with_tokens: bool) -> None:
-    outbox.report(Answered(number, sharing.describe(with_tokens=with_tokens)))
+def _describe(sharing: SharingView, outbox: Outbox, number: int, tenant: str | None, *, with_tokens: bool) -> None:
+    outbox.report(Answered(number, sharing.describe(tenant, with_tokens=with_tokens)))
 
 
 def _end_with_parent() -> None:

@@ -1,19 +1,18 @@
-"""What stands before the application: keys, bodies, request ids, the log's lines, and errors that nobody foresaw."""
+"""What stands before the application: hosts, keys, bodies, request ids, the log's lines, errors that nobody foresaw."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from cascade_llm.server.api_errors import ApiError, unforeseen
+from cascade_llm.server.keys import KeyRing, Visitor
 from cascade_llm.server.metrics import ServerMetrics
 
 __all__ = ["OPEN_PATHS", "Guard", "RequestRecord"]
@@ -43,6 +42,10 @@ class RequestRecord:
         self.is_endless = False
         """Whether the client decides when it is over: how long that took says nothing."""
         self.details: dict[str, Any] = {}
+        self.visitor = Visitor()
+        """Whose key was sent."""
+        self.headers: dict[str, str] = {}
+        """What the answer says beside its own."""
 
     @property
     def age_s(self) -> float:
@@ -60,14 +63,26 @@ class Guard:
         *,
         paths: Collection[str],
         open_paths: Collection[str],
-        keys: Sequence[str],
+        keys: KeyRing,
+        allowed_hosts: Collection[str] | None,
         max_body_bytes: int,
         body_timeout_s: float,
     ) -> None:
-        """`paths`: what metrics may be labelled with; `open_paths`: asked without a key."""
+        """Keep what requests are checked by.
+
+        Args:
+            application: the one inside
+            metrics: counts requests
+            paths: what metrics may be labelled with
+            open_paths: asked without a key
+            keys: who may ask
+            allowed_hosts: names that the Host header may give; None allows any
+            max_body_bytes: of a body
+            body_timeout_s: for a body
+        """
         self._application, self._metrics, self._paths = application, metrics, frozenset(paths)
         self._open_paths = frozenset(open_paths)
-        self._digests = [_digest(key) for key in keys]
+        self._keys, self._allowed_hosts = keys, allowed_hosts
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,11 +98,13 @@ class Guard:
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", record.request_id.encode())]
+                own = {"x-request-id": record.request_id, **record.headers}
+                message["headers"] = [*message.get("headers", ()), *_encoded(own)]
             await send(message)
 
         try:
-            self._check_key(scope["path"], headers)
+            self._check_host(headers)
+            record.visitor = self._visitor(scope["path"], headers)
             body = await self._read_body(headers, receive)
             await self._application(scope, _replaying(body, receive), send_named)
         except ApiError as error:
@@ -101,19 +118,29 @@ class Guard:
         finally:
             self._note(scope, record)
 
-    def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if not self._digests or path in self._open_paths:
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        """Refuse a page of another site whose name leads here (DNS rebinding): its requests name that site."""
+        given = headers.get(b"host", b"").decode("latin-1")
+        if self._allowed_hosts is None or not given:
             return
+        name = given.rpartition(":")[0] if re.search(r":\d*$", given) else given
+        if name.strip("[]").rstrip(".").lower() not in self._allowed_hosts:
+            raise ApiError(
+                421, f"the host {given!r:.80} is not served here: --allowed-hosts names more", code="host_not_allowed"
+            )
+
+    def _visitor(self, path: str, headers: dict[bytes, bytes]) -> Visitor:
+        if not self._keys or path in self._open_paths:
+            return Visitor()
         own = headers.get(b"x-api-key")  # as Anthropic's clients send it
         given = headers.get(b"authorization", b"") if own is None else b"bearer " + own
         scheme, _, key = given.partition(b" ")
-        digest = _digest(key.strip().decode("latin-1"))
-        # all are compared, in the same time whatever was given
-        fits = [hmac.compare_digest(digest, known) for known in self._digests]
-        if not (any(fits) and scheme.lower() == b"bearer"):
+        visitor = self._keys.find(key.strip().decode("latin-1"))
+        if visitor is None or scheme.lower() != b"bearer":
             raise ApiError(
                 401, "no key, or a wrong one: send Authorization: Bearer KEY, or x-api-key: KEY", code="invalid_api_key"
             )
+        return visitor
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         told = headers.get(b"content-length", b"0")
@@ -148,11 +175,13 @@ class Guard:
         if not record.is_endless:
             self._metrics.duration.observe(record.age_s)
         details = "".join(f" {name}={value}" for name, value in record.details.items())
+        client = record.visitor.client.name
+        details += f" key={client}" if client else ""
         log.info("%s %s %s %d %.3fs%s", record.request_id, scope["method"], path, status, record.age_s, details)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 def _replaying(body: bytes, receive: Receive) -> Receive:
@@ -171,8 +200,7 @@ async def _answer(error: ApiError, scope: Scope, record: RequestRecord, send: Se
         return
     body = error.body(scope["path"])
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+    await send({"type": "http.response.start", "status": error.status, "headers": _encoded(headers)})
     await send({"type": "http.response.body", "body": body})
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from cascade_llm.engine.output_queue import RequestGain
 from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.sequence import Client
 from cascade_llm.scheduler.sessions import SessionUse
 
 if TYPE_CHECKING:  # imports torch
@@ -52,6 +53,8 @@ class Submit(msgspec.Struct, tag=True, array_like=True):
     only_whole: bool
     """Report nothing before its end."""
     session: SessionUse | None = None
+    client: Client = Client()
+    cache_salt: bytes = b""
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):
@@ -66,6 +69,8 @@ class Ask(msgspec.Struct, tag=True, array_like=True):
     number: int
     what: str
     """health | stats | sessions | drop_session | sharing | sharing_with_tokens"""
+    tenant: str | None = None
+    """Whose sessions and steps; None is all."""
     session_id: str = ""
     """Which one to drop."""
 

@@ -29,7 +29,9 @@ class ServerOptions:
     api_key: Sequence[str] | None = None
     """Key that clients must send as a bearer token. CASCADE_LLM_API_KEY is one more."""
     api_key_file: str | None = None
-    """File with a key on each line."""
+    """File with a key on each line; a .yaml file gives each a name, a tenant and quotas (see limits.md)."""
+    allowed_hosts: Sequence[str] | None = None
+    """Name that the Host header of requests may give beside this machine's own; * is any."""
     allow_origin: Sequence[str] | None = None
     """Origin of web pages that may ask this server (CORS)."""
     page: bool = True
@@ -71,6 +73,13 @@ class ServerOptions:
             least = 0 if field.name in NONE_WILL_DO else 1e-3
             if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 1 << 53:
                 raise ConfigError(f"{field.name} is {value}: it must be {'0 or larger' if least == 0 else 'above 0'}")
+
+    def checked_hosts(self, *, has_keys: bool) -> frozenset[str] | None:
+        """Names that requests may give as their host; None is any, where keys or other machines are expected."""
+        given = frozenset(name.strip("[]").lower() for name in self.allowed_hosts or ())
+        if "*" in given or (not given and (has_keys or not self.is_loopback)):
+            return None
+        return given | LOOPBACK | {self.host.lower()}
 
     @property
     def is_loopback(self) -> bool:

@@ -22,16 +22,18 @@ EVENTS: Mapping[str, Any] = {
 MEANINGS: Mapping[int, str] = {
     400: "Something in the request must be changed.",
     401: "The key is missing or wrong.",
+    403: "This key may not.",
     404: "There is no such thing.",
     408: "The body came too slowly.",
     413: "The body is too large.",
-    429: "Too much runs or waits already.",
+    421: "The Host header names another server.",
+    429: "Too much runs or waits already, or the key's quota is used.",
     500: "The request failed.",
     501: "This server does not do that.",
     503: "The engine is not there.",
     504: "The request's time is over.",
 }
-ALWAYS = (401, 408, 413, 500)
+ALWAYS = (401, 408, 413, 421, 500)
 """What any path may answer."""
 
 

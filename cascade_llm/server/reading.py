@@ -9,7 +9,7 @@ from typing import Any, cast
 from cascade_llm.engine.input_processor import InputProcessor, Prompt, ReadPrompt
 from cascade_llm.engine.tokenizer import Tokenizer
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.sequence import Request
+from cascade_llm.scheduler.sequence import Client, Request
 from cascade_llm.scheduler.sessions import SessionUse
 from cascade_llm.server.api_errors import ApiError
 from cascade_llm.server.messages import EngineFacts
@@ -33,11 +33,17 @@ class ReadBody:
     all_params: Sequence[SamplingParams]
     priority: int
     session: SessionUse | None = None
+    cache_salt: bytes = b""
 
     @property
     def num_samples(self) -> int:
         """All that is generated."""
         return sum(params.n for params in self.all_params)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of all prompts, and all that may be generated."""
+        return sum(len(p) + s.n * s.max_tokens for p, s in zip(self.prompts, self.all_params, strict=True))
 
 
 class RequestReader:
@@ -84,6 +90,7 @@ class RequestReader:
             all_params=[sampling] * len(read),
             priority=priority,
             session=self._session(body, len(read), sampling.n),
+            cache_salt=_salt(body),
         )
 
     def read_chat(self, body: ChatBody) -> ReadBody:
@@ -111,6 +118,7 @@ class RequestReader:
             all_params=[sampling],
             priority=priority,
             session=self._session(body, 1, sampling.n),
+            cache_salt=_salt(body),
         )
 
     def tokenize_chat(
@@ -127,13 +135,15 @@ class RequestReader:
             messages, _template_arguments(kwargs, add_prompt, is_continued), sampling
         ).token_ids
 
-    def requests(self, body: ReadBody) -> list[Request]:
+    def requests(self, body: ReadBody, client: Client) -> list[Request]:
         """Requests with ids and seeds of their own, one per prompt."""
         requests = [
             self._input.request(ReadPrompt(None, list(prompt)), params, body.priority)
             for prompt, params in zip(body.prompts, body.all_params, strict=True)
         ]
-        return [replace(request, session=body.session) for request in requests] if body.session else requests
+        return [
+            replace(request, session=body.session, client=client, cache_salt=body.cache_salt) for request in requests
+        ]
 
     def _session(self, body: GenerationBody, num_prompts: int, num_samples: int) -> SessionUse | None:
         """The session of which a body is a turn."""
@@ -192,6 +202,10 @@ class RequestReader:
             raise ApiError(
                 400, f"response_format {kind!r:.80} is not supported", param="response_format", code="unsupported_field"
             )
+
+
+def _salt(body: GenerationBody) -> bytes:
+    return (body.cache_salt or "").encode("utf-8", "surrogatepass")
 
 
 def _as_many(prompt: Any) -> Sequence[Prompt]:

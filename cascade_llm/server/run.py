@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -19,6 +17,7 @@ from cascade_llm.errors import CascadeError, ConfigError, WorkerError
 from cascade_llm.scheduler.sessions import SessionLimits
 from cascade_llm.server.app import Api, build_application
 from cascade_llm.server.engine_client import EngineClient
+from cascade_llm.server.keys import KeyRing, read_keys
 from cascade_llm.server.messages import EngineFacts
 from cascade_llm.server.options import ServerOptions
 
@@ -29,7 +28,6 @@ __all__ = ["serve"]
 
 log = logging.getLogger("cascade_llm.server")
 
-KEY_VARIABLE = "CASCADE_LLM_API_KEY"
 LAST_ANSWERS_S = 2.0
 """After the end of a drain, for those who were told of it."""
 
@@ -52,7 +50,7 @@ def serve(
         ConfigError: nothing can listen there, or a file of keys cannot be read
         WorkerError: the engine process has ended, and is not to be started again
     """
-    keys = _keys(options)
+    keys = read_keys(options)
     if not keys and not options.is_loopback:
         log.warning("%s is open to other machines, and no key is asked for: see --api-key", options.host)
     with _listen(options) as listener:
@@ -62,9 +60,7 @@ def serve(
 class _Server:
     """One server's life."""
 
-    def __init__(
-        self, model: str, engine_options: Mapping[str, Any], options: ServerOptions, keys: Sequence[str]
-    ) -> None:
+    def __init__(self, model: str, engine_options: Mapping[str, Any], options: ServerOptions, keys: KeyRing) -> None:
         self._model, self._engine_options, self._options = model, engine_options, options
         self._engine = EngineClient(
             model,
@@ -74,9 +70,9 @@ class _Server:
             on_ready=self._load_reader,
             session_limits=SessionLimits(share=options.session_share, ttl_s=options.session_ttl),
         )
-        self._api = Api(self._engine, options)
+        self._api = Api(self._engine, options, keys)
         config = uvicorn.Config(
-            build_application(self._api, keys),
+            build_application(self._api),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -114,7 +110,7 @@ class _Server:
 
     def _stop(self) -> None:
         self._uvicorn.should_exit = True
-        self._api.sharing.close()
+        self._api.close_feeds()
 
     def _load_reader(self, facts: EngineFacts) -> None:
         """The engine is ready: read the model's tokenizer too, beside the loop."""
@@ -160,18 +156,3 @@ def _listen(options: ServerOptions) -> socket.socket:
 
 def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _keys(options: ServerOptions) -> list[str]:
-    keys = [*(options.api_key or ()), *filter(None, [os.environ.get(KEY_VARIABLE)])]
-    if options.api_key_file is not None:
-        try:
-            lines = Path(options.api_key_file).read_text("utf-8").split()
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"api_key_file {options.api_key_file} cannot be read: {error}") from None
-        if not lines:
-            raise ConfigError(f"api_key_file {options.api_key_file} has no key: write one on each line")
-        keys += lines
-    if any(not key.strip() for key in keys):
-        raise ConfigError("an API key is empty")
-    return keys

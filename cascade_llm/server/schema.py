@@ -18,7 +18,7 @@ __all__ = [
     "CompletionBody",
     "DetokenizeBody",
     "GenerationBody",
-    "SessionFields",
+    "SharingFields",
     "TokenKey",
     "TokenizeBody",
     "read_body",
@@ -56,9 +56,12 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class SessionFields(BaseModel):
-    """Of which conversation a body is a turn."""
+class SharingFields(BaseModel):
+    """With whom a body shares pages, and of which conversation it is a turn."""
 
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=256, description="Pages are shared only with requests that give the same."
+    )
     session_id: str | None = Field(
         None, pattern=SESSION_ID, description="The conversation: its pages stay held between its turns."
     )
@@ -68,7 +71,7 @@ class SessionFields(BaseModel):
     drop_session_on_disconnect: bool | None = Field(None, description="A client that leaves ends the session.")
 
 
-class GenerationBody(Body, SessionFields):
+class GenerationBody(Body, SharingFields):
     """What both ways to generate have; fields that are not OpenAI's are those of `SamplingParams`."""
 
     temperature: float | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cascade_llm.plan import CascadePlan, StepPlan
+from cascade_llm.scheduler.sequence import SequenceStatus
 
 if TYPE_CHECKING:  # heavy
     from cascade_llm.engine.engine import StepEvent
@@ -38,8 +39,11 @@ class SharedRun(NamedTuple):
     """Tokens that the others of its sequences have to themselves."""
 
 
-def shared_runs(plan: CascadePlan) -> tuple[list[SharedRun], list[int]]:
-    """The outermost shared runs of a plan, and the lengths of the sequences that share nothing."""
+def shared_runs(plan: CascadePlan, among: Container[int] | None = None) -> tuple[list[SharedRun], list[int]]:
+    """The outermost shared runs of a plan, and the lengths of the sequences that share nothing.
+
+    `among`: the leaf segments whose sequences are told of; None is all.
+    """
     firsts = {row: sequence for sequence, row in enumerate(plan.leaf.qo_indptr[:-1])}
     segments = [
         {
@@ -55,10 +59,13 @@ def shared_runs(plan: CascadePlan) -> tuple[list[SharedRun], list[int]]:
         while row < end:
             first, (row, num_tokens) = row, segments[depth][row]
             if depth == len(segments) - 1:
-                own_lens.append(num_tokens)
+                if among is None or firsts[first] in among:
+                    own_lens.append(num_tokens)
                 continue
             inner, lens = inside(depth + 1, first, row, start_len + num_tokens)
             num_sequences = len(lens) + sum(run.num_sequences for run in inner)
+            if num_sequences == 0:
+                continue
             if num_sequences == 1 or num_tokens == 0:
                 runs += inner
                 own_lens += [num_tokens + length for length in lens]
@@ -80,15 +87,46 @@ class SharingView:
     def _note(self, event: StepEvent) -> None:
         self._plan = event.plan
 
-    def describe(self, *, with_tokens: bool) -> dict[str, Any]:
+    def describe(self, tenant: str | None = None, *, with_tokens: bool) -> dict[str, Any]:
         """Counters, and the last step; for the loop, between two steps.
 
         Args:
+            tenant: whose sequences are told of, as long as they run, and nothing else; None is all
             with_tokens: say how each shared run begins, as token ids; else there are only lengths
         """
+        if tenant is not None:
+            return self._of_tenant(tenant, with_tokens)
         stats = self._llm.stats()
         last_step = None if self._plan is None else self._step(self._plan, with_tokens)
         return {**{name: stats[name] for name in COUNTERS}, "last_step": last_step}
+
+    def _of_tenant(self, tenant: str, with_tokens: bool) -> dict[str, Any]:
+        own = [s for s in self._llm.engine.scheduler.sequences() if s.request.client.tenant == tenant]
+        running = {(s.lane, s.epoch) for s in own if s.status is SequenceStatus.RUNNING}
+        plan, last_step = self._plan, None
+        if plan is not None:
+            uses = zip(plan.sequence_lanes, plan.sequence_epochs, strict=True)
+            among = {segment for segment, use in enumerate(uses) if use in running}
+            last_step = self._part(plan, among, with_tokens) if among else None
+        counts = {"running_sequences": len(running), "waiting_sequences": len(own) - len(running)}
+        return {**counts, "last_step": last_step}
+
+    def _part(self, plan: StepPlan, among: set[int], with_tokens: bool) -> dict[str, Any]:
+        """As `_step` says it, of some sequences: what they read and save as if they were alone."""
+        width = self._llm.facts.kv_bytes_per_token
+        runs, own_lens = shared_runs(plan.cascade, among)
+        tokens = self._tokens(plan) if with_tokens else {}
+        return {
+            "step_id": plan.step_id,
+            "num_sequences": len(among),
+            "num_levels": 1 + max(map(_depth, runs), default=0),
+            "num_groups": sum(map(_num_runs, runs)),
+            "kv_bytes_read": width * (sum(own_lens) + sum(map(_tokens_read, runs))),
+            "kv_bytes_saved": width * sum(map(_tokens_saved, runs)),
+            "reason": None if runs else "no prefix of these requests is read together",
+            "runs": [_as_dict(run, width, tokens) for run in runs],
+            "own_lens": own_lens,
+        }
 
     def _step(self, plan: StepPlan, with_tokens: bool) -> dict[str, Any]:
         report, width = plan.report, self._llm.facts.kv_bytes_per_token
@@ -112,6 +150,22 @@ class SharingView:
         lanes = {(s.lane, s.epoch): s.token_ids for s in self._llm.engine.scheduler.sequences()}
         uses = zip(plan.sequence_lanes, plan.sequence_epochs, strict=True)
         return {segment: list(lanes[use]) for segment, use in enumerate(uses) if use in lanes}
+
+
+def _depth(run: SharedRun) -> int:
+    return 1 + max(map(_depth, run.runs), default=0)
+
+
+def _num_runs(run: SharedRun) -> int:
+    return 1 + sum(map(_num_runs, run.runs))
+
+
+def _tokens_read(run: SharedRun) -> int:
+    return run.num_tokens + sum(run.own_lens) + sum(map(_tokens_read, run.runs))
+
+
+def _tokens_saved(run: SharedRun) -> int:
+    return run.num_tokens * (run.num_sequences - 1) + sum(map(_tokens_saved, run.runs))
 
 
 def _as_dict(run: SharedRun, width: int, tokens: Mapping[int, list[int]]) -> dict[str, Any]:

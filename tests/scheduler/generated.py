@@ -11,6 +11,7 @@ from cascade_llm.plan import StepPlan
 from cascade_llm.scheduler.cascade.choice import SegmentCosts, TokensRead
 from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
 from cascade_llm.scheduler.cascade.device_costs import DeviceCosts
+from cascade_llm.scheduler.sequence import Client
 from cascade_llm.scheduler.sessions import SessionUse
 from tests.scheduler.simulated_engine import SimulatedEngine, every_third
 
@@ -136,11 +137,17 @@ class RandomLoad:
         self,
         rng: random.Random,
         config: SchedulerConfig,
-        salts: Sequence[bytes] = (b"", b"tenant"),
+        salts: Sequence[bytes] = (b"", b"salt"),
+        tenants: Sequence[str] = ("",),
         masks: bool = False,
         sessions: bool = False,
     ) -> None:
-        """`masks`: whether one request in four has one; `sessions`: whether half are turns of "a" to "d"."""
+        """Each tenant has two clients.
+
+        masks: whether one request in four has one
+        sessions: whether half are turns of "a" to "d"
+        """
+        self.tenants = tenants
         self._masks, self._sessions = masks, sessions
         self._rng, self._config, self._salts = rng, config, salts
         self._prompts: list[list[int]] = []
@@ -152,6 +159,7 @@ class RandomLoad:
             engine.add(
                 self._prompt(engine),
                 priority=rng.choice((0, 0, 0, 1)),
+                client=self._client(),
                 salt=rng.choice(self._salts),
                 ending=rng.choice(((), (3,))),
                 n=rng.choice((1, 1, 1, 2, 3, 5)),
@@ -165,6 +173,12 @@ class RandomLoad:
             )
             for _ in range(count)
         ]
+
+    def _client(self) -> Client:
+        if len(self.tenants) == 1:
+            return Client(tenant=self.tenants[0])
+        tenant, number = self._rng.choice(self.tenants), self._rng.choice((1, 2))
+        return Client(name=f"{tenant}{number}", tenant=tenant, weight=number)
 
     def _session(self) -> SessionUse | None:
         rng = self._rng

@@ -1,9 +1,10 @@
 """An engine without a model: a device that keeps, for each slot, *which text* its K/V stand for.
 
 The K/V of a token depend on the whole text before it. So a slot holds a number made of all tokens up to its own (and of
-the request's salt), and every row of a step is checked to meet exactly its own text, token by token, whatever pages the
-scheduler chose, shared, copied, evicted or gave away. Tokens are drawn by a pure function of the request, so what each
-request has to produce is known beforehand (`expected_output`): batches, preemptions and lags must not change it.
+the request's tenant and salt), and every row of a step is checked to meet exactly its own text, token by token,
+whatever pages the scheduler chose, shared, copied, evicted or gave away. Tokens are drawn by a pure function of the
+request, so what each request has to produce is known beforehand (`expected_output`): batches, preemptions and lags must
+not change it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cascade_llm.plan import CascadeLevel, CascadePlan, IntColumn, LaneStart, St
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.cascade.choice import SegmentCosts, TokensRead
 from cascade_llm.scheduler.scheduler import Drafter, FlashInferScheduler, SequenceUpdate
-from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus, TokenMask
+from cascade_llm.scheduler.sequence import Client, Request, Sequence, SequenceStatus, TokenMask
 from cascade_llm.scheduler.sessions import SessionUse
 
 __all__ = [
@@ -33,8 +34,8 @@ __all__ = [
     "small_config",
 ]
 
-Text = tuple[bytes, int]
-"""Salt, and a number that stands for a sequence of tokens."""
+Text = tuple[str, bytes, int]
+"""Tenant and salt, and a number that stands for a sequence of tokens."""
 
 
 def small_config(*, cascade: CascadeConfig | None = None, **changes: Any) -> SchedulerConfig:
@@ -114,6 +115,10 @@ class _Lane:
     request: Request
     token_ids: list[int]
     texts: list[int]
+
+    @property
+    def owner(self) -> tuple[str, bytes]:
+        return self.request.client.tenant, self.request.cache_salt
 
     def append(self, token_id: int) -> None:
         self.texts.append(_text(self.texts[-1], token_id))
@@ -200,7 +205,7 @@ class SimulatedDevice:
                     assert position == len(lane.token_ids) - 1, "a lane holds its last token only"
                 elif position < len(lane.token_ids):
                     assert plan.token_ids[row] == lane.token_ids[position]
-                self._slots[plan.slots[row]] = (lane.request.cache_salt, texts[position])
+                self._slots[plan.slots[row]] = (*lane.owner, texts[position])
 
     def _row_texts(self, plan: StepPlan, rows: range, lane: _Lane) -> list[int]:
         """A sequence's texts, up to those of its proposed tokens."""
@@ -222,26 +227,33 @@ class SimulatedDevice:
                 num_read = cascade.path_len(path)
                 assert num_read == end or cascade.window_len is not None
                 first = end - num_read
-                texts, salt = self._row_texts(plan, rows, lane)[:end], lane.request.cache_salt
-                met = self._met(texts, salt, first, shared, own, 0)
+                texts, owner = self._row_texts(plan, rows, lane)[:end], lane.owner
+                met = self._met(texts, owner, first, shared, own, 0)
                 if cascade.window_len is not None:  # the shared pages may lie between those of the leaf
                     reached = max(first, plan.positions[rows[0]] + 1 - cascade.window_len)
                     inside = max(0, end - cascade.window_len)
                     met = any(
-                        self._met(texts, salt, first, shared, own, cut, skip=reached - first)
+                        self._met(texts, owner, first, shared, own, cut, skip=reached - first)
                         and (not shared or first + cut * size >= inside)
                         for cut in range(len(own))
                     )
                 assert met, f"sequence {sequence} meets another text"
 
     def _met(
-        self, texts: list[int], salt: bytes, first: int, shared: list[int], own: list[int], cut: int, skip: int = 0
+        self,
+        texts: list[int],
+        owner: tuple[str, bytes],
+        first: int,
+        shared: list[int],
+        own: list[int],
+        cut: int,
+        skip: int = 0,
     ) -> bool:
         """Whether pages of a leaf, with the shared ones behind the first `cut`, hold a text from position `first` on,
         but for `skip` tokens that no row reads."""
         size = self._config.page_size
         pages = [*own[:cut], *shared, *own[cut:]]
-        expected = [(salt, text) for text in texts[first + skip :]]
+        expected = [(*owner, text) for text in texts[first + skip :]]
         slots = [text for page in pages for text in self._slots[page * size : (page + 1) * size]]
         return slots[skip:][: len(expected)] == expected
 
@@ -332,6 +344,7 @@ class SimulatedEngine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        client: Client | None = None,
         salt: bytes = b"",
         ending: Tokens[int] = (),
         mask: TokenMask | None = None,
@@ -345,6 +358,7 @@ class SimulatedEngine:
             params=SamplingParams(**{"max_tokens": 4, **params}),
             seed=len(self.requests),
             priority=priority,
+            client=client or Client(),
             cache_salt=salt,
             model_ending_token_ids=frozenset(ending),
             mask=mask,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cascade_llm.scheduler.sessions import MOST_SESSIONS, SessionLimits, SessionUse
+from cascade_llm.scheduler.sequence import Client
+from cascade_llm.scheduler.sessions import MOST_SESSIONS, SessionLimits, SessionName, SessionUse
 from tests.scheduler.simulated_engine import SimulatedEngine, small_config
 
 
@@ -35,7 +36,7 @@ def text(name: int, num_tokens: int = 13) -> list[int]:
 
 
 def held(engine: SimulatedEngine) -> dict[str, int]:
-    return {info.session_id: info.num_pages for info in engine.scheduler.session_infos}
+    return {info.session_id: info.num_pages for info in engine.scheduler.sessions.infos()}
 
 
 def fill_cache(engine: SimulatedEngine, num_requests: int = 20) -> None:
@@ -106,7 +107,7 @@ def test_time_to_live_counts_from_the_last_use() -> None:
     clock.now_s = 9.0
     turn(engine, use("a"), text(1))
     clock.now_s = 10.0
-    assert [(info.session_id, info.idle_s) for info in engine.scheduler.session_infos] == [("a", 1.0)]
+    assert [(info.session_id, info.idle_s) for info in engine.scheduler.sessions.infos()] == [("a", 1.0)]
     clock.now_s = 19.0
     turn(engine, None, text(3))
     assert engine.scheduler.page_counts.held_pages == 0, "a step ends it as well"
@@ -122,7 +123,7 @@ def test_fork_holds_the_same_pages_and_outlives_its_source() -> None:
     turn(engine, use("talk"), [*spoken, *text(2, 4)])
     assert held(engine) == {"branch": 5, "talk": 6}
     assert engine.scheduler.page_counts.session_pages == 4 + 1 + 2
-    assert engine.scheduler.drop_session("talk")
+    assert engine.scheduler.drop_session(SessionName("", "talk"))
     fill_cache(engine)
     before = cached_tokens(engine)
     turn(engine, use("branch"), [*spoken, 7, 8])
@@ -205,10 +206,10 @@ def test_dropped_session_does_not_come_back_with_its_running_turn() -> None:
     engine = SimulatedEngine()
     engine.add(text(1), session=use("talk"))
     engine.step()
-    assert engine.scheduler.drop_session("talk")
+    assert engine.scheduler.drop_session(SessionName("", "talk"))
     engine.run()
     assert held(engine) == {}
-    assert not engine.scheduler.drop_session("talk")
+    assert not engine.scheduler.drop_session(SessionName("", "talk"))
 
 
 def test_failed_steps_and_samples_leave_no_session_on_their_pages() -> None:
@@ -258,3 +259,18 @@ def test_session_without_a_full_page_is_not_kept() -> None:
     engine.add([1], session=use("talk"), max_tokens=1)
     engine.run()
     assert held(engine) == {}
+
+
+def test_a_name_is_another_session_for_each_tenant() -> None:
+    engine = SimulatedEngine(small_config(total_pages=32))
+    for tenant, num_tokens in (("a", 13), ("b", 17)):
+        engine.add(text(1, num_tokens), session=use("talk"), client=Client(name=tenant, tenant=tenant))
+        engine.run()
+    sessions = engine.scheduler.sessions
+    assert [info[:3] for info in sessions.infos()] == [("a", "talk", 4), ("b", "talk", 5)]
+    assert (sessions.num_pages, sessions.num_pages_of("a"), sessions.num_pages_of("b")) == (9, 4, 5)
+    engine.add(text(1), session=use("branch", fork_of="talk"), client=Client(name="c", tenant="c"))
+    assert len(sessions.infos()) == 2, "the branch of a session of another tenant begins empty"
+    engine.run()
+    assert engine.scheduler.drop_session(SessionName("a", "talk"))
+    assert [(info.tenant, info.session_id) for info in sessions.infos()] == [("b", "talk"), ("c", "branch")]

@@ -16,7 +16,7 @@ import pytest
 
 from tests.cli.conftest import environment, process_args, run_process, tiny_folder
 
-__all__ = ["environment", "run_process", "tiny_folder"]
+__all__ = ["environment", "run_process", "started", "tiny_folder"]
 
 PATIENCE_S = 60.0
 Result = TypeVar("Result")
@@ -51,8 +51,9 @@ class RunningServer:
     def wait_until_ready(self) -> None:
         self.wait_for(lambda: self.get("/ready").status_code == 200)
 
-    def metric(self, name: str) -> float:
-        found = re.search(rf"^cascade_llm_{re.escape(name)} (\S+)$", self.get("/metrics").text, re.MULTILINE)
+    def metric(self, name: str, **headers: str) -> float:
+        text = self.get("/metrics", **headers).text
+        found = re.search(rf"^cascade_llm_{re.escape(name)} (\S+)$", text, re.MULTILINE)
         assert found is not None, name
         return float(found[1])
 
@@ -74,7 +75,7 @@ StartServer = Callable[..., "RunningServer"]
 
 
 @contextmanager
-def _started(*args: str | Path, repo_root: Path, environment: dict[str, str]) -> Iterator[RunningServer]:
+def started(*args: str | Path, repo_root: Path, environment: dict[str, str]) -> Iterator[RunningServer]:
     options = ("--port", "0", "--dtype", "float32", "--num-threads", "1", "--max-num-seqs", "8", "--page-size", "16")
     process = subprocess.Popen(
         process_args("serve", *args, *options), cwd=repo_root, env=environment, stderr=subprocess.PIPE, text=True
@@ -89,7 +90,7 @@ def _started(*args: str | Path, repo_root: Path, environment: dict[str, str]) ->
 @pytest.fixture(scope="session")
 def server(tiny_folder: Path, repo_root: Path, environment: dict[str, str]) -> Iterator[RunningServer]:
     """One that all tests share."""
-    with _started(
+    with started(
         tiny_folder, "--served-model-name", "tiny", "--max-queue", "8", repo_root=repo_root, environment=environment
     ) as running:
         running.wait_until_ready()
@@ -102,6 +103,6 @@ def start_server(tiny_folder: Path, repo_root: Path, environment: dict[str, str]
     with ExitStack() as running:
 
         def start(*args: str) -> RunningServer:
-            return running.enter_context(_started(tiny_folder, *args, repo_root=repo_root, environment=environment))
+            return running.enter_context(started(tiny_folder, *args, repo_root=repo_root, environment=environment))
 
         yield start

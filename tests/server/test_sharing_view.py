@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cascade_llm.bench.plan_tree import decode_step
 from cascade_llm.config import CascadeConfig
 from cascade_llm.plan import CascadeLevel, CascadePlan, int_column
+from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.cascade.choice import TokensRead
-from cascade_llm.server.sharing_view import SharedRun, shared_runs
+from cascade_llm.scheduler.sequence import Client, Request
+from cascade_llm.server.sharing_view import SharedRun, SharingView, shared_runs
+from tests.engine.tiny_llm import save_tiny, tiny_llm
 
 
 def plan_of(*levels: tuple[list[int], list[int]], page_size: int = 4) -> CascadePlan:
@@ -41,3 +46,37 @@ def test_a_step_of_the_scheduler() -> None:
     assert [(run.num_tokens, run.num_sequences, sorted(run.own_lens)) for run in runs] == [(32, 3, [2, 3, 4])]
     assert own_lens == [21]
     assert step.report.kv_tokens_saved == 32 * 2
+
+
+def test_a_part_of_the_sequences() -> None:
+    plan = plan_of(([0, 4, 5], [3, 0]), ([0, 1, 3, 4, 5], [0, 2, 0, 0]), ([0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5]))
+    assert shared_runs(plan, {0, 1}) == ([SharedRun(0, 0, 12, 2, 0, [], [4, 16])], [])
+    assert shared_runs(plan, {2, 4}) == ([], [32, 20])
+    assert shared_runs(plan, ()) == ([], [])
+
+
+def test_a_tenant_is_told_of_its_own(tmp_path: Path) -> None:
+    prompt = list(range(3, 43))
+    with tiny_llm(save_tiny(tmp_path, num_hidden_layers=1), cascade_shared_prefix_len=4, num_threads=1) as llm:
+        view = SharingView(llm)
+        for number, tenant in enumerate("aaab"):
+            client = Client(name=str(number), tenant=tenant)
+            params = SamplingParams(max_tokens=20, ignore_eos=True)
+            llm.engine.add(
+                Request(
+                    request_id=str(number), prompt_token_ids=[*prompt, number], params=params, seed=1, client=client
+                )
+            )
+        for _ in range(3):
+            llm.step()
+        own, other, third = (view.describe(tenant, with_tokens=True) for tenant in "abc")
+        whole = view.describe(with_tokens=True)
+    step = own["last_step"]
+    assert [(run["num_sequences"], run["num_tokens"]) for run in step["runs"]] == [(3, 40)]
+    assert step["runs"][0]["token_ids"] == prompt
+    assert (step["num_sequences"], step["num_levels"], step["num_groups"]) == (3, 2, 1)
+    alone = other["last_step"]
+    assert (alone["num_sequences"], alone["num_groups"], alone["runs"], len(alone["own_lens"])) == (1, 0, [], 1)
+    assert third == {"running_sequences": 0, "waiting_sequences": 0, "last_step": None}
+    for name in ("kv_bytes_read", "kv_bytes_saved"):
+        assert step[name] + alone[name] == whole["last_step"][name]

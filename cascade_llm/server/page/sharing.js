@@ -64,8 +64,9 @@ export class SharingView {
       ["Groups", String(step?.num_groups ?? "–")],
       ["KV read a step", bytes(read)],
       ["KV saved a step", whole ? `${bytes(saved)} (${Math.round((100 * saved) / whole)}\u00a0%)` : bytes(saved)],
-      ["KV saved in all", bytes(told.kv_bytes_saved)],
-      ["Cached pages", `${told.cached_pages} of ${told.total_pages}`],
+      // a key of a tenant is not told what all tenants did
+      ["KV saved in all", "kv_bytes_saved" in told ? bytes(told.kv_bytes_saved) : "–"],
+      ["Cached pages", "total_pages" in told ? `${told.cached_pages} of ${told.total_pages}` : "–"],
     ]);
     if (!step) return;
     if (this.steps.at(-1)?.id !== step.step_id) this.steps = [...this.steps, { id: step.step_id, read, saved }].slice(-MOST_STEPS);
@@ -79,7 +80,7 @@ export class SharingView {
   rate(told) {
     const before = this.before, ms = performance.now(), tokens = told.generated_tokens;
     this.before = { tokens, ms };
-    if (!before || !told.running_sequences || ms - before.ms > 3000 || tokens < before.tokens) return "–";
+    if (!before || tokens === undefined || !told.running_sequences || ms - before.ms > 3000 || tokens < before.tokens) return "–";
     return ((1000 * (tokens - before.tokens)) / Math.max(1, ms - before.ms)).toFixed(1);
   }
 
