@@ -20,6 +20,7 @@ __all__ = [
     "NativeUnit",
     "attention_unit",
     "ops_unit",
+    "row_major_unit",
     "units_of_wheel",
 ]
 
@@ -72,7 +73,10 @@ class NativeUnit:
 
 PARALLEL = NativeUnit("device/parallel.c", ("cascade_parallel_for",))
 SAMPLER = NativeUnit("sampling/native_sampler.c", ("scratch_len", "sample_rows", "draw_rows"))
-PACKED = NativeUnit("weights/packed_product.c", ("packed_product", "packed_tile_bytes", "pack_tiles", "packed_rows"))
+PACKED = NativeUnit(
+    "weights/packed_product.c",
+    ("packed_product", "packed_stack_product", "packed_tile_bytes", "pack_tiles", "packed_rows"),
+)
 SUPER_BLOCKS = NativeUnit("weights/super_blocks.c", ("round_super_blocks",))
 BLOCKED = NativeUnit("weights/blocked.c", ("blocked_product",), flag="avx512_bf16")
 
@@ -87,6 +91,11 @@ def attention_unit(element: str, pages: str, head_dim: int) -> NativeUnit:
     )
 
 
+def row_major_unit(element: str) -> NativeUnit:
+    """Products with rows of weights as they lie, for one element type of inputs."""
+    return NativeUnit("weights/row_major.c", ("row_major_product",), (element.upper(),), f"_{element}")
+
+
 def ops_unit(element: str) -> NativeUnit:
     """The elementwise operations for one element type."""
     functions = ("add_rms_norm", "rotate", "silu_and_mul", "gelu_tanh_and_mul", "clamped_swiglu")
@@ -98,5 +107,6 @@ def units_of_wheel() -> Iterator[NativeUnit]:
     yield from (PARALLEL, SAMPLER, PACKED, SUPER_BLOCKS, BLOCKED)
     for element in ELEMENTS:
         yield ops_unit(element)
+        yield row_major_unit(element)
         for head_dim, others in WHEEL_HEAD_DIMS.items():
             yield from (attention_unit(element, pages, head_dim) for pages in dict.fromkeys((element, *others)))

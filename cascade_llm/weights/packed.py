@@ -113,6 +113,14 @@ class Packed(WeightFormat):
         return rows
 
     @property
+    def pieces(self) -> list[Piece] | None:
+        """All of them, to be used while the matrix lives; None where a part takes its inputs in another order."""
+        if any(order is not None for order, _ in self._groups):
+            return None
+        ((_, pieces),) = self._groups
+        return list(pieces)
+
+    @property
     def num_bytes(self) -> int:
         """See `WeightFormat`."""
         return sum(tiles.nbytes for tiles in self._tiles)

@@ -44,6 +44,7 @@ class PackedKernels:
     """The functions of the C file."""
 
     product: NativeFunction
+    stack_product: NativeFunction
     tile_bytes: NativeFunction
     pack_tiles: NativeFunction
     rows: NativeFunction
@@ -70,6 +71,18 @@ def packed_kernels() -> PackedKernels:
     product, tile_bytes = functions["packed_product"], functions["packed_tile_bytes"]
     product.argtypes = (_pointer, piece, _long, _pointer, _pointer, *[_long] * 3, *[_int] * 3)
     product.restype = _int
+    stack_product = functions["packed_stack_product"]
+    stack_product.argtypes = (
+        *[_pointer] * 2,
+        piece,
+        _long,
+        _pointer,
+        _long,
+        *[_pointer] * 2,
+        *[_long] * 2,
+        *[_int] * 3,
+    )
+    stack_product.restype = _int
     tile_bytes.argtypes = (piece, _long)
     tile_bytes.restype = _long
     pack_tiles, rows = functions["pack_tiles"], functions["packed_rows"]
@@ -77,4 +90,4 @@ def packed_kernels() -> PackedKernels:
     pack_tiles.restype = None
     rows.argtypes = (piece, _pointer, _long, _long, _pointer, _int, _int)
     rows.restype = None
-    return PackedKernels(product, tile_bytes, pack_tiles, rows)
+    return PackedKernels(product, stack_product, tile_bytes, pack_tiles, rows)

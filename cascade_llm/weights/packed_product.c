@@ -87,6 +87,8 @@ typedef struct {
     const piece *pieces;
     long num_pieces, rows, in_size, y_stride;
     const uint8_t *integers, *floats; /* the groups; a row's share of a block has the bytes above */
+    const void *x;
+    const int64_t *sources; /* the row of x that each row takes; null: its own */
     const void *bias;
     void *y;
     int is_bfloat16; /* of bias and y, and of x */
@@ -581,15 +583,18 @@ INLINE void tile_of_rows(const product *t, const piece *p, int code, long tile, 
     store_outputs(t, p, tile, r0, rows, out);
 }
 
+static long num_groups(long rows) { return (rows + ROWS - 1) / ROWS; }
+
 /* Rows come in groups as even as they can be. */
 INLINE long first_row(const product *t, long group) {
-    long groups = (t->rows + ROWS - 1) / ROWS;
+    long groups = num_groups(t->rows);
     return group >= groups ? t->rows : t->rows * group / groups;
 }
 
 /* Groups of rows, for a pair of tiles. */
 INLINE void tile_of_code(const product *t, const piece *p, int code, long tile, long first_group, long last_group) {
-    for (long group = first_group; group < last_group; group++) {
+    long groups = num_groups(t->rows);
+    for (long group = first_group; group < last_group && group < groups; group++) {
         long first = first_row(t, group);
         int asks = group == first_group; /* for the next pair of tiles */
         switch (first_row(t, group + 1) - first) {
@@ -657,11 +662,11 @@ INLINE float quantize_block(const floats *x, int8_t *codes, int32_t *sums) {
 }
 
 /* Row r of a group of `rows` rows; `integers` and `floats` are the group's. */
-static void prepare_row(const product *t, const void *x, long row, int r, int rows, uint8_t *integers, uint8_t *wide) {
-    long n = t->in_size;
+static void prepare_row(const product *t, long row, int r, int rows, uint8_t *integers, uint8_t *wide) {
+    long n = t->in_size, source = t->sources ? t->sources[row] : row;
     for (long b = 0; b < n / BLOCK; b++) {
         floats block[PER_BLOCK];
-        const uint8_t *at = (const uint8_t *)x + (row * n + b * BLOCK) * (t->is_bfloat16 ? 2 : 4);
+        const uint8_t *at = (const uint8_t *)t->x + (source * n + b * BLOCK) * (t->is_bfloat16 ? 2 : 4);
         UNROLLED for (int v = 0; v < PER_BLOCK; v++)
             block[v] = load_values(t->is_bfloat16, at + (t->is_bfloat16 ? 2 : 4) * LANES * v);
         if (integers) {
@@ -692,12 +697,12 @@ static void prepare_row(const product *t, const void *x, long row, int r, int ro
     }
 }
 
-static void prepare_group(const product *t, const void *x, long group, uint8_t *integers, uint8_t *wide) {
+static void prepare_group(const product *t, long group) {
     long first = first_row(t, group), at = first * (t->in_size / BLOCK);
     int rows = (int)(first_row(t, group + 1) - first);
     for (int r = 0; r < rows; r++)
-        prepare_row(t, x, first + r, r, rows, integers ? integers + at * INTEGER_BYTES : 0,
-                    wide ? wide + at * FLOAT_BYTES : 0);
+        prepare_row(t, first + r, r, rows, t->integers ? (uint8_t *)t->integers + at * INTEGER_BYTES : 0,
+                    t->floats ? (uint8_t *)t->floats + at * FLOAT_BYTES : 0);
 }
 
 /* ---- what Python calls ---- */
@@ -712,62 +717,131 @@ enum {
     SPREAD_FROM = 65536 /* values, from which a loop over them is worth another thread */
 };
 
+/* Groups of rows of some products, which take no tile together. */
 typedef struct {
-    const product *product;
+    const product *products;
     long first_group, last_group, pairs, chunks;
 } pass;
 
 static void pass_chunk(void *task, long chunk) {
     const pass *s = task;
-    const product *t = s->product;
+    const product *t = s->products;
     long pair = part_begin(s->pairs, chunk, s->chunks), end = part_begin(s->pairs, chunk + 1, s->chunks), before = 0;
-    for (const piece *p = t->pieces; pair < end; before += num_pairs(p), p++)
-        for (; pair < end && pair - before < num_pairs(p); pair++)
-            PRODUCTS[p->code](t, p, 2 * (pair - before), s->first_group, s->last_group);
+    for (; pair < end; t++)
+        for (const piece *p = t->pieces; pair < end && p < t->pieces + t->num_pieces; before += num_pairs(p), p++)
+            for (; pair < end && pair - before < num_pairs(p); pair++)
+                PRODUCTS[p->code](t, p, 2 * (pair - before), s->first_group, s->last_group);
+}
+
+static long pairs_of(const product *t) {
+    long pairs = 0;
+    for (long i = 0; i < t->num_pieces; i++) pairs += num_pairs(t->pieces + i);
+    return pairs;
 }
 
 static void multiply_groups(const product *t, long first_group, long last_group, int threads) {
-    long pairs = 0;
-    for (long i = 0; i < t->num_pieces; i++) pairs += num_pairs(t->pieces + i);
-    long chunks = threads;
+    long pairs = pairs_of(t), chunks = threads;
     if (threads > 1 && last_group - first_group > FEW_GROUPS) chunks *= CHUNKS_PER_THREAD;
     pass s = {t, first_group, last_group, pairs, chunks < pairs ? chunks : pairs};
     parallel_for(pass_chunk, &s, s.chunks, threads);
 }
 
-typedef struct {
-    const product *product;
-    const void *x;
-    uint8_t *integers, *wide;
-} preparation;
+static void prepare(void *product_, long group) { prepare_group(product_, group); }
 
-static void prepare(void *task, long group) {
-    const preparation *s = task;
-    prepare_group(s->product, s->x, group, s->integers, s->wide);
+/* What the inputs of products are prepared as. */
+typedef struct {
+    int quantizes, widens;
+} forms;
+
+static forms forms_of(const piece *pieces, long num_pieces, int is_exact) {
+    long num_floats = 0;
+    for (long i = 0; i < num_pieces; i++) num_floats += pieces[i].code >= BFLOAT16;
+    return (forms){!is_exact && num_floats < num_pieces, is_exact || num_floats > 0};
+}
+
+/* Memory for the groups of `rows` rows, which `t` is told of; null where there is none. */
+static uint8_t *group_memory(product *t, forms f, long rows) {
+    long blocks = t->in_size / BLOCK;
+    size_t size = rows * blocks * (f.quantizes * INTEGER_BYTES + f.widens * FLOAT_BYTES);
+    uint8_t *memory = aligned_alloc(64, (size + 63) / 64 * 64);
+    t->integers = f.quantizes ? memory : 0;
+    t->floats = f.widens ? memory + f.quantizes * rows * blocks * INTEGER_BYTES : 0;
+    return memory;
+}
+
+/* Groups of a pass. */
+static long groups_at_once(const product *t, forms f) {
+    long rows = PASS_BYTES / (t->in_size / BLOCK * (f.widens ? FLOAT_BYTES : INTEGER_BYTES));
+    return (rows < 4 * ROWS ? 4 * ROWS : rows) / ROWS;
 }
 
 /* y [rows, y_stride] = x [rows, in_size] Wᵀ + bias, all contiguous and float32 or bfloat16; in_size is a multiple of 32.
  * Returns 0, or 1 where there is no memory. */
 int packed_product(const void *x, const piece *pieces, long num_pieces, const void *bias, void *y, long rows,
                    long in_size, long y_stride, int is_bfloat16, int is_exact, int threads) {
-    long blocks = in_size / BLOCK, num_floats = 0;
-    for (long i = 0; i < num_pieces; i++) num_floats += pieces[i].code >= BFLOAT16;
-    int widens = is_exact || num_floats > 0, quantizes = !is_exact && num_floats < num_pieces;
-    size_t size = rows * blocks * (quantizes * INTEGER_BYTES + widens * FLOAT_BYTES);
-    uint8_t *memory = aligned_alloc(64, (size + 63) / 64 * 64);
+    product t = {pieces, num_pieces, rows, in_size, y_stride, 0, 0, x, 0, bias, y, is_bfloat16};
+    forms f = forms_of(pieces, num_pieces, is_exact);
+    uint8_t *memory = group_memory(&t, f, rows);
     if (!memory) return 1;
-    uint8_t *integers = quantizes ? memory : 0;
-    uint8_t *wide = widens ? memory + quantizes * rows * blocks * INTEGER_BYTES : 0;
-    product t = {pieces, num_pieces, rows, in_size, y_stride, integers, wide, bias, y, is_bfloat16};
-    long at_once = PASS_BYTES / (blocks * (widens ? FLOAT_BYTES : INTEGER_BYTES));
-    if (at_once < 4 * ROWS) at_once = 4 * ROWS;
-    long groups = (rows + ROWS - 1) / ROWS, groups_at_once = at_once / ROWS;
-    preparation s = {&t, x, integers, wide};
-    parallel_for(prepare, &s, groups, rows * in_size > SPREAD_FROM ? threads : 1);
-    for (long group = 0; group < groups; group += groups_at_once)
-        multiply_groups(&t, group, group + groups_at_once < groups ? group + groups_at_once : groups, threads);
+    long groups = num_groups(rows), at_once = groups_at_once(&t, f);
+    parallel_for(prepare, &t, groups, rows * in_size > SPREAD_FROM ? threads : 1);
+    for (long group = 0; group < groups; group += at_once)
+        multiply_groups(&t, group, group + at_once < groups ? group + at_once : groups, threads);
     free(memory);
     return 0;
+}
+
+/* ---- a stack of matrices ---- */
+
+static void prepare_product(void *products, long index) {
+    const product *t = (const product *)products + index;
+    for (long group = 0; group < num_groups(t->rows); group++) prepare_group(t, group);
+}
+
+/* A matrix with rows of its own is a product; one with more rows than a pass takes is several. Returns how many. */
+static long stack_products(const product *whole, long pieces_each, const int32_t *ends, long matrices, long most_rows,
+                           product *products) {
+    long count = 0, element = whole->is_bfloat16 ? 2 : 4, blocks = whole->in_size / BLOCK;
+    for (long matrix = 0, row = 0; matrix < matrices; matrix++)
+        for (long rows; row < ends[matrix]; row += rows, count++) {
+            rows = ends[matrix] - row < most_rows ? ends[matrix] - row : most_rows;
+            product *t = products + count;
+            *t = *whole;
+            t->pieces += matrix * pieces_each, t->num_pieces = pieces_each, t->rows = rows;
+            if (t->integers) t->integers += row * blocks * INTEGER_BYTES;
+            if (t->floats) t->floats += row * blocks * FLOAT_BYTES;
+            if (t->sources) t->sources += row;
+            else t->x = (const uint8_t *)t->x + row * t->in_size * element;
+            if (t->bias) t->bias = (const uint8_t *)t->bias + matrix * t->y_stride * element;
+            t->y = (uint8_t *)t->y + row * t->y_stride * element;
+        }
+    return count;
+}
+
+/* As `packed_product`, where rows up to ends[m] and from ends[m - 1] on meet matrix m, of `pieces_each` pieces, and row
+ * m of the bias [matrices, y_stride]. Row i of the product is row sources[i] of x, or row i. */
+int packed_stack_product(const void *x, const int64_t *sources, const piece *pieces, long pieces_each,
+                         const int32_t *ends, long matrices, const void *bias, void *y, long in_size, long y_stride,
+                         int is_bfloat16, int is_exact, int threads) {
+    long rows = ends[matrices - 1];
+    product whole = {pieces, 0, rows, in_size, y_stride, 0, 0, x, sources, bias, y, is_bfloat16};
+    forms f = forms_of(pieces, pieces_each * matrices, is_exact);
+    long most_rows = groups_at_once(&whole, f) * ROWS;
+    uint8_t *memory = group_memory(&whole, f, rows);
+    product *products = malloc((matrices + rows / most_rows) * sizeof *products);
+    if (memory && products) {
+        long count = stack_products(&whole, pieces_each, ends, matrices, most_rows, products);
+        parallel_for(prepare_product, products, count, rows * in_size > SPREAD_FROM ? threads : 1);
+        long pairs = 0;
+        for (long i = 0; i < count; i++) pairs += pairs_of(products + i);
+        long chunks = threads > 1 ? threads * CHUNKS_PER_THREAD : 1;
+        pass s = {products, 0, most_rows, pairs, chunks < pairs ? chunks : pairs};
+        parallel_for(pass_chunk, &s, s.chunks, threads);
+    }
+    int failed = !memory || !products;
+    free(products);
+    free(memory);
+    return failed;
 }
 
 /* Bytes of a tile, so that Python need not know the layout. */

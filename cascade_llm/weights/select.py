@@ -15,7 +15,9 @@ from cascade_llm.weights.dense import Dense, dense_values
 from cascade_llm.weights.format import MatrixSpec, Refusal, StoredTensor, WeightFormat
 from cascade_llm.weights.onednn import OneDNN
 from cascade_llm.weights.packed import Packed
+from cascade_llm.weights.packed_stack import PackedStack
 from cascade_llm.weights.quantize import quantized
+from cascade_llm.weights.row_major import RowMajor, RowMajorStack
 from cascade_llm.weights.stack import MatrixStack, OneByOne
 
 __all__ = [
@@ -115,9 +117,7 @@ def _told(refused: Iterable[Refusal]) -> str:
 
 def build_matrix(spec: MatrixSpec, parts: Parts) -> WeightFormat:
     """The matrix of these parts in its format; plain parts are rounded first where `quantization` says so."""
-    method = spec.options.quantization
-    if method is not None:
-        parts = {name: quantized(method, stored) for name, stored in parts.items()}
+    parts = _rounded(spec, parts)
     return _built(select_format(spec, parts), spec, parts)
 
 
@@ -127,13 +127,26 @@ def _built(choice: FormatChoice, spec: MatrixSpec, parts: Parts) -> WeightFormat
     return matrix
 
 
+def _rounded(spec: MatrixSpec, parts: Parts) -> Parts:
+    """The parts, plain ones rounded where `quantization` says so."""
+    method = spec.options.quantization
+    return parts if method is None else {name: quantized(method, stored) for name, stored in parts.items()}
+
+
 def build_expert(spec: MatrixSpec, parts: Parts) -> WeightFormat:
-    """As `build_matrix`, of one matrix of a stack."""
-    return build_matrix(spec, parts)
+    """As `build_matrix`, of one matrix of a stack: plain values stay where they lie, since few experts meet a row."""
+    parts = _rounded(spec, parts)
+    if not RowMajor.reasons_against(spec, parts):
+        return RowMajor(spec, parts)
+    return _built(select_format(spec, parts), spec, parts)
 
 
-def join_experts(matrices: list[WeightFormat], spec: MatrixSpec) -> MatrixStack:
+def join_experts(spec: MatrixSpec, matrices: list[WeightFormat]) -> MatrixStack:
     """A stack of matrices of one spec that `build_expert` built."""
+    if PackedStack.holds(matrices):
+        return PackedStack([matrix for matrix in matrices if isinstance(matrix, Packed)])
+    if RowMajorStack.holds(matrices):
+        return RowMajorStack([matrix for matrix in matrices if isinstance(matrix, RowMajor)])
     return OneByOne(matrices, spec.out_features)
 
 

@@ -58,7 +58,7 @@ class StackedLinear:
         for stored in parts.values():
             stored.release()
         if not self._parts:
-            self._stack = self._grouped or join_experts([m for m in self._matrices if m is not None], self.spec)
+            self._stack = self._grouped or join_experts(self.spec, [m for m in self._matrices if m is not None])
             self._matrices = []
 
     def load_bias(self, index: int, part: str, stored: StoredTensor) -> None:
