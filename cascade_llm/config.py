@@ -25,8 +25,9 @@ LIMITS: Mapping[str, int] = {
     "num_threads": 1024,
     "max_model_len": 2**31 - 1,
     "kv_cache_bytes": 2**63 - 1,
+    "tensor_parallel_size": 8,
 }
-"""The largest value of each option that is a count; more threads than these end a process."""
+"""The largest value of each option that is a count; more threads than these end a process, and a machine has 8 GPUs."""
 RESOLVED = ("num_threads", "max_model_len", "kv_cache_bytes")
 """Those that may be None."""
 
@@ -239,7 +240,7 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's free memory that the KV pool may take."""
     kv_cache_bytes: int | None = None
-    """Size of the KV pool; None takes what the sequences could need, as far as the memory gives it."""
+    """Size of the KV pool, over all ranks; None takes what the sequences could need, as far as the memory gives it."""
     kv_cache_dtype: str = "auto"
     """auto (as dtype) | float32 | bfloat16 | float16 | fp8_e4m3 | int8 (a scale per token and head; CPU only)"""
     enable_prefix_caching: bool = True
@@ -256,9 +257,11 @@ class EngineOptions:
     exact_activations: bool = False
     """Leave the inputs of products with quantized matrices as they are, instead of rounding them to 8 bits: slower."""
     tensor_parallel_size: int = 1
-    """Only 1 is implemented so far."""
+    """Ranks that share the model's matrices and heads: a GPU each, or a process with its share of the cores."""
+    rank_timeout_s: float = 60.0
+    """How long a rank in a process of its own may be silent, or hold up a step, before the engine ends."""
     distributed_executor_backend: str = "uni"
-    """uni: steps run in this process | mp: in a spawned process of their own"""
+    """uni: steps run in this process | mp: in a spawned process of their own, as several ranks always do"""
     enforce_eager: bool = False
     """Never capture CUDA graphs."""
     schedule_lag: int | None = None
@@ -308,12 +311,12 @@ class EngineOptions:
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device is {self.device!r}: it must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
         share = self.gpu_memory_utilization
-        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+        if not _is_number(share) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization is {share!r}: it must be a number in (0, 1]")
         if not _is_integer(self.seed) or not -(2**63) <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed!r}: it must be an integer in [-2**63, 2**63)")
-        if self.tensor_parallel_size != 1:
-            raise ConfigError(f"tensor_parallel_size is {self.tensor_parallel_size!r}: only 1 is implemented so far")
+        if not _is_number(self.rank_timeout_s) or not self.rank_timeout_s > 0:
+            raise ConfigError(f"rank_timeout_s is {self.rank_timeout_s!r}: it must be a number of seconds above 0")
         if self.schedule_lag is not None and not (_is_integer(self.schedule_lag) and 0 <= self.schedule_lag <= 1):
             raise ConfigError(f"schedule_lag is {self.schedule_lag!r}: it must be 0, 1 or None")
         CascadeConfig(shared_prefix_len=self.cascade_shared_prefix_len, max_levels=self.cascade_max_levels)
@@ -356,6 +359,10 @@ class EngineOptions:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_positive_integer(value: object) -> bool:

@@ -13,6 +13,7 @@ CascadeError
 ├── BackendError           an attention backend or a device that cannot be used
 ├── PlanError              a plan breaks an invariant of `cascade_llm.plan`
 ├── WorkerError            a process that runs steps has ended, or a step failed in it
+│   └── RankError          an exchange with the other ranks failed: one of them has ended
 ├── GenerationError        a running request had to be ended (non-finite logits, a failed step)
 └── EngineClosedError      the engine was used after `close()`
 
@@ -36,6 +37,7 @@ __all__ = [
     "ModelNotFoundError",
     "PlanError",
     "PromptError",
+    "RankError",
     "RequestError",
     "SamplingParamsError",
     "UnsupportedModelError",
@@ -94,6 +96,10 @@ class PlanError(CascadeError, ValueError):
 
 class WorkerError(CascadeError, RuntimeError):
     """A process that runs steps has ended, or a step failed in it; the message says which and how."""
+
+
+class RankError(WorkerError):
+    """An exchange between ranks failed, as it does in all of them when one ends."""
 
 
 class GenerationError(CascadeError, RuntimeError):

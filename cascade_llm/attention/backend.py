@@ -15,8 +15,10 @@ from typing import Protocol
 
 import torch
 
+from cascade_llm.attention.head_shares import HeadShares
 from cascade_llm.attention.sinks import apply_sinks
 from cascade_llm.config import ModelConfig
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.kv_cache.page_dtypes import bytes_per_number
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
 from cascade_llm.plan import CascadePlan, IntColumn
@@ -42,13 +44,22 @@ class AttentionSpec:
 
     @classmethod
     def for_model(
-        cls, model: ModelConfig, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
+        cls,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
+        ranks: Ranks | None = None,
     ) -> AttentionSpec:
-        """The attention of a model that computes in `dtype` on `device`."""
+        """The attention of a model that computes in `dtype` on `device`, or one rank's part of it.
+
+        Raises `ConfigError` where the heads cannot be shared out.
+        """
+        heads = HeadShares.of(model, ranks or Ranks())
         return cls(
             num_layers=model.num_layers,
-            num_qo_heads=model.num_qo_heads,
-            num_kv_heads=model.num_kv_heads,
+            num_qo_heads=heads.qo.size,
+            num_kv_heads=heads.kv.size,
             head_dim=model.head_dim,
             sm_scale=model.sm_scale,
             dtype=dtype,

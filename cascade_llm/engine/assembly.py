@@ -14,11 +14,13 @@ from cascade_llm.engine.input_processor import InputProcessor
 from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.resolve import open_checkpoint
+from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.plan_file import PlanFileHeader, PlanFileWriter
 from cascade_llm.scheduler.cascade.choice import SegmentCosts
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.worker.executor import Executor, LocalExecutor
 from cascade_llm.worker.process_executor import ProcessExecutor
+from cascade_llm.worker.rank_options import check_ranks
 from cascade_llm.worker.start_progress import OnStart
 from cascade_llm.worker.worker import WorkerFacts, build_worker
 
@@ -117,7 +119,8 @@ def build_scheduler(
 
 
 def _start_executor(options: EngineOptions, checkpoint: Checkpoint, on_start: OnStart | None) -> Executor:
-    if options.distributed_executor_backend == "mp":
+    if options.distributed_executor_backend == "mp" or options.tensor_parallel_size > 1:
+        check_ranks(options, model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config()))
         # by path: asked for the name again, a hub might give what was pushed meanwhile
         assert checkpoint.path is not None
         return ProcessExecutor(checkpoint.path, replace(options, revision=None), on_start=on_start)

@@ -10,6 +10,7 @@ import torch
 
 from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.device.devices import resolve_device, resolve_dtype
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.engine.weight_support import TypeSupport, weight_support
 from cascade_llm.errors import CapacityError, CascadeError
 from cascade_llm.layers.rope import max_context_len
@@ -156,7 +157,7 @@ def _weights_bytes(config: ModelConfig, checkpoint: Checkpoint, container: str, 
 def _pool_bytes(config: ModelConfig) -> int:
     options, device = EngineOptions(), resolve_device("auto")
     page_bytes = config.kv_bytes_per_token(_dtype(config).itemsize) * options.page_size
-    return pool_pages(options, max_context_len(config), page_bytes, device) * page_bytes
+    return pool_pages(options, max_context_len(config), page_bytes, device, Ranks()) * page_bytes
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
@@ -99,12 +100,15 @@ class GGUFCheckpoint(Checkpoint):
 def stored_blocks(tensor: GGUFTensor, blocks: torch.Tensor) -> StoredTensor:
     """A tensor of a block type from its uint8 `blocks` [rows, bytes of a row], in Hugging Face's order."""
     codes = partial(codes_of, tensor.type) if tensor.type in CODED_TYPES else None
-    return StoredTensor(tensor.type.name, tensor.shape, blocks, partial(_decoded, tensor), codes)
+    block_len, block_bytes = GGML_QUANT_SIZES[tensor.type]
+    decode = partial(_decoded, tensor.type)
+    return StoredTensor(tensor.type.name, tensor.shape, blocks, decode, codes, block=(block_len, block_bytes))
 
 
-def _decoded(tensor: GGUFTensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Float32 values [rows, row length] of some rows of the tensor, uint8 `blocks` [rows, bytes of a row]."""
-    return dequantize(blocks.numpy().reshape(-1), tensor.type, (len(blocks), tensor.shape[-1]))
+def _decoded(block_type: GGMLQuantizationType, blocks: torch.Tensor) -> torch.Tensor:
+    """Float32 values [rows, inputs] of uint8 `blocks` [rows, bytes]."""
+    block_len, block_bytes = GGML_QUANT_SIZES[block_type]
+    return dequantize(blocks.numpy().reshape(-1), block_type, (len(blocks), blocks.shape[1] // block_bytes * block_len))
 
 
 def _hf_name(path: Path, name: str) -> str:

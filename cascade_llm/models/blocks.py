@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
 from cascade_llm.attention.backend import Attention
+from cascade_llm.attention.head_shares import HeadShares
 from cascade_llm.config import ModelConfig
+from cascade_llm.device.ranks import Ranks, Share
 from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm
 from cascade_llm.layers.rope import Rotation
 from cascade_llm.layers.routing import Router
+from cascade_llm.layers.shared_norms import shared_rms_norms
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightOptions
 from cascade_llm.weights.linear import Linear
 from cascade_llm.weights.stacked_linear import StackedLinear
@@ -31,6 +34,9 @@ __all__ = [
     "linear_parameters",
     "norm_parameter",
 ]
+
+BLOCK_LENS = (256, 128, 64, 32)
+"""Inputs of a block of weights, in any format that has blocks."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,43 @@ class BlockOptions:
     weights: WeightOptions
     ops: FusedOps
     router: Router
+    ranks: Ranks = field(default_factory=Ranks)
+    """That share the heads, and the inner values of feed-forward blocks."""
 
-    def linear(self, name: str, in_features: int, parts: Mapping[str, int], *, bias: bool) -> Linear:
-        """A layer whose matrix is fused of `parts`: the name of each in a checkpoint, and its outputs."""
-        return Linear(MatrixSpec(name, in_features, parts, self.weights), bias=bias)
+    def linear(
+        self,
+        name: str,
+        in_features: int,
+        parts: Mapping[str, int],
+        *,
+        bias: bool,
+        inputs: Share | None = None,
+        outputs: Mapping[str, Share] | None = None,
+    ) -> Linear:
+        """A layer with a matrix.
+
+        Args:
+            name: what messages call it
+            in_features: of the whole matrix
+            parts: that it is fused of: the name of each in a checkpoint, and its outputs
+            bias: whether it has one
+            inputs: this rank's; its products are summed over all ranks. None: each rank has all
+            outputs: this rank's of each part; None: each rank has all
+        """
+        return Linear(self._spec(name, in_features, parts, inputs, outputs), bias=bias, ranks=self.ranks)
+
+    @property
+    def heads(self) -> HeadShares:
+        """This rank's."""
+        return HeadShares.of(self.config, self.ranks)
+
+    def inner_share(self, size: int) -> Share:
+        """This rank's part of the values between two products, cut where long blocks of weights end.
+
+        Long blocks are given up where one rank would have much more to do than another.
+        """
+        fits = (unit for unit in BLOCK_LENS if size % unit == 0 and _is_even(size // unit, self.ranks.count))
+        return self.ranks.share(size, next(fits, 1))
 
     def exact_linear(self, name: str, in_features: int, parts: Mapping[str, int], *, bias: bool) -> Linear:
         """As `linear`, of a small matrix whose plain values are not rounded when the others are quantized."""
@@ -65,10 +104,34 @@ class BlockOptions:
         return exact.linear(name, in_features, parts, bias=bias)
 
     def stacked(
-        self, name: str, in_features: int, parts: Mapping[str, int], num_matrices: int, *, bias: bool
+        self,
+        name: str,
+        in_features: int,
+        parts: Mapping[str, int],
+        num_matrices: int,
+        *,
+        bias: bool,
+        inputs: Share | None = None,
+        outputs: Mapping[str, Share] | None = None,
     ) -> StackedLinear:
-        """As `linear`, of as many matrices of one shape; each row of a product meets one."""
-        return StackedLinear(MatrixSpec(name, in_features, parts, self.weights), num_matrices, bias=bias)
+        """As `linear`, of as many matrices of one shape; each row of a product meets one.
+
+        Products of some inputs are not summed over ranks: whoever asks for them does that once for all experts.
+        """
+        spec = self._spec(name, in_features, parts, inputs, outputs)
+        return StackedLinear(spec, num_matrices, bias=bias, ranks=self.ranks)
+
+    def _spec(
+        self,
+        name: str,
+        in_features: int,
+        parts: Mapping[str, int],
+        inputs: Share | None,
+        outputs: Mapping[str, Share] | None,
+    ) -> MatrixSpec:
+        if self.ranks.count == 1:
+            inputs = outputs = None
+        return MatrixSpec(name, in_features, parts, self.weights, inputs, outputs or {})
 
     def norm(self, size: int) -> RMSNorm:
         """A norm over `size` values that only scales, until its weight is loaded."""
@@ -101,14 +164,16 @@ class AttentionBlock:
             projection_norms: whether all queries together, and all keys, are normalised before they are rotated
             fused_name: what a checkpoint calls the one tensor that it has in the place of q, k and v
         """
-        config, self._ops, self._fused_name = options.config, options.ops, fused_name
-        self._layout = HeadLayout(config.num_qo_heads, config.num_kv_heads, config.head_dim)
-        q_size, kv_size = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv = options.linear("qkv", config.hidden_size, parts, bias=qkv_bias)
-        self.out = options.linear("attention_out", q_size, {"o_proj": config.hidden_size}, bias=out_bias)
+        config, heads, self._ops, self._fused_name = options.config, options.heads, options.ops, fused_name
+        self._layout = HeadLayout(heads.qo.size, heads.kv.size, config.head_dim)
+        q, kv = heads.qo.times(config.head_dim), heads.kv.times(config.head_dim)
+        shares = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        parts = {part: share.total for part, share in shares.items()}
+        self.qkv = options.linear("qkv", config.hidden_size, parts, bias=qkv_bias, outputs=shares)
+        self.out = options.linear("attention_out", q.total, {"o_proj": config.hidden_size}, bias=out_bias, inputs=q)
         self.head_norms = (options.norm(config.head_dim), options.norm(config.head_dim)) if head_norms else None
-        self.projection_norms = (options.norm(q_size), options.norm(kv_size)) if projection_norms else None
+        self.projection_norms = (options.norm(q.size), options.norm(kv.size)) if projection_norms else None
+        self._shares, self._ranks = (q, kv), options.ranks
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -119,18 +184,22 @@ class AttentionBlock:
         """The names of its tensors, and where they go."""
         yield from linear_parameters(self.qkv, self._fused_name)
         yield from linear_parameters(self.out)
-        for norms in (self.head_norms, self.projection_norms):
-            if norms is not None:
-                yield "q_norm.weight", norm_parameter(norms[0])
-                yield "k_norm.weight", norm_parameter(norms[1])
+        if self.head_norms is not None:
+            yield "q_norm.weight", norm_parameter(self.head_norms[0])
+            yield "k_norm.weight", norm_parameter(self.head_norms[1])
+        if self.projection_norms is not None:
+            yield "q_norm.weight", norm_parameter(self.projection_norms[0], self._shares[0])
+            yield "k_norm.weight", norm_parameter(self.projection_norms[1], self._shares[1])
 
     def project(self, x: torch.Tensor, rotation: Rotation | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Heads of x [rows, hidden]: q [rows, num_qo_heads, head_dim], k and v [rows, num_kv_heads, head_dim]."""
         qkv = self.qkv(x)
         if self.projection_norms is not None:
-            for part, norm in zip(("q_proj", "k_proj"), self.projection_norms, strict=True):
-                columns = qkv[:, self.qkv.spec.rows_of(part)]
-                columns.copy_(self._ops.rms_norm(columns.contiguous(), norm))
+            parts = [qkv[:, self.qkv.held.rows_of(part)] for part in ("q_proj", "k_proj")]
+            for part, normed in zip(
+                parts, shared_rms_norms(self._ops, self._ranks, parts, self.projection_norms), strict=True
+            ):
+                part.copy_(normed)
         return self._ops.rotate(qkv, self._layout, rotation, self.head_norms)
 
     def merge_heads(self, attended: torch.Tensor) -> torch.Tensor:
@@ -176,8 +245,9 @@ class GatedMLP(MLP):
         """
         self._ops, self._fused_name = options.ops, fused_name
         hidden, inner = options.config.hidden_size, inner_size or options.config.intermediate_size
-        self.gate_up = options.linear("gate_up", hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias)
-        self.down = options.linear("down", inner, {"down_proj": hidden}, bias=bias)
+        share, parts = options.inner_share(inner), {"gate_proj": inner, "up_proj": inner}
+        self.gate_up = options.linear("gate_up", hidden, parts, bias=bias, outputs=dict.fromkeys(parts, share))
+        self.down = options.linear("down", inner, {"down_proj": hidden}, bias=bias, inputs=share)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -308,9 +378,10 @@ def _load_bias_parts(linear: Linear, stored: StoredTensor) -> None:
         linear.load_bias(part, stored.rows(linear.spec.rows_of(part)))
 
 
-def norm_parameter(norm: RMSNorm) -> Parameter:
-    """The weight of a norm."""
-    return Parameter(tuple(norm.weight.shape), partial(_copy, norm.weight))
+def norm_parameter(norm: RMSNorm, share: Share | None = None) -> Parameter:
+    """The weight of a norm; `share`: this rank's part of it, where ranks share the values."""
+    share = share or Share.whole(len(norm.weight))
+    return Parameter((share.total,), partial(_copy_part, norm.weight, share))
 
 
 def below(prefix: str, parameters: Iterator[tuple[str, Parameter]]) -> Iterator[tuple[str, Parameter]]:
@@ -320,5 +391,10 @@ def below(prefix: str, parameters: Iterator[tuple[str, Parameter]]) -> Iterator[
         yield f"{prefix}.{name}", replace(parameter, stands_for=inner) if inner else parameter
 
 
-def _copy(weight: torch.Tensor, stored: StoredTensor) -> None:
-    weight.copy_(stored.values())
+def _is_even(num_blocks: int, num_ranks: int) -> bool:
+    """Whether no rank has more than an eighth more blocks than another."""
+    return num_blocks % num_ranks == 0 or num_blocks >= 8 * num_ranks
+
+
+def _copy_part(weight: torch.Tensor, share: Share, stored: StoredTensor) -> None:
+    weight.copy_(stored.values()[share.slice])

@@ -13,6 +13,7 @@ import torch
 
 from cascade_llm.attention.backend import Attention
 from cascade_llm.config import ModelConfig
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.errors import ConfigError
 from cascade_llm.layers.fused_ops import FusedOps
 from cascade_llm.layers.native_ops import select_fused_ops
@@ -20,7 +21,8 @@ from cascade_llm.layers.rope import RotaryTables
 from cascade_llm.layers.routing import TorchRouter
 from cascade_llm.models.architectures import ARCHITECTURES
 from cascade_llm.models.blocks import BlockOptions, Parameter, below, linear_parameters, norm_parameter
-from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightOptions
+from cascade_llm.models.vocabulary import VocabularyShares
+from cascade_llm.weights.format import StoredTensor, WeightOptions
 from cascade_llm.weights.linear import Embedding, Linear
 from cascade_llm.weights.stacked_linear import StackedLinear
 
@@ -57,6 +59,7 @@ class Decoder:
         *,
         max_positions: int | None = None,
         ops: FusedOps | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Allocate the parameters.
 
@@ -65,6 +68,7 @@ class Decoder:
             weights: their dtype and device, and what decides the formats of the matrices
             max_positions: the longest sequence, for the RoPE tables; default `config.max_position_embeddings`
             ops: the elementwise operations; default the fastest that works on this device
+            ranks: that share the model, of which this holds one's part; default one rank holds all
 
         Raises:
             ConfigError: a quantization is asked for that has no kernel on the device
@@ -76,16 +80,18 @@ class Decoder:
                 "set device='cpu', or leave it out"
             )
         self.config, self.dtype, self.device = config, weights.dtype, weights.device
+        self._ranks = ranks or Ranks()
         self.ops = ops or select_fused_ops(weights.dtype, weights.device)
-        options = BlockOptions(config, weights, self.ops, TorchRouter())
+        options = BlockOptions(config, weights, self.ops, TorchRouter(), self._ranks)
         make_layer = ARCHITECTURES[config.architecture].layer
         self.layers = [make_layer(options, index) for index in range(config.num_layers)]
         of_head = head_options(weights)
         hidden, vocab_size = config.hidden_size, config.vocab_size
-        self.embedding = Embedding(MatrixSpec("embedding", hidden, {"embed_tokens": vocab_size}, of_head))
+        self._vocabulary = VocabularyShares(vocab_size, self._ranks)
+        self.embedding = Embedding(self._vocabulary.matrix("embedding", "embed_tokens", hidden, of_head), self._ranks)
         self.final_norm = options.norm(hidden)
         tied_to = self.embedding if config.tie_word_embeddings else None
-        self.lm_head = Linear(MatrixSpec("head", hidden, {"lm_head": vocab_size}, of_head), tied_to=tied_to)
+        self.lm_head = Linear(self._vocabulary.matrix("head", "lm_head", hidden, of_head), tied_to=tied_to)
         self.rotary = RotaryTables(config, max_positions or config.max_position_embeddings, weights.device)
 
     @property
@@ -148,12 +154,18 @@ class Decoder:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] -> [n, vocab_size], the model's dtype; for the sampled rows only."""
-        return self._scaled(self.lm_head(hidden))
+        """[n, hidden] -> [n, vocab_size], the model's dtype; for the sampled rows only.
+
+        Every rank has to call it; on others than rank 0 the result is [n, this rank's part of the vocabulary].
+        """
+        return self._scaled(self._vocabulary.gathered(self.lm_head(hidden)))
 
     def write_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """`logits` into memory that is there, [n, vocab_size]: a copy of them would be read and written once more."""
-        self._scaled(self.lm_head(hidden, out))
+        if self._ranks.count == 1:
+            self._scaled(self.lm_head(hidden, out))
+        else:
+            self._scaled(self._vocabulary.gathered(self.lm_head(hidden), out))
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         return logits if self.config.logits_divisor == 1 else logits.div_(self.config.logits_divisor)

@@ -65,8 +65,11 @@ class Experts(MLP):
         hidden, count = options.config.hidden_size, routing.num_experts
         self.router = options.exact_linear("router", hidden, {self._names.router: count}, bias=router_bias)
         parts = {self._names.gate: inner_size, self._names.up: inner_size}
-        self.gate_up = options.stacked("expert_gate_up", hidden, parts, count, bias=bias)
-        self.down = options.stacked("expert_down", inner_size, {self._names.down: hidden}, count, bias=bias)
+        share, self._ranks = options.inner_share(inner_size), options.ranks
+        shares = dict.fromkeys(parts, share)
+        self.gate_up = options.stacked("expert_gate_up", hidden, parts, count, bias=bias, outputs=shares)
+        down = {self._names.down: hidden}
+        self.down = options.stacked("expert_down", inner_size, down, count, bias=bias, inputs=share)
         self.shared: GatedMLP | None = None
         self.shared_gate: Linear | None = None
         if shared_size is not None:
@@ -96,7 +99,7 @@ class Experts(MLP):
         """See `MLP`."""
         routed = self._route(self.router(x), self.routing)
         inner = self._activation(self.gate_up(x, routed.ends, routed.sources))
-        out = self._combine(self.down(inner, routed.ends), routed)
+        out = self._ranks.all_reduce(self._combine(self.down(inner, routed.ends), routed))
         if self.shared is None or self.shared_gate is None:
             return out
         return out.addcmul_(self.shared_gate(x).sigmoid_(), self.shared(x))

@@ -8,7 +8,8 @@ the same for all rows is the `CodeLayout`; a kernel is chosen by it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 
 import torch
 
@@ -32,6 +33,8 @@ NOT_SIGN = 0x7F
 """Of a byte; with all its bits set a float8_e4m3fn is NaN."""
 SUPER_LEN = 256
 """Inputs that share a super-scale where scales are themselves integers: GGUF's K types."""
+LEAST_GROUP_LEN = 16
+"""Of inputs that share a scale: with shorter groups a matrix is smaller as plain values."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,36 @@ class Codes:
         if self.input_order is None:
             return values
         return torch.empty_like(values).index_copy_(1, self.input_order, values)
+
+    def columns(self, part: slice) -> Codes | None:
+        """The codes of some inputs, which have the same values; None where their groups would be too short.
+
+        A cut within a group makes groups of the cut's length. One within a super-block multiplies its scales out, which
+        float32 holds exactly. Inputs that are out of order belong to groups of all parts, so they are not cut.
+
+        Args:
+            part: of the inputs, with start and stop
+        """
+        if self.input_order is not None:
+            return None
+        layout, codes = self.layout, self.codes[:, part]
+        if layout.group_len is None:
+            return Codes(layout, codes)
+        cut_len = gcd(part.start, part.stop, SUPER_LEN)
+        if layout.scale == "sub" and cut_len == SUPER_LEN:
+            supers = slice(part.start // SUPER_LEN, part.stop // SUPER_LEN)
+            groups = slice(part.start // layout.group_len, part.stop // layout.group_len)
+            subs = (None if n is None else n[:, groups] for n in (self.sub_scales, self.sub_minima))
+            return Codes(
+                layout, codes, *(None if n is None else n[:, supers] for n in (self.scales, self.minima)), *subs
+            )
+        unit = gcd(part.start, part.stop, layout.group_len)
+        if unit < LEAST_GROUP_LEN:
+            return None
+        kept = torch.arange(part.start, part.stop, unit) // layout.group_len
+        minima = self.group_minima()[:, kept] if layout.has_minimum else None
+        scale = "float32" if layout.scale == "sub" else layout.scale
+        return Codes(replace(layout, group_len=unit, scale=scale), codes, self.group_scales()[:, kept], minima)
 
     def check(self) -> None:
         """Raise `CheckpointError` where a code of float8_e4m3fn is NaN: kernels may take it for a number."""

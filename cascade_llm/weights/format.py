@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 
+from cascade_llm.device.ranks import Share
 from cascade_llm.weights.codes import Codes
 
 __all__ = ["MatrixSpec", "Refusal", "StoredTensor", "WeightFormat", "WeightOptions"]
@@ -45,6 +46,8 @@ class StoredTensor:
 
     release: Callable[[], None] = lambda: None
     """Gives back the memory that reading a view of a file has brought in; reading it again brings it back."""
+    block: tuple[int, int] | None = None
+    """Where rows of `data` are blocks that `decode` and `codes` take alone: the inputs of one, and its bytes."""
 
     @classmethod
     def plain(cls, values: torch.Tensor, release: Callable[[], None] = lambda: None) -> StoredTensor:
@@ -62,6 +65,30 @@ class StoredTensor:
         data = self.data.view(count, rows, -1) if self.decode is not None else self.data
         return replace(self, shape=self.shape[1:], data=data[index])
 
+    def columns(self, part: slice) -> StoredTensor:
+        """Some inputs of a matrix, as they are stored where that can be cut there, else decoded as they are read.
+
+        Args:
+            part: of the inputs, with start and stop
+        """
+        rows, inputs = self.shape
+        if part.start == 0 and part.stop == inputs:
+            return self
+        shape = rows, part.stop - part.start
+        if self.decode is None:
+            return replace(self, shape=shape, data=self.data[:, part])
+        data, rest = self.data, part
+        if self.block is not None:
+            block_len, num_bytes = self.block
+            first, end = part.start // block_len, -(-part.stop // block_len)
+            data = data[:, first * num_bytes : end * num_bytes]
+            rest = slice(part.start - first * block_len, part.stop - first * block_len)
+        cut = _Columns(self.decode, self.codes, rest)
+        has_codes = self.codes is not None and len(data) > 0 and cut.codes_or_none(data[:1]) is not None
+        return replace(
+            self, shape=shape, data=data, block=None, decode=cut.decode, codes=cut.codes if has_codes else None
+        )
+
     def values(self) -> torch.Tensor:
         """The values [*shape]: a view of the file where they are plain, else new float32 ones."""
         return self.data if self.decode is None else self.decode(self.data).view(self.shape)
@@ -75,6 +102,27 @@ class StoredTensor:
         step = max(1, CHUNK_LEN // rows.shape[1])
         for first in range(0, len(rows), step):
             rows[first : first + step] = self.decode(self.data[first : first + step])
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Cuts what rows of data are turned into."""
+
+    whole_decode: Callable[[torch.Tensor], torch.Tensor]
+    whole_codes: Callable[[torch.Tensor], Codes] | None
+    part: slice
+
+    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.whole_decode(rows.contiguous())[:, self.part]
+
+    def codes_or_none(self, rows: torch.Tensor) -> Codes | None:
+        assert self.whole_codes is not None
+        return self.whole_codes(rows.contiguous()).columns(self.part)
+
+    def codes(self, rows: torch.Tensor) -> Codes:
+        codes = self.codes_or_none(rows)
+        assert codes is not None
+        return codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +152,25 @@ class MatrixSpec:
     parts: Mapping[str, int]
     """The rows of each part, by its name in a checkpoint, in their order in the matrix."""
     options: WeightOptions
+    inputs: Share | None = None
+    """This rank's, where each has some: its products are then summed over all ranks."""
+    outputs: Mapping[str, Share] = field(default_factory=dict)
+    """This rank's rows of each part, where each has some."""
+
+    @property
+    def held(self) -> MatrixSpec:
+        """The matrix that this rank holds."""
+        if self.inputs is None and not self.outputs:
+            return self
+        in_features = self.in_features if self.inputs is None else self.inputs.size
+        parts = {part: self.outputs[part].size if self.outputs else rows for part, rows in self.parts.items()}
+        return MatrixSpec(self.name, in_features, parts, self.options)
+
+    def held_part(self, part: str, stored: StoredTensor) -> StoredTensor:
+        """What this rank holds of a part of the matrix [rows, in_features], or of its bias [rows]."""
+        if self.outputs:
+            stored = stored.rows(self.outputs[part].slice)
+        return stored if self.inputs is None or len(stored.shape) == 1 else stored.columns(self.inputs.slice)
 
     @property
     def out_features(self) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.device.devices import resolve_device
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.device.start_errors import memory_for
 from cascade_llm.errors import CapacityError
 from cascade_llm.models.decoder import Decoder
@@ -31,23 +32,32 @@ def available_bytes(device: torch.device) -> int:
     return min([int(psutil.virtual_memory().available), *_cgroup_rooms(CGROUP)])
 
 
-def check_sizes(options: EngineOptions, model: ModelConfig, dtype: torch.dtype, kv_bytes: int, max_len: int) -> None:
+def available_bytes_of_rank(device: torch.device, ranks: Ranks) -> int:
+    """What one rank may count on: ranks on CPUs share the memory."""
+    free = available_bytes(device)
+    return free if device.type == "cuda" else free // ranks.count
+
+
+def check_sizes(
+    options: EngineOptions, model: ModelConfig, dtype: torch.dtype, kv_bytes: int, max_len: int, ranks: Ranks
+) -> None:
     """Compare what must be held in any case with the free memory, before anything is built.
 
     Args:
-        kv_bytes: of a token, over all layers
+        kv_bytes: of a token, over all layers, on this rank
         max_len: tokens of the longest sequence
+        ranks: that share the weights
 
     Raises:
         CapacityError: with the number and the limit
     """
-    free = available_bytes(resolve_device(options.device))
+    free = available_bytes_of_rank(resolve_device(options.device), ranks)
     heads = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim
     layers = model.hidden_size * (model.num_layers * heads + 3 * model.total_gate_size)
     vocabularies = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     needs = (
         (
-            (layers + vocabularies) * dtype.itemsize,
+            (layers + vocabularies) * dtype.itemsize // ranks.count,
             f"the weights of {model.num_layers:,} layers, hidden size {model.hidden_size:,} and a vocabulary of "
             f"{model.vocab_size:,}",
             "take a smaller model, or end what else holds memory",
@@ -84,21 +94,30 @@ def step_bytes(decoder: Decoder, options: EngineOptions, *, has_graphs: bool) ->
 
 
 def pool_pages(
-    options: EngineOptions, max_model_len: int, bytes_per_page: int, device: torch.device, reserved_bytes: int = 0
+    options: EngineOptions,
+    max_model_len: int,
+    bytes_per_page: int,
+    device: torch.device,
+    ranks: Ranks,
+    reserved_bytes: int = 0,
 ) -> int:
     """Pages of the KV pool: what `kv_cache_bytes` says, else what the sequences could need and the memory gives.
 
     On the CPU the memory gives a quarter of what is free; on CUDA the share that `gpu_memory_utilization` names, less
-    `reserved_bytes`, which steps need for themselves.
+    `reserved_bytes`, which steps need for themselves. Every rank holds a share of each page, and the one that has room
+    for the fewest decides.
+
+    Args:
+        bytes_per_page: on this rank
 
     Raises:
         CapacityError: not one sequence of `max_model_len` fits; says which number to change
     """
     pages_per_sequence = -(-max_model_len // options.page_size)
     wanted = options.max_num_seqs * pages_per_sequence
-    free_bytes = available_bytes(device)
+    free_bytes = available_bytes_of_rank(device, ranks)
     if options.kv_cache_bytes is not None:
-        pool_bytes, cure = options.kv_cache_bytes, "raise kv_cache_bytes"
+        pool_bytes, cure = options.kv_cache_bytes // ranks.count, "raise kv_cache_bytes"
     else:
         share = options.gpu_memory_utilization if device.type == "cuda" else 0.25
         pool_bytes = max(0, int(free_bytes * share) - reserved_bytes)
@@ -116,7 +135,7 @@ def pool_pages(
             f"kv_cache_bytes asks for {pages * bytes_per_page:,} bytes, {free_bytes:,} are free: lower it, or "
             "max_num_seqs or max_model_len"
         )
-    return pages
+    return ranks.least(pages, device)
 
 
 def _cgroup_rooms(root: Path) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 
 from cascade_llm.attention.backend import AttentionBackend, StepAttention, column_tensor
 from cascade_llm.device.devices import thread_limit
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.device.stream import DeviceStream
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.models.decoder import Decoder, FirstNonFinite
@@ -40,16 +41,25 @@ class ModelRunner:
         *,
         num_threads: int | None = None,
         debug: bool = False,
+        ranks: Ranks | None = None,
         stream: DeviceStream | None = None,
         graphs: CudaGraphs | None = None,
     ) -> None:
-        """`stream`: what a GPU's work is queued on; `graphs`: captured decode steps, tried before eager ones."""
+        """Take what steps are run on.
+
+        Args:
+            num_threads: of a step on a CPU
+            debug: whether plans are checked, and the first stage found that is not finite
+            ranks: that run the same steps; rank 0 samples, and its lanes' tokens go to the others
+            stream: what a GPU's work is queued on
+            graphs: captured decode steps, tried before eager ones
+        """
         self.decoder, self.backend, self.kv_cache = decoder, backend, kv_cache
         self.graphs = graphs
         self._stream = stream
         self._lanes = lanes
         self._sampler = Sampler(lanes, compiled=stream is None)  # a kernel of the host's would not wait for a stream
-        self._num_threads, self._debug = num_threads, debug
+        self._num_threads, self._debug, self._ranks = num_threads, debug, ranks or Ranks()
 
     def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Start a step; returns what waits for its result, once. Steps run in the order of submission."""
@@ -58,11 +68,11 @@ class ModelRunner:
         with self._running():
             self._lanes.start(plan.lane_starts)
             self._copy_pages(plan)
-            if self.graphs is not None:
-                result = self.graphs.submit(plan)
-                if result is not None:
-                    return result
-            return self._run(plan)
+            result = self.graphs.submit(plan) if self.graphs is not None else None
+            result = result or self._run(plan)
+            if len(plan.sample_rows):
+                self._ranks.broadcast(self._lanes.last_tokens)
+            return result
 
     def logits(self, plan: StepPlan, rows: IntColumn) -> torch.Tensor:
         """Run a step without sampling and return the logits of `rows`, [len(rows), vocab]; for validation."""
@@ -99,6 +109,8 @@ class ModelRunner:
         if len(rows) < len(hidden):  # a copy of all rows would wake torch's threads, whose spinning delays ours
             hidden = hidden[torch.tensor(rows, device=hidden.device)]
         logits = self.decoder.logits(hidden)
+        if not self._ranks.is_first:
+            return StepResult(step_id=plan.step_id)
         sampled = self._sampler.sample(
             logits,
             plan.sample_lanes,
@@ -133,6 +145,8 @@ class ModelRunner:
         for begin in range(0, len(plan.prompt_logprob_rows), LOGPROB_ROWS):
             part = slice(begin, begin + LOGPROB_ROWS)
             logits = self.decoder.logits(hidden[self._index(plan.prompt_logprob_rows[part])])
+            if not self._ranks.is_first:
+                continue
             reports += token_logprobs(
                 logits, range(len(logits)), plan.prompt_logprob_token_ids[part], plan.prompt_logprob_counts[part]
             )

@@ -4,97 +4,98 @@
                      ▲────────── receiving thread ◄─pipe──────┘
 
 Threads stand between the engine and the pipes, so that an interruption of the engine never leaves half a message, and
-a pipe that is full never makes both ends wait for each other. A rank ends when the pipe to the engine breaks; when a
-rank ends, whoever waits gets a `WorkerError` that says which and how.
+a pipe that is full never makes both ends wait for each other. A rank ends when the pipe to the engine breaks. When a
+rank ends, hangs, or fails in a step that it shares with others, all are ended, and whoever waits gets a `WorkerError`
+that says which rank and how.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
-import signal
-import threading
-from collections import deque
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
 
 from cascade_llm.config import EngineOptions
-from cascade_llm.errors import CascadeError, WorkerError
-from cascade_llm.loader.resolve import open_checkpoint
+from cascade_llm.errors import CascadeError, RankError, WorkerError
 from cascade_llm.plan import StepPlan, StepResult
-from cascade_llm.plan_codec import PlanDecoder, PlanEncoder, decode_result, encode_result
+from cascade_llm.plan_codec import decode_result
 from cascade_llm.worker.executor import Executor, PendingStep
-from cascade_llm.worker.model_runner import ModelRunner
+from cascade_llm.worker.rank_link import Message, RankLink, SharedEncoder
+from cascade_llm.worker.rank_options import options_of_rank
+from cascade_llm.worker.rank_process import (
+    CLOSE,
+    COUNT,
+    COUNTERS,
+    ENDED,
+    FAILED,
+    PING,
+    READY,
+    RESULT,
+    STARTING,
+    Failure,
+    RankSetup,
+)
+from cascade_llm.worker.rank_watch import RankWatch
 from cascade_llm.worker.start_progress import OnStart
-from cascade_llm.worker.worker import WorkerFacts, build_worker
+from cascade_llm.worker.worker import WorkerFacts
 
 __all__ = ["ProcessExecutor"]
 
 MOST_IN_FLIGHT = 8
 """No engine plans so many steps ahead."""
 JOIN_S = 10.0
-"""How long a rank may take to end by itself before it is killed."""
-
-PLAN, COUNT, CLOSE = b"P", b"N", b"X"
-"""What a message to a rank begins with."""
-READY, STARTING, RESULT, COUNTERS, FAILED, ENDED = b"Y", b"C", b"R", b"N", b"F", b"E"
-"""What a message from a rank begins with; `ENDED` is never sent: the receiving thread makes it."""
-
-
-class _Message(NamedTuple):
-    """What came of a rank."""
-
-    rank: int
-    kind: bytes
-    content: bytes
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What was raised in a rank: for a step, or at start (`step_id` -1)."""
-
-    step_id: int
-    error: CascadeError
+"""How long ranks may take to end by themselves before they are killed."""
+LOOK_S = 1.0
+"""Between two looks at ranks that are waited for."""
+CAUSE_S = 3.0
+"""How long after one rank has lost another that one's own end is waited for."""
 
 
 class ProcessExecutor(Executor):
     """Runs each step on every rank, and takes the result of rank 0."""
 
     def __init__(
-        self,
-        model: str | os.PathLike[str],
-        options: EngineOptions,
-        *,
-        num_ranks: int = 1,
-        on_start: OnStart | None = None,
+        self, model: str | os.PathLike[str], options: EngineOptions, *, on_start: OnStart | None = None
     ) -> None:
-        """Spawn the ranks and wait until each has loaded its model.
+        """Spawn `tensor_parallel_size` ranks, and wait until each has loaded its share of the model.
 
         Raises:
             CascadeError: what the start of a rank raised
             WorkerError: a rank ended while it started
         """
-        self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._results: dict[int, StepResult | CascadeError] = {}
         self._counters: dict[str, int] | None = None
         self._ended: WorkerError | None = None
-        self._is_ready = False
-        self._facts: list[WorkerFacts | None] = [None] * num_ranks
-        self._ranks = [_Rank(index, model, options, self._inbox) for index in range(num_ranks)]
+        self._is_ready, self._timeout_s = False, options.rank_timeout_s
+        self._folder = TemporaryDirectory(prefix="cascade-llm-")  # nobody else may enter it
+        count = options.tensor_parallel_size
+        setups = [
+            RankSetup(
+                model=model,
+                options=options_of_rank(options, index),
+                index=index,
+                count=count,
+                meeting_point=Path(self._folder.name) / "ranks",
+            )
+            for index in range(count)
+        ]
+        self._facts: list[WorkerFacts | None] = [None] * count
+        self._encoder = SharedEncoder()
+        self._ranks = [RankLink(setup, self._inbox) for setup in setups]
         try:
-            while None in self._facts:
-                self._take(on_start)
+            self._wait_until(lambda: None not in self._facts, on_start)
         except BaseException:
             self.close()
             raise
         self._is_ready = True
         first = self._facts[0]
         assert first is not None
+        assert all(facts is not None and facts.total_pages == first.total_pages for facts in self._facts)
         self.facts = first
 
     def submit(self, plan: StepPlan) -> PendingStep:
@@ -103,8 +104,9 @@ class ProcessExecutor(Executor):
             raise self._ended
         for step_id in [known for known in self._results if known < plan.step_id - MOST_IN_FLIGHT]:
             del self._results[step_id]  # of steps that were dropped: nobody waits for them
+        message = self._encoder.message(plan)
         for rank in self._ranks:
-            rank.send(PLAN, plan)
+            rank.send(message)
         return PendingStep(plan, lambda: self._result(plan.step_id))
 
     @property
@@ -117,8 +119,7 @@ class ProcessExecutor(Executor):
         if self._ended is None and self._ranks:
             self._counters = None
             self._ranks[0].send(COUNT)
-            while self._counters is None and self._ended is None:
-                self._take()
+            self._wait_until(lambda: self._counters is not None or self._ended is not None)
         return self._counters or {}
 
     def close(self) -> None:
@@ -126,22 +127,38 @@ class ProcessExecutor(Executor):
         ranks, self._ranks = self._ranks, []
         for rank in ranks:
             rank.send(CLOSE)
+        deadline = time.monotonic() + JOIN_S
         for rank in ranks:
-            rank.end()
+            rank.end(deadline)
+        self._folder.cleanup()
 
     def _result(self, step_id: int) -> StepResult:
-        while step_id not in self._results:
-            if self._ended is not None:
-                raise self._ended
-            self._take()
-        found = self._results.pop(step_id)
+        self._wait_until(lambda: step_id in self._results or self._ended is not None, in_step=True)
+        found = self._results.pop(step_id, self._ended)
+        assert found is not None
         if isinstance(found, CascadeError):
             raise found
         return found
 
-    def _take(self, on_start: OnStart | None = None) -> None:
-        """Wait for a message and note what it says."""
-        rank, kind, content = self._inbox.get()
+    def _wait_until(
+        self, is_there: Callable[[], bool], on_start: OnStart | None = None, *, in_step: bool = False
+    ) -> None:
+        """Take messages until something is there; ranks that hang meanwhile are ended."""
+        watch = RankWatch([rank.pulse for rank in self._ranks], self._timeout_s, in_step=in_step)
+        while not is_there():
+            try:
+                message = self._inbox.get(timeout=min(LOOK_S, self._timeout_s))
+            except Empty:
+                if found := watch.look():
+                    self._end(f"rank {found[0]} (process {self._ranks[found[0]].pid}) {found[1]}")
+                for rank in self._ranks:
+                    rank.send(PING)
+            else:
+                self._take(message, on_start)
+
+    def _take(self, message: Message, on_start: OnStart | None) -> None:
+        """Note what a rank says."""
+        rank, kind, content = message
         if kind == RESULT:
             if rank == 0:
                 result = decode_result(content)
@@ -154,14 +171,42 @@ class ProcessExecutor(Executor):
             if on_start is not None and rank == 0:
                 on_start(*pickle.loads(content))
         elif kind == FAILED:
-            failure: _Failure = pickle.loads(content)
-            if failure.step_id < 0:
-                raise failure.error
-            self._results[failure.step_id] = failure.error
+            self._take_failure(rank, pickle.loads(content))
         else:
-            self._ended = WorkerError(f"rank {rank} {content.decode()}{self._cure()}")
-            if not self._is_ready:
-                raise self._ended
+            self._end(f"rank {rank} {content.decode()}")
+
+    def _take_failure(self, rank: int, failure: Failure) -> None:
+        """A step that one rank alone runs may fail alone; ranks that share one would no longer exchange the same."""
+        if len(self._ranks) > 1:
+            self._end_all_for(rank, failure)
+        if failure.step_id is None:
+            raise failure.error
+        self._results[failure.step_id] = failure.error
+
+    def _end_all_for(self, rank: int, failure: Failure) -> None:
+        """A rank that lost another is not the cause: the other's own last word comes soon."""
+        deadline = time.monotonic() + CAUSE_S
+        while isinstance(failure.error, RankError) and (left_s := deadline - time.monotonic()) > 0:
+            try:
+                other, kind, content = self._inbox.get(timeout=left_s)
+            except Empty:
+                break
+            if kind == ENDED:
+                return self._end(f"rank {other} {content.decode()}")
+            if kind == FAILED:
+                rank, failure = other, pickle.loads(content)
+        if failure.step_id is None:
+            raise type(failure.error)(f"rank {rank}: {failure.error}")
+        return self._end(f"rank {rank} failed in step {failure.step_id}: {failure.error}")
+
+    def _end(self, how: str) -> None:
+        """There is a rank that cannot go on, and so none can: kill them, and tell everybody who waits."""
+        if self._ended is None:
+            self._ended = WorkerError(how + self._cure())
+        for rank in self._ranks:
+            rank.kill()
+        if not self._is_ready:
+            raise self._ended
 
     def _cure(self) -> str:
         if self._is_ready:
@@ -170,159 +215,3 @@ class ProcessExecutor(Executor):
             " while it started: its own output says why; a script that creates an LLM with processes has to do so "
             'below `if __name__ == "__main__":`'
         )
-
-
-class _Rank:
-    """The engine's end of one rank."""
-
-    def __init__(
-        self, index: int, model: str | os.PathLike[str], options: EngineOptions, inbox: SimpleQueue[_Message]
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process: BaseProcess = context.Process(
-            target=_run_rank, args=(theirs, model, options), name=f"cascade-llm rank {index}", daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        self._outbox: SimpleQueue[tuple[bytes, StepPlan | None]] = SimpleQueue()
-        self._receiving = threading.Thread(target=self._receive, args=(index, inbox), daemon=True)
-        self._receiving.start()
-        threading.Thread(target=self._send_all, args=(index, inbox), daemon=True).start()
-
-    @property
-    def pid(self) -> int | None:
-        """The process's number."""
-        return self._process.pid
-
-    def send(self, kind: bytes, plan: StepPlan | None = None) -> None:
-        """Queue a message; a rank that has ended gets it no more."""
-        self._outbox.put((kind, plan))
-
-    def end(self) -> None:
-        """Wait for the process, which was told to close; kill it where it does not."""
-        self._process.join(JOIN_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._receiving.join()
-
-    def _send_all(self, index: int, inbox: SimpleQueue[_Message]) -> None:
-        encoder = PlanEncoder()
-        while True:
-            kind, plan = self._outbox.get()
-            try:
-                self._connection.send_bytes(kind if plan is None else kind + encoder.encode(plan))
-            except OSError:  # the rank has ended: the receiving thread tells
-                return
-            except Exception as error:
-                inbox.put(_Message(index, ENDED, f"cannot be sent a plan ({type(error).__name__}: {error})".encode()))
-                return
-            if kind == CLOSE:
-                return
-
-    def _receive(self, index: int, inbox: SimpleQueue[_Message]) -> None:
-        while True:
-            wait([self._connection, self._process.sentinel])
-            try:
-                if not self._connection.poll():
-                    break
-                message = self._connection.recv_bytes()
-            except (EOFError, OSError):
-                break
-            inbox.put(_Message(index, message[:1], message[1:]))
-        self._process.join()
-        inbox.put(_Message(index, ENDED, _how_it_ended(self._process).encode()))
-
-
-def _how_it_ended(process: BaseProcess) -> str:
-    code = process.exitcode or 0
-    try:
-        how = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with status {code}"
-    except ValueError:
-        how = f"by signal {-code}"
-    return f"(process {process.pid}) ended {how}"
-
-
-# -- in the rank's own process ----------------------------------------------------------------------------------------
-
-
-def _run_rank(connection: Connection, model: str | os.PathLike[str], options: EngineOptions) -> None:
-    """The life of a rank: load, then run plans until it is told to close."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the engine decides what ends
-
-    def tell(kind: bytes, content: Any) -> None:
-        connection.send_bytes(kind + pickle.dumps(content))
-
-    try:
-        checkpoint = open_checkpoint(model, load_format=options.load_format, revision=options.revision)
-        runner, facts = build_worker(options, checkpoint, on_start=lambda *progress: tell(STARTING, progress))
-    except Exception as error:
-        tell(FAILED, _Failure(-1, _as_ours(error)))
-        return
-    tell(READY, facts)
-    plans: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_read_plans, args=(connection, plans), daemon=True).start()
-    _Loop(connection, runner).run(plans)
-
-
-def _read_plans(connection: Connection, plans: SimpleQueue[bytes]) -> None:
-    """Bring messages in as they come; without an engine there is nothing left to do, not even the step under way."""
-    while True:
-        try:
-            message = connection.recv_bytes()
-        except (EOFError, OSError):
-            os._exit(1)
-        plans.put(message)
-        if message == CLOSE:
-            return
-
-
-class _Loop:
-    """Runs plans in order; a plan that has come is started before the result of the one before is waited for."""
-
-    def __init__(self, connection: Connection, runner: ModelRunner) -> None:
-        self._connection, self._runner = connection, runner
-        self._decoder = PlanDecoder()
-        self._pending: deque[tuple[int, Callable[[], StepResult]]] = deque()
-
-    def run(self, messages: SimpleQueue[bytes]) -> None:
-        """Until `CLOSE` comes."""
-        while True:
-            try:
-                message = messages.get(block=not self._pending)
-            except Empty:
-                self._finish_oldest()
-                continue
-            if message == CLOSE:
-                return
-            if message == COUNT:
-                graphs = self._runner.graphs
-                counts = graphs.counters.as_dict() if graphs is not None else {}
-                self._connection.send_bytes(COUNTERS + pickle.dumps(counts))
-            else:
-                self._start(message[1:])
-            while len(self._pending) > 1:
-                self._finish_oldest()
-
-    def _start(self, encoded: bytes) -> None:
-        plan = self._decoder.decode(encoded)
-        try:
-            self._pending.append((plan.step_id, self._runner.submit(plan)))
-        except Exception as error:
-            self._fail(plan.step_id, error)
-
-    def _finish_oldest(self) -> None:
-        step_id, result = self._pending.popleft()
-        try:
-            self._connection.send_bytes(RESULT + encode_result(result()))
-        except Exception as error:
-            self._fail(step_id, error)
-
-    def _fail(self, step_id: int, error: Exception) -> None:
-        self._connection.send_bytes(FAILED + pickle.dumps(_Failure(step_id, _as_ours(error))))
-
-
-def _as_ours(error: Exception) -> CascadeError:
-    """The error, or one of ours that says what it was: a foreign class may be unknown in the other process."""
-    return error if isinstance(error, CascadeError) else WorkerError(f"{type(error).__name__}: {error}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from cascade_llm.attention.flashinfer.workspace import float_workspace_bytes
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.device.devices import compute_capability, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.device.start_errors import compiled_kernels, memory_for
 from cascade_llm.errors import ConfigError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, KVScale, PagedKVCache
@@ -77,6 +78,7 @@ def build_worker(
     options: EngineOptions,
     checkpoint: Checkpoint,
     *,
+    ranks: Ranks | None = None,
     platform: GpuPlatform | None = None,
     on_start: OnStart | None = None,
 ) -> tuple[ModelRunner, WorkerFacts]:
@@ -85,20 +87,22 @@ def build_worker(
     Args:
         options: the user's
         checkpoint: the model's files
+        ranks: that share the model; default this one alone
         platform: the GPU and FlashInfer, taken without asking; default the CUDA device where FlashInfer can serve
         on_start: told how far loading and capturing are
     """
+    ranks = ranks or Ranks()
     model = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, model.dtype, device)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     max_model_len = _max_model_len(options, model)
-    spec = AttentionSpec.for_model(model, dtype, device, kv_dtype)
-    kv_bytes = model.kv_bytes_per_token(spec.kv_number_bytes)
-    check_sizes(options, model, dtype, kv_bytes, max_model_len)
+    spec = AttentionSpec.for_model(model, dtype, device, kv_dtype, ranks)
+    kv_bytes = replace(model, num_kv_heads=spec.num_kv_heads).kv_bytes_per_token(spec.kv_number_bytes)
+    check_sizes(options, model, dtype, kv_bytes, max_model_len, ranks)
     choice, platform = _backend_choice(options, spec, platform)
     with torch.inference_mode(), thread_limit(options.num_threads), compiled_kernels(), memory_for(BESIDE_THE_POOL):
-        decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, platform, on_start)
+        decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, ranks, platform, on_start)
         padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
         num_lanes = options.max_num_seqs + padding
         has_graphs = platform is not None and not options.enforce_eager and not options.debug
@@ -110,9 +114,9 @@ def build_worker(
             reserved += float_workspace_bytes(spec, platform.num_processors, shapes)
         if has_graphs:
             reserved += UsageCounts.bytes_needed(num_lanes, model.vocab_size, max_model_len)
-        total_pages = pool_pages(options, max_model_len, kv_bytes * options.page_size, device, reserved)
+        total_pages = pool_pages(options, max_model_len, kv_bytes * options.page_size, device, ranks, reserved)
         layout = choice.backend.preferred_layout(device)
-        kv_cache = _kv_cache(options, model, kv_dtype, device, total_pages + padding, layout, scales)
+        kv_cache = _kv_cache(options, spec, kv_dtype, device, total_pages + padding, layout, scales)
         lanes = LaneState(
             num_lanes,
             model.vocab_size,
@@ -137,6 +141,7 @@ def build_worker(
         lanes,
         num_threads=options.num_threads,
         debug=options.debug,
+        ranks=ranks,
         stream=platform.stream if platform else None,
         graphs=graphs,
     )
@@ -170,6 +175,7 @@ def _decoder(
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
+    ranks: Ranks,
     platform: GpuPlatform | None,
     on_start: OnStart | None,
 ) -> tuple[Decoder, list[KVScale] | None]:
@@ -188,7 +194,7 @@ def _decoder(
             on_stream=platform is not None,
             arch=platform.arch if platform is not None else compute_capability(device),
         )
-        decoder = Decoder(model, weights, max_positions=max_model_len, ops=ops)
+        decoder = Decoder(model, weights, max_positions=max_model_len, ops=ops, ranks=ranks)
         if checkpoint.is_dummy:
             init_dummy(decoder, options.seed)
         else:
@@ -214,7 +220,7 @@ def _tell_weights(decoder: Decoder) -> None:
 
 def _kv_cache(
     options: EngineOptions,
-    model: ModelConfig,
+    spec: AttentionSpec,
     dtype: torch.dtype,
     device: torch.device,
     num_pages: int,
@@ -227,11 +233,11 @@ def _kv_cache(
         "gpu_memory_utilization, or give kv_cache_bytes"
     ):
         return PagedKVCache(
-            num_layers=model.num_layers,
+            num_layers=spec.num_layers,
             num_pages=num_pages,
             page_size=options.page_size,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
             dtype=dtype,
             device=device,
             layout=layout,

@@ -8,6 +8,7 @@ import torch
 
 from cascade_llm import LLM
 from cascade_llm.config import EngineOptions, ModelConfig
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.errors import CapacityError
 from cascade_llm.loader.hf_folder import DummyCheckpoint
 from cascade_llm.models.architectures import model_config_from_hf
@@ -72,7 +73,7 @@ def test_what_is_counted_is_nearly_what_the_weights_take(
     )
     for free, fits in ((size_of(model), True), (int(size_of(model) * 0.98), False)):
         monkeypatch.setattr(memory, "available_bytes", lambda device, free=free: free)
-        arguments = EngineOptions(device="cpu", max_num_seqs=1), model, torch.float32, 8, 64
+        arguments = EngineOptions(device="cpu", max_num_seqs=1), model, torch.float32, 8, 64, Ranks()
         if fits:
             check_sizes(*arguments)
         else:

@@ -1,0 +1,180 @@
+"""Ranks in processes: the outputs of one, and an error that says which rank and why when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cascade_llm import LLM, SamplingParams
+from cascade_llm.config import EngineOptions
+from cascade_llm.errors import CapacityError, CheckpointError, ConfigError, GenerationError, WorkerError
+from cascade_llm.worker.process_executor import ProcessExecutor
+from cascade_llm.worker.rank_watch import Pulse, RankWatch
+from tests.engine.tiny_llm import assert_equal_outputs, save_tiny, tiny_llm
+
+SHARED = [3 + (i * 7) % 80 for i in range(40)]
+PROMPTS = [[*SHARED, *range(50 + 5 * i, 53 + 5 * i)] for i in range(5)] + [[9, 8, 7]]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=0.8, seed=5, n=3, max_tokens=9, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=2, presence_penalty=0.5),
+    SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2, prompt_logprobs=1),
+    SamplingParams(temperature=1.0, seed=1, top_p=0.9, max_tokens=15, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=2, logit_bias={5: 1.0}),
+]
+LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def shared(tiny: Path) -> Iterator[LLM]:
+    with tiny_llm(tiny, tensor_parallel_size=2, schedule_lag=1) as llm:
+        yield llm
+
+
+def pids_of(llm: LLM) -> list[int]:
+    assert isinstance(llm.engine.executor, ProcessExecutor)
+    return [pid for pid in llm.engine.executor.pids if pid is not None]
+
+
+def is_gone(pid: int, within_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_outputs_are_those_of_one_rank(tiny: Path, shared: LLM) -> None:
+    with tiny_llm(tiny) as local:
+        expected = local.generate(PROMPTS, PARAMS)
+    found = shared.generate(PROMPTS, PARAMS)
+    assert_equal_outputs(found, expected)
+    assert found[3].prompt_logprobs is not None
+    assert len(found[3].prompt_logprobs) == len(PROMPTS[3])
+    assert shared.stats()["cascade_steps"] > 0
+    assert shared.stats()["held_pages"] == 0
+
+
+def test_a_rank_that_is_killed_in_a_batch_ends_all_and_is_named(shared: LLM) -> None:
+    pids = pids_of(shared)
+    streams = [shared.stream([5, 6, 7 + i], LONG) for i in range(4)]
+    next(streams[0])
+    os.kill(pids[1], signal.SIGKILL)
+    for stream in streams:
+        with pytest.raises(GenerationError, match=rf"rank 1 \(process {pids[1]}\) ended by signal 9 \(SIGKILL\)"):
+            for _ in stream:
+                pass
+    with pytest.raises(GenerationError, match="create another LLM"):
+        shared.generate([5, 6], LONG)
+    assert all(is_gone(pid) for pid in pids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "fields"), [({"schedule_lag": 0, "max_num_seqs": 3}, {"num_key_value_heads": 3})])
+def test_three_ranks_without_lag_and_with_a_small_pool(
+    options: dict[str, int], fields: dict[str, int], tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path, **fields)
+    with tiny_llm(folder, **options) as local:
+        expected = local.generate(PROMPTS, PARAMS)
+    with tiny_llm(folder, tensor_parallel_size=3, **options) as llm:
+        assert_equal_outputs(llm.generate(PROMPTS, PARAMS), expected)
+        pids = pids_of(llm)
+    assert all(is_gone(pid, within_s=1.0) for pid in pids)
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_is_named(tiny: Path) -> None:
+    with tiny_llm(tiny, tensor_parallel_size=2, rank_timeout_s=5) as llm:
+        llm.generate([5, 6], SamplingParams(max_tokens=1))
+        pids = pids_of(llm)
+        os.kill(pids[1], signal.SIGSTOP)
+        with pytest.raises(GenerationError, match=rf"rank 1 \(process {pids[1]}\) has not answered for 5 s"):
+            llm.generate([5, 6, 7], LONG)
+        assert all(is_gone(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_while_it_loads_ends_the_start(tiny: Path) -> None:
+    killed: list[int] = []
+
+    def kill(*progress: object) -> None:
+        if not killed:
+            ours = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+            killed.extend(int(pid) for pid in ours[-1:])
+            os.kill(killed[0], signal.SIGKILL)
+
+    options = EngineOptions(dtype="float32", device="cpu", tensor_parallel_size=2, max_num_seqs=4)
+    with pytest.raises(WorkerError, match=r"rank 1 \(process \d+\) ended by signal 9 \(SIGKILL\) while it started"):
+        ProcessExecutor(tiny, options, on_start=kill)
+
+
+@pytest.mark.slow
+def test_what_a_start_refuses_names_the_rank(tiny: Path) -> None:
+    with pytest.raises(CapacityError, match=r"rank [01]: the KV pool of 50 bytes holds"):
+        tiny_llm(tiny, tensor_parallel_size=2, kv_cache_bytes=100)
+
+
+def test_heads_are_checked_before_a_rank_starts(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"6 query heads and 2 KV heads cannot .* this model takes 1, 2, 6"):
+        tiny_llm(tiny, tensor_parallel_size=4)
+
+
+def test_a_broken_checkpoint_is_told_before_a_rank_starts(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        tiny_llm(folder, tensor_parallel_size=2)
+
+
+# -- the watch, at made-up times ---------------------------------------------------------------------------------------
+
+
+def test_a_silent_rank_is_found_but_not_for_what_was_before() -> None:
+    pulses = [Pulse(heard_at=10.0), Pulse(heard_at=1000.0)]
+    watch = RankWatch(pulses, 60.0, in_step=True, now=1000.0)
+    assert watch.look(1059.0) is None
+    pulses[1].heard_at = 1058.0
+    assert watch.look(1061.0) == (0, "has not answered for 60 s")
+
+
+def test_a_rank_that_has_not_begun_is_not_silent() -> None:
+    watch = RankWatch([Pulse(), Pulse()], 60.0, in_step=False, now=0.0)
+    assert watch.look(3600.0) is None
+
+
+def test_the_rank_that_others_wait_for_is_found_unless_something_moves() -> None:
+    pulses = [Pulse(0.0, 7), Pulse(0.0, 6)]
+    watch = RankWatch(pulses, 60.0, in_step=True, now=0.0)
+    for pulse in pulses:
+        pulse.heard_at = 200.0
+    assert watch.look(50.0) is None
+    pulses[1].num_exchanges = 7
+    assert watch.look(90.0) is None
+    pulses[0].num_exchanges = 8
+    assert watch.look(149.0) is None
+    assert watch.look(200.0) is None
+    assert watch.look(210.0) == (1, "has kept the others waiting for 60 s in a step")
+
+
+def test_one_rank_alone_may_take_its_time() -> None:
+    watch = RankWatch([Pulse(0.0)], 1.0, in_step=True, now=0.0)
+    watch_pulse = Pulse(10.0)
+    assert RankWatch([watch_pulse], 1.0, in_step=True, now=9.5).look(10.5) is None
+    assert watch.look(0.5) is None
