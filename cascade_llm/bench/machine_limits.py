@@ -27,7 +27,7 @@ from cascade_llm.worker.memory import available_bytes
 
 __all__ = ["MachineLimits", "machine_limits", "measure_limits"]
 
-SPEEDS = ("bytes_per_s", "flops_per_s")
+SPEEDS = ("bytes_per_s", "flops_per_s", "linear_flops_per_s")
 READ_BYTES = 512 << 20
 """Beyond any cache; less where memory is short."""
 PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
@@ -46,7 +46,9 @@ class MachineLimits:
     bytes_per_s: float
     """Read from memory, or read and written by a copy, whichever is faster."""
     flops_per_s: float
-    """Of a large matrix product in `dtype`."""
+    """Of a large matrix product in `dtype`; what attention is held to."""
+    linear_flops_per_s: float
+    """As `flops_per_s`, of products with weights: where they are quantized, of integers if those are faster."""
     torch_version: str
 
 
@@ -56,7 +58,7 @@ def machine_limits(
     """Measure the limits, and take for each the best of this and earlier measurements.
 
     Args:
-        with_integers: whether products with quantized weights count too, which are faster on most processors
+        with_integers: whether weights are quantized: products with them are faster on most processors
     """
     path = cache_folder() / "machine_limits.json"
     limits = measure_limits(device, dtype, num_threads=num_threads, with_integers=with_integers)
@@ -75,15 +77,16 @@ def measure_limits(
 ) -> MachineLimits:
     """Measure both, now."""
     with torch.inference_mode(), thread_limit(num_threads):
+        flops_per_s = _flops_per_s(device, dtype, MEASURE_S, None)
+        has_integers = with_integers and device.type == "cpu"
+        integers_per_s = _flops_per_s(device, dtype, MEASURE_S, "q8_0") if has_integers else 0.0
         return MachineLimits(
             device=device_name(device),
             dtype=str(dtype).removeprefix("torch."),
             num_threads=torch.get_num_threads(),
             bytes_per_s=_bytes_per_s(device, MEASURE_S),
-            flops_per_s=max(
-                _flops_per_s(device, dtype, MEASURE_S, quantization)
-                for quantization in ((None, "q8_0") if with_integers and device.type == "cpu" else (None,))
-            ),
+            flops_per_s=flops_per_s,
+            linear_flops_per_s=max(flops_per_s, integers_per_s),
             torch_version=torch.__version__,
         )
 

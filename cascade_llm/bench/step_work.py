@@ -2,7 +2,8 @@
 
 A roofline (Williams, Waterman, Patterson 2009): weights are read once, each page of K/V once for all that share it,
 products are counted as 2 flops per multiply and add. A step cannot be faster than the larger of bytes over the
-machine's bandwidth and flops over its matrix rate. Norms, activations, softmax and sampling count as nothing.
+machine's bandwidth and flops over its matrix rates: products with quantized weights are made of integers, attention is
+not. Norms, activations, softmax and sampling count as nothing.
 """
 
 from __future__ import annotations
@@ -93,9 +94,22 @@ def total_work(works: Iterable[Work]) -> Work:
     return Work(*map(sum, zip((0,) * len(Work._fields), *works, strict=True)))
 
 
-def floor_s(works: Iterable[Work], *, bytes_per_s: float, flops_per_s: float) -> float:
-    """The least time of steps that run one after the other."""
-    return sum(max(work.num_bytes / bytes_per_s, work.flops / flops_per_s) for work in works)
+def floor_s(
+    works: Iterable[Work], *, bytes_per_s: float, flops_per_s: float, linear_flops_per_s: float | None = None
+) -> float:
+    """The least time of steps that run one after the other.
+
+    Args:
+        works: of the steps
+        bytes_per_s: from and to memory
+        flops_per_s: of attention
+        linear_flops_per_s: of products with weights; default as of attention
+    """
+    linear_rate = linear_flops_per_s or flops_per_s
+    return sum(
+        max(work.num_bytes / bytes_per_s, work.linear_flops / linear_rate + work.attention_flops / flops_per_s)
+        for work in works
+    )
 
 
 def _distinct_tokens(cascade: CascadePlan) -> int:

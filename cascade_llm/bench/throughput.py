@@ -247,7 +247,12 @@ def floors_of(side: EngineSide, limits: MachineLimits, shape: ModelShape) -> dic
     floors = {}
     for run, plans in side.plans.items():
         works = [step_work(plan, shape) for plan in plans]
-        seconds = floor_s(works, bytes_per_s=limits.bytes_per_s, flops_per_s=limits.flops_per_s)
+        seconds = floor_s(
+            works,
+            bytes_per_s=limits.bytes_per_s,
+            flops_per_s=limits.flops_per_s,
+            linear_flops_per_s=limits.linear_flops_per_s,
+        )
         floors[run] = Floor(total_work(works), seconds)
     return floors
 

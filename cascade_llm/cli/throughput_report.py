@@ -90,9 +90,11 @@ def ratio_lines(report: ThroughputReport) -> Iterator[str]:
 def limit_lines(report: ThroughputReport) -> Iterator[str]:
     """The machine's limit and what it makes of this work."""
     limits = report.limits
+    integers = f", {limits.linear_flops_per_s / 1e9:,.0f} with quantized weights"
     yield (
         f"limit: {format_bytes(limits.bytes_per_s)}/s from memory, {limits.flops_per_s / 1e9:,.0f} GFLOP/s in "
-        f"{limits.dtype} products, both measured with {limits.num_threads} threads"
+        f"{limits.dtype} products{integers if limits.linear_flops_per_s > limits.flops_per_s else ''}, measured with "
+        f"{limits.num_threads} threads"
     )
     if _above_limit(report):
         yield "  a speed is above the limit: the machine was busier when it was measured, and no share of it is right"

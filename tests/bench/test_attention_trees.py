@@ -17,7 +17,13 @@ from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
 from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
 
 LIMITS = MachineLimits(
-    device="test", dtype="float32", num_threads=1, bytes_per_s=1e10, flops_per_s=1e11, torch_version=torch.__version__
+    device="test",
+    dtype="float32",
+    num_threads=1,
+    bytes_per_s=1e10,
+    flops_per_s=1e11,
+    linear_flops_per_s=1e11,
+    torch_version=torch.__version__,
 )
 COSTS = CostModel(AttentionShape(num_qo_heads=4, num_kv_heads=2, head_dim=16, kv_dtype_bytes=4), DEVICE_COSTS["cpu"])
 

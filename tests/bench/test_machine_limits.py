@@ -27,8 +27,14 @@ def test_both_are_measured(dtype: torch.dtype) -> None:
     limits = measure_limits(CPU, dtype, num_threads=1)
     assert limits.bytes_per_s > 1e6
     assert limits.flops_per_s > 1e6
+    assert limits.linear_flops_per_s == limits.flops_per_s
     assert limits.num_threads == 1
     assert limits.dtype == str(dtype).removeprefix("torch.")
+
+
+def test_products_with_quantized_weights_have_a_rate_of_their_own() -> None:
+    limits = measure_limits(CPU, torch.float32, num_threads=1, with_integers=True)
+    assert limits.linear_flops_per_s >= limits.flops_per_s > 1e6
 
 
 def test_the_best_that_was_seen_is_kept_by_dtype_and_threads(tmp_path: Path) -> None:

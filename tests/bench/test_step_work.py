@@ -60,5 +60,7 @@ def test_floor_takes_the_larger_of_bytes_and_flops_step_by_step() -> None:
     bound_by_bytes, bound_by_flops = Work(1, 90, 10, 5, 5), Work(1, 1, 1, 60, 40)
     seconds = floor_s([bound_by_bytes, bound_by_flops], bytes_per_s=50.0, flops_per_s=20.0)
     assert seconds == 100 / 50 + 100 / 20
+    seconds = floor_s([bound_by_bytes, bound_by_flops], bytes_per_s=50.0, flops_per_s=20.0, linear_flops_per_s=30.0)
+    assert seconds == 100 / 50 + 60 / 30 + 40 / 20
     assert total_work([bound_by_bytes, bound_by_flops]) == Work(2, 91, 11, 65, 45)
     assert total_work([]) == Work(0, 0, 0, 0, 0)
