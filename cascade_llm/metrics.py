@@ -49,6 +49,11 @@ class SchedulerCounters:
     unshared_steps: Counter[str] = field(default_factory=Counter)
     """Steps by the reason why they shared nothing; the reasons are few."""
 
+    def count_rows(self, start: int, end: int, prompt_len: int, computed_len: int) -> None:
+        """Add the rows `start` to `end` of a sequence, of which the first `computed_len` had been computed before."""
+        self.recomputed_tokens += max(0, min(end, computed_len) - start)
+        self.prefilled_tokens += max(0, min(end, max(prompt_len, computed_len)) - start)
+
     def count_step(self, report: CascadeReport) -> None:
         """Add one planned step."""
         self.steps += 1

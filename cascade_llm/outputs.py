@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from cascade_llm.errors import CascadeError
 
-__all__ = ["CompletionDelta", "CompletionOutput", "RequestOutput", "TokenLogprob"]
+__all__ = ["CompletionDelta", "CompletionOutput", "RequestMetrics", "RequestOutput", "TokenLogprob"]
 
 
 FIRST_SAMPLE_KEYS = ("text", "token_ids", "finish_reason", "logprobs", "cumulative_logprob")
@@ -41,6 +41,35 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class RequestMetrics:
+    """What the steps of a request read of the KV cache, and shared with other sequences; of all samples that ended.
+
+    Steps and bytes are added up over the samples: of a segment that g sequences read together, each has read a g-th.
+    """
+
+    num_steps: int = 0
+    num_shared_steps: int = 0
+    """Those of them that read a part of it together with others."""
+    num_levels: int = 1
+    """The most levels that a step read it on, the leaf counted."""
+    group_size: int = 1
+    """The most sequences that a segment was read for, itself counted."""
+    kv_bytes_read: int = 0
+    """K and V, over all layers."""
+    kv_bytes_saved: int = 0
+    """What would have been read besides, alone."""
+
+    def add(self, other: RequestMetrics) -> None:
+        """Count another sample, or request."""
+        self.num_steps += other.num_steps
+        self.num_shared_steps += other.num_shared_steps
+        self.num_levels = max(self.num_levels, other.num_levels)
+        self.group_size = max(self.group_size, other.group_size)
+        self.kv_bytes_read += other.kv_bytes_read
+        self.kv_bytes_saved += other.kv_bytes_saved
+
+
+@dataclass(slots=True)
 class CompletionDelta:
     """What one sample of a streamed request gained since the last delta."""
 
@@ -66,6 +95,8 @@ class RequestOutput:
     """Prompt tokens whose K/V were found instead of computed (first sample, first admission)."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """One per prompt token; the first is None."""
+    metrics: RequestMetrics | None = None
+    """What was read and shared for it; None until a sample has ended by itself."""
     error: CascadeError | None = None
     """Why the request could not be served, with `on_error="return"`; its outputs are what it had by then."""
 

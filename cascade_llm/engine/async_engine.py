@@ -209,6 +209,8 @@ class AsyncEngine:
 def _gain(item: _Open) -> RequestGain:
     output, deltas = item.state.output, item.state.take_deltas()
     gain = RequestGain(item.queue.request_id, deltas, output.num_cached_tokens, finished=output.finished)
+    if output.finished:
+        gain.metrics = output.metrics
     if output.error is not None:
         gain.error = str(output.error)
     if deltas and not item.is_told:

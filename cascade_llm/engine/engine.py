@@ -91,7 +91,7 @@ class Engine:
 
     def add(self, request: Request, prompt: str | None = None) -> RequestState:
         """Queue a request; its state fills as steps are made."""
-        state = RequestState(request, prompt, self._tokenizer)
+        state = RequestState(request, prompt, self._tokenizer, self.executor.facts.kv_bytes_per_token)
         with self._whole_call():
             self._states[request.request_id] = state
             self.scheduler.add(request)
@@ -255,6 +255,7 @@ class Engine:
                 continue
             if state.output.outputs[update.sample_index].finish_reason is not None:  # drafted behind a stop string
                 self.scheduler.counters.generated_tokens -= 1
+                state.add_sharing(update.sharing)
                 continue
             try:
                 stopped_by = state.apply(update)
@@ -262,7 +263,7 @@ class Engine:
                 self._end_with(state, _step_failed(error))
                 continue
             if stopped_by is not None and update.finish_reason is None:
-                self.scheduler.finish(update.request_id, update.sample_index, "stop")
+                state.add_sharing(self.scheduler.finish(update.request_id, update.sample_index, "stop"))
         for request_id, state in changed.items():
             if state.output.finished:
                 self._states.pop(request_id, None)

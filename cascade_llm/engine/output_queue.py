@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from cascade_llm.outputs import CompletionDelta, TokenLogprob
+from cascade_llm.outputs import CompletionDelta, RequestMetrics, TokenLogprob
 
 __all__ = ["OutputQueue", "RequestGain"]
 
@@ -21,6 +21,8 @@ class RequestGain:
     """As in `RequestOutput`; known from the first delta on."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """One per prompt token, with the first delta; None where they were not asked for."""
+    metrics: RequestMetrics | None = None
+    """As in `RequestOutput`, with the last gain."""
     finished: bool = False
     """Nothing follows."""
     error: str | None = None
@@ -41,7 +43,7 @@ class RequestGain:
             earlier.finish_reason, earlier.stop_reason = delta.finish_reason, delta.stop_reason
         self.num_cached_tokens = later.num_cached_tokens
         self.prompt_logprobs = self.prompt_logprobs or later.prompt_logprobs
-        self.finished, self.error = later.finished, later.error
+        self.metrics, self.finished, self.error = later.metrics, later.finished, later.error
 
 
 class OutputQueue:

@@ -7,9 +7,9 @@ from contextlib import suppress
 from cascade_llm.engine.text import IncrementalDetokenizer
 from cascade_llm.engine.tokenizer import Tokenizer
 from cascade_llm.errors import GenerationError
-from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
+from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestMetrics, RequestOutput
 from cascade_llm.scheduler.scheduler import SequenceUpdate
-from cascade_llm.scheduler.sequence import Request
+from cascade_llm.scheduler.sequence import Request, SequenceSharing
 
 __all__ = ["RequestState"]
 
@@ -17,8 +17,10 @@ __all__ = ["RequestState"]
 class RequestState:
     """Turns the scheduler's updates of one request into its output."""
 
-    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None) -> None:
-        params = request.params
+    def __init__(
+        self, request: Request, prompt: str | None, tokenizer: Tokenizer | None, kv_bytes_per_token: int
+    ) -> None:
+        params, self._kv_bytes_per_token = request.params, kv_bytes_per_token
         self.request = request
         self.output = RequestOutput(
             request.request_id,
@@ -45,6 +47,7 @@ class RequestState:
             assert self.output.prompt_logprobs is not None
             self.output.prompt_logprobs.extend(update.prompt_logprobs)
             return None
+        self.add_sharing(update.sharing)
         output = self.output.outputs[update.sample_index]
         if self.request.params.max_tokens == 0:  # only its prompt was asked about
             output.finish_reason = "length" if update.finish_reason is not None else None
@@ -58,6 +61,23 @@ class RequestState:
         output.stop_reason = update.stop_token_id if stopped_by is None else stopped_by
         output.finish_reason = update.finish_reason if stopped_by is None else "stop"  # last: then all of it is there
         return stopped_by
+
+    def add_sharing(self, sharing: SequenceSharing | None) -> None:
+        """Count what a sample that ended had shared; None while it has not."""
+        if sharing is None:
+            return
+        width, metrics = self._kv_bytes_per_token, self.output.metrics or RequestMetrics()
+        metrics.add(
+            RequestMetrics(
+                sharing.num_steps,
+                sharing.num_shared_steps,
+                sharing.num_levels,
+                sharing.group_size,
+                round(sharing.kv_tokens_read * width),
+                round(sharing.kv_tokens_saved * width),
+            )
+        )
+        self.output.metrics = metrics
 
     def end(self, reason: str, error: GenerationError | None = None) -> None:
         """End every sample that has not ended by itself."""

@@ -26,8 +26,9 @@ from cascade_llm.scheduler.cascade.planner import CascadePlanner
 from cascade_llm.scheduler.cascade.tree import PlannedRows
 from cascade_llm.scheduler.pages import PageTables
 from cascade_llm.scheduler.prefix_cache import PrefixMatch, root_key
-from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus, SequenceUpdate
+from cascade_llm.scheduler.sequence import Request, Sequence, SequenceSharing, SequenceStatus, SequenceUpdate
 from cascade_llm.scheduler.sessions import SessionLimits, SessionName, Sessions
+from cascade_llm.scheduler.sharing import SharingLedger
 from cascade_llm.scheduler.step import DecodeRun, InFlightStep, LanePool, StepDraft, build_step_plan, is_decode
 from cascade_llm.scheduler.waiting import Turns, WaitingQueue
 
@@ -91,6 +92,7 @@ class FlashInferScheduler:
         self._waiting = WaitingQueue(self._turns)
         self._running: list[Sequence] = []  # by precedence
         self._lanes = LanePool(config.max_num_seqs)
+        self._sharing = SharingLedger()
         self._in_flight: deque[InFlightStep] = deque()
         self._decode_run: DecodeRun | None = None
         self._draining = False  # a running sequence lacks pages: plan nothing until no step is in flight
@@ -143,11 +145,13 @@ class FlashInferScheduler:
         for sequence in list(self._sequences.get(request_id, ())):
             self._finish(sequence, "abort")
 
-    def finish(self, request_id: str, sample_index: int, reason: str) -> None:
-        """End one sample for a reason that its text gave (a stop string)."""
-        for sequence in list(self._sequences.get(request_id, ())):
+    def finish(self, request_id: str, sample_index: int, reason: str) -> SequenceSharing | None:
+        """End one sample for a reason that its text gave (a stop string); returns what it shared until now."""
+        for sequence in self._sequences.get(request_id, ()):
             if sequence.sample_index == sample_index:
                 self._finish(sequence, reason)
+                return self._sharing.of(sequence)
+        return None
 
     def reset_prefix_cache(self) -> None:
         """Forget every prefix that no running sequence holds, and every session."""
@@ -189,6 +193,7 @@ class FlashInferScheduler:
         self._next_step_id += 1
         self._in_flight.append(step)
         self.counters.count_step(step.plan.report)
+        self._sharing.count(step)
         return step.plan
 
     def _next_decode_step(self) -> InFlightStep | None:
@@ -309,7 +314,7 @@ class FlashInferScheduler:
         draft.budget -= num_new
         sequence.planned_len = end
         if start < sequence.prompt_len or start < sequence.computed_len:
-            self._count_rows(sequence, start, end)
+            self.counters.count_rows(start, end, sequence.prompt_len, sequence.computed_len)
             self._tables.publish_planned(sequence, min(end, sequence.prompt_len))
             draft.reports_prompts = draft.reports_prompts or sequence.reports_prompt
         samples: tuple[Sequence, ...] = ()
@@ -338,12 +343,6 @@ class FlashInferScheduler:
             self._start(draft, child)
             forks.append(child)
         return forks
-
-    def _count_rows(self, sequence: Sequence, start: int, end: int) -> None:
-        counters = self.counters
-        if start < sequence.computed_len:
-            counters.recomputed_tokens += min(end, sequence.computed_len) - start
-        counters.prefilled_tokens += max(0, min(end, max(sequence.prompt_len, sequence.computed_len)) - start)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; its published pages stay cached as long as there is room."""
@@ -492,6 +491,7 @@ class FlashInferScheduler:
         if reason is not None:
             if reason == "stop" and token_id in (sequence.request.params.stop_token_ids or ()):
                 update.stop_token_id = token_id
+            update.sharing = self._sharing.of(sequence)
             self._finish(sequence, reason)
         elif sequence.mask is not None:
             update.failure = sequence.advance_mask()
@@ -541,14 +541,11 @@ class FlashInferScheduler:
             self.counters.finished_requests += 1
 
     def _end_turn(self, sequence: Sequence, reason: str) -> None:
-        """Let its session hold the pages of a sequence that ends; an error may have filled them wrong."""
-        use, name, sessions = sequence.session, sequence.session_name, self._tables.sessions
-        if use is None or name is None:
-            return
-        if reason == "error" or (reason == "abort" and use.drop_on_abort):
-            sessions.drop(name)
-        elif sequence.tail is not None and self.config.enable_prefix_caching:
-            sessions.keep(name, sequence.tail)
+        """Let its session hold the pages of a sequence that ends."""
+        use, name = sequence.session, sequence.session_name
+        if use is not None and name is not None:
+            tail = sequence.tail if self.config.enable_prefix_caching else None
+            self._tables.sessions.end_turn(name, use, tail, reason)
 
     # -- checks -----------------------------------------------------------------------------------------------------
 

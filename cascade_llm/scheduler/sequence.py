@@ -16,7 +16,7 @@ from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.prefix_cache import PageKeys, RadixNode
 from cascade_llm.scheduler.sessions import SessionName, SessionUse
 
-__all__ = ["Client", "Request", "Sequence", "SequenceStatus", "SequenceUpdate", "TokenMask"]
+__all__ = ["Client", "Request", "Sequence", "SequenceSharing", "SequenceStatus", "SequenceUpdate", "TokenMask"]
 
 TokenMask = Callable[[TokenSequence[int]], IntColumn]
 """What may come after a sample's output token ids: a row of `StepPlan.token_bitmasks`; a pure function."""
@@ -65,6 +65,24 @@ class Request:
         object.__setattr__(self, "first_mask", self.mask(()) if self.mask is not None else None)
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceSharing:
+    """What the steps of a sequence read of the KV cache, and shared, added up when they are planned."""
+
+    num_steps: int = 0
+    """Steps that it had rows in."""
+    num_shared_steps: int = 0
+    """Those of them that read a part of it together with others."""
+    num_levels: int = 1
+    """The most levels that a step read it on, the leaf counted."""
+    group_size: int = 1
+    """The most sequences that a segment was read for, itself counted."""
+    kv_tokens_read: float = 0.0
+    """Tokens of K/V; of a segment that g sequences read together, a g-th each."""
+    kv_tokens_saved: float = 0.0
+    """Tokens of K/V that it would have read besides, alone."""
+
+
 class SequenceStatus(Enum):
     """Where a sequence is in its life: WAITING → RUNNING (→ WAITING when preempted) → FINISHED."""
 
@@ -102,6 +120,7 @@ class Sequence:
         "request",
         "sample_index",
         "session",
+        "sharing",
         "status",
         "tail",
         "token_ids",
@@ -147,6 +166,8 @@ class Sequence:
         self.forked = request.params.n == 1 or sample_index > 0
         """Whether the other samples of the request exist already."""
         self.finish_reason: str | None = None
+        self.sharing = SequenceSharing()
+        """See `SharingLedger`."""
         self.session = request.session if sample_index == 0 else None
         """What keeps its pages when it ends."""
 
@@ -251,3 +272,5 @@ class SequenceUpdate:
     prompt_logprobs: list[TokenLogprob] | None = None
     failure: GenerationError | None = None
     """What was raised, where that ended it."""
+    sharing: SequenceSharing | None = None
+    """What it shared, where it has ended by itself."""

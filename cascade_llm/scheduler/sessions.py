@@ -135,6 +135,13 @@ class Sessions:
             self.drop(name)
         self._fit()
 
+    def end_turn(self, name: SessionName, use: SessionUse, tail: RadixNode | None, reason: str) -> None:
+        """Hold the path of a turn that ends, where it has one; an error may have filled its pages wrong."""
+        if reason == "error" or (reason == "abort" and use.drop_on_abort):
+            self.drop(name)
+        elif tail is not None:
+            self.keep(name, tail)
+
     def drop(self, name: SessionName) -> bool:
         """Give a session up; returns whether it was there."""
         session = self._by_name.pop(name, None)

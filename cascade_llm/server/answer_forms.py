@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cascade_llm.engine.output_queue import RequestGain
-from cascade_llm.outputs import CompletionDelta, TokenLogprob
+from cascade_llm.outputs import CompletionDelta, RequestMetrics, TokenLogprob
 from cascade_llm.server.api_errors import ApiError, error_body
 
 if TYPE_CHECKING:
@@ -31,12 +31,17 @@ class Tally:
     completion_tokens: int = 0
     cached_tokens: list[int] = field(default_factory=list)
     """One per prompt."""
+    metrics: RequestMetrics | None = None
+    """Of all prompts that have ended."""
 
     def add(self, place: int, gain: RequestGain) -> int:
         """Count a gain; returns its tokens."""
         num_tokens = sum(len(delta.token_ids) for delta in gain.deltas)
         self.completion_tokens += num_tokens
         self.cached_tokens[place] = max(self.cached_tokens[place], gain.num_cached_tokens)
+        if gain.metrics is not None:
+            self.metrics = self.metrics or RequestMetrics()
+            self.metrics.add(gain.metrics)
         return num_tokens
 
     def usage(self) -> dict[str, Any]:
@@ -46,6 +51,23 @@ class Tally:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(self.cached_tokens)},
+            **self.cascade(),
+        }
+
+    def cascade(self) -> dict[str, Any]:
+        """{"cascade": what was read and shared}; empty where that is not known."""
+        metrics = self.metrics
+        if metrics is None:
+            return {}
+        return {
+            "cascade": {
+                "steps": metrics.num_steps,
+                "shared_steps": metrics.num_shared_steps,
+                "levels": metrics.num_levels,
+                "group_size": metrics.group_size,
+                "kv_bytes_read": metrics.kv_bytes_read,
+                "kv_bytes_saved": metrics.kv_bytes_saved,
+            }
         }
 
 

@@ -32,6 +32,17 @@ class CachedTokens(Answer):
     cached_tokens: int
 
 
+class CascadeUsage(Answer):
+    """What its steps read of the KV cache, and shared with other sequences; see `RequestMetrics`."""
+
+    steps: int
+    shared_steps: int
+    levels: int
+    group_size: int
+    kv_bytes_read: int
+    kv_bytes_saved: int
+
+
 class Usage(Answer):
     """How many tokens an answer took."""
 
@@ -39,6 +50,7 @@ class Usage(Answer):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    cascade: CascadeUsage | None = None
 
 
 class CompletionLogprobs(Answer):
@@ -137,6 +149,7 @@ class MessageUsage(Answer):
     cache_read_input_tokens: int
     cache_creation_input_tokens: int
     output_tokens: int
+    cascade: CascadeUsage | None = None
 
 
 class Message(Answer):

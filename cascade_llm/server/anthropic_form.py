@@ -36,7 +36,7 @@ class MessagesForm(AnswerForm):
                 yield {"type": "content_block_delta", "index": 0, "delta": content}
             if delta.finish_reason is not None:
                 yield {"type": "content_block_stop", "index": 0}
-                usage = {"output_tokens": self.tally.completion_tokens}
+                usage = {"output_tokens": self.tally.completion_tokens, **self.tally.cascade()}
                 yield {"type": "message_delta", "delta": self._ending(delta), "usage": usage}
                 yield {"type": "message_stop"}
 
@@ -69,6 +69,7 @@ class MessagesForm(AnswerForm):
                 "cache_read_input_tokens": num_cached,
                 "cache_creation_input_tokens": 0,
                 "output_tokens": num_generated,
+                **self.tally.cascade(),
             },
         }
 
