@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -87,6 +89,37 @@ def test_a_block_has_the_outputs_of_transformers(kind: str, divides: bool) -> No
     for rows in (1, 5, 40):
         x = torch.randn(rows, HIDDEN)
         torch.testing.assert_close(experts(x), block(x.unsqueeze(0))[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_experts_of_gpt_oss_have_the_outputs_of_transformers() -> None:
+    """Biases everywhere, a clamped activation, and tensors with the inputs first, gate and up alternating."""
+    fields = {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": CHOSEN, "swiglu_limit": 1.5}
+    torch.manual_seed(0)
+    block = GptOssMLP(GptOssConfig(hidden_size=HIDDEN, intermediate_size=INNER, **fields)).eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.3)
+    options = block_options()
+    routing = Routing(num_experts=NUM_EXPERTS, num_chosen=CHOSEN, divides_by_sum=True)
+    activation = partial(options.ops.clamped_swiglu, limit=1.5, alpha=1.702)
+    experts = Experts(
+        options,
+        routing,
+        INNER,
+        router_name="router",
+        router_bias=True,
+        bias=True,
+        activation=activation,
+        order="inputs_first",
+    )
+    parameters = dict(experts.named_parameters())
+    for name, tensor in block.state_dict().items():
+        assert parameters[name].shape == tensor.shape
+        parameters[name].load(StoredTensor.plain(tensor))
+    for rows in (1, 9):
+        x = torch.randn(rows, HIDDEN)
+        torch.testing.assert_close(experts(x), block(x.unsqueeze(0))[0][0], rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()

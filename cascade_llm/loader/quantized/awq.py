@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cascade_llm.loader.quantized.format import (
-    QuantizedFormat,
+    MatrixFormat,
     is_listed,
     names_of,
     number_of,
@@ -28,7 +28,7 @@ PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 """Of outputs 0 to 7 in their word: even outputs fill the lower half."""
 
 
-class AWQ(QuantizedFormat):
+class AWQ(MatrixFormat):
     """See the module."""
 
     method = "awq"

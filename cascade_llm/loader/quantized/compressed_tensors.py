@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cascade_llm.errors import CheckpointError
-from cascade_llm.loader.quantized.format import QuantizedFormat, names_of, number_of, unpacked_words, unsupported
+from cascade_llm.loader.quantized.format import MatrixFormat, names_of, number_of, unpacked_words, unsupported
 from cascade_llm.loader.quantized.fp8 import DTYPE, block_scales, block_shape, float_grid
 from cascade_llm.loader.quantized.gptq import grouped
 from cascade_llm.loader.quantized.grid import Grid, groups_of, integer_grid
@@ -52,7 +52,7 @@ class Scheme:
         return blocks[self.strategy]
 
 
-class CompressedTensors(QuantizedFormat):
+class CompressedTensors(MatrixFormat):
     """See the module."""
 
     method = "compressed-tensors"

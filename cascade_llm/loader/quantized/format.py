@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from reprlib import repr as short_repr
 from typing import Any
 
@@ -14,7 +14,7 @@ from cascade_llm.loader.quantized.grid import Grid, stored_matrix, unpaired
 from cascade_llm.loader.quantized.parts import MatrixParts
 from cascade_llm.weights.format import StoredTensor
 
-__all__ = ["QuantizedFormat", "is_listed", "names_of", "number_of", "unpacked_words", "unsupported"]
+__all__ = ["MatrixFormat", "QuantizedFormat", "is_listed", "names_of", "number_of", "unpacked_words", "unsupported"]
 
 
 class QuantizedFormat(ABC):
@@ -40,12 +40,32 @@ class QuantizedFormat(ABC):
         """Whether the configuration says that a layer is not quantized."""
 
     @abstractmethod
+    def check(self, parts: MatrixParts) -> None:
+        """Look at headers and the small tensors. Raises `CheckpointError` for all that is wrong with them."""
+
+    @abstractmethod
+    def tensors(self, parts: MatrixParts) -> Iterator[tuple[str, StoredTensor]]:
+        """What is stored under a name: a name below it, and the tensor."""
+
+
+class MatrixFormat(QuantizedFormat):
+    """Each name is one matrix [out, in]."""
+
+    @abstractmethod
     def grid(self, parts: MatrixParts) -> Grid:
         """From headers and the small tensors. Raises `CheckpointError` for all that is wrong with them."""
 
     @abstractmethod
     def codes(self, parts: MatrixParts, grid: Grid) -> torch.Tensor:
         """[out, in], uint8 or the float of the layout, in the order of the inputs."""
+
+    def check(self, parts: MatrixParts) -> None:
+        """See `QuantizedFormat`."""
+        self.grid(parts)
+
+    def tensors(self, parts: MatrixParts) -> Iterator[tuple[str, StoredTensor]]:
+        """See `QuantizedFormat`."""
+        yield "weight", self.read(parts)
 
     def read(self, parts: MatrixParts) -> StoredTensor:
         """A matrix [out, in]."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cascade_llm.errors import CheckpointError
-from cascade_llm.loader.quantized.format import QuantizedFormat, is_listed, names_of, unsupported
+from cascade_llm.loader.quantized.format import MatrixFormat, is_listed, names_of, unsupported
 from cascade_llm.loader.quantized.grid import Grid, groups_of
 from cascade_llm.loader.quantized.parts import MatrixParts
 from cascade_llm.weights.codes import CodeLayout
@@ -23,7 +23,7 @@ __all__ = ["FP8", "block_shape", "float_grid"]
 DTYPE = torch.float8_e4m3fn
 
 
-class FP8(QuantizedFormat):
+class FP8(MatrixFormat):
     """See the module."""
 
     method = "fp8"

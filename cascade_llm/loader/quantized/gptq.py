@@ -15,7 +15,7 @@ import torch
 
 from cascade_llm.errors import CheckpointError
 from cascade_llm.loader.quantized.format import (
-    QuantizedFormat,
+    MatrixFormat,
     is_listed,
     names_of,
     number_of,
@@ -31,7 +31,7 @@ INSTEAD = "choose a checkpoint in GPTQ of 4 or 8 bits"
 INTEGERS = (torch.int32, torch.int64)
 
 
-class GPTQ(QuantizedFormat):
+class GPTQ(MatrixFormat):
     """See the module."""
 
     method = "gptq"

@@ -37,7 +37,7 @@ def check_quantized(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsF
                 "config.json that was saved with these weights"
             )
         parts = MatrixParts(name, homes)
-        quantized.grid(parts)
+        quantized.check(parts)
         parts.release(quantized.suffixes)
     if any(_suffix(name) in quantized.unread for name in homes):
         log.info("the checkpoint rounds activations by scales of its own: they are not read")
@@ -57,7 +57,8 @@ def read_quantized(
                 file.release(name)
         elif owner not in done:
             done.add(owner)
-            yield f"{owner}.{WEIGHT}", quantized.read(MatrixParts(owner, homes))
+            for below, stored in quantized.tensors(MatrixParts(owner, homes)):
+                yield f"{owner}.{below}", stored
 
 
 def _owners(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]) -> dict[str, str]:

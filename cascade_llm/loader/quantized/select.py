@@ -12,6 +12,7 @@ from cascade_llm.loader.quantized.compressed_tensors import CompressedTensors
 from cascade_llm.loader.quantized.format import QuantizedFormat
 from cascade_llm.loader.quantized.fp8 import FP8
 from cascade_llm.loader.quantized.gptq import GPTQ
+from cascade_llm.loader.quantized.mxfp4 import MXFP4
 
 __all__ = ["QUANTIZED_FORMATS", "quantized_format"]
 
@@ -20,6 +21,7 @@ QUANTIZED_FORMATS: Mapping[str, Callable[[Mapping[str, Any]], QuantizedFormat]] 
     AWQ.method: AWQ,
     CompressedTensors.method: CompressedTensors,
     FP8.method: FP8,
+    MXFP4.method: MXFP4,
 }
 """By `quant_method`."""
 

@@ -1,0 +1,91 @@
+"""MXFP4 as gpt-oss ships it: the matrices of all experts of a layer, in blocks of 32 inputs with a power of two each.
+
+    gate_up_proj_blocks  [experts, 2 * inner, hidden / 32, 16] uint8
+    gate_up_proj_scales  [experts, 2 * inner, hidden / 32] uint8
+    down_proj_blocks     [experts, hidden, inner / 32, 16] uint8
+    down_proj_scales     [experts, hidden, inner / 32] uint8
+
+A byte holds two neighbouring inputs, the lower half first; a scale is an exponent with 127 added. The outputs of gate
+and up alternate. Format: OCP Microscaling 1.0, and the model card of openai/gpt-oss-20b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from cascade_llm.loader.gguf_codes import MXFP4_VALUES
+from cascade_llm.loader.quantized.format import QuantizedFormat
+from cascade_llm.loader.quantized.grid import unpaired
+from cascade_llm.loader.quantized.parts import MatrixParts
+from cascade_llm.weights.codes import CodeLayout, Codes
+from cascade_llm.weights.format import StoredTensor
+
+__all__ = ["MXFP4"]
+
+LAYOUT = CodeLayout("u4", scale="float32", values=MXFP4_VALUES)
+BLOCK_LEN, BLOCK_BYTES = 32, 16
+BIAS_OF_HALVES = 128
+"""Of an exponent: the table's values are twice the numbers."""
+NAN_SCALE = 255
+STACKS: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""The parts whose outputs alternate in each tensor."""
+
+
+class MXFP4(QuantizedFormat):
+    """See the module."""
+
+    method = "mxfp4"
+    markers = tuple(f"{name}_blocks" for name in STACKS)
+    suffixes = (*markers, *(f"{name}_scales" for name in STACKS))
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """See `QuantizedFormat`; of the configuration nothing changes how experts are stored."""
+
+    def is_ignored(self, name: str) -> bool:
+        """See `QuantizedFormat`."""
+        return False
+
+    def check(self, parts: MatrixParts) -> None:
+        """See `QuantizedFormat`."""
+        for name in STACKS:
+            blocks, scales = parts.shape(f"{name}_blocks"), parts.shape(f"{name}_scales")
+            if len(blocks) != 4 or blocks[3] != BLOCK_BYTES or 0 in blocks or blocks[1] % len(STACKS[name]):
+                raise parts.error(f"{name}_blocks", f"has shape {list(blocks)}, not [experts, outputs, blocks, 16]")
+            found = parts.tensor(f"{name}_scales", (torch.uint8,), blocks[:3], f": {name}_blocks has {list(blocks)}")
+            if scales and (found == NAN_SCALE).any():
+                raise parts.error(f"{name}_scales", "has scales that are no numbers")
+            parts.tensor(f"{name}_blocks", (torch.uint8,))
+
+    def tensors(self, parts: MatrixParts) -> Iterator[tuple[str, StoredTensor]]:
+        """See `QuantizedFormat`: `N.gate_proj.weight` and so on, of each expert N."""
+        for name, alternating in STACKS.items():
+            blocks, scales = (
+                parts.tensor(f"{name}_blocks", (torch.uint8,)),
+                parts.tensor(f"{name}_scales", (torch.uint8,)),
+            )
+            for expert in range(len(blocks)):
+                for first, part in enumerate(alternating):
+                    rows = slice(first, None, len(alternating))
+                    yield f"{expert}.{part}.weight", _stored(blocks[expert, rows], scales[expert, rows])
+            parts.release((f"{name}_blocks", f"{name}_scales"))
+
+
+def _stored(blocks: torch.Tensor, scales: torch.Tensor) -> StoredTensor:
+    """A matrix of blocks [outputs, blocks, 16] and scales [outputs, blocks]; a row is its blocks, then its scales."""
+    outputs, num_blocks, _ = blocks.shape
+    data = torch.cat((blocks.flatten(1), scales), dim=1)
+    return StoredTensor("MXFP4", (outputs, num_blocks * BLOCK_LEN), data, _decoded, _codes)
+
+
+def _codes(rows: torch.Tensor) -> Codes:
+    """Of rows, uint8 [rows, 17 * blocks]."""
+    num_blocks = rows.shape[1] // (BLOCK_BYTES + 1)
+    blocks, scales = rows[:, : num_blocks * BLOCK_BYTES], rows[:, num_blocks * BLOCK_BYTES :]
+    return Codes(LAYOUT, unpaired(blocks), torch.exp2(scales.float() - BIAS_OF_HALVES))
+
+
+def _decoded(rows: torch.Tensor) -> torch.Tensor:
+    return _codes(rows).dequantized()
