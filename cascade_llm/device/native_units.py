@@ -20,6 +20,7 @@ __all__ = [
     "NativeUnit",
     "attention_unit",
     "ops_unit",
+    "routing_unit",
     "row_major_unit",
     "units_of_wheel",
 ]
@@ -91,6 +92,11 @@ def attention_unit(element: str, pages: str, head_dim: int) -> NativeUnit:
     )
 
 
+def routing_unit(element: str) -> NativeUnit:
+    """The two ends of a block of experts, for one element type."""
+    return NativeUnit("layers/native_routing.c", ("route_rows", "combine_rows"), (element.upper(),), f"_{element}")
+
+
 def row_major_unit(element: str) -> NativeUnit:
     """Products with rows of weights as they lie, for one element type of inputs."""
     return NativeUnit("weights/row_major.c", ("row_major_product",), (element.upper(),), f"_{element}")
@@ -107,6 +113,7 @@ def units_of_wheel() -> Iterator[NativeUnit]:
     yield from (PARALLEL, SAMPLER, PACKED, SUPER_BLOCKS, BLOCKED)
     for element in ELEMENTS:
         yield ops_unit(element)
+        yield routing_unit(element)
         yield row_major_unit(element)
         for head_dim, others in WHEEL_HEAD_DIMS.items():
             yield from (attention_unit(element, pages, head_dim) for pages in dict.fromkeys((element, *others)))

@@ -17,8 +17,8 @@ from cascade_llm.device.ranks import Ranks
 from cascade_llm.errors import ConfigError
 from cascade_llm.layers.fused_ops import FusedOps
 from cascade_llm.layers.native_ops import select_fused_ops
+from cascade_llm.layers.native_routing import select_router
 from cascade_llm.layers.rope import RotaryTables
-from cascade_llm.layers.routing import TorchRouter
 from cascade_llm.models.architectures import ARCHITECTURES
 from cascade_llm.models.blocks import BlockOptions, Parameter, below, linear_parameters, norm_parameter
 from cascade_llm.models.vocabulary import VocabularyShares
@@ -82,7 +82,13 @@ class Decoder:
         self.config, self.dtype, self.device = config, weights.dtype, weights.device
         self._ranks = ranks or Ranks()
         self.ops = ops or select_fused_ops(weights.dtype, weights.device)
-        options = BlockOptions(config, weights, self.ops, TorchRouter(), self._ranks)
+        options = BlockOptions(
+            config,
+            weights,
+            self.ops,
+            select_router(weights.dtype, weights.device, on_stream=weights.on_stream),
+            self._ranks,
+        )
         make_layer = ARCHITECTURES[config.architecture].layer
         self.layers = [make_layer(options, index) for index in range(config.num_layers)]
         of_head = head_options(weights)

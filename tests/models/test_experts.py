@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GptOssConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
@@ -15,6 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from cascade_llm.errors import CheckpointError
 from cascade_llm.layers.fused_ops import TorchOps
+from cascade_llm.layers.native_routing import NativeRouter, select_router
 from cascade_llm.layers.routing import Router, Routing, TorchRouter
 from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
 from cascade_llm.models.architectures import model_config_from_hf
@@ -134,6 +137,46 @@ def test_rows_are_ordered_by_expert_and_found_again() -> None:
     weights = logits.softmax(-1)
     expected = torch.stack((10 * weights[0, 1] + 1000 * weights[0, 3], weights[1, 0] + 100 * weights[1, 1]))
     torch.testing.assert_close(TorchRouter().combine(outputs, routed), expected.unsqueeze(1))
+
+
+@torch.inference_mode()
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    experts=st.integers(1, 40),
+    chosen=st.integers(1, 9),
+    divides=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    seed=st.integers(0, 99),
+)
+def test_rows_are_routed_in_c_as_in_torch(
+    rows: int, experts: int, chosen: int, divides: bool, dtype: torch.dtype, seed: int
+) -> None:
+    router, twin = select_router(dtype, torch.device("cpu")), TorchRouter()
+    if not isinstance(router, NativeRouter):
+        pytest.skip("there are no compiled kernels here")
+    generator = torch.Generator().manual_seed(seed)
+    routing = Routing(num_experts=experts, num_chosen=min(chosen, experts), divides_by_sum=divides)
+    logits = (4 * torch.randn(rows, experts, generator=generator)).round(decimals=seed % 2).to(dtype)  # some are equal
+    got, wanted = router.route(logits, routing), twin.route(logits, routing)
+    for field in ("sources", "ends", "places"):
+        assert torch.equal(getattr(got, field), getattr(wanted, field)), field
+    torch.testing.assert_close(got.weights, wanted.weights, rtol=1e-5, atol=1e-6)
+    outputs = torch.randn(rows * routing.num_chosen, 7 + 300 * (seed % 2), generator=generator).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(
+        router.combine(outputs, got), twin.combine(outputs, wanted), rtol=tolerance, atol=tolerance
+    )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_no_numbers_are_routed_somewhere(dtype: torch.dtype) -> None:
+    routing = Routing(num_experts=4, num_chosen=2, divides_by_sum=True)
+    for logits in (torch.full((3, 4), torch.nan), torch.full((3, 4), -torch.inf), torch.full((3, 4), torch.inf)):
+        routed = select_router(dtype, torch.device("cpu")).route(logits.to(dtype), routing)
+        assert routed.ends[-1] == 6
+        assert sorted(routed.places.flatten().tolist()) == list(range(6))
 
 
 def moe_config(kind: str = "qwen3_moe", **fields: Any) -> dict[str, Any]:
