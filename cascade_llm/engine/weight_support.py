@@ -65,7 +65,7 @@ def held_matrix(stored: StoredTensor, options: WeightOptions) -> WeightFormat:
 
 def _support(stored_type: StoredType, options: WeightOptions) -> TypeSupport:
     example = stored_type.example
-    classes = None if stored_type.architectures is None else set(stored_type.architectures.values())
+    classes = stored_type.hf_classes
     served = tuple(name for name, kind in ARCHITECTURES.items() if classes is None or kind.hf_class in classes)
     if example is None:
         return TypeSupport(

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
+from cascade_llm.loader.gguf_architectures import architecture_of
 from cascade_llm.loader.gguf_codes import CODED_TYPES, codes_of
 from cascade_llm.loader.gguf_config import ending_token_ids, hf_config_of
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize
@@ -26,28 +27,14 @@ __all__ = ["GGUFCheckpoint", "stored_blocks"]
 
 MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
 TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 
-ROPE_DIVISORS = "rope_freqs.weight"
-"""Read by `gguf_config` into rope_scaling; not a weight of the model."""
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+"""Read by `gguf_config` into rope_scaling; not weights of the model."""
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A GGUF file, or any part of a split one: llama, qwen2 or qwen3, in any block type that `gguf` dequantizes."""
+    """A GGUF file, or any part of a split one, in any block type that `gguf` dequantizes."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = GGUFFile(first_part(Path(path)))
@@ -60,7 +47,9 @@ class GGUFCheckpoint(Checkpoint):
             hf_config_of(self._file),
             {"eos_token_id": ending_ids} if ending_ids else {},
         )
-        self._hf_names = {name: _hf_name(self._file.path, name) for name in self._file.tensors if name != ROPE_DIVISORS}
+        self._architecture = architecture_of(self._file)
+        names = (name for name in self._file.tensors if name not in ROPE_TENSORS)
+        self._hf_names = {name: _hf_name(self._file.path, name, self._architecture.layer_names) for name in names}
         by_type: Counter[str] = Counter()
         for name in self._hf_names:
             by_type[self._file.tensors[name].type.name] += self._file.tensors[name].num_bytes
@@ -82,13 +71,9 @@ class GGUFCheckpoint(Checkpoint):
         return stored_blocks(tensor, blocks)
 
     def _in_hf_order(self, tensor: GGUFTensor, rows: torch.Tensor) -> torch.Tensor:
-        """Undo what the conversion to llama's GGUF does to the rows of queries and keys, be they values or blocks.
-
-        llama.cpp rotates neighbouring pairs (0, 1), (2, 3), Hugging Face the halves (0, d/2), (1, d/2 + 1), so the
-        rows of each head were interleaved; other architectures keep Hugging Face's order.
-        """
+        """Undo what a conversion does to the rows of queries and keys, be they values or blocks."""
         part = tensor.name.split(".")[-2]
-        if self._hf_config["model_type"] != "llama" or part not in ("attn_q", "attn_k"):
+        if not self._architecture.interleaves_heads or part not in ("attn_q", "attn_k"):
             return rows
         num_heads = self._hf_config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
         if len(rows) % (2 * num_heads):
@@ -111,13 +96,13 @@ def _decoded(block_type: GGMLQuantizationType, blocks: torch.Tensor) -> torch.Te
     return dequantize(blocks.numpy().reshape(-1), block_type, (len(blocks), blocks.shape[1] // block_bytes * block_len))
 
 
-def _hf_name(path: Path, name: str) -> str:
+def _hf_name(path: Path, name: str, layer_names: Mapping[str, str]) -> str:
     match = TENSOR_NAME.fullmatch(name)
     layer, part, kind = match.group("layer", "part", "kind") if match else (None, "", "")
     if layer is None and part in MODEL_NAMES:
         return f"{MODEL_NAMES[part]}.{kind}"
-    if layer is not None and part in LAYER_NAMES:
-        return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
+    if layer is not None and part in layer_names:
+        return f"model.layers.{layer}.{layer_names[part]}.{kind}"
     raise UnsupportedModelError(
         f"{path}: tensor {name} belongs to no part of the implemented architectures, so its model would be computed "
         "wrongly without it"

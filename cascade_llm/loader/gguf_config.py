@@ -7,16 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
+from cascade_llm.loader.gguf_architectures import GGUFArchitecture, architecture_of
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, dequantize
+from cascade_llm.loader.gguf_keys import GGUFKeys
 
-__all__ = ["ARCHITECTURES", "ending_token_ids", "hf_config_of"]
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""general.architecture (also Hugging Face's model_type) and the class it stands for."""
+__all__ = ["ending_token_ids", "hf_config_of"]
 
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "expert_count": (0,),
@@ -33,12 +31,19 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "rope.scaling.yarn_ext_factor": (1.0,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
 }
-"""Keys that change the mathematics in a way that is not implemented, unless they hold one of these."""
+"""Keys that change the mathematics, with the values at which they do not; refused where an architecture does not read
+them."""
 
 END_OF_TURN_TEXTS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 """Control tokens that end a turn where the file names none, as in llama.cpp."""
 
 CONTROL_TOKEN = 3
+
+ROPE_FACTORS: Mapping[str, str] = {
+    "rope_factors_short.weight": "short_factor",
+    "rope_factors_long.weight": "long_factor",
+}
+"""Tensors that hold LongRoPE's factors, and the fields of rope_scaling that they stand for."""
 
 BLOCK_NAME = re.compile(r"blk\.\d{1,9}\.")
 
@@ -51,14 +56,14 @@ def hf_config_of(file: GGUFFile) -> dict[str, Any]:
     Raises `UnsupportedModelError` for an architecture or a feature that is not implemented, `CheckpointError` for
     metadata that is missing or contradicts itself.
     """
-    keys = _Keys(file)
-    _check_features(keys)
+    architecture, keys = architecture_of(file), GGUFKeys(file)
+    _check_features(keys, architecture)
     num_heads, hidden_size = keys.integer("attention.head_count"), keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", hidden_size // num_heads)
     biased = "blk.0.attn_q.bias" in file.tensors
     return {
-        "architectures": [ARCHITECTURES[keys.architecture]],
-        "model_type": keys.architecture,
+        "architectures": [architecture.hf_class],
+        "model_type": architecture.model_type,
         "vocab_size": _embedding_rows(file),
         "hidden_size": hidden_size,
         "intermediate_size": keys.integer("feed_forward_length"),
@@ -70,6 +75,8 @@ def hf_config_of(file: GGUFFile) -> dict[str, Any]:
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.number("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(keys, head_dim),
+        "original_max_position_embeddings": keys.get("rope.scaling.original_context_length"),
+        "partial_rotary_factor": _partial_rotary_factor(keys, head_dim, architecture),
         "attention_bias": biased,
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -77,10 +84,11 @@ def hf_config_of(file: GGUFFile) -> dict[str, Any]:
         "hidden_act": "silu",
         "bos_token_id": _token_id(file, "bos"),
         "eos_token_id": _token_id(file, "eos"),
+        **architecture.fields(keys, head_dim),
     }
 
 
-def _num_layers(keys: _Keys) -> int:
+def _num_layers(keys: GGUFKeys) -> int:
     """`block_count`, which must be what the tensors say where there are any."""
     num_layers = keys.integer("block_count")
     numbers = {int(name.split(".")[1]) for name in keys.file.tensors if BLOCK_NAME.match(name)}
@@ -117,50 +125,10 @@ def _list(file: GGUFFile, name: str, kind: type) -> list[Any]:
     return values
 
 
-class _Keys:
-    """The metadata of the file's own architecture, `llama.block_count` by `block_count`."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
-        self.architecture = str(file.metadata.get("general.architecture"))
-        if self.architecture not in ARCHITECTURES:
-            raise UnsupportedModelError(
-                f"{file.path}: architecture {self.architecture!r} is not implemented: "
-                f"supported are {', '.join(ARCHITECTURES)}"
-            )
-
-    def get(self, name: str, default: object = None) -> Any:
-        return self.file.metadata.get(f"{self.architecture}.{name}", default)
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.get(name, default)
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
-            raise self._unusable(name, value, "an integer from 1 to 2147483647")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise self._unusable(name, value, "a finite number")
-        return _shortest(value)
-
-    def _unusable(self, name: str, value: object, wanted: str) -> CheckpointError | UnsupportedModelError:
-        if isinstance(value, list) and value:
-            return UnsupportedModelError(f"{self.file.path}: {name} differs from layer to layer, not implemented")
-        return CheckpointError(f"{self.file.path}: {self.architecture}.{name} is {value!r}, it must be {wanted}")
-
-
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 1e-05, where the file's float32 reads as 9.99999974e-06."""
-    return float(str(np.float32(value)))
-
-
-def _check_features(keys: _Keys) -> None:
+def _check_features(keys: GGUFKeys, architecture: GGUFArchitecture) -> None:
     for name, neutral in NEUTRAL_VALUES.items():
         value = keys.get(name, neutral[0])
-        if value not in neutral:
+        if value not in neutral and name not in architecture.implements:
             raise UnsupportedModelError(f"{keys.file.path}: {keys.architecture}.{name} = {value} is not implemented")
     key_len, value_len = keys.get("attention.key_length"), keys.get("attention.value_length")
     if key_len != value_len and None not in (key_len, value_len):
@@ -185,13 +153,21 @@ def _dtype(file: GGUFFile) -> str:
     return types.pop() if len(types) == 1 else "float32"
 
 
-def _rope_scaling(keys: _Keys, head_dim: int) -> dict[str, Any] | None:
-    """Hugging Face's rope_scaling; None where positions are not stretched."""
+def _partial_rotary_factor(keys: GGUFKeys, head_dim: int, architecture: GGUFArchitecture) -> float:
+    """The part of a head that is rotated, from the number of its dimensions."""
     rotary_dim = keys.integer("rope.dimension_count", head_dim)
-    if rotary_dim != head_dim:
+    if rotary_dim != head_dim and "rope.dimension_count" not in architecture.implements:
         raise UnsupportedModelError(
             f"{keys.file.path}: RoPE over {rotary_dim} of {head_dim} dimensions: not implemented"
         )
+    factor = rotary_dim / head_dim
+    return factor if int(head_dim * factor) == rotary_dim else math.nextafter(factor, 1.0)
+
+
+def _rope_scaling(keys: GGUFKeys, head_dim: int) -> dict[str, Any] | None:
+    """Hugging Face's rope_scaling; None where positions are not stretched."""
+    if keys.file.tensors.keys() >= ROPE_FACTORS.keys():
+        return _longrope_scaling(keys)
     if "rope_freqs.weight" in keys.file.tensors:
         return _llama3_scaling(keys, head_dim)
     kind = keys.get("rope.scaling.type", "linear" if keys.get("rope.scale_linear") else "none")
@@ -205,7 +181,7 @@ def _rope_scaling(keys: _Keys, head_dim: int) -> dict[str, Any] | None:
     raise UnsupportedModelError(f"{keys.file.path}: RoPE scaling {kind!r} is not implemented: linear, yarn, llama3 are")
 
 
-def _yarn_scaling(keys: _Keys, factor: float) -> dict[str, Any]:
+def _yarn_scaling(keys: GGUFKeys, factor: float) -> dict[str, Any]:
     """YaRN (Peng et al. 2023). llama.cpp's attn_factor multiplies the paper's 0.1 ln(factor) + 1."""
     scaling = {
         "rope_type": "yarn",
@@ -221,7 +197,18 @@ def _yarn_scaling(keys: _Keys, factor: float) -> dict[str, Any]:
     return scaling
 
 
-def _llama3_scaling(keys: _Keys, head_dim: int) -> dict[str, Any]:
+def _longrope_scaling(keys: GGUFKeys) -> dict[str, Any]:
+    """LongRoPE, whose factors are tensors; llama.cpp's attn_factor is here the factor itself."""
+    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    if keys.get("rope.scaling.attn_factor") is not None:
+        scaling["attention_factor"] = keys.number("rope.scaling.attn_factor")
+    for tensor_name, name in ROPE_FACTORS.items():
+        tensor = keys.file.tensors[tensor_name]
+        scaling[name] = dequantize(keys.file.data(tensor), tensor.type, tensor.shape).tolist()
+    return scaling
+
+
+def _llama3_scaling(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     """Llama 3's scaling, found again from the divisors of each frequency that a GGUF holds in its place.
 
     All Llama 3.1 to 3.3 models share three of its four numbers; divisors that these do not reproduce are refused.

@@ -32,6 +32,11 @@ TEKKEN_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}" + AFTER_NUMBERS.replace(r"[\r\n]*", r"[\r\n/]*")
 )
+GPT4O_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}" + AFTER_NUMBERS.replace(r"[\r\n]*", r"[\r\n/]*")
+)
 
 
 class Family(NamedTuple):
@@ -106,10 +111,11 @@ def _families() -> Mapping[str, Family]:
     qwen2 = Family(_split(QWEN2_SPLIT), normalizer=normalizers.NFC())
     tekken = Family(_split(TEKKEN_SPLIT), ignore_merges=True, add_bos=True)
     return {
-        **dict.fromkeys(("default", "gpt-2"), gpt2),
+        **dict.fromkeys(("default", "gpt-2", "olmo"), gpt2),
         **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), digits),
         **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), llama3),
-        "smaug-bpe": Family(_split(LLAMA3_SPLIT)),
+        **dict.fromkeys(("smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), Family(_split(LLAMA3_SPLIT))),
+        "gpt-4o": Family(_split(GPT4O_SPLIT)),
         **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), qwen2),
         "tekken": tekken,
     }

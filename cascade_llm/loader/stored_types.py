@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from cascade_llm.errors import UnsupportedModelError
+from cascade_llm.loader.gguf_architectures import GGUF_ARCHITECTURES
 from cascade_llm.loader.gguf_checkpoint import stored_blocks
-from cascade_llm.loader.gguf_config import ARCHITECTURES
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFTensor
 from cascade_llm.loader.quantized.examples import quantized_examples
 from cascade_llm.loader.safetensors_file import DTYPES
@@ -22,6 +22,7 @@ ROWS, INPUTS = 64, 1024
 """Of the matrix: whole blocks of every type, and of every kernel."""
 FILLING = 0x10
 """Of blocks: whatever the type, values are finite and not all zero."""
+GGUF_CLASSES = frozenset(name for held in GGUF_ARCHITECTURES.values() for name in (held.hf_class, *held.also_holds))
 NO_WEIGHTS = {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
 """GGUF types of indices, and of activations within llama.cpp."""
 
@@ -38,8 +39,8 @@ class StoredType:
     """A matrix [ROWS, INPUTS]; None where the type is not read."""
     reason: str | None = None
     """Why it is not read."""
-    architectures: Mapping[str, str] | None = None
-    """Of this container, to Hugging Face's classes; None where it holds all."""
+    hf_classes: frozenset[str] | None = None
+    """Whose models this container holds; None where it holds all."""
 
     own_bits: float | None = None
     """Of a weight in the file, where the example is of other bytes."""
@@ -67,7 +68,7 @@ def stored_types() -> Iterator[StoredType]:
 def _gguf_type(block_type: GGMLQuantizationType) -> StoredType:
     if block_type in PLAIN_TYPES:
         plain = StoredTensor.plain(torch.ones(ROWS, INPUTS, dtype=PLAIN_TYPES[block_type]))
-        return StoredType("GGUF", block_type.name, plain, None, ARCHITECTURES)
+        return StoredType("GGUF", block_type.name, plain, None, GGUF_CLASSES)
     block_len, block_bytes = GGML_QUANT_SIZES[block_type]
     row_bytes = INPUTS // block_len * block_bytes
     tensor = GGUFTensor("example", (ROWS, INPUTS), block_type, 0, ROWS * row_bytes)
@@ -75,5 +76,5 @@ def _gguf_type(block_type: GGMLQuantizationType) -> StoredType:
     try:
         example.values()
     except UnsupportedModelError as error:
-        return StoredType("GGUF", block_type.name, None, str(error), ARCHITECTURES)
-    return StoredType("GGUF", block_type.name, example, None, ARCHITECTURES)
+        return StoredType("GGUF", block_type.name, None, str(error), GGUF_CLASSES)
+    return StoredType("GGUF", block_type.name, example, None, GGUF_CLASSES)

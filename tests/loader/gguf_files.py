@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,34 @@ import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
 from transformers import PreTrainedModel
 
+PERMUTED = ("llama", "mistral", "smollm3", "granite")
+"""Architectures whose conversion is llama's, or derived from it."""
+NAMES = {"mistral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+"""What GGUF calls an architecture, where it is another name than Hugging Face's."""
+
 
 def convert(model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """A model's weights under GGUF names, queries and keys of llama permuted; tied heads left out."""
+    """A model's weights under GGUF names, queries and keys of some permuted; tied heads left out."""
     config = model.config
-    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == config.model_type)
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture_name(model))
     name_map = get_tensor_name_map(arch, config.num_hidden_layers)
     tensors = {}
     for name, parameter in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = parameter.float()
-        if config.model_type == "llama" and (".q_proj." in name or ".k_proj." in name):
+        if config.model_type in PERMUTED and (".q_proj." in name or ".k_proj." in name):
             values = permute(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
         tensors[name_map.get_name(name, try_suffixes=(".weight", ".bias"))] = values.numpy()
+    for name, field in (("rope_factors_long", "long_factor"), ("rope_factors_short", "short_factor")):
+        if field in config.rope_parameters:
+            tensors[f"{name}.weight"] = np.array(config.rope_parameters[field], np.float32)
     return tensors
+
+
+def architecture_name(model: PreTrainedModel) -> str:
+    """GGUF's, of a model."""
+    return NAMES.get(model.config.model_type, model.config.model_type)
 
 
 def permute(values: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -41,21 +55,57 @@ def permute(values: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def metadata_of(model: PreTrainedModel) -> dict[str, Any]:
-    """The keys that a conversion writes for one of the three architectures."""
+    """The keys that a conversion writes."""
     config = model.config
     return {
+        **OWN_KEYS.get(config.model_type, lambda config: {})(config),
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim if config.model_type == "qwen3" else None,
-        "attention.value_length": config.head_dim if config.model_type == "qwen3" else None,
+        "attention.key_length": getattr(config, "head_dim", None),
+        "attention.value_length": getattr(config, "head_dim", None),
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         "vocab_size": config.vocab_size,
     }
+
+
+def _granite_keys(config: Any) -> dict[str, Any]:
+    return {
+        "attention.scale": float(config.attention_multiplier),
+        "embedding_scale": float(config.embedding_multiplier),
+        "residual_scale": float(config.residual_multiplier),
+        "logit_scale": float(config.logits_scaling),
+    }
+
+
+def _phi3_keys(config: Any) -> dict[str, Any]:
+    head_dim, rope = config.hidden_size // config.num_attention_heads, config.rope_parameters
+    original = config.original_max_position_embeddings
+    keys = {
+        "rope.dimension_count": int(head_dim * rope["partial_rotary_factor"]),
+        "rope.scaling.original_context_length": original,
+        "attention.sliding_window": config.sliding_window or 0,
+    }
+    if rope["rope_type"] == "longrope":
+        stretch = config.max_position_embeddings / original
+        keys["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(stretch) / math.log(original))
+    return keys
+
+
+def _glm4_keys(config: Any) -> dict[str, Any]:
+    return {"rope.dimension_count": int(config.head_dim * config.rope_parameters["partial_rotary_factor"])}
+
+
+OWN_KEYS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    "granite": _granite_keys,
+    "phi3": _phi3_keys,
+    "glm4": _glm4_keys,
+}
+"""By Hugging Face's name of the architecture: the keys beside those of all."""
 
 
 def write_gguf(
@@ -88,7 +138,7 @@ def write_gguf(
 def write_model(path: Path, model: PreTrainedModel, changes: Mapping[str, Any] | None = None, **options: Any) -> Path:
     """A model as a GGUF file, with some keys changed (None: left out)."""
     keys = {**metadata_of(model), **(changes or {})}
-    return write_gguf(path, model.config.model_type, keys, convert(model), **options)
+    return write_gguf(path, architecture_name(model), keys, convert(model), **options)
 
 
 def _add_key(writer: GGUFWriter, name: str, value: Any) -> None:

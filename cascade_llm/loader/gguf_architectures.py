@@ -1,0 +1,136 @@
+"""Which architectures a GGUF file may hold, and what llama.cpp's conversion makes of each.
+
+Names of keys and tensors are those of the `gguf` package; what a conversion changes beside them is stated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from cascade_llm.errors import UnsupportedModelError
+from cascade_llm.loader.gguf_file import GGUFFile
+from cascade_llm.loader.gguf_keys import GGUFKeys
+
+__all__ = ["GGUF_ARCHITECTURES", "GGUFArchitecture", "architecture_of"]
+
+LAYER_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+)
+"""Of most architectures: GGUF's name of a tensor in a layer, and Hugging Face's."""
+
+
+def _no_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFArchitecture:
+    """One value of general.architecture."""
+
+    hf_class: str
+    model_type: str
+    """Hugging Face's name."""
+    layer_names: Mapping[str, str] = field(default_factory=lambda: LAYER_NAMES)
+    """Names of the tensors in a layer, as in `LAYER_NAMES`."""
+    interleaves_heads: bool = False
+    """Whether the conversion interleaves the two halves of each query and key head, row by row: llama.cpp then rotates
+    neighbours, Hugging Face halves."""
+    implements: frozenset[str] = frozenset()
+    """Keys of `gguf_config.NEUTRAL_VALUES`, and "rope.dimension_count", that `fields` or the common fields read."""
+    fields: Callable[[GGUFKeys, int], dict[str, Any]] = _no_fields
+    """Fields of config.json beyond those of all, from the keys and the dimensions of a head."""
+    also_holds: tuple[str, ...] = ()
+    """Classes of Hugging Face whose models are converted to this architecture too."""
+
+
+def architecture_of(file: GGUFFile) -> GGUFArchitecture:
+    """Raises `UnsupportedModelError`, with the names of those that are implemented."""
+    name = str(file.metadata.get("general.architecture"))
+    if name not in GGUF_ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{file.path}: architecture {name!r} is not implemented: supported are {', '.join(GGUF_ARCHITECTURES)}"
+        )
+    return GGUF_ARCHITECTURES[name]
+
+
+def _granite_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
+    """A scale of 0 is one that is not given."""
+
+    def scale(name: str, default: float) -> float:
+        return keys.number(name, 0.0) or default
+
+    return {
+        "attention_multiplier": scale("attention.scale", head_dim**-0.5),
+        "embedding_multiplier": scale("embedding_scale", 1.0),
+        "residual_multiplier": scale("residual_scale", 1.0),
+        "logits_scaling": scale("logit_scale", 1.0),
+    }
+
+
+def _smollm3_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
+    """No key tells which layers rotate: llama.cpp knows SmolLM3's."""
+    return {"no_rope_layer_interval": 4}
+
+
+FUSED_QKV = {"attn_qkv": "self_attn.qkv_proj"}
+FUSED_GATE_UP = {"ffn_up": "mlp.gate_up_proj"}
+
+GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
+    "llama": GGUFArchitecture(
+        hf_class="LlamaForCausalLM", model_type="llama", interleaves_heads=True, also_holds=("MistralForCausalLM",)
+    ),
+    "qwen2": GGUFArchitecture(hf_class="Qwen2ForCausalLM", model_type="qwen2"),
+    "qwen3": GGUFArchitecture(hf_class="Qwen3ForCausalLM", model_type="qwen3"),
+    "phi3": GGUFArchitecture(
+        hf_class="Phi3ForCausalLM",
+        model_type="phi3",
+        layer_names={**LAYER_NAMES, **FUSED_QKV, **FUSED_GATE_UP},
+        implements=frozenset({"rope.dimension_count"}),
+    ),
+    "glm4": GGUFArchitecture(
+        hf_class="Glm4ForCausalLM",
+        model_type="glm4",
+        layer_names={
+            **LAYER_NAMES,
+            **FUSED_GATE_UP,
+            "post_attention_norm": "post_self_attn_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+        },
+        implements=frozenset({"rope.dimension_count"}),
+    ),
+    "olmo2": GGUFArchitecture(
+        hf_class="Olmo2ForCausalLM",
+        model_type="olmo2",
+        layer_names={
+            **LAYER_NAMES,
+            "post_attention_norm": "post_attention_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        },
+    ),
+    "smollm3": GGUFArchitecture(
+        hf_class="SmolLM3ForCausalLM", model_type="smollm3", interleaves_heads=True, fields=_smollm3_fields
+    ),
+    "granite": GGUFArchitecture(
+        hf_class="GraniteForCausalLM",
+        model_type="granite",
+        interleaves_heads=True,
+        implements=frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"}),
+        fields=_granite_fields,
+    ),
+}
+"""By general.architecture."""
