@@ -81,7 +81,7 @@ def transformers_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
-@pytest.mark.parametrize("pre", [None, "gpt-2", "llama-bpe", "smaug-bpe", "tekken"])
+@pytest.mark.parametrize("pre", [None, "gpt-2", "olmo", "llama-bpe", "smaug-bpe", "dbrx", "tekken"])
 def test_byte_level_equals_transformers_conversion(tmp_path: Path, pre: str | None) -> None:
     path = tokenizer_file(tmp_path, "llama", byte_level_keys(pre))
     ours, theirs = build_tokenizer(GGUFFile(path)), transformers_tokenizer(path)
@@ -89,6 +89,21 @@ def test_byte_level_equals_transformers_conversion(tmp_path: Path, pre: str | No
         ids = ours.encode(text, add_special_tokens=False).ids
         assert ids == theirs.encode(text, add_special_tokens=False), text
         assert ours.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-4o", ["Hello", "World's", " ", "123", "45", " it'S", " a", "/b", ".\n/\n\n", " ÉCOLE"]),
+        ("dbrx", ["HelloWorld", "'s", " ", "123", "45", " it", "'S", " a", "/b", ".\n", "/\n\n", " ÉCOLE"]),
+        ("glm4", ["HelloWorld", "'s", " ", "123", "45", " it", "'S", " a", "/b", ".\n", "/\n\n", " ÉCOLE"]),
+    ],
+)
+def test_words_are_split_as_the_pre_tokenizer_says(tmp_path: Path, pre: str, words: list[str]) -> None:
+    tokenizer = build_tokenizer(GGUFFile(tokenizer_file(tmp_path, "llama", byte_level_keys(pre))))
+    text = "HelloWorld's 12345 it'S a/b.\n/\n\n ÉCOLE"
+    found = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in found] == words
 
 
 def test_qwen2_equals_transformers_own_class(tmp_path: Path) -> None:
