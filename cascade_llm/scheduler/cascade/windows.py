@@ -16,7 +16,8 @@ token; a segment is cut a page further than it must be, so that it lasts for a p
 from __future__ import annotations
 
 from array import array
-from itertools import accumulate
+from collections.abc import Iterator
+from itertools import accumulate, groupby
 
 from cascade_llm.plan import CascadeLevel, CascadePlan, IntColumn, int_column
 from cascade_llm.scheduler.cascade.layout import Placement, Segment, level_columns
@@ -92,8 +93,9 @@ class WindowPlanner:
         """Cut the segments of a placement; those of which nothing is left go, and what is below them begins earlier."""
         order, size = placement.order, self._page_size
         levels, self.segments = list[CascadeLevel](), []
-        first_rows = accumulate([rows[i].num_new for i in order], initial=0)
+        first_rows = list(accumulate([rows[i].num_new for i in order], initial=0))
         places = {row: place for place, row in enumerate(first_rows)}
+        first_inside = list(map(self._first_inside, rows, lens))
         holes = [range(0)] * len(rows)
         max_lens = [row.sequence.max_len for row in rows]
         for segments in placement.levels:
@@ -101,28 +103,47 @@ class WindowPlanner:
             for segment in segments:
                 place = places[segment.first_row]
                 members = order[place : place + segment.num_sequences]
-                start = holes[members[0]].stop or self._first_shared_page(members, rows, lens)
-                if start is None or start >= segment.end_page:
-                    continue
-                kept.append(segment._replace(start_page=start))
-                for i in members:
-                    holes[i] = range(holes[i].start if holes[i] else start, segment.end_page)
-                    max_lens[i] = min(max_lens[i], holes[i].start * size + self.window_len)
+                for part in _parts_inside(segment, members, holes, first_inside):
+                    sharers = members[part.start : part.stop]
+                    start = holes[sharers[0]].stop or max([first_inside[i] or 0 for i in sharers])
+                    rows_of = first_rows[place + part.start], first_rows[place + part.stop]
+                    kept.append(Segment(*rows_of, start, segment.end_page, sharers[0], len(sharers)))
+                    for i in sharers:
+                        holes[i] = range(holes[i].start if holes[i] else start, segment.end_page)
+                        max_lens[i] = min(max_lens[i], holes[i].start * size + self.window_len)
             if kept:
                 self.segments.append(kept)
                 above = levels[-1].qo_indptr.tolist() if levels else []
                 tables = [row.sequence.pages for row in rows]
-                levels.append(level_columns(kept, above, sum([row.num_new for row in rows]), tables, size))
+                levels.append(level_columns(kept, above, first_rows[-1], tables, size))
         self._levels, self._holes, self._max_lens = tuple(levels), holes, max_lens
 
-    def _first_shared_page(self, members: list[int], rows: list[PlannedRows], lens: list[int]) -> int | None:
-        """The first page that is inside the windows of all rows of some sequences; None where they do not share."""
-        ahead = max([lens[i] for i in members])
-        if ahead <= self.window_len:
+    def _first_inside(self, row: PlannedRows, kv_len: int) -> int | None:
+        """The first page that is inside the windows of all rows of a sequence, and will be for a page of steps; None
+        where it shares nothing."""
+        if kv_len <= self.window_len:
             return 0
-        if any(rows[i].num_new > MOST_ROWS for i in members if lens[i] > self.window_len):
+        if row.num_new > MOST_ROWS:
             return None
-        return -(-(ahead + self._page_size - self.window_len) // self._page_size)
+        return -(-(kv_len + self._page_size - self.window_len) // self._page_size)
+
+
+def _parts_inside(
+    segment: Segment, members: list[int], holes: list[range], first_inside: list[int | None]
+) -> Iterator[range]:
+    """The neighbours among a segment's sequences that share its end, and the same pages above it: ranges of `members`.
+
+    A sequence whose window has left the segment behind parts those before it from those after it.
+    """
+
+    def kind(place: int) -> tuple[int, bool]:
+        first = first_inside[members[place]]
+        return holes[members[place]].stop, first is not None and first < segment.end_page
+
+    for (_, is_inside), group in groupby(range(len(members)), kind):
+        places = list(group)
+        if is_inside and (len(places) > 1 or segment.num_sequences == 1):
+            yield range(places[0], places[-1] + 1)
 
 
 def first_read_page(start_len: int, window_len: int, page_size: int) -> int:

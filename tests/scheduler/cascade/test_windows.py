@@ -98,25 +98,42 @@ def test_a_prefix_longer_than_the_window_is_shared_in_its_tail() -> None:
         assert plan.report.kv_tokens_saved == 5 * 4 * len(segment)
 
 
-def test_many_rows_of_a_sequence_that_the_window_cuts_share_nothing() -> None:
-    """A long chunk beside decode rows: its step reads each sequence by itself."""
-    config = small_config(
-        attention_kinds=(32,), max_num_batched_tokens=600, max_model_len=1024, total_pages=512, page_size=4
+@pytest.mark.parametrize(("own", "num_sharers"), [(MOST_ROWS - 8, 3), (MOST_ROWS + 8, 2)])
+def test_many_rows_of_a_sequence_that_the_window_cuts_share_nothing(own: int, num_sharers: int) -> None:
+    """A long chunk beside two decode rows, behind 640 common tokens."""
+    engine = SimulatedEngine(
+        small_config(attention_kinds=(512,), max_num_batched_tokens=700, max_model_len=1024, total_pages=512)
     )
-    engine = SimulatedEngine(config)
     for i in range(2):
-        engine.add([*range(64), 100 + i], max_tokens=20)
+        engine.add([*range(640), 2000 + i], max_tokens=4)
     engine.step()
     engine.step()
-    for own, shares in ((MOST_ROWS - 8, True), (MOST_ROWS + 8, False)):
-        engine.add([*range(64), *range(1000 * own, 1001 * own)], max_tokens=2)
-        plan = engine.step()
-        assert plan is not None
-        assert max(len(plan.cascade.leaf.rows(i)) for i in range(plan.num_sequences)) == own
-        # the longer chunk's last row looks back no further than its own tokens: then nothing is shared either
-        assert not any(segment for level in shared(plan.cascade) for segment in level) or shares
+    engine.add([*range(640), *range(3000, 3000 + own)], max_tokens=2)
+    plan = engine.step()
+    assert plan is not None
+    ((rows, pages),) = [
+        (level.rows(i), level.pages(i))
+        for level in plan.cascade.shared_levels
+        for i in range(level.num_segments)
+        if len(level.pages(i))
+    ]
+    assert len([end for end in plan.cascade.leaf.qo_indptr[1:] if end - 1 in rows]) == num_sharers
+    assert 0 < len(pages) < 160
     engine.run()
     engine.check_outputs()
+
+
+def test_a_sequence_whose_window_has_left_the_prefix_leaves_it_to_the_others() -> None:
+    engine = SimulatedEngine(small_config(attention_kinds=(24,)))
+    engine.add([*SYSTEM, *range(60, 90)], max_tokens=6)
+    for i in range(2):
+        engine.add([*SYSTEM, 100 + i], max_tokens=6)
+    plans = engine.run()
+    engine.check_outputs()
+    decode = [plan for plan in plans if plan.num_rows == plan.num_sequences == 3]
+    assert len(decode) > 3
+    for plan in decode:
+        assert (plan.report.num_groups, plan.report.grouped_rows) == (1, 2)
 
 
 def test_levels_of_a_window_last_for_a_page_of_steps() -> None:
