@@ -15,6 +15,11 @@ from cascade_llm.scheduler.sessions import SessionLimits, Sessions
 
 __all__ = ["PageAllocator", "PageTables"]
 
+STRIDES_PER_WINDOW = 8
+"""A sequence gives up what windows have left behind in as many parts of the widest."""
+PLANNED_AHEAD = 2
+"""Pages that plans may still name when windows have left them behind: a run of decode steps keeps its first pages."""
+
 
 class PageAllocator:
     """Page ids 0 to total_pages - 1 with reference counts.
@@ -101,13 +106,23 @@ class PageTables:
         page_size: int,
         *,
         keep_unheld: bool,
+        window_len: int | None = None,
         session_limits: SessionLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`keep_unheld`: whether pages that no sequence holds stay for later requests (prefix caching)."""
-        self.page_size = page_size
+        """Begin with all pages free.
+
+        Args:
+            total_pages: of the pool
+            page_size: tokens per page
+            keep_unheld: whether pages that no sequence holds stay for later requests (prefix caching)
+            window_len: of the attention kind that reads most: pages that it has left behind are not held
+            session_limits: what sessions may hold
+            clock: seconds, from any start; for how long sessions live
+        """
+        self.page_size, self._window_len = page_size, window_len
         self.allocator = PageAllocator(total_pages)
-        self.cache = PrefixCache(page_size)
+        self.cache = PrefixCache(page_size, window_len)
         self.sessions = Sessions(self.cache, total_pages, session_limits or SessionLimits(), clock)
         self._keep_unheld = keep_unheld
 
@@ -137,10 +152,11 @@ class PageTables:
     def admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         """Start the table of a sequence with the matched pages, held."""
         tail = self.cache.hold(match, sequence.keys)
-        pages = array("i")
-        for node in reversed(list(self.cache.path_up(tail))):
+        held_from = self.cache.first_held_page(tail)
+        pages = array("i", bytes(held_from * array("i").itemsize))
+        for node in reversed(list(self.cache.held_path(tail, held_from))):
             pages.extend(node.pages)
-        sequence.tail, sequence.pages = tail, pages
+        sequence.tail, sequence.held_from, sequence.pages = tail, held_from, pages
 
     def reserve(self, sequence: Sequence, end_len: int) -> list[PageCopy] | None:
         """Make the table hold `end_len` tokens, of which those from `planned_len` on will be written.
@@ -193,30 +209,52 @@ class PageTables:
         Where the tree has a page of the same content, the sequence adopts that one and gives its own back. So a table
         always starts with the path to its tail, and sequences that come to the same text share it.
         """
-        tail = sequence.tail
-        assert tail is not None
-        start, end = tail.end, known_len // self.page_size
+        assert sequence.tail is not None
+        start, end = sequence.tail.end, known_len // self.page_size
         if end <= start:
             return
-        sequence.tail, adopted = self.cache.adopt(tail, sequence.token_ids, sequence.keys, end)
+        cache, text, held_from = self.cache, (sequence.token_ids, sequence.keys), sequence.held_from
+        sequence.tail, adopted = cache.adopt(sequence.tail, *text, end, held_from)
         if adopted:
             self.allocator.remove_owner(sequence.pages[start : start + len(adopted)])
             sequence.pages[start : start + len(adopted)] = adopted
+        if self._window_len is not None:
+            filled = cache.fill(sequence.tail, *text, self._unforked(sequence, end), held_from)
+            if filled is not sequence.tail:
+                sequence.tail = filled
+                self.publish_committed(sequence, known_len)  # what is behind it may be there
+                return
         self._append(sequence, end)
+
+    def leave_behind(self, sequence: Sequence, num_tokens: int) -> None:
+        """Hold no page that windows have left behind, now that `num_tokens` tokens are computed.
+
+        Nothing is given up as long as it is little: the tree would have a node for every page.
+        """
+        if self._window_len is None:
+            return
+        assert sequence.tail is not None
+        first = self.cache.first_read_page(num_tokens // self.page_size) - PLANNED_AHEAD
+        first = min(first, sequence.tail.start if sequence.tail.end <= first else first)
+        if first - sequence.held_from < max(1, self._window_len // self.page_size // STRIDES_PER_WINDOW):
+            return
+        sequence.held_from = self.cache.leave_behind(sequence.tail, sequence.held_from, first, sequence.keys)
+        if not self._keep_unheld:
+            self.evict(self.cache.num_cached_pages)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Give `child` the table of `parent`: the same pages, each with one more owner or hold."""
         assert parent.tail is not None
-        self.cache.hold_again(parent.tail)
-        child.tail, child.pages = parent.tail, parent.pages[:]
+        self.cache.hold_again(parent.tail, parent.held_from)
+        child.tail, child.held_from, child.pages = parent.tail, parent.held_from, parent.pages[:]
         self.allocator.add_owner(child.pages[parent.tail.end :])
 
     def release(self, sequence: Sequence) -> None:
         """Take the table back. Published pages stay in the tree, cached, where that is wanted."""
         assert sequence.tail is not None
         self.allocator.remove_owner(sequence.pages[sequence.tail.end :])
-        self.cache.release(sequence.tail)
-        sequence.tail, sequence.pages = None, array("i")
+        self.cache.release(sequence.tail, sequence.held_from)
+        sequence.tail, sequence.held_from, sequence.pages = None, 0, array("i")
         if not self._keep_unheld:
             self.evict(self.cache.num_cached_pages)
 
@@ -243,7 +281,7 @@ class PageTables:
         `sequences`: all that have a table.
         """
         self.cache.check()
-        tails = self.sessions.tails
+        holds = self.sessions.paths
         owners: dict[int, int] = {}
         for node in self.cache.nodes():
             for page in node.pages:
@@ -251,24 +289,33 @@ class PageTables:
                 owners[page] = 1
         for sequence in sequences:
             assert sequence.tail is not None
-            tails.append(sequence.tail)
-            path = [page for node in reversed(list(self.cache.path_up(sequence.tail))) for page in node.pages]
-            assert list(sequence.pages[: sequence.tail.end]) == path
+            holds.append((sequence.tail, sequence.held_from))
+            held = reversed(list(self.cache.held_path(sequence.tail, sequence.held_from)))
+            path = [page for node in held for page in node.pages]
+            assert list(sequence.pages[sequence.held_from : sequence.tail.end]) == path
             for page in sequence.pages[sequence.tail.end :]:
                 owners[page] = owners.get(page, 0) + 1
         for page in range(self.allocator.total_pages):
             assert self.allocator.num_owners(page) == owners.get(page, 0), f"page {page}"
         assert self.allocator.num_free + len(owners) == self.allocator.total_pages
         nodes = [self.cache.root, *self.cache.nodes()]
-        assert Counter({node: node.num_tails for node in nodes}) == Counter(tails), "a hold has no holder"
+        tails = Counter(tail for tail, _ in holds)
+        assert Counter({node: node.num_tails for node in nodes}) == tails, "a hold has no holder"
+        held_nodes = Counter(node for hold in holds for node in self.cache.held_path(*hold))
+        assert Counter({node: node.num_holds for node in nodes}) == held_nodes, "a node is held otherwise than counted"
 
     def _append(self, sequence: Sequence, end: int) -> None:
         """Hand own pages up to page `end` to the tree, as far as forks do not own them too."""
         assert sequence.tail is not None
+        own = self._unforked(sequence, end)
+        sequence.tail = self.cache.append(sequence.tail, sequence.token_ids, sequence.keys, own)
+
+    def _unforked(self, sequence: Sequence, end: int) -> array[int]:
+        """The pages behind the tail, up to page `end` or to the first that forks own too."""
+        assert sequence.tail is not None
         start = sequence.tail.end
         forked = (i for i in range(start, end) if self.allocator.num_owners(sequence.pages[i]) > 1)
-        own = sequence.pages[start : next(forked, end)]
-        sequence.tail = self.cache.append(sequence.tail, sequence.token_ids, sequence.keys, own)
+        return sequence.pages[start : next(forked, end)]
 
     def _make_room(self, count: int) -> bool:
         missing = count - self.allocator.num_free
@@ -287,6 +334,7 @@ class PageTables:
     def _num_available(self, match: PrefixMatch) -> int:
         """Pages of a match that no sequence holds now, and that cannot be had once it is held."""
         held_by_sessions = self.sessions.holds
-        nodes = [n for n in self.cache.path_up(match.node) if n.num_holds == held_by_sessions.get(n, 0)]
+        path = self.cache.held_path(match.node, self.cache.first_read_page(match.num_pages))
+        nodes = [n for n in path if n.num_holds == held_by_sessions.get(n, 0)]
         behind = match.node.end - match.num_pages if nodes and nodes[0] is match.node else 0
         return sum(len(node.pages) for node in nodes) - behind

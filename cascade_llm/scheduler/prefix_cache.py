@@ -10,6 +10,11 @@ tree ends; held nodes are never evicted.
 Holds are counted on every node of a path, so a node is held by at least as many sequences as any node below it.
 Released paths enter the LRU order deepest node first. Hence everything below an unheld node stands before it in that
 order, and the first of the order has no children: eviction needs no search.
+
+Where all attention kinds of a model have windows, no sequence reads what they have left behind. Then it holds the last
+nodes of its path only, as many as the widest window reaches, and the tree may have *hollow* nodes: their pages were
+given up, and they stand for the text on the way to the nodes below them. What matches has its last pages, as far as the
+window reaches, and nothing else is needed of it.
 """
 
 from __future__ import annotations
@@ -75,28 +80,26 @@ class PageKeys:
 class RadixNode:
     """A run of full pages. Changed by `PrefixCache` alone."""
 
-    __slots__ = ("children", "end", "first_key", "num_holds", "num_tails", "pages", "parent", "token_ids")
+    __slots__ = ("children", "end", "first_key", "num_holds", "num_tails", "pages", "parent", "start", "token_ids")
 
     def __init__(
-        self, parent: RadixNode | None, first_key: bytes, token_ids: array[int], pages: array[int], end: int
+        self, parent: RadixNode | None, first_key: bytes, token_ids: array[int], pages: array[int], start: int, end: int
     ) -> None:
         self.parent = parent
         self.first_key = first_key
         """Key of the first page: the name under which the parent knows this node."""
         self.token_ids = token_ids
         self.pages = pages
+        """As many as the node is long, or none: then it is hollow."""
+        self.start = start
+        """Pages from the root to the start of this node."""
         self.end = end
         """Pages from the root to the end of this node."""
         self.children: dict[bytes, RadixNode] = {}
         self.num_holds = 0
-        """Sequences whose path includes this node."""
+        """Sequences that hold it: it is on their path, and inside their window."""
         self.num_tails = 0
         """Sequences whose path ends here."""
-
-    @property
-    def start(self) -> int:
-        """Pages from the root to the start of this node."""
-        return self.end - len(self.pages)
 
 
 class PrefixMatch(NamedTuple):
@@ -109,9 +112,10 @@ class PrefixMatch(NamedTuple):
 class PrefixCache:
     """The tree. `match` only looks; every other method changes it, as its name says."""
 
-    def __init__(self, page_size: int) -> None:
-        self.page_size = page_size
-        self.root = RadixNode(None, b"", array("i"), array("i"), 0)
+    def __init__(self, page_size: int, window_len: int | None = None) -> None:
+        """`window_len`: of the attention kind that reads most; None reads all earlier tokens."""
+        self.page_size, self._window_len = page_size, window_len
+        self.root = RadixNode(None, b"", array("i"), array("i"), 0, 0)
         self.num_pages = 0
         """Pages in the tree."""
         self.num_cached_pages = 0
@@ -121,41 +125,78 @@ class PrefixCache:
         self._unheld: OrderedDict[RadixNode, None] = OrderedDict()
 
     def match(self, token_ids: array[int], keys: PageKeys, max_pages: int) -> PrefixMatch:
-        """The longest prefix in the tree of at most `max_pages` full pages of `token_ids`.
+        """The longest prefix in the tree of at most `max_pages` full pages of `token_ids`, whose last pages are there
+        as far as the window reaches.
 
         Token ids are compared as well as keys: a collision of keys costs a miss, never a wrong answer.
         """
-        node, matched = self.root, 0
+        node, matched, best = self.root, 0, PrefixMatch(self.root, 0)
+        first_there = 0
         while matched < max_pages and node.children:
             child = node.children.get(keys.key(matched))
             common = self._num_common_pages(child, token_ids, matched, max_pages) if child else 0
             if child is None or common == 0:
                 break
             node, matched = child, matched + common
-            if common < len(child.pages):
+            if not child.pages:
+                first_there = matched
+            elif first_there <= self.first_read_page(matched):
+                best = PrefixMatch(child, matched)
+            if common < child.end - child.start:
                 break
-        return PrefixMatch(node, matched)
+        return best
+
+    def first_read_page(self, num_pages: int) -> int:
+        """The first page that is read by the row behind so many full pages."""
+        if self._window_len is None:
+            return 0
+        return max(0, num_pages * self.page_size + 1 - self._window_len) // self.page_size
 
     def hold(self, match: PrefixMatch, keys: PageKeys) -> RadixNode:
-        """Hold the matched path for a sequence and return its tail; splits a node that matched in part."""
+        """Hold the matched path for a sequence, as far as the window reaches, and return its tail; splits a node that
+        matched in part."""
         tail = match.node
         if tail is not self.root and match.num_pages < tail.end:
             tail = self._split(tail, match.num_pages - tail.start, keys)
-        self.hold_again(tail)
+        self.hold_again(tail, self.first_held_page(tail))
         return tail
 
-    def hold_again(self, tail: RadixNode) -> None:
-        """One more sequence holds the path to `tail`."""
-        self.version += 1
-        self._add_hold(tail)
+    def first_held_page(self, tail: RadixNode) -> int:
+        """The page with which the first node begins that `hold` holds of the path to `tail`."""
+        first, held_from = self.first_read_page(tail.end), 0
+        for node in self.held_path(tail, first):
+            held_from = node.start
+        return held_from
 
-    def release(self, tail: RadixNode) -> None:
+    def hold_again(self, tail: RadixNode, held_from: int = 0) -> None:
+        """One more sequence holds the nodes of the path to `tail` from page `held_from` on, where one begins."""
+        self.version += 1
+        self._add_hold(tail, held_from)
+
+    def release(self, tail: RadixNode, held_from: int = 0) -> None:
         """A sequence gives up its hold on the path to `tail`; what nobody holds can be evicted from now on."""
         self.version += 1
-        self._remove_hold(tail)
+        self._remove_hold(tail, held_from)
+
+    def leave_behind(self, tail: RadixNode, held_from: int, first_page: int, keys: PageKeys) -> int:
+        """A sequence's windows have left the pages before `first_page` behind: it holds no node that ends before, and a
+        node that it is in is split there. Returns from which page on it holds its path now.
+
+        `first_page` lies before the end of the tail, which is held in any case.
+        """
+        assert first_page < tail.end
+        left = list[RadixNode]()
+        for node in self.held_path(tail, held_from):
+            if node.start < first_page < node.end:
+                self._split(node, first_page - node.start, keys)  # the upper part comes next
+            elif node.end <= first_page:
+                left.append(node)
+        for node in left:
+            self._drop_hold(node)
+        return max([held_from, *[node.end for node in left]])
 
     def adopt(
-        self, tail: RadixNode, token_ids: array[int], keys: PageKeys, max_pages: int
+        self, tail: RadixNode, token_ids: array[int], keys: PageKeys, max_pages: int, held_from: int = 0
     ) -> tuple[RadixNode, array[int]]:
         """Move a sequence's hold on to what the tree has of its tokens, up to `max_pages` pages from the root.
 
@@ -165,13 +206,33 @@ class PrefixCache:
         while node.end < max_pages and node.children:
             child = node.children.get(keys.key(node.end))
             common = self._num_common_pages(child, token_ids, node.end, max_pages) if child else 0
-            if child is None or common == 0:
+            if child is None or common == 0 or not child.pages:
                 break
-            node = self._split(child, common, keys) if common < len(child.pages) else child
+            node = self._split(child, common, keys) if common < child.end - child.start else child
         if node is not tail:
             self.version += 1
-            self._move_hold(tail, node)
+            self._move_hold(tail, node, held_from)
         return node, self._pages_between(node, tail.end)
+
+    def fill(
+        self, tail: RadixNode, token_ids: array[int], keys: PageKeys, pages: array[int], held_from: int
+    ) -> RadixNode:
+        """Where the text behind a sequence's tail is a hollow node's, give that node the sequence's full pages, held by
+        it; returns the new tail. The pages are the tree's from now on, as many as the tail has moved."""
+        child = tail.children.get(keys.key(tail.end)) if pages and tail.children else None
+        if child is None or child.pages:
+            return tail
+        common = self._num_common_pages(child, token_ids, tail.end, tail.end + len(pages))
+        if common == 0:
+            return tail
+        node = self._split(child, common, keys) if common < child.end - child.start else child
+        node.pages = pages[:common]
+        self._unheld[node] = None
+        self.num_pages += common
+        self.num_cached_pages += common
+        self.version += 1
+        self._move_hold(tail, node, held_from)
+        return node
 
     def append(self, tail: RadixNode, token_ids: array[int], keys: PageKeys, pages: array[int]) -> RadixNode:
         """Put a sequence's full pages into the tree behind its tail, held by it; returns the new tail.
@@ -193,20 +254,23 @@ class PrefixCache:
         if key in tail.children:
             return tail
         self.num_pages += len(pages)
-        child = RadixNode(tail, key, run, pages[:], tail.end + len(pages))
+        child = RadixNode(tail, key, run, pages[:], tail.end, tail.end + len(pages))
         tail.children[key] = child
-        self._unheld[child] = None
-        self.num_cached_pages += len(pages)
-        self._move_hold(tail, child)
+        tail.num_tails -= 1
+        child.num_tails = child.num_holds = 1
         return child
 
     def evict(self, count: int) -> list[int]:
-        """Give up `count` cached pages, least recently used first and from the end of a run; returns them."""
+        """Give up `count` cached pages, least recently used first and from the end of a run; returns them, and a few
+        more where a node with others below it becomes hollow."""
         assert count <= self.num_cached_pages, f"{count} pages wanted, {self.num_cached_pages} cached"
         evicted: list[int] = []
         while len(evicted) < count:
             node = next(iter(self._unheld))
-            evicted.extend(self._truncate(node, max(0, len(node.pages) - (count - len(evicted)))))
+            if node.children:
+                evicted.extend(self._hollow(node))
+            else:
+                evicted.extend(self._truncate(node, max(0, len(node.pages) - (count - len(evicted)))))
         return evicted
 
     def drop(self, tail: RadixNode) -> list[int]:
@@ -235,17 +299,21 @@ class PrefixCache:
         for node in self.nodes():
             assert node.parent is not None
             assert node.parent.children[node.first_key] is node
-            assert node.pages
-            assert len(node.token_ids) == len(node.pages) * self.page_size
-            assert node.start == node.parent.end
-            assert node.num_holds == node.num_tails + sum(child.num_holds for child in node.children.values())
-            assert (node.num_holds == 0) == (node in self._unheld)
+            assert len(node.token_ids) == (node.end - node.start) * self.page_size
+            assert node.start == node.parent.end < node.end
+            assert len(node.pages) in (
+                (node.end - node.start,) if self._window_len is None else (0, node.end - node.start)
+            )
+            below = node.num_tails + sum(child.num_holds for child in node.children.values())
+            assert node.num_holds == below if self._window_len is None else node.num_tails <= node.num_holds <= below
+            assert (node.num_holds == 0 and len(node.pages) > 0) == (node in self._unheld)
+            assert node.pages or (node.children and not node.num_holds), "a hollow node that nobody needs"
             held_pages += len(node.pages) if node.num_holds else 0
             cached_pages += 0 if node.num_holds else len(node.pages)
         assert cached_pages == self.num_cached_pages
         assert held_pages + cached_pages == self.num_pages
         seen: set[RadixNode] = set()
-        for node in self._unheld:
+        for node in self._unheld if self._window_len is None else ():
             assert all(child in seen for child in node.children.values()), "a node stands before one of its children"
             seen.add(node)
 
@@ -256,29 +324,47 @@ class PrefixCache:
             yield node
             node = node.parent
 
-    def _add_hold(self, tail: RadixNode) -> None:
+    def held_path(self, tail: RadixNode, held_from: int) -> Iterator[RadixNode]:
+        """The nodes from `tail` up that a sequence holds, which holds its path from page `held_from` on."""
+        node: RadixNode | None = tail
+        while node is not None and node.end > held_from:
+            yield node
+            node = node.parent
+
+    def _add_hold(self, tail: RadixNode, held_from: int) -> None:
         tail.num_tails += 1
-        for node in self.path_up(tail):
+        for node in self.held_path(tail, held_from):
             if node.num_holds == 0:
                 del self._unheld[node]
                 self.num_cached_pages -= len(node.pages)
             node.num_holds += 1
 
-    def _remove_hold(self, tail: RadixNode) -> None:
+    def _remove_hold(self, tail: RadixNode, held_from: int) -> None:
         tail.num_tails -= 1
-        for node in self.path_up(tail):
-            node.num_holds -= 1
-            if node.num_holds == 0:
-                self._unheld[node] = None
-                self.num_cached_pages += len(node.pages)
+        for node in self.held_path(tail, held_from):
+            self._drop_hold(node)
 
-    def _move_hold(self, tail: RadixNode, lower: RadixNode) -> None:
-        self._add_hold(lower)
-        self._remove_hold(tail)
+    def _drop_hold(self, node: RadixNode) -> None:
+        node.num_holds -= 1
+        if node.num_holds == 0:
+            self._unheld[node] = None
+            self.num_cached_pages += len(node.pages)
+
+    def _hollow(self, node: RadixNode) -> array[int]:
+        """Take the pages of an unheld node that has others below it."""
+        given_up, node.pages = node.pages, array("i")
+        del self._unheld[node]
+        self.num_pages -= len(given_up)
+        self.num_cached_pages -= len(given_up)
+        return given_up
+
+    def _move_hold(self, tail: RadixNode, lower: RadixNode, held_from: int) -> None:
+        self._add_hold(lower, held_from)
+        self._remove_hold(tail, held_from)
 
     def _num_common_pages(self, child: RadixNode, token_ids: array[int], start: int, end: int) -> int:
         """Pages at the start of `child` that equal the sequence's pages from `start` on, before `end`."""
-        size, most = self.page_size, min(len(child.pages), end - start)
+        size, most = self.page_size, min(child.end - child.start, end - start)
         theirs, ours = child.token_ids, token_ids[start * size : (start + most) * size]
         if theirs[: most * size] == ours:
             return most
@@ -298,16 +384,17 @@ class PrefixCache:
         """
         size, parent = self.page_size, node.parent
         assert parent is not None
-        assert 0 < num_pages < len(node.pages)
         cut = node.start + num_pages
-        upper = RadixNode(parent, node.first_key, node.token_ids[: num_pages * size], node.pages[:num_pages], cut)
-        node.token_ids, node.pages = node.token_ids[num_pages * size :], node.pages[num_pages:]
+        assert node.start < cut < node.end
+        tokens, pages = node.token_ids[: num_pages * size], node.pages[:num_pages]
+        upper = RadixNode(parent, node.first_key, tokens, pages, node.start, cut)
+        node.token_ids, node.pages, node.start = node.token_ids[num_pages * size :], node.pages[num_pages:], cut
         node.first_key = next_page_key(keys.key(cut - 1), node.token_ids[:size])
         parent.children[upper.first_key] = upper
         node.parent = upper
         upper.children[node.first_key] = node
         upper.num_holds = node.num_holds
-        if upper.num_holds == 0:  # held by the caller next, so its place in the order does not matter
+        if upper.num_holds == 0 and pages:  # held by the caller next, so its place in the order does not matter
             self._unheld[upper] = None
         return upper
 
@@ -322,9 +409,17 @@ class PrefixCache:
             del node.pages[num_pages:], node.token_ids[num_pages * self.page_size :]
             node.end -= len(given_up)
         else:
-            assert node.parent is not None
-            del self._unheld[node], node.parent.children[node.first_key]
+            del self._unheld[node]
+            self._remove(node)
         return given_up
+
+    def _remove(self, node: RadixNode) -> None:
+        """Take a node without children out of the tree, and hollow ones above it that have none then."""
+        while node.parent is not None and not node.children:
+            del node.parent.children[node.first_key]
+            node = node.parent
+            if node.pages or node.num_tails:
+                break
 
     def _pages_between(self, node: RadixNode, start: int) -> array[int]:
         """The pages on the path to `node` from page `start` on."""

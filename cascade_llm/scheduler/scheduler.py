@@ -78,6 +78,7 @@ class FlashInferScheduler:
             config.total_pages,
             config.page_size,
             keep_unheld=config.enable_prefix_caching,
+            window_len=config.attention_kinds[0],
             session_limits=self._session_limits,
             clock=self._clock,
         )
@@ -472,6 +473,7 @@ class FlashInferScheduler:
     def _commit_rows(self, sequence: Sequence, committed_len: int) -> None:
         sequence.committed_len = committed_len
         self._tables.publish_committed(sequence, min(committed_len, len(sequence.token_ids)))
+        self._tables.leave_behind(sequence, committed_len)
 
     def _commit_sample(self, sequence: Sequence, result: StepResult, sample: int) -> SequenceUpdate:
         if sample in result.failed_samples:
@@ -545,7 +547,8 @@ class FlashInferScheduler:
         use, name = sequence.session, sequence.session_name
         if use is not None and name is not None:
             tail = sequence.tail if self.config.enable_prefix_caching else None
-            self._tables.sessions.end_turn(name, use, tail, reason)
+            path = None if tail is None else (tail, sequence.held_from)
+            self._tables.sessions.end_turn(name, use, path, reason)
 
     # -- checks -----------------------------------------------------------------------------------------------------
 

@@ -107,6 +107,7 @@ class Sequence:
         "epoch",
         "finish_reason",
         "forked",
+        "held_from",
         "keys",
         "lane",
         "mask",
@@ -148,6 +149,8 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.pages = array("i")
         self.tail: RadixNode | None = None
+        self.held_from = 0
+        """Pages before were given up, as windows have left them behind: their entries in `pages` mean nothing."""
         self.num_cached_tokens = 0
         """Prompt tokens found in the prefix cache when it was first admitted."""
         self.lane = 0

@@ -62,6 +62,8 @@ class SessionInfo(NamedTuple):
 
 class _Session(NamedTuple):
     tail: RadixNode
+    held_from: int
+    """see `PrefixCache.hold`"""
     used_s: float
 
 
@@ -77,9 +79,9 @@ class Sessions:
         self._holds_version = cache.version
 
     @property
-    def tails(self) -> list[RadixNode]:
-        """Where the paths of all sessions end."""
-        return [session.tail for session in self._by_name.values()]
+    def paths(self) -> list[tuple[RadixNode, int]]:
+        """Where the paths of all sessions end, and from which page on they are held."""
+        return [(session.tail, session.held_from) for session in self._by_name.values()]
 
     @property
     def budget(self) -> int:
@@ -101,8 +103,8 @@ class Sessions:
         """How many sessions hold each node. Counted anew only where the cache has another version."""
         if self._holds_version != self._cache.version:
             holds: dict[RadixNode, int] = {}
-            for tail in self.tails:
-                for node in self._cache.path_up(tail):
+            for path in self.paths:
+                for node in self._cache.held_path(*path):
                     holds[node] = holds.get(node, 0) + 1
             self._holds, self._holds_version = holds, self._cache.version
         return self._holds
@@ -119,34 +121,37 @@ class Sessions:
         source = None if use.fork_of is None else SessionName(tenant, use.fork_of)
         if source is not None and source in self._by_name:
             self._touch(source)
-            self.keep(name, self._by_name[source].tail)
+            self.keep(name, self._by_name[source].tail, self._by_name[source].held_from)
         elif name in self._by_name:
             self._touch(name)
 
-    def keep(self, name: SessionName, tail: RadixNode) -> None:
-        """A session holds the path to `tail` from now on, and no longer what it held.
+    def keep(self, name: SessionName, tail: RadixNode, held_from: int = 0) -> None:
+        """A session holds the path to `tail`, from page `held_from` on, and no longer what it held.
 
         A path without a page is not held, nor one beyond the whole budget, for which all others would be given up.
         """
-        self._cache.hold_again(tail)
+        self._cache.hold_again(tail, held_from)
         self.drop(name)
-        self._by_name[name] = _Session(tail, self._clock())
-        if not 0 < tail.end <= self.budget:
+        self._by_name[name] = _Session(tail, held_from, self._clock())
+        if not 0 < tail.end - held_from <= self.budget:
             self.drop(name)
         self._fit()
 
-    def end_turn(self, name: SessionName, use: SessionUse, tail: RadixNode | None, reason: str) -> None:
-        """Hold the path of a turn that ends, where it has one; an error may have filled its pages wrong."""
+    def end_turn(self, name: SessionName, use: SessionUse, path: tuple[RadixNode, int] | None, reason: str) -> None:
+        """Hold the path of a turn that ends, where it has one; an error may have filled its pages wrong.
+
+        path: where it ends, and from which page on the turn held it
+        """
         if reason == "error" or (reason == "abort" and use.drop_on_abort):
             self.drop(name)
-        elif tail is not None:
-            self.keep(name, tail)
+        elif path is not None:
+            self.keep(name, *path)
 
     def drop(self, name: SessionName) -> bool:
         """Give a session up; returns whether it was there."""
         session = self._by_name.pop(name, None)
         if session is not None:
-            self._cache.release(session.tail)
+            self._cache.release(session.tail, session.held_from)
         return session is not None
 
     def drop_oldest(self) -> None:
@@ -170,12 +175,15 @@ class Sessions:
         """All sessions, the least recently used first."""
         self.expire()
         now_s = self._clock()
-        return [SessionInfo(*name, item.tail.end, now_s - item.used_s) for name, item in self._by_name.items()]
+        return [
+            SessionInfo(*name, item.tail.end - item.held_from, now_s - item.used_s)
+            for name, item in self._by_name.items()
+        ]
 
     def num_pages_of(self, tenant: str) -> int:
         """Pages that any session of a tenant holds."""
-        tails = [session.tail for name, session in self._by_name.items() if name.tenant == tenant]
-        return sum(len(node.pages) for node in {node for tail in tails for node in self._cache.path_up(tail)})
+        own = [(item.tail, item.held_from) for name, item in self._by_name.items() if name.tenant == tenant]
+        return sum(len(node.pages) for node in {node for path in own for node in self._cache.held_path(*path)})
 
     def _touch(self, name: SessionName) -> None:
         self._by_name[name] = self._by_name[name]._replace(used_s=self._clock())

@@ -52,7 +52,7 @@ def attach_nodes(rows: list[PlannedRows], page_size: int) -> list[RadixNode]:
         node = sequence.tail
         assert node is not None
         limit = start_len // page_size
-        while node.parent is not None and (node.num_holds == 1 or node.end > limit):
+        while node.parent is not None and (node.num_holds <= 1 or node.end > limit):
             node = node.parent
         nodes.append(node)
     return nodes
