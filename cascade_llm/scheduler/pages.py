@@ -207,38 +207,42 @@ class PageTables:
         """Put the full pages of the first `known_len` tokens into the tree, now that they are filled.
 
         Where the tree has a page of the same content, the sequence adopts that one and gives its own back. So a table
-        always starts with the path to its tail, and sequences that come to the same text share it.
+        always starts with the path to its tail, and sequences that come to the same text share it. What windows have
+        left behind is not held any more.
         """
-        assert sequence.tail is not None
-        start, end = sequence.tail.end, known_len // self.page_size
-        if end <= start:
-            return
-        cache, text, held_from = self.cache, (sequence.token_ids, sequence.keys), sequence.held_from
-        sequence.tail, adopted = cache.adopt(sequence.tail, *text, end, held_from)
-        if adopted:
-            self.allocator.remove_owner(sequence.pages[start : start + len(adopted)])
-            sequence.pages[start : start + len(adopted)] = adopted
-        if self._window_len is not None:
-            filled = cache.fill(sequence.tail, *text, self._unforked(sequence, end), held_from)
-            if filled is not sequence.tail:
-                sequence.tail = filled
+        tail = sequence.tail
+        assert tail is not None
+        start, end = tail.end, known_len // self.page_size
+        if end > start:
+            sequence.tail, adopted = self.cache.adopt(tail, sequence.token_ids, sequence.keys, end, sequence.held_from)
+            if adopted:
+                self.allocator.remove_owner(sequence.pages[start : start + len(adopted)])
+                sequence.pages[start : start + len(adopted)] = adopted
+            if self._window_len is not None and self._fill_hollow(sequence, end):
                 self.publish_committed(sequence, known_len)  # what is behind it may be there
                 return
-        self._append(sequence, end)
+            self._append(sequence, end)
+        if self._window_len is not None:
+            self._leave_behind(sequence, end, self._window_len)
 
-    def leave_behind(self, sequence: Sequence, num_tokens: int) -> None:
-        """Hold no page that windows have left behind, now that `num_tokens` tokens are computed.
+    def _fill_hollow(self, sequence: Sequence, end: int) -> bool:
+        """Give own pages up to page `end` to a hollow node of their text, if there is one."""
+        tail, own = sequence.tail, self._unforked(sequence, end)
+        assert tail is not None
+        sequence.tail = self.cache.fill(tail, sequence.token_ids, sequence.keys, own, sequence.held_from)
+        return sequence.tail is not tail
+
+    def _leave_behind(self, sequence: Sequence, num_pages: int, window_len: int) -> None:
+        """Hold no page that windows have left behind, now that `num_pages` full pages are filled.
 
         Nothing is given up as long as it is little: the tree would have a node for every page.
         """
-        if self._window_len is None:
+        tail = sequence.tail
+        assert tail is not None
+        first = min(self.cache.first_read_page(num_pages) - PLANNED_AHEAD, tail.end - 1)
+        if first - sequence.held_from < max(1, window_len // self.page_size // STRIDES_PER_WINDOW):
             return
-        assert sequence.tail is not None
-        first = self.cache.first_read_page(num_tokens // self.page_size) - PLANNED_AHEAD
-        first = min(first, sequence.tail.start if sequence.tail.end <= first else first)
-        if first - sequence.held_from < max(1, self._window_len // self.page_size // STRIDES_PER_WINDOW):
-            return
-        sequence.held_from = self.cache.leave_behind(sequence.tail, sequence.held_from, first, sequence.keys)
+        sequence.held_from = self.cache.leave_behind(tail, sequence.held_from, first, sequence.keys)
         if not self._keep_unheld:
             self.evict(self.cache.num_cached_pages)
 

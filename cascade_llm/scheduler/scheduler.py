@@ -473,7 +473,6 @@ class FlashInferScheduler:
     def _commit_rows(self, sequence: Sequence, committed_len: int) -> None:
         sequence.committed_len = committed_len
         self._tables.publish_committed(sequence, min(committed_len, len(sequence.token_ids)))
-        self._tables.leave_behind(sequence, committed_len)
 
     def _commit_sample(self, sequence: Sequence, result: StepResult, sample: int) -> SequenceUpdate:
         if sample in result.failed_samples:

@@ -63,7 +63,7 @@ class PlannedCascade(NamedTuple):
     order: list[int]
     """Leaf segment i belongs to sequence `order[i]` of the step."""
     report: CascadeReport
-    kv_lens: tuple[int, ...]
+    kv_lens: list[int]
     """Tokens of K/V that a plan of one level reads, of each kind."""
 
 
@@ -136,7 +136,7 @@ class CascadePlanner:
         for window in self._windows:
             plans.append(window.plan(placement, rows, *leaf_rows))
             kv_lens.append(kv_len - window.unread_len(rows))
-        return self._planned(layout, tuple(plans), tuple(kv_lens))
+        return self._planned(layout, plans, kv_lens)
 
     def plan_next(self, new_pages: list[tuple[int, int]]) -> PlannedCascade:
         """The plan after the last one, when each of its sequences goes on by one token and shares what it shared.
@@ -153,9 +153,9 @@ class CascadePlanner:
         lens = [length + 1 for length in last.plans[0].leaf.kv_last_page_len]
         for segment, _ in new_pages:
             lens[segment] = 1
-        last_page_len = int_column(lens)
-        plans = tuple([_next_plan(plan, last_page_len, new_pages) for plan in last.plans])
-        return self._planned(layout, plans, tuple([kv_len + len(lens) for kv_len in last.kv_lens]))
+        last_page_len, num_more = int_column(lens), len(lens)
+        plans = [_next_plan(plan, last_page_len, new_pages) for plan in last.plans]
+        return self._planned(layout, plans, [kv_len + num_more for kv_len in last.kv_lens])
 
     def num_steps_left(self, positions: Iterable[int]) -> int:
         """How many decode steps in turn may follow the last plan. `positions`: of its rows, one per sequence."""
@@ -165,16 +165,16 @@ class CascadePlanner:
         kv_lens = [position + 1 for position in positions]
         return min([window.num_steps_left(self._last.order, kv_lens) for window in self._windows])
 
-    def _planned(self, layout: _Layout, plans: tuple[CascadePlan, ...], kv_lens: tuple[int, ...]) -> PlannedCascade:
-        if not self._windows:
+    def _planned(self, layout: _Layout, plans: list[CascadePlan], kv_lens: list[int]) -> PlannedCascade:
+        if self._windows:
+            report = self._report_of_kinds(layout, kv_lens)
+        else:
             (kv_len,), shared = kv_lens, layout.report
             report = replace(shared, kv_tokens_one_level=kv_len, kv_tokens_read=kv_len - shared.kv_tokens_saved)
-        else:
-            report = self._report_of_kinds(layout, kv_lens)
-        self._last = PlannedCascade(plans, layout.placement.order, report, kv_lens)
+        self._last = PlannedCascade(tuple(plans), layout.placement.order, report, kv_lens)
         return self._last
 
-    def _report_of_kinds(self, layout: _Layout, kv_lens: tuple[int, ...]) -> CascadeReport:
+    def _report_of_kinds(self, layout: _Layout, kv_lens: list[int]) -> CascadeReport:
         """The groups of the first kind, and the tokens of all, by their layers."""
         reports = [layout.report] if self._reach is None else []
         reports += [shared_report(window.segments, layout.reason, self._page_size) for window in self._windows]
