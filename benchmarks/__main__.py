@@ -22,6 +22,7 @@ PLACES = {
     "perplexity": "benchmarks.perplexity_command:perplexity",
     "throughput": "benchmarks.__main__:throughput",
     "latency": "benchmarks.__main__:latency",
+    "serve": "benchmarks.serve_command:serve",
 }
 
 

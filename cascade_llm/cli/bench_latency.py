@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from cascade_llm.bench.online import Arrivals
     from cascade_llm.bench.workloads import Workload
 
-__all__ = ["arrival_options", "latency", "latency_options", "measure", "with_history"]
+__all__ = ["arrival_options", "latency", "latency_options", "measure", "several_arrivals_options", "with_history"]
+
+
+_common_options = stacked(
+    click.option("--arrival-seed", type=int, default=0, show_default=True, help="Of the Poisson process."),
+    click.option(
+        "--history",
+        type=click.Choice(["real", "recorded"]),
+        default="real",
+        show_default=True,
+        help="What later turns go on from: the engine's answers, or ones that are the same for every engine.",
+    ),
+)
 
 
 def arrival_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -32,14 +44,34 @@ def arrival_options(command: Callable[..., None]) -> Callable[..., None]:
     return stacked(
         click.option("--request-rate", type=float, help="Requests a second, by a Poisson process."),
         click.option("--concurrency", type=int, help="Users, each sending a request when the last has ended."),
-        click.option("--arrival-seed", type=int, default=0, show_default=True, help="Of the Poisson process."),
+        _common_options,
+    )(call)
+
+
+def several_arrivals_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The same, several rates or numbers of users among it, which the command gets as a list of `arrivals`."""
+
+    @wraps(command)
+    def call(*, request_rate: Sequence[float], concurrency: Sequence[int], arrival_seed: int, **arguments: Any) -> None:
+        paces = [*((rate, None) for rate in request_rate), *((None, users) for users in concurrency)]
+        if request_rate and concurrency:
+            raise click.UsageError("--request-rate and --concurrency exclude each other: give one.")
+        command(arrivals=[_arrivals(*pace, arrival_seed) for pace in paces or [(None, None)]], **arguments)
+
+    return stacked(
         click.option(
-            "--history",
-            type=click.Choice(["real", "recorded"]),
-            default="real",
-            show_default=True,
-            help="What later turns go on from: the engine's answers, or ones that are the same for every engine.",
+            "--request-rate",
+            type=float,
+            multiple=True,
+            help="Requests a second (Poisson); may be repeated.",
         ),
+        click.option(
+            "--concurrency",
+            type=int,
+            multiple=True,
+            help="Users, each sending a request when the last has ended; may be repeated.",
+        ),
+        _common_options,
     )(call)
 
 

@@ -19,15 +19,13 @@ Runs = Mapping[str, Sequence[LatencyRun]]
 """By engine."""
 
 
-def print_latency(report: LatencyReport, errors: Sequence[str] = ()) -> None:
-    """Times, ratios where there are several engines, and what was chosen; `errors` of requests that failed."""
+def print_latency(report: LatencyReport) -> None:
+    """Times, ratios where there are several engines, and what was chosen."""
     console = result_console()
     console.print(title(report), style="bold")
     console.print(_latency_table(report.runs))
     if len(report.runs) > 1:
         console.print(_ratio_table(report))
-    if errors:
-        console.print(f"{len(errors)} requests failed; the first: {errors[0]}", style="red")
     for line in setting_lines(report.sides, report.machine, interrupted=report.interrupted):
         console.print(line, style="dim")
 

@@ -106,14 +106,24 @@ class Tokenizer:
         text = self._special_tokens.get(name)
         return None if text is None else self.backend.token_to_id(text)
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Their texts by role: {"bos_token": "<s>", ...}."""
+        return self._special_tokens
+
+    @property
+    def chat_template(self) -> str | list[dict[str, str]] | None:
+        """Its text, or {"name", "template"} of each where there are several, as tokenizer_config.json has them."""
+        if list(self._sources) == ["default"]:
+            return self._sources["default"]
+        return [{"name": name, "template": text} for name, text in self._sources.items()] or None
+
     def save(self, folder: Path) -> None:
         """Write it as files of a Hugging Face folder."""
         self.backend.save(str(folder / "tokenizer.json"))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special_tokens}
-        if self._sources:
-            config["chat_template"] = [{"name": name, "template": text} for name, text in self._sources.items()]
-        if list(self._sources) == ["default"]:
-            config["chat_template"] = self._sources["default"]
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         config["clean_up_tokenization_spaces"] = False
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

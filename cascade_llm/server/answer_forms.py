@@ -84,11 +84,13 @@ class AnswerForm:
         tokenizer: Tokenizer | None,
         *,
         include_usage: bool = False,
+        usage_so_far: bool = False,
         with_token_ids: bool = False,
     ) -> None:
         self._id, self._model, self._body, self._tokenizer = answer_id, model, body, tokenizer
         self._created = int(time.time())
-        self.include_usage, self._with_token_ids = include_usage, with_token_ids
+        self._include_usage, self._usage_so_far = include_usage, usage_so_far
+        self._with_token_ids = with_token_ids
         self.tally = Tally(sum(map(len, body.prompts)), cached_tokens=[0] * len(body.prompts))
         self._begun: set[int] = set()
 
@@ -121,7 +123,7 @@ class AnswerForm:
     def end(self) -> bytes:
         """The events after all pieces: the usage, where it was asked for, and a mark."""
         last = {**self._head(self.chunk_object), "choices": [], "usage": self.tally.usage()}
-        return self.events([last] if self.include_usage else []) + b"data: [DONE]\n\n"
+        return self.events([last] if self._include_usage else []) + b"data: [DONE]\n\n"
 
     def _index(self, place: int, delta: CompletionDelta) -> int:
         return place * self._body.all_params[0].n + delta.index
@@ -131,7 +133,9 @@ class AnswerForm:
 
     def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         piece = {**self._head(self.chunk_object), "choices": choices}
-        return {**piece, "usage": None} if self.include_usage else piece
+        if self._include_usage:
+            piece["usage"] = self.tally.usage() if self._usage_so_far else None
+        return piece
 
     def _finished(self, choice: dict[str, Any], delta: CompletionDelta) -> dict[str, Any]:
         reason = delta.finish_reason

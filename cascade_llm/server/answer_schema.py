@@ -22,6 +22,7 @@ __all__ = [
     "Readiness",
     "Sessions",
     "Tokenized",
+    "TokenizerInfo",
     "Version",
 ]
 
@@ -228,6 +229,16 @@ class Detokenized(Answer):
     """The answer of /detokenize."""
 
     prompt: str
+
+
+class TokenizerInfo(Answer):
+    """The answer of /tokenizer_info: what a client needs to count tokens and write conversations as the model does."""
+
+    bos_token: str | None = None
+    eos_token: str | None = None
+    unk_token: str | None = None
+    pad_token: str | None = None
+    chat_template: str | list[dict[str, str]] | None = None
 
 
 class Version(Answer):

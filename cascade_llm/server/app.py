@@ -30,6 +30,7 @@ from cascade_llm.server.answer_schema import (
     Models,
     Readiness,
     Tokenized,
+    TokenizerInfo,
     Version,
 )
 from cascade_llm.server.anthropic_body import MessagesBody, MessagesPrompt
@@ -65,6 +66,7 @@ __all__ = ["Api", "build_application"]
 Result = TypeVar("Result")
 ASKED_FOR_S = 5.0
 """How long the live view waits for a step to end."""
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 UNSUPPORTED = {"/v1/embeddings": "embeddings are not computed: this server generates text"}
 """Paths that clients know and this server refuses."""
 
@@ -127,7 +129,8 @@ class Api:
             self.names[0],
             items,
             reader.tokenizer,
-            include_usage=is_streamed and options is not None and bool(options.include_usage),
+            include_usage=options is not None and bool(options.include_usage),
+            usage_so_far=options is not None and bool(options.continuous_usage_stats),
             with_token_ids=bool(body.return_token_ids),
         )
         return AnswerResponse(
@@ -223,6 +226,12 @@ class Api:
             tokenizer, add_special = _tokenizer(reader), body.add_special_tokens is not False
             ids = await _beside(lambda: tokenizer.encode(str(prompt), add_special))
         return Tokenized(tokens=ids, count=len(ids), max_model_len=reader.max_model_len)
+
+    def tokenizer_info(self) -> TokenizerInfo:
+        """GET /tokenizer_info."""
+        tokenizer = _tokenizer(self.ready_reader(Body(model=None)))
+        named = {name: tokenizer.special_tokens.get(name) for name in SPECIAL_TOKENS}
+        return TokenizerInfo(**named, chat_template=tokenizer.chat_template)
 
     async def detokenize(self, body: DetokenizeBody) -> Detokenized:
         """POST /detokenize."""
@@ -328,6 +337,7 @@ def _add_paths(app: FastAPI, api: Api) -> None:
 
     app.post("/tokenize", responses=error_answers(400, 404, 503))(api.tokenize)
     app.post("/detokenize", responses=error_answers(400, 404, 503))(api.detokenize)
+    app.get("/tokenizer_info", responses=error_answers(400, 503))(api.tokenizer_info)
     probes: dict[str, tuple[Any, Any]] = {"/health": (api.health, Health), "/ready": (api.ready, Readiness)}
     for path, (probe, form) in probes.items():
         said: Answers = {status: {"model": form} for status in (200, 503)}

@@ -30,6 +30,7 @@ __all__ = [
 SESSION_ID = r"^[A-Za-z0-9._:-]{1,128}$"
 TokenKey = Annotated[int, Strict(False)]
 """A token id as the name of a JSON object's member, which is always a text."""
+NO_OBJECT = ("model_type", "model_attributes_type")
 PARAMETERS = tuple(field.name for field in fields(SamplingParams))
 
 
@@ -53,7 +54,9 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     include_usage: bool | None = Field(None, description="A last piece says how many tokens there were.")
-    continuous_usage_stats: bool | None = None
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: every piece says how many so far."
+    )
 
 
 class SharingFields(BaseModel):
@@ -164,6 +167,8 @@ def wrong_body(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """What a client is told of pydantic's findings: the first."""
     first = errors[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+    if not place and first["type"] in NO_OBJECT:
+        return ApiError(400, "the body is no JSON object: send one, with the header Content-Type: application/json")
     return ApiError(400, f"{place or 'the body'}: {first['msg']}", code="invalid_type", param=place or None)
 
 

@@ -121,18 +121,27 @@ def test_attention_times_trees(run: Run, tmp_path: Path) -> None:
 
 def test_serve_measures_a_server(run: Run, tmp_path: Path) -> None:
     args = ("bench", "serve", "shared-prefix", *SMALL, "--repeat", "2", "--plot", tmp_path / "serve.png")
-    with fake_openai_server(behaviour="fails every third") as fake:
-        result = run(*args, "--url", fake.url, "--concurrency", "2", "--json")
+    with fake_openai_server(behaviour="fails every third") as fake, fake_openai_server(behaviour="well") as other:
+        paces = ("--concurrency", "2", "--concurrency", "1", "--slo-ttft", "60000")
+        result = run(*args, "--url", fake.url, "--against", other.url, *paces, "--json")
         assert result.exit_code == 0, result.stderr
         printed = json.loads(result.stdout)
-        assert len(printed["runs"][fake.url]) == 2
-        assert len(printed["errors"]) == 2
+        assert [report["arrivals"]["users"] for report in printed["reports"]] == [2, 1]
+        for server, num_failed in ((fake.url, 5), (other.url, 0)):
+            counters = [one["counters"] for report in printed["reports"] for one in report["runs"][server]]
+            assert [count["requests"] for count in counters] == [4] * 4
+            assert sum(count["failed"] for count in counters) == num_failed
+            assert all(count["requests"] - count["failed"] == count["in_time"] for count in counters)
+        assert len(printed["errors"]) == 5
+        prompts = [[tuple(body["prompt"]) for body in server.bodies] for server in (fake, other)]
+        assert sorted(prompts[0]) == sorted(prompts[1])
+        assert len(set(prompts[0])) == len(prompts[0])
     with fake_openai_server() as fake:
         chat = ("bench", "serve", "chat", *CHAT, "--think-s", "0.01", "--repeat", "1", "--url", fake.url)
         assert "--history recorded" in " ".join(run(*chat).stderr.split())
         result = run(*chat, "--history", "recorded", "--request-rate", "500")
         assert result.exit_code == 0, result.stderr
-        assert "time to first token" in result.stdout
+        assert "500 a second" in " ".join(result.stdout.split())
     with fake_openai_server(behaviour="refuses") as fake:
         result = run(*args, "--force", "--url", fake.url)
         assert result.exit_code == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,3 +164,20 @@ def test_tokenize_and_detokenize(server: RunningServer, llm: LLM) -> None:
     assert answer["tokens"] == llm.tokenizer.encode(TEXT)  # type: ignore[union-attr]
     assert (answer["count"], answer["max_model_len"]) == (len(answer["tokens"]), 512)
     assert server.post("/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": TEXT}
+    info = server.get("/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"], info["pad_token"]) == ("<|im_start|>", "<|im_end|>", None)
+    assert info["chat_template"] == llm.tokenizer.chat_template  # type: ignore[union-attr]
+
+
+def test_curl(server: RunningServer) -> None:
+    body = {"prompt": TEXT, "max_tokens": 3, "ignore_eos": True, "stream": True}
+    body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    asked = ["-H", "Content-Type: application/json", "-d", json.dumps(body), f"{server.url}/v1/completions"]
+    said = subprocess.run(["curl", "-sSN", *asked], capture_output=True, text=True, check=True).stdout
+    *pieces, end = [line.removeprefix("data: ") for line in said.splitlines() if line]
+    assert end == "[DONE]"
+    counts = [json.loads(piece)["usage"]["completion_tokens"] for piece in pieces]
+    assert counts == sorted(counts)
+    assert counts[-1] == 3
+    form = subprocess.run(["curl", "-sS", "-d", "prompt=a", asked[-1]], capture_output=True, text=True, check=True)
+    assert "application/json" in json.loads(form.stdout)["error"]["message"]

@@ -42,7 +42,8 @@ def test_all_that_can_be_made_from_the_document(start_server: StartServer, tmp_p
     server.wait_until_ready()
     key = ("--header", "Authorization: Bearer right")
     fuzz(server, tmp_path, *key, "--phases", "coverage,fuzzing,stateful", "--max-examples", "60")
-    assert server.metric('pages{state="held"}') == 0
+    metrics = server.get("/metrics", authorization="Bearer right").text
+    assert 'cascade_llm_pages{state="held"} 0.0' in metrics
 
 
 def test_the_document_tells_of_keys_and_of_no_other_errors(server: RunningServer, start_server: StartServer) -> None:

@@ -1,0 +1,1 @@
+"""Programs of others, unmodified, against this project's server."""
