@@ -14,6 +14,7 @@ from cascade_llm.bench.reading import Reading, measure
 from cascade_llm.bench.setup import BenchModel
 from cascade_llm.llm import LLM
 from cascade_llm.plan import StepPlan
+from cascade_llm.worker.executor import LocalExecutor
 
 __all__ = ["RUNS", "EngineSide", "OpenSide", "Run", "Side", "opened_sides"]
 
@@ -57,6 +58,11 @@ class EngineSide(Side):
         super().__init__(name, load, llm.options.given())
         self.llm = llm
         self.plans: dict[Run, list[StepPlan]] = {}
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether steps run in this process, where they can be taken apart."""
+        return isinstance(self.llm.engine.executor, LocalExecutor)
 
     def use_load(self, load: Load) -> None:
         """See `Side`; forgets the plans of the load before."""

@@ -277,7 +277,7 @@ def _one_turn(report: ThroughputReport, sides: Sequence[Side], runs: Sequence[Ru
 
 def _split_steps(report: ThroughputReport, sides: Sequence[Side], on_run: OnRun) -> None:
     for side in sides:
-        if isinstance(side, EngineSide) and side.llm.facts.device.type == "cpu":
+        if isinstance(side, EngineSide) and side.runs_here and side.llm.facts.device.type == "cpu":
             on_run(f"{side.name}, parts of a step")
             report.step_parts_s[side.name] = side.split_step_time()
 
@@ -286,7 +286,7 @@ def _peak_memory(sides: Sequence[Side]) -> dict[str, int]:
     """By side; ours where one engine alone is in this process."""
     engines = [side for side in sides if isinstance(side, EngineSide)]
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    memory = {engines[0].name: own} if len(engines) == 1 else {}
+    memory = {engines[0].name: own} if len(engines) == 1 and engines[0].runs_here else {}
     told = {side.name: side.peak_memory_bytes() for side in sides if not isinstance(side, EngineSide)}
     return memory | {name: num_bytes for name, num_bytes in told.items() if num_bytes is not None}
 

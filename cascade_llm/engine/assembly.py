@@ -24,7 +24,7 @@ from cascade_llm.worker.rank_options import check_ranks
 from cascade_llm.worker.start_progress import OnStart
 from cascade_llm.worker.worker import WorkerFacts, build_worker
 
-__all__ = ["EngineParts", "assemble", "build_scheduler"]
+__all__ = ["EngineParts", "assemble", "build_scheduler", "start_executor"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def assemble(model: str | os.PathLike[str], options: EngineOptions, *, on_start:
     with ExitStack() as resources:
         writer = _open_recording(options, resources)  # before the weights: a wrong path is known at once
         tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-        executor = _start_executor(options, checkpoint, on_start)
+        executor = start_executor(options, checkpoint, on_start)
         resources.callback(executor.close)
         facts = executor.facts
         costs, cost_source = choose_cost_model(facts.attention, facts.backend.name, num_threads=options.num_threads)
@@ -118,7 +118,8 @@ def build_scheduler(
     return FlashInferScheduler(config, costs)
 
 
-def _start_executor(options: EngineOptions, checkpoint: Checkpoint, on_start: OnStart | None) -> Executor:
+def start_executor(options: EngineOptions, checkpoint: Checkpoint, on_start: OnStart | None = None) -> Executor:
+    """Load a model into this process, or into ranks of their own; raises what `assemble` does."""
     if options.distributed_executor_backend == "mp" or options.tensor_parallel_size > 1:
         check_ranks(options, model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config()))
         # by path: asked for the name again, a hub might give what was pushed meanwhile

@@ -265,7 +265,7 @@ class EngineClient:
                 target=run_engine,
                 args=(*addresses, self._model, self._options, self._session_limits),
                 name="cascade-llm engine",
-                daemon=True,
+                daemon=not _has_ranks(self._options),  # a daemon may not start processes, and ends with us anyway
             )
             process.start()
             self._process, self._commands = process, commands
@@ -328,3 +328,8 @@ class EngineClient:
 
 def _how(exit_code: int | None) -> str:
     return f"killed by signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit status {exit_code}"
+
+
+def _has_ranks(options: Mapping[str, Any]) -> bool:
+    """Whether an engine with these options, which nobody has checked yet, runs steps in processes of its own."""
+    return options.get("tensor_parallel_size", 1) != 1 or options.get("distributed_executor_backend") == "mp"

@@ -9,6 +9,7 @@ OPTIONS = (
     "kv_cache_dtype",
     "device",
     "num_threads",
+    "tensor_parallel_size",
     "attention_backend",
     "page_size",
     "cascade_max_levels",

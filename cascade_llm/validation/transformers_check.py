@@ -22,8 +22,7 @@ from cascade_llm.scheduler.sequence import Request
 from cascade_llm.validation.attention_error import largest_difference
 from cascade_llm.validation.report import Check, Progress
 from cascade_llm.validation.transformers_model import TransformersModel
-from cascade_llm.worker.executor import LocalExecutor
-from cascade_llm.worker.model_runner import ModelRunner
+from cascade_llm.worker.executor import Executor
 from cascade_llm.worker.worker import WorkerFacts
 
 __all__ = ["check_transformers"]
@@ -41,8 +40,7 @@ DTYPE_ALLOWANCE = 2.0
 
 
 def check_transformers(
-    runner: ModelRunner,
-    facts: WorkerFacts,
+    executor: Executor,
     checkpoint: Checkpoint,
     prompts: Sequence[Sequence[int]],
     *,
@@ -51,13 +49,14 @@ def check_transformers(
     progress: Progress,
 ) -> list[Check]:
     """Greedy continuations by the whole engine, and the log-probabilities that it reports at every position of them."""
+    facts = executor.facts
     if checkpoint.is_dummy:
         return [Check(name="against transformers", passed=None, note="dummy weights: there is nothing to load")]
     if facts.kv_dtype.itemsize == 1:
         note = "pages of 8 bits round K and V, transformers has none such: validate once without kv_cache_dtype"
         return [Check(name="against transformers", passed=None, note=note)]
     progress("greedy tokens by the engine", 0, 3)
-    ours = _continue_greedily(runner, facts, prompts, page_size, num_new)
+    ours = _continue_greedily(executor, prompts, page_size, num_new)
     try:
         progress("transformers in float32", 1, 3)
         truth = _read(checkpoint, torch.float32, facts.device, prompts, ours)
@@ -81,14 +80,14 @@ def check_transformers(
 
 
 def _continue_greedily(
-    runner: ModelRunner, facts: WorkerFacts, prompts: Sequence[Sequence[int]], page_size: int, num_new: int
+    executor: Executor, prompts: Sequence[Sequence[int]], page_size: int, num_new: int
 ) -> list[Report]:
     """What the whole engine chose and reported for each prompt, the prompts being one batch."""
     scheduler = build_scheduler(
-        facts, TokensRead(), page_size=page_size, max_num_seqs=len(prompts), max_num_batched_tokens=1024
+        executor.facts, TokensRead(), page_size=page_size, max_num_seqs=len(prompts), max_num_batched_tokens=1024
     )
     params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True, logprobs=NUM_COMPARED)
-    engine = Engine(scheduler, LocalExecutor(runner, facts), None, lag=0)
+    engine = Engine(scheduler, executor, None, lag=0)
     states = [
         engine.add(Request(request_id=str(index), prompt_token_ids=list(prompt), params=params, seed=0))
         for index, prompt in enumerate(prompts)

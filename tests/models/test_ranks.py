@@ -14,22 +14,21 @@ from cascade_llm.errors import ConfigError
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.loading import init_dummy
 from tests.models.checkpoints import Replay, decoder_of, empty_decoder, hf_config_of, tiny_model
+from tests.models.families import FAMILIES
 from tests.rank_threads import in_ranks
 
 ROWS = [(0, position, 3 + 5 * position) for position in range(7)] + [(1, 0, 96), (1, 1, 50)]
-MOE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "decoder_sparse_step": 2}
-CASES: list[tuple[int, str, dict[str, Any]]] = [
-    (2, "llama", {}),
+SHARED: list[tuple[int, str, dict[str, Any]]] = [
+    *((2, architecture, {}) for architecture in FAMILIES),
     (3, "llama", {"num_key_value_heads": 3, "vocab_size": 200, "tie_word_embeddings": True}),
     (3, "qwen2", {"num_key_value_heads": 1, "intermediate_size": 100}),
     (2, "llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1, "vocab_size": 5}),
-    (2, "qwen3", {"head_dim": 10, "num_key_value_heads": 6}),
-    (2, "qwen2_moe", {**MOE, "shared_expert_intermediate_size": 48}),
-    (3, "qwen3_moe", {**MOE, "num_key_value_heads": 3, "head_dim": 16}),
+    (3, "olmo2", {"num_key_value_heads": 1}),
+    (3, "qwen3_moe", {"num_key_value_heads": 3, "mlp_only_layers": [2]}),
 ]
 
 
-@pytest.mark.parametrize(("count", "architecture", "changes"), CASES)
+@pytest.mark.parametrize(("count", "architecture", "changes"), SHARED)
 def test_logits_are_those_of_one_rank(count: int, architecture: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(architecture, **changes)
     rows = [(sequence, position, token % model.config.vocab_size) for sequence, position, token in ROWS]

@@ -16,6 +16,7 @@ from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.validation.report import Check
 from cascade_llm.validation.transformers_check import check_transformers
 from cascade_llm.validation.transformers_model import TransformersModel
+from cascade_llm.worker.executor import LocalExecutor
 from cascade_llm.worker.worker import build_worker
 from tests.engine.tiny_llm import save_tiny
 from tests.models.checkpoints import tiny_model
@@ -25,9 +26,11 @@ PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 60))]
 
 
 def run(ours: Checkpoint, theirs: Checkpoint, dtype: str = "float32") -> list[Check]:
-    runner, facts = build_worker(EngineOptions(dtype=dtype, max_num_seqs=4, max_model_len=64, page_size=4), ours)
+    executor = LocalExecutor(
+        *build_worker(EngineOptions(dtype=dtype, max_num_seqs=4, max_model_len=64, page_size=4), ours)
+    )
     return check_transformers(
-        runner, facts, theirs, PROMPTS, page_size=4, num_new=6, progress=lambda what, done, total: None
+        executor, theirs, PROMPTS, page_size=4, num_new=6, progress=lambda what, done, total: None
     )
 
 
