@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 from cascade_llm.engine.engine import Engine
 from cascade_llm.engine.output_queue import OutputQueue, RequestGain
 from cascade_llm.engine.requests import RequestState
-from cascade_llm.errors import EngineClosedError
+from cascade_llm.errors import EngineClosedError, WorkerError
 from cascade_llm.scheduler.sequence import Request
 
 __all__ = ["AsyncEngine", "OnReady"]
@@ -52,6 +52,7 @@ class AsyncEngine:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._failure: str | None = None
+        self._doom: str | None = None
         self._is_closing = False
         self._turn_began_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="cascade-llm loop", daemon=True)
@@ -93,6 +94,12 @@ class AsyncEngine:
 
         self._command(run)
         return future
+
+    def doom(self, reason: str) -> None:
+        """End the loop, once it has come back from the step under way: what it needs is gone."""
+        with self._wake:
+            self._doom = reason
+            self._wake.notify()
 
     def wait(self) -> None:
         """Return when the loop has ended, and everybody was told."""
@@ -144,11 +151,13 @@ class AsyncEngine:
     def _next_commands(self) -> list[Callable[[], None]] | None:
         """What was left since the last turn; waits where there is nothing to do at all. None at the end."""
         with self._wake:
-            while not (self._commands or self._is_closing or self._engine.has_unfinished):
+            while not (self._commands or self._is_closing or self._doom or self._engine.has_unfinished):
                 self._turn_began_s = None
                 self._wake.wait()
             if self._is_closing:
                 return None
+            if self._doom is not None:
+                raise WorkerError(self._doom)
             commands = list(self._commands)
             self._commands.clear()
             return commands

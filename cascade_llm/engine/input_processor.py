@@ -15,7 +15,8 @@ from cascade_llm.scheduler.sequence import Request
 
 __all__ = ["InputProcessor", "Prompt"]
 
-log = logging.getLogger("cascade_llm")
+advice = logging.getLogger("cascade_llm.advice")
+"""On requests; its lines repeat parts of them, so a server keeps it silent."""
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
@@ -113,7 +114,7 @@ class InputProcessor:
         ids = [special[text] for text in params.stop_strings if text in special]
         for text in params.stop_strings:
             if text not in special and any(token in text for token in special):
-                log.warning(
+                advice.warning(
                     "the stop string %r holds a special token, which is left out of the text: it may never be found, "
                     "set skip_special_tokens=False",
                     text,

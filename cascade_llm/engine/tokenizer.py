@@ -28,6 +28,8 @@ from cascade_llm.loader.hf_folder import read_json
 __all__ = ["Tokenizer", "load_tokenizer"]
 
 log = logging.getLogger("cascade_llm")
+advice = logging.getLogger("cascade_llm.advice")
+"""On requests; see `InputProcessor`."""
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 TEMPLATE_ARGUMENTS = frozenset(("messages", "tools", "documents", "add_generation_prompt", *SPECIAL_NAMES))
@@ -175,9 +177,9 @@ class Tokenizer:
             raise RequestError("continue_final_message: the last message has no content to continue")
         template = self._template(chat_template, arguments.get("tools"))
         if unknown := sorted(arguments.keys() - template.names - TEMPLATE_ARGUMENTS):
-            log.warning("the chat template reads no %s: it has no effect", ", ".join(unknown))
+            advice.warning("the chat template reads no %s: it has no effect", ", ".join(unknown))
         if arguments.get("tools") and "tools" not in template.names:
-            log.warning("the chat template reads no tools: the model does not see them")
+            advice.warning("the chat template reads no tools: the model does not see them")
         variables = {"tools": None, "documents": None, **self._special_tokens, **arguments}
         return template.render(
             plain,

@@ -74,14 +74,14 @@ def run_engine(
     with llm:
         sharing = SharingView(llm)
         engine = AsyncEngine(llm.engine, outbox.announce)
-        threading.Thread(target=_end_with_loop, args=(engine, outbox), daemon=True).start()
+        ending = threading.Thread(target=_end_with_loop, args=(engine, outbox), daemon=True)
+        ending.start()
+        threading.Thread(target=_end_with_ranks, args=(engine, llm.engine.executor.sentinels), daemon=True).start()
         outbox.report(Ready(EngineFacts.of(llm)))
         try:
             _take_commands(command_address, llm, engine, outbox, sharing)
         except EngineClosedError:  # the loop has failed, and the thread beside ends the process
-            engine.wait()
-            outbox.close()
-            os._exit(1)
+            ending.join()
         engine.close()
     os._exit(0)  # at once: whoever waits was told, and daemon threads end with the process
 
@@ -204,5 +204,15 @@ def _end_with_parent() -> None:
 def _end_with_loop(engine: AsyncEngine, outbox: Outbox) -> None:
     """A loop that failed ends the process, once everybody was told."""
     engine.wait()
+    is_closed = engine.failure == "the engine was closed"
+    if not is_closed:
+        outbox.report(Failed(str(engine.failure)))
     outbox.close()
-    os._exit(0 if engine.failure == "the engine was closed" else 1)
+    os._exit(0 if is_closed else 1)
+
+
+def _end_with_ranks(engine: AsyncEngine, sentinels: Sequence[int]) -> None:
+    """A rank that has died ends the loop, also where nobody asks for a step."""
+    if sentinels:
+        connection.wait(sentinels)
+        engine.doom("a process that runs steps has ended: where it was out of memory, lower kv_cache_bytes")

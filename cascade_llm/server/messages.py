@@ -112,7 +112,7 @@ class Ready(msgspec.Struct, tag=True, array_like=True):
 
 
 class Failed(msgspec.Struct, tag=True, array_like=True):
-    """The model cannot be loaded; the process ends."""
+    """The model cannot be loaded, or the loop has failed; the process ends."""
 
     reason: str
 

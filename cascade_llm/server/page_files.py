@@ -44,7 +44,8 @@ def add_page(app: FastAPI) -> None:
     """Add the page's paths."""
     folder = files("cascade_llm.server") / "page"
     for path, (name, media_type) in FILES.items():
-        app.get(path, include_in_schema=False)(_file((folder / name).read_bytes(), media_type))
+        answer = _file((folder / name).read_bytes(), media_type)
+        app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(answer)
 
 
 def _file(content: bytes, media_type: str) -> Callable[[], Response]:

@@ -50,6 +50,7 @@ def serve(
         ConfigError: nothing can listen there, or a file of keys cannot be read
         WorkerError: the engine process has ended, and is not to be started again
     """
+    logging.getLogger("cascade_llm.advice").setLevel(logging.CRITICAL)  # it repeats parts of requests
     keys = read_keys(options)
     if not keys and not options.is_loopback:
         log.warning("%s is open to other machines, and no key is asked for: see --api-key", options.host)
@@ -131,8 +132,6 @@ class _Server:
         reader = RequestReader(load_tokenizer(checkpoint.tokenizer_source), facts, self._options)
         with suppress(CascadeError):  # the first conversation is not to wait for what only a first one needs
             reader.tokenize_chat([{"role": "user", "content": "Hello"}])
-        # advice on requests, which repeats parts of them; the server's own lines have a logger of their own
-        logging.getLogger("cascade_llm").addFilter(lambda record: False)
         return reader
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cascade_llm.plan import StepPlan, StepResult
@@ -30,6 +30,11 @@ class Executor(ABC):
 
     facts: WorkerFacts
     """What was found out at start."""
+
+    @property
+    def sentinels(self) -> Sequence[int]:
+        """Become ready where a process that runs steps has ended, as `multiprocessing.connection.wait` takes them."""
+        return ()
 
     @abstractmethod
     def submit(self, plan: StepPlan) -> PendingStep:

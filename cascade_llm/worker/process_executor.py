@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
@@ -113,6 +113,11 @@ class ProcessExecutor(Executor):
     def pids(self) -> list[int | None]:
         """The processes of the ranks, in order."""
         return [rank.pid for rank in self._ranks]
+
+    @property
+    def sentinels(self) -> Sequence[int]:
+        """See `Executor`; of the ranks, in order."""
+        return [rank.sentinel for rank in self._ranks]
 
     def counters(self) -> dict[str, int]:
         """See `Executor`; those of rank 0, the last known once it has ended."""

@@ -77,6 +77,11 @@ class RankLink:
         """The process's number."""
         return self._process.pid
 
+    @property
+    def sentinel(self) -> int:
+        """Becomes ready when the process has ended."""
+        return self._process.sentinel
+
     def send(self, message: Outgoing) -> None:
         """Queue a message; a rank that has ended gets it no more."""
         self._outbox.put(message)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,11 @@ def with_client(
     body: Callable[[EngineClient], Coroutine[Any, Any, None]],
     *,
     until_ready: bool = True,
+    options: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> None:
     async def run() -> None:
-        client = EngineClient(str(model), OPTIONS, **how)
+        client = EngineClient(str(model), {**OPTIONS, **(options or {})}, **how)
         client.start()
         try:
             if until_ready:
@@ -170,3 +171,26 @@ def test_parameters_cross_as_they_are() -> None:
     params = SamplingParams(logit_bias={5: 1.5}, stop=["a", "b"], stop_token_ids=[3], seed=-1, top_k=-1, n=2)
     assert SamplingParams(**given_params(params)) == params
     assert given_params(SamplingParams()) == {}
+
+
+@pytest.mark.slow
+def test_the_death_of_a_rank_is_noticed_while_nobody_asks(tiny: Path) -> None:
+    def kill_rank(client: EngineClient) -> None:
+        children = psutil.Process(client.pid).children()
+        (rank,) = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+        rank.kill()
+
+    async def body(client: EngineClient) -> None:
+        kill_rank(client)
+        await until(lambda: client.status is not EngineStatus.READY)
+        assert "a process that runs steps has ended" in str(client.failure)
+        with pytest.raises(WorkerError):
+            await client.ask("health")
+        await until(lambda: client.status is EngineStatus.READY)
+        waiting = [client.submit([ask(str(i), LONG)], only_whole=bool(i)) for i in range(20)]
+        kill_rank(client)
+        for answers in waiting:
+            assert (await collect(answers))[0].error is not None
+        await until(lambda: client.status is EngineStatus.ENDED)
+
+    with_client(tiny, body, restarts=1, first_pause_s=0.01, options={"distributed_executor_backend": "mp"})
