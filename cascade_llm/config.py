@@ -85,6 +85,12 @@ class ModelConfig:
     attention_multiplier: float | None = None
     """What q·k is multiplied by; None: 1 / sqrt(head_dim)."""
     logits_divisor: float = 1.0
+    attention_soft_cap: float | None = None
+    """Attention's scores s become cap * tanh(s / cap) (Gemma 2)."""
+    final_soft_cap: float | None = None
+    """So do the logits."""
+    norm_offset: float = 0.0
+    """Added to the weight of every norm (Gemma)."""
     tie_word_embeddings: bool = False
     own: Mapping[str, Any] = field(default_factory=dict)
     """Fields of config.json that only this architecture's composition of blocks reads."""
@@ -97,9 +103,6 @@ class ModelConfig:
     """The checkpoint's own dtype: float32 | float16 | bfloat16."""
     ending_token_ids: frozenset[int] = frozenset()
     """End-of-sequence ids from generation_config.json, config.json or GGUF, together."""
-
-    attention_soft_cap: float | None = None
-    """Attention's scores s become cap * tanh(s / cap) (Gemma 2)."""
 
     @property
     def sm_scale(self) -> float:

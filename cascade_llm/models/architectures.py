@@ -13,6 +13,7 @@ from cascade_llm.config import ModelConfig
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.models.architecture import Architecture
 from cascade_llm.models.config_fields import ConfigFields
+from cascade_llm.models.families.gemma import GEMMA2, GEMMA3
 from cascade_llm.models.families.glm4 import GLM4
 from cascade_llm.models.families.granite import GRANITE
 from cascade_llm.models.families.llama import LLAMA
@@ -38,6 +39,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo2": OLMO2,
     "smollm3": SMOLLM3,
     "granite": GRANITE,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
 }
 """By `model_type` of config.json."""
 
@@ -155,10 +158,11 @@ def _refuse_unimplemented(fields: ConfigFields, architecture: Architecture) -> N
         for name, neutral in NEUTRAL_VALUES.items()
         if name in fields and fields.value(name) not in neutral and name not in architecture.implements
     ]
-    if "sliding_window" in fields and not architecture.has_window_switch:
+    has_windows = architecture.has_window_switch or "sliding_window" in architecture.implements
+    if "sliding_window" in fields and not has_windows:
         refused.append(f"sliding_window={fields.value('sliding_window')!r}")
     layer_types = set(fields.texts("layer_types")) - {"full_attention"}
-    if layer_types:
+    if layer_types and "layer_types" not in architecture.implements:
         refused.append(f"layer_types with {', '.join(sorted(layer_types))}")
     if refused:
         raise UnsupportedModelError(

@@ -135,7 +135,10 @@ class BlockOptions:
 
     def norm(self, size: int) -> RMSNorm:
         """A norm over `size` values that only scales, until its weight is loaded."""
-        return RMSNorm.ones(size, self.config.rms_norm_eps, dtype=self.weights.dtype, device=self.weights.device)
+        config, weights = self.config, self.weights
+        return RMSNorm.ones(
+            size, config.rms_norm_eps, dtype=weights.dtype, device=weights.device, offset=config.norm_offset
+        )
 
 
 class AttentionBlock:
@@ -152,6 +155,7 @@ class AttentionBlock:
         out_bias: bool = False,
         head_norms: bool = False,
         projection_norms: bool = False,
+        sinks: bool = False,
         fused_name: str | None = None,
     ) -> None:
         """Without values.
@@ -162,6 +166,7 @@ class AttentionBlock:
             out_bias: whether the projection back has one
             head_norms: whether each query and each key head is normalised before it is rotated
             projection_norms: whether all queries together, and all keys, are normalised before they are rotated
+            sinks: whether each query head has a score that takes a share of the softmax and gives nothing
             fused_name: what a checkpoint calls the one tensor that it has in the place of q, k and v
         """
         config, heads, self._ops, self._fused_name = options.config, options.heads, options.ops, fused_name
@@ -173,7 +178,9 @@ class AttentionBlock:
         self.out = options.linear("attention_out", q.total, {"o_proj": config.hidden_size}, bias=out_bias, inputs=q)
         self.head_norms = (options.norm(config.head_dim), options.norm(config.head_dim)) if head_norms else None
         self.projection_norms = (options.norm(q.size), options.norm(kv.size)) if projection_norms else None
-        self._shares, self._ranks = (q, kv), options.ranks
+        self._shares, self._ranks, self._heads = (q, kv), options.ranks, heads.qo
+        device = options.weights.device
+        self.sinks = torch.zeros(heads.qo.size, dtype=torch.float32, device=device) if sinks else None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -190,6 +197,8 @@ class AttentionBlock:
         if self.projection_norms is not None:
             yield "q_norm.weight", norm_parameter(self.projection_norms[0], self._shares[0])
             yield "k_norm.weight", norm_parameter(self.projection_norms[1], self._shares[1])
+        if self.sinks is not None:
+            yield "sinks", Parameter((self._heads.total,), partial(_copy_part, self.sinks, self._heads))
 
     def project(self, x: torch.Tensor, rotation: Rotation | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Heads of x [rows, hidden]: q [rows, num_qo_heads, head_dim], k and v [rows, num_kv_heads, head_dim]."""
@@ -234,6 +243,7 @@ class GatedMLP(MLP):
         bias: bool = False,
         fused_name: str | None = None,
         inner_size: int | None = None,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         """Without values.
 
@@ -242,8 +252,9 @@ class GatedMLP(MLP):
             bias: whether each product has one
             fused_name: what a checkpoint calls the one tensor that it has in the place of gate and up
             inner_size: outputs of the gate; default `intermediate_size`
+            activation: [rows, 2 * inner_size], the gate's outputs first, to [rows, inner_size]; default `silu_and_mul`
         """
-        self._ops, self._fused_name = options.ops, fused_name
+        self._activation, self._fused_name = activation or options.ops.silu_and_mul, fused_name
         hidden, inner = options.config.hidden_size, inner_size or options.config.intermediate_size
         share, parts = options.inner_share(inner), {"gate_proj": inner, "up_proj": inner}
         self.gate_up = options.linear("gate_up", hidden, parts, bias=bias, outputs=dict.fromkeys(parts, share))
@@ -261,7 +272,7 @@ class GatedMLP(MLP):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `MLP`."""
-        return self.down(self._ops.silu_and_mul(self.gate_up(x)))
+        return self.down(self._activation(self.gate_up(x)))
 
 
 @dataclass(frozen=True)
@@ -341,7 +352,11 @@ class DecoderLayer:
             attention: over this step's rows
         """
         q, k, v = self.before_attention(residual, delta, rotation)
-        return self.after_attention(residual, attention(self.index, q, k, v))
+        return self.after_attention(residual, self.attend(attention, q, k, v))
+
+    def attend(self, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What lies between the two pieces: [rows, num_qo_heads, head_dim] of what `before_attention` returned."""
+        return attention(self.index, q, k, v, self.attention.sinks)
 
     def _input(self, residual: torch.Tensor, delta: torch.Tensor | None, norm: RMSNorm | None) -> torch.Tensor:
         """What a block reads: the residual stream with `delta` added in place, normalised where there is a norm."""

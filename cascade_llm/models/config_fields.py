@@ -26,8 +26,8 @@ class ConfigFields:
         self, fields: Mapping[str, Any], *, where: str = "config.json", defaults: Mapping[str, Any] | None = None
     ) -> None:
         """`where`: how messages call the object; `defaults`: of fields that are not there."""
-        given = {name: value for name, value in fields.items() if value is not None}
-        self._fields, self.where = {**(defaults or {}), **given}, where
+        stated = {**(defaults or {}), **fields}  # null where there is a default is no value, as transformers has it
+        self._fields, self.where = {name: value for name, value in stated.items() if value is not None}, where
 
     def __contains__(self, name: str) -> bool:
         return name in self._fields

@@ -95,6 +95,8 @@ class Decoder:
         hidden, vocab_size = config.hidden_size, config.vocab_size
         self._vocabulary = VocabularyShares(vocab_size, self._ranks)
         self.embedding = Embedding(self._vocabulary.matrix("embedding", "embed_tokens", hidden, of_head), self._ranks)
+        # a number of the model's dtype: Gemma's square root is rounded so, other models' numbers need it not
+        self._embedding_multiplier = torch.tensor(config.embedding_multiplier, dtype=weights.dtype).item()
         self.final_norm = options.norm(hidden)
         tied_to = self.embedding if config.tie_word_embeddings else None
         self.lm_head = Linear(self._vocabulary.matrix("head", "lm_head", hidden, of_head), tied_to=tied_to)
@@ -126,7 +128,7 @@ class Decoder:
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The residual stream [rows, hidden] before the first layer, of int64 `token_ids` [rows]."""
-        rows, multiplier = self.embedding(token_ids), self.config.embedding_multiplier
+        rows, multiplier = self.embedding(token_ids), self._embedding_multiplier
         return rows if multiplier == 1 else rows.mul_(multiplier)
 
     def forward(
@@ -174,7 +176,10 @@ class Decoder:
             self._scaled(self._vocabulary.gathered(self.lm_head(hidden), out))
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits if self.config.logits_divisor == 1 else logits.div_(self.config.logits_divisor)
+        if self.config.logits_divisor != 1:
+            logits.div_(self.config.logits_divisor)
+        soft_cap = self.config.final_soft_cap
+        return logits if soft_cap is None else logits.div_(soft_cap).tanh_().mul_(soft_cap)
 
 
 class FirstNonFinite:

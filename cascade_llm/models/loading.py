@@ -71,7 +71,8 @@ def init_dummy(decoder: Decoder, seed: int = 0) -> None:
         if parameter.stands_for:
             continue
         if name.endswith("norm.weight"):
-            values = torch.ones(parameter.shape, dtype=decoder.dtype, device=decoder.device)
+            neutral = 1.0 - decoder.config.norm_offset
+            values = torch.full(parameter.shape, neutral, dtype=decoder.dtype, device=decoder.device)
         else:
             count = math.prod(parameter.shape)
             values = numbers.roll(-start).repeat(-(-count // DUMMY_PERIOD))[:count].view(parameter.shape)

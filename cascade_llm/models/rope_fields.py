@@ -25,12 +25,14 @@ def read_rope(fields: ConfigFields, head_dim: int, implemented: Container[str]) 
     Args:
         fields: of the model
         head_dim: of its heads
-        implemented: whether it has `partial_rotary_factor`
+        implemented: whether it has `partial_rotary_factor`, and `layer_type_ropes`: then full attention's are read
     """
     name = _holder(fields)
     scaling = fields.object(name)
-    if scaling.objects():
-        raise UnsupportedModelError(f"config.json: {name} differs between layer types, which is not implemented")
+    if by_type := scaling.objects():
+        if "layer_type_ropes" not in implemented:
+            raise UnsupportedModelError(f"config.json: {name} differs between layer types, which is not implemented")
+        scaling = by_type.get("full_attention", ConfigFields({}, where=f"{scaling.where}: full_attention"))
     return _read(fields, scaling, head_dim, implemented)
 
 

@@ -97,8 +97,8 @@ class PiecewiseGraphs:
         self._token_ids[:count], self._positions[:count] = token_ids, positions
         first, *others = self._graphs[rows]
         first.replay()
-        for layer, graph in enumerate(others):
-            self._attended[:count] = attention(layer, self._q[:count], self._k[:count], self._v[:count])
+        for layer, graph in zip(self._decoder.layers, others, strict=True):
+            self._attended[:count] = layer.attend(attention, self._q[:count], self._k[:count], self._v[:count])
             graph.replay()
         return self._hidden[:count]
 

@@ -43,7 +43,9 @@ def test_replays_are_what_the_decoder_computes(tiny: Path) -> None:
         decoder, pieces = llm.engine.executor.runner.decoder, pieces_of(llm)  # type: ignore[attr-defined]
         seen: list[tuple[int, ...]] = []
 
-        def attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attention(
+            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+        ) -> torch.Tensor:
             seen.append((len(q), len(k), len(v)))
             group = q.shape[1] // k.shape[1]
             return (q + (layer + 1) * (k + v).repeat_interleave(group, dim=1)).cumsum(0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from cascade_llm.config import ModelConfig
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.models.loading import load_weights
@@ -36,7 +37,7 @@ def tiny_model(architecture: str, **changes: Any) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5, 1.5).sub_(family.norm_offset)
             else:
                 parameter.normal_(std=0.3)
     return model
@@ -68,9 +69,11 @@ def decoder_of(model: PreTrainedModel, **options: Any) -> Decoder:
 class DenseAttention:
     """Causal attention of one step over contiguous K/V; rows of many sequences may be mixed in any order."""
 
-    def __init__(self, num_layers: int, sm_scale: float) -> None:
-        self._store: list[dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in range(num_layers)]
-        self._sm_scale = sm_scale
+    def __init__(self, config: ModelConfig) -> None:
+        self._store: list[dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]] = []
+        self._store += [{} for _ in range(config.num_layers)]
+        self._sm_scale, self._soft_cap = config.sm_scale, config.attention_soft_cap
+        self._windows = [config.attention_kinds[kind] for kind in config.layer_kinds or [0] * config.num_layers]
         self._rows: list[tuple[int, int]] = []
 
     def start_step(self, sequences: list[int], positions: list[int]) -> None:
@@ -85,9 +88,12 @@ class DenseAttention:
             store[key] = k[row].clone(), v[row].clone()
         out = torch.empty_like(q)
         for row, (sequence, position) in enumerate(self._rows):
-            keys, values = zip(*(store[sequence, earlier] for earlier in range(position + 1)), strict=True)
+            first = max(0, position + 1 - (self._windows[layer] or position + 1))
+            keys, values = zip(*(store[sequence, earlier] for earlier in range(first, position + 1)), strict=True)
             keys, values = (torch.stack(part).repeat_interleave(group_size, dim=1) for part in (keys, values))
             scores = torch.einsum("hd,thd->ht", q[row], keys) * self._sm_scale
+            if self._soft_cap is not None:
+                scores = (scores / self._soft_cap).tanh() * self._soft_cap
             if sinks is not None:
                 scores = torch.cat((scores, sinks[:, None]), dim=-1)
                 values = torch.cat((values, torch.zeros_like(values[:1])))
@@ -100,7 +106,7 @@ class Replay:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.attention = DenseAttention(decoder.config.num_layers, decoder.config.sm_scale)
+        self.attention = DenseAttention(decoder.config)
 
     @torch.inference_mode()
     def step(self, rows: list[tuple[int, int, int]]) -> torch.Tensor:

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     Glm4Config,
     Glm4ForCausalLM,
     GraniteConfig,
@@ -66,6 +70,8 @@ class Family:
     """Of every tiny model, beside `checkpoints.TINY`."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Changes to the fields, by what they are called."""
+    norm_offset: float = 0.0
+    """Added to the weight of every norm."""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -144,6 +150,44 @@ FAMILIES: Mapping[str, Family] = {
             "listed layers, untied": {"no_rope_layers": [1, 0, 0, 1], "tie_word_embeddings": False},
             "biases, no rotation": {"no_rope_layer_interval": 1, "attention_bias": True, "mlp_bias": True},
         },
+    ),
+    "gemma2": Family(
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24},
+        {
+            "no caps, untied": {
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+                "tie_word_embeddings": False,
+                "attention_bias": True,
+            },
+            "low caps": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+            "windows alone": {"layer_types": ["sliding_attention"] * 3},
+        },
+        norm_offset=1.0,
+    ),
+    "gemma3_text": Family(
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24, "num_hidden_layers": 7},
+        {
+            "alternating, scaled": {
+                "sliding_window_pattern": 2,
+                "num_hidden_layers": 4,
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+                    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                },
+            },
+            "no windows, capped": {
+                "layer_types": ["full_attention"] * 3,
+                "num_hidden_layers": 3,
+                "final_logit_softcapping": 5.0,
+                "attention_bias": True,
+            },
+        },
+        norm_offset=1.0,
     ),
     "granite": Family(
         GraniteConfig,
