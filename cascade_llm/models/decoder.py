@@ -107,6 +107,12 @@ class Decoder:
         """Every linear layer, the head last."""
         return *(linear for layer in self.layers for linear in layer.linears), self.lm_head
 
+    @property
+    def reason_against_capture(self) -> str | None:
+        """Why CUDA graphs cannot hold a forward pass; None where they can."""
+        stacks = (linear.matrix for linear in self.linears if isinstance(linear, StackedLinear))
+        return next((stack.reason_against_capture for stack in stacks if stack.reason_against_capture), None)
+
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """The name of every tensor of a checkpoint, and where it goes."""
         shape = self.config.vocab_size, self.config.hidden_size

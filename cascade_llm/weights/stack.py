@@ -19,6 +19,9 @@ __all__ = ["Grouped", "MatrixStack", "OneByOne", "group_rows"]
 class MatrixStack(ABC):
     """Matrices [out_features, in_features] of one device, each in one format."""
 
+    reason_against_capture: str | None = None
+    """Why a CUDA graph cannot hold its product; None where one can."""
+
     @abstractmethod
     def multiply(
         self, x: torch.Tensor, ends: torch.Tensor, sources: torch.Tensor | None = None, bias: torch.Tensor | None = None
@@ -53,6 +56,8 @@ class MatrixStack(ABC):
 class OneByOne(MatrixStack):
     """A product for each matrix that has rows, in any format: what the others are compared with."""
 
+    reason_against_capture = "experts are multiplied one by one here, and the host reads how many rows each has"
+
     def __init__(self, matrices: list[WeightFormat], out_features: int) -> None:
         self.matrices, self._out_features = matrices, out_features
 
@@ -86,6 +91,8 @@ class Grouped(MatrixStack):
 
     MULTIPLE = 8
     """Of inputs and outputs, for bfloat16: rows begin at multiples of 16 bytes."""
+    ARCHS = (9, 10)
+    """Major compute capabilities with torch's kernel; others loop over matrices on the host (pytorch issue 169970)."""
 
     def __init__(self, spec: MatrixSpec, num_matrices: int) -> None:
         """Without values."""
@@ -95,7 +102,10 @@ class Grouped(MatrixStack):
 
     @classmethod
     def reasons_against(cls, spec: MatrixSpec) -> list[str]:
-        """The dtype or the shape."""
+        """The GPU, the dtype or the shape."""
+        arch = spec.options.arch
+        if arch is not None and arch[0] not in cls.ARCHS:
+            return [f"its kernel is for compute capability 9 and 10, the GPU has {arch[0]}.{arch[1]}"]
         if spec.options.dtype != torch.bfloat16:
             return [f"it multiplies bfloat16, not {str(spec.options.dtype).removeprefix('torch.')}"]
         if spec.in_features % cls.MULTIPLE or spec.out_features % cls.MULTIPLE:

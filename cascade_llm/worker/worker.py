@@ -106,6 +106,9 @@ def build_worker(
         padding = 0 if platform is None else 1  # the padding rows of graphs have a page and a lane of their own
         num_lanes = options.max_num_seqs + padding
         has_graphs = platform is not None and not options.enforce_eager and not options.debug
+        if has_graphs and (refused := decoder.reason_against_capture):
+            log.warning("every step is launched anew, without CUDA graphs: %s", refused)
+            has_graphs = False
         shapes: list[GraphShape] = []
         if has_graphs:
             shapes = graph_shapes(options.max_num_seqs, spec.group_size, options.cascade.max_shared_levels)
