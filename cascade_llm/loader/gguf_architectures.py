@@ -14,7 +14,7 @@ from cascade_llm.errors import UnsupportedModelError
 from cascade_llm.loader.gguf_file import GGUFFile
 from cascade_llm.loader.gguf_keys import GGUFKeys
 
-__all__ = ["GGUF_ARCHITECTURES", "GGUFArchitecture", "architecture_of"]
+__all__ = ["EXPERTS", "EXPERT_KEYS", "EXPERT_PARTS", "GGUF_ARCHITECTURES", "GGUFArchitecture", "architecture_of"]
 
 LAYER_NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -32,6 +32,19 @@ LAYER_NAMES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Of most architectures: GGUF's name of a tensor in a layer, and Hugging Face's."""
+
+
+EXPERTS = "mlp.experts"
+EXPERT_PARTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "ffn_gate_exps": ("gate_proj",),
+        "ffn_up_exps": ("up_proj",),
+        "ffn_gate_up_exps": ("gate_proj", "up_proj"),
+        "ffn_down_exps": ("down_proj",),
+    }
+)
+"""GGUF's name of a tensor [experts, outputs, inputs], and Hugging Face's names of the parts that its outputs are of."""
+EXPERT_KEYS = frozenset({"expert_count", "expert_weights_norm"})
 
 
 def _no_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
@@ -54,6 +67,8 @@ class GGUFArchitecture:
     """Keys of `gguf_config.NEUTRAL_VALUES`, and "rope.dimension_count", that `fields` or the common fields read."""
     fields: Callable[[GGUFKeys, int], dict[str, Any]] = _no_fields
     """Fields of config.json beyond those of all, from the keys and the dimensions of a head."""
+    expert_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tensors in a layer that hold the matrices of all experts, as in `EXPERT_PARTS`."""
     also_holds: tuple[str, ...] = ()
     """Classes of Hugging Face whose models are converted to this architecture too."""
 
@@ -87,6 +102,32 @@ def _smollm3_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     return {"no_rope_layer_interval": 4}
 
 
+def _expert_fields(keys: GGUFKeys, divides_by_sum: bool) -> dict[str, Any]:
+    """`divides_by_sum`: what llama.cpp does with the weights of this architecture where no key tells."""
+    num_chosen = keys.integer("expert_used_count")
+    size = keys.integer("expert_feed_forward_length", max(1, keys.integer("feed_forward_length") // num_chosen))
+    return {
+        "num_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": num_chosen,
+        "moe_intermediate_size": size,
+        "norm_topk_prob": keys.get("expert_weights_norm", divides_by_sum),
+    }
+
+
+def _qwen2_moe_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
+    return {
+        **_expert_fields(keys, divides_by_sum=False),
+        "shared_expert_intermediate_size": keys.integer(
+            "expert_shared_feed_forward_length", keys.integer("feed_forward_length")
+        ),
+        "qkv_bias": "blk.0.attn_q.bias" in keys.file.tensors,
+    }
+
+
+def _qwen3_moe_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
+    return _expert_fields(keys, divides_by_sum=True)
+
+
 FUSED_QKV = {"attn_qkv": "self_attn.qkv_proj"}
 FUSED_GATE_UP = {"ffn_up": "mlp.gate_up_proj"}
 
@@ -96,6 +137,29 @@ GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     ),
     "qwen2": GGUFArchitecture(hf_class="Qwen2ForCausalLM", model_type="qwen2"),
     "qwen3": GGUFArchitecture(hf_class="Qwen3ForCausalLM", model_type="qwen3"),
+    "qwen2moe": GGUFArchitecture(
+        hf_class="Qwen2MoeForCausalLM",
+        model_type="qwen2_moe",
+        layer_names={
+            **LAYER_NAMES,
+            "ffn_gate_inp": "mlp.gate",
+            "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+            "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+            "ffn_up_shexp": "mlp.shared_expert.up_proj",
+            "ffn_down_shexp": "mlp.shared_expert.down_proj",
+        },
+        expert_parts=EXPERT_PARTS,
+        implements=EXPERT_KEYS,
+        fields=_qwen2_moe_fields,
+    ),
+    "qwen3moe": GGUFArchitecture(
+        hf_class="Qwen3MoeForCausalLM",
+        model_type="qwen3_moe",
+        layer_names={**LAYER_NAMES, "ffn_gate_inp": "mlp.gate"},
+        expert_parts=EXPERT_PARTS,
+        implements=EXPERT_KEYS,
+        fields=_qwen3_moe_fields,
+    ),
     "phi3": GGUFArchitecture(
         hf_class="Phi3ForCausalLM",
         model_type="phi3",

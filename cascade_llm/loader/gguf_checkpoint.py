@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
-from cascade_llm.loader.gguf_architectures import architecture_of
+from cascade_llm.loader.gguf_architectures import EXPERTS, GGUFArchitecture, architecture_of
 from cascade_llm.loader.gguf_codes import CODED_TYPES, codes_of
 from cascade_llm.loader.gguf_config import ending_token_ids, hf_config_of
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize
@@ -49,7 +49,7 @@ class GGUFCheckpoint(Checkpoint):
         )
         self._architecture = architecture_of(self._file)
         names = (name for name in self._file.tensors if name not in ROPE_TENSORS)
-        self._hf_names = {name: _hf_name(self._file.path, name, self._architecture.layer_names) for name in names}
+        self._hf_names = {name: _hf_name(self._file.path, name, self._architecture) for name in names}
         by_type: Counter[str] = Counter()
         for name in self._hf_names:
             by_type[self._file.tensors[name].type.name] += self._file.tensors[name].num_bytes
@@ -59,11 +59,31 @@ class GGUFCheckpoint(Checkpoint):
         """All weights in the order of the file; blocks stay as they are until somebody asks for their values."""
         for name, hf_name in self._hf_names.items():
             tensor = self._file.tensors[name]
-            yield hf_name, replace(self._stored(tensor), release=partial(self._file.release, tensor))
+            stored = replace(self._stored(tensor), release=partial(self._file.release, tensor))
+            parts = self._architecture.expert_parts.get(name.split(".")[-2])
+            if parts is None:
+                yield hf_name, stored
+            else:
+                yield from self._of_experts(hf_name, stored, parts)
             self._file.release(tensor)
+
+    def _of_experts(
+        self, hf_name: str, stored: StoredTensor, parts: tuple[str, ...]
+    ) -> Iterator[tuple[str, StoredTensor]]:
+        """A tensor [experts, outputs of all parts, ...] cut apart."""
+        experts, kind = hf_name.rsplit(".", 1)
+        if kind == "weight" and len(stored.shape) != 3:
+            raise CheckpointError(f"{self.path}: {hf_name} has shape {list(stored.shape)}, not one matrix per expert")
+        for expert in range(stored.shape[0]):
+            own = stored.matrix(expert) if kind == "weight" else StoredTensor.plain(stored.values()[expert])
+            num_rows = own.shape[0] // len(parts)
+            for index, part in enumerate(parts):
+                yield f"{experts}.{expert}.{part}.{kind}", own.rows(slice(index * num_rows, (index + 1) * num_rows))
 
     def _stored(self, tensor: GGUFTensor) -> StoredTensor:
         data = self._file.data(tensor)
+        if tensor.name.endswith("ffn_gate_inp_shexp.weight"):  # conversions drop its first side, which is 1
+            return StoredTensor.plain(dequantize(data, tensor.type, tensor.shape).view(1, -1))
         if tensor.type in PLAIN_TYPES:
             return StoredTensor.plain(self._in_hf_order(tensor, dequantize(data, tensor.type, tensor.shape)))
         rows = math.prod(tensor.shape[:-1])
@@ -96,7 +116,9 @@ def _decoded(block_type: GGMLQuantizationType, blocks: torch.Tensor) -> torch.Te
     return dequantize(blocks.numpy().reshape(-1), block_type, (len(blocks), blocks.shape[1] // block_bytes * block_len))
 
 
-def _hf_name(path: Path, name: str, layer_names: Mapping[str, str]) -> str:
+def _hf_name(path: Path, name: str, architecture: GGUFArchitecture) -> str:
+    """Of a tensor that holds all experts, what their names begin with, and its kind."""
+    layer_names = {**architecture.layer_names, **dict.fromkeys(architecture.expert_parts, EXPERTS)}
     match = TENSOR_NAME.fullmatch(name)
     layer, part, kind = match.group("layer", "part", "kind") if match else (None, "", "")
     if layer is None and part in MODEL_NAMES:

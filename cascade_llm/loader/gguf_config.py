@@ -18,6 +18,10 @@ __all__ = ["ending_token_ids", "hf_config_of"]
 
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "expert_count": (0,),
+    "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_weights_norm": (False,),
+    "expert_weights_scale": (0.0, 1.0),
     "logit_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
     "embedding_scale": (0.0, 1.0),

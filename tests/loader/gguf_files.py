@@ -30,11 +30,22 @@ def convert(model: PreTrainedModel) -> dict[str, np.ndarray]:
         values = parameter.float()
         if config.model_type in PERMUTED and (".q_proj." in name or ".k_proj." in name):
             values = permute(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
-        tensors[name_map.get_name(name, try_suffixes=(".weight", ".bias"))] = values.numpy()
+        if name.endswith("shared_expert_gate.weight"):
+            values = values.squeeze()
+        for part, own in parts_of(name, values).items():
+            tensors[name_map.get_name(part, try_suffixes=(".weight", ".bias"))] = own.numpy()
     for name, field in (("rope_factors_long", "long_factor"), ("rope_factors_short", "short_factor")):
         if field in config.rope_parameters:
             tensors[f"{name}.weight"] = np.array(config.rope_parameters[field], np.float32)
     return tensors
+
+
+def parts_of(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors that a conversion makes of one: gate and up of all experts lie apart."""
+    if name.endswith("experts.gate_up_proj"):
+        gate, up = values.chunk(2, dim=1)
+        return {name.replace("gate_up_proj", f"{part}_proj.weight"): own for part, own in (("gate", gate), ("up", up))}
+    return {f"{name}.weight" if name.endswith("experts.down_proj") else name: values}
 
 
 def architecture_name(model: PreTrainedModel) -> str:
@@ -100,10 +111,22 @@ def _glm4_keys(config: Any) -> dict[str, Any]:
     return {"rope.dimension_count": int(config.head_dim * config.rope_parameters["partial_rotary_factor"])}
 
 
+def _experts_keys(config: Any) -> dict[str, Any]:
+    return {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_weights_norm": config.norm_topk_prob,
+        "expert_shared_feed_forward_length": getattr(config, "shared_expert_intermediate_size", None),
+    }
+
+
 OWN_KEYS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "granite": _granite_keys,
     "phi3": _phi3_keys,
     "glm4": _glm4_keys,
+    "qwen2_moe": _experts_keys,
+    "qwen3_moe": _experts_keys,
 }
 """By Hugging Face's name of the architecture: the keys beside those of all."""
 

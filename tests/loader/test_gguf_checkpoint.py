@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,13 @@ WITHOUT_GGUF = {
     "qwen3, yarn": "as llama's",
     "smollm3, listed layers, untied": "no key for it",
     "smollm3, biases, no rotation": "no key for it",
+    "qwen2_moe, few": "no key for it",
 }
 """Cases that a conversion cannot write, or does not write into the common keys."""
-MODELS = {case: model for case, model in CASES.items() if case not in WITHOUT_GGUF and "moe" not in case}
+MODELS = {case: model for case, model in CASES.items() if case not in WITHOUT_GGUF}
+
+
+PARTS = ("gate_proj", "up_proj")
 
 
 def quantizable_types() -> list[Type]:
@@ -61,13 +66,24 @@ def block_types() -> list[Type]:
     return [tensor_type for tensor_type in found if GGML_QUANT_SIZES[tensor_type][0] > 1]
 
 
+def by_expert(name: str, values: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor that holds all experts, as one for each matrix; any other as it is."""
+    block, _, last = name.rpartition(".")
+    if not block.endswith("experts"):
+        yield name, values
+        return
+    for expert, matrix in enumerate(values):
+        parts = {"down_proj": matrix} if last == "down_proj" else dict(zip(PARTS, matrix.chunk(2), strict=True))
+        yield from ((f"{block}.{expert}.{part}.weight", own) for part, own in parts.items())
+
+
 @pytest.mark.parametrize("case", MODELS)
 def test_tensors_equal_the_model_that_was_converted(tmp_path: Path, case: str) -> None:
     architecture, changes = MODELS[case]
     model = tiny_model(architecture, **changes)
     checkpoint = GGUFCheckpoint(write_model(tmp_path / "tiny.gguf", model))
     loaded = dict(checkpoint.tensors())
-    expected = model.state_dict()
+    expected = {name: own for whole, values in model.state_dict().items() for name, own in by_expert(whole, values)}
     if model.config.tie_word_embeddings:
         expected.pop("lm_head.weight")
     assert set(loaded) == set(expected)
@@ -409,3 +425,50 @@ def test_ending_ids(tmp_path: Path, case: str) -> None:
     checkpoint = GGUFCheckpoint(write_model(tmp_path / "tiny.gguf", tiny_model("llama"), other_keys=keys))
     assert checkpoint.generation_config() == ({"eos_token_id": expected} if expected else {})
     assert (checkpoint.tokenizer_source is not None) == ("texts" in given)
+
+
+@pytest.mark.parametrize(("architecture", "divides"), [("qwen2_moe", False), ("qwen3_moe", True)])
+def test_experts_of_blocks_and_what_no_key_tells(tmp_path: Path, architecture: str, divides: bool) -> None:
+    """A matrix of each expert is some rows of the file's tensor; llama.cpp knows who divides weights by their sum."""
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    shared = {"shared_expert_intermediate_size": 96} if architecture == "qwen2_moe" else {}
+    model = tiny_model(architecture, num_experts=5, num_experts_per_tok=2, **sizes, **shared)
+    changes = {"expert_weights_norm": None}
+    path = write_model(tmp_path / "tiny.gguf", model, changes, tensor_type=Type.Q4_0)
+    checkpoint = GGUFCheckpoint(path)
+    assert model_config_from_hf(checkpoint.hf_config()).own["routing"].divides_by_sum is divides
+    stored = dict(checkpoint.stored_tensors())
+    for name, values in model.state_dict().items():
+        for own, matrix in by_expert(name, values):
+            if "experts" in own:
+                assert stored[own].format == "Q4_0"
+                rounded = quants.dequantize(quants.quantize(matrix.numpy(), Type.Q4_0), Type.Q4_0)
+                assert np.array_equal(stored[own].values().numpy(), rounded)
+
+
+def test_fused_gates_of_experts_are_cut(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=32)
+    tensors = convert(model)
+    for layer in range(model.config.num_hidden_layers):
+        apart = [tensors.pop(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up")]
+        tensors[f"blk.{layer}.ffn_gate_up_exps.weight"] = np.concatenate(apart, axis=1)
+    path = write_gguf(tmp_path / "tiny.gguf", "qwen3moe", metadata_of(model), tensors)
+    whole = write_model(tmp_path / "whole.gguf", model)
+    assert_same_tensors(dict(GGUFCheckpoint(path).tensors()), dict(GGUFCheckpoint(whole).tensors()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"expert_gating_func": 2}, UnsupportedModelError, "expert_gating_func = 2"),
+        ({"expert_weights_scale": 2.5}, UnsupportedModelError, "expert_weights_scale = 2.5"),
+        ({"expert_used_count": None}, CheckpointError, "expert_used_count is None"),
+        ({"expert_count": None}, CheckpointError, "expert_count is None"),
+    ],
+)
+def test_keys_of_experts_that_nobody_reads_or_that_are_missing(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = tiny_model("qwen3_moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=32)
+    with pytest.raises(error, match=message):
+        GGUFCheckpoint(write_model(tmp_path / "tiny.gguf", model, changes))
