@@ -40,6 +40,11 @@ if TYPE_CHECKING:  # heavy, and the API process imports this module to name `run
 
 __all__ = ["run_engine"]
 
+MOST_PRIMITIVES = 256
+"""Products that oneDNN keeps prepared, one for each shape of matrix and number of rows. Each takes 0.6 MB, and half a
+millisecond to make; by itself oneDNN keeps 1,024 twice, and batches of a server have very many numbers of rows."""
+PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""oneDNN's own cache, and the one before it in torch; both are read when torch first multiplies."""
 LINGER_MS = 2000
 """How long a last message is offered to an API process that does not take it."""
 MOST_UNSENT = 16
@@ -60,6 +65,8 @@ def run_engine(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both: the API process says when to end
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    for name in PRIMITIVE_CACHES:  # this process is ours alone, and has not multiplied yet
+        os.environ.setdefault(name, str(MOST_PRIMITIVES))
     outbox = Outbox(report_address)
     try:
         from cascade_llm.engine.async_engine import AsyncEngine
