@@ -1,0 +1,114 @@
+"""Every architecture in every family of weight formats: the engine against transformers with the values of the codes.
+
+`cascade-llm env --models` and the README's table say what is served; a cell of it is a case here, or in
+`test_families` (plain float32) and `tests/models/test_decoder.py` (plain bfloat16).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from cascade_llm import SamplingParams
+from cascade_llm.loader.gguf_architectures import GGUF_ARCHITECTURES
+from cascade_llm.loader.resolve import open_checkpoint
+from cascade_llm.models.architectures import ARCHITECTURES
+from cascade_llm.weights.format import StoredTensor
+from cascade_llm.weights.quantize import quantized
+from tests.engine.test_families import assert_as_transformers
+from tests.engine.tiny_llm import CONTEXT, random_forest, tiny_llm
+from tests.loader.gguf_files import write_model
+from tests.models.checkpoints import TINY, tiny_model
+from tests.models.families import FAMILIES
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 2}
+"""Whole blocks of 32 in every matrix."""
+EXACT_NAMES = (".gate.weight", "shared_expert_gate.weight")
+"""Routers, which no rounding touches."""
+HEAD_NAMES = ("embed_tokens.weight", "lm_head.weight")
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2)
+
+State = Mapping[str, torch.Tensor]
+
+
+def rounded(method: str, values: torch.Tensor) -> torch.Tensor:
+    """What codes of a matrix, or of a stack of them, stand for."""
+    return quantized(method, StoredTensor.plain(values.flatten(0, -2))).values().view(values.shape)
+
+
+def gguf_file(kind: GGMLQuantizationType) -> Callable[[PreTrainedModel, Path], tuple[Path, State]]:
+    def write(model: PreTrainedModel, folder: Path) -> tuple[Path, State]:
+        path = write_model(folder / "tiny.gguf", model, tensor_type=kind)
+        return path, {name: values.float() for name, values in open_checkpoint(path).tensors()}
+
+    return write
+
+
+def in_situ(method: str) -> Callable[[PreTrainedModel, Path], tuple[Path, State]]:
+    def write(model: PreTrainedModel, folder: Path) -> tuple[Path, State]:
+        model.save_pretrained(folder)
+        state = dict(model.state_dict())
+        for name, values in state.items():
+            if values.dim() > 1 and not name.endswith(EXACT_NAMES):
+                state[name] = rounded("q8_0" if name.endswith(HEAD_NAMES) else method, values)
+        return folder, state
+
+    return write
+
+
+def fp8_folder(model: PreTrainedModel, folder: Path) -> tuple[Path, State]:
+    """Projections as float8 with a scale of each, as a quantizer of Hugging Face saves them."""
+    model.save_pretrained(folder)
+    tensors, state = load_file(folder / "model.safetensors"), dict(model.state_dict())
+    for name, values in list(tensors.items()):
+        if values.dim() == 2 and name.endswith("_proj.weight"):
+            scale = values.abs().amax() / 448
+            tensors[name] = (values / scale).to(torch.float8_e4m3fn)
+            tensors[name.replace(".weight", ".weight_scale")] = scale.reshape(1)
+            if name in state:
+                state[name] = tensors[name].float() * scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, state
+
+
+FORMATS: Mapping[str, Callable[[PreTrainedModel, Path], tuple[Path, State]]] = {
+    "GGUF F32": gguf_file(GGMLQuantizationType.F32),
+    "GGUF Q8_0": gguf_file(GGMLQuantizationType.Q8_0),
+    "GGUF Q4_1": gguf_file(GGMLQuantizationType.Q4_1),
+    "safetensors FP8": fp8_folder,
+    "in situ q8_0": in_situ("q8_0"),
+    "in situ int4": in_situ("int4"),
+}
+SERVED_GGUF = {name for held in GGUF_ARCHITECTURES.values() for name in (held.hf_class, *held.also_holds)}
+FAST = {("phi3", "GGUF Q8_0"), ("glm4", "in situ int4")}
+"""One case of each way in which fused tensors are cut, in every run of the tests."""
+CELLS = [
+    pytest.param(architecture, name, marks=[] if (architecture, name) in FAST else pytest.mark.slow)
+    for architecture in FAMILIES
+    for name in FORMATS
+    if not (name.startswith("GGUF") and ARCHITECTURES[architecture].hf_class not in SERVED_GGUF)
+    and not (name == "safetensors FP8" and "num_experts" in FAMILIES[architecture].fields)
+]
+
+
+@pytest.mark.parametrize(("architecture", "name"), CELLS)
+def test_codes_are_served_as_their_values(architecture: str, name: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture, **{"max_position_embeddings": CONTEXT, **SIZES})
+    source, state = FORMATS[name](model, tmp_path)
+    prompts = random_forest(1, 4, TINY["vocab_size"], 20)
+    method = name.removeprefix("in situ ") if name.startswith("in situ") else None
+    with tiny_llm(source, exact_activations=True, quantization=method) as llm:
+        outputs = llm.generate(prompts, GREEDY)
+    missing = model.load_state_dict(dict(state), strict=False).missing_keys
+    assert set(missing) <= {"lm_head.weight"}
+    assert_as_transformers(model, prompts, outputs)
