@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.table import Table
 
 from cascade_llm.cli.console import format_bytes, print_json, result_console
 from cascade_llm.cli.kernels import DEFAULT_ARCH, attention_spec
-
-if TYPE_CHECKING:
-    from cascade_llm.engine.weight_support import TypeSupport
 
 __all__ = ["env"]
 
@@ -39,7 +36,7 @@ def env(model: str, models: bool, as_json: bool) -> None:
 
 
 def _print_weight_support(as_json: bool) -> None:
-    """The types of weights, and then which of them an architecture may have."""
+    """The types of weights, and then the architectures."""
     from cascade_llm.engine.weight_support import weight_support
 
     rows = list(weight_support())
@@ -55,20 +52,18 @@ def _print_weight_support(as_json: bool) -> None:
         table.add_row(row.container, row.type, *bits, row.held_as or "", row.note or "")
     result_console().print(table)
     result_console().print()
-    result_console().print(_architecture_table(rows))
+    result_console().print(_architecture_table())
 
 
-def _architecture_table(rows: Sequence[TypeSupport]) -> Table:
-    """Architectures down, kinds of files across: of how many types their weights may be."""
-    from cascade_llm.models.architectures import ARCHITECTURES
+def _architecture_table() -> Table:
+    """Architectures, and the kinds of files that their weights may come in."""
+    from cascade_llm.engine.architecture_support import architecture_support
 
-    containers = dict.fromkeys(row.container for row in rows)
     table = Table(box=None, pad_edge=False)
-    for column in ("architecture", "class", *containers):
+    for column in ("architecture", "class", "safetensors", "GGUF, as"):
         table.add_column(column, no_wrap=True)
-    for name, architecture in ARCHITECTURES.items():
-        counts = (sum(name in row.architectures for row in rows if row.container == kind) for kind in containers)
-        table.add_row(name, architecture.hf_class, *(f"{count} types" if count else "no" for count in counts))
+    for row in architecture_support():
+        table.add_row(row.name, row.hf_class, "yes", row.gguf or "no")
     return table
 
 

@@ -1,0 +1,37 @@
+"""Which architectures are served, from which kinds of files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cascade_llm.loader.gguf_architectures import GGUF_ARCHITECTURES
+from cascade_llm.models.architectures import ARCHITECTURES
+
+__all__ = ["ArchitectureSupport", "architecture_support", "markdown_table"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureSupport:
+    """One architecture."""
+
+    name: str
+    """`model_type` of config.json."""
+    hf_class: str
+    """Hugging Face's class; its folders hold plain or quantized safetensors."""
+    gguf: str | None
+    """general.architecture of its GGUF files; None where they are not read."""
+
+
+def architecture_support() -> Iterator[ArchitectureSupport]:
+    """All, in the order of the registry."""
+    names = {kind: name for name, held in GGUF_ARCHITECTURES.items() for kind in (held.hf_class, *held.also_holds)}
+    for name, architecture in ARCHITECTURES.items():
+        yield ArchitectureSupport(name=name, hf_class=architecture.hf_class, gguf=names.get(architecture.hf_class))
+
+
+def markdown_table() -> str:
+    """As the README has it."""
+    rows = [f"| {row.name} | {row.hf_class} | yes | {row.gguf or 'no'} | yes | yes |" for row in architecture_support()]
+    head = "| architecture | class | safetensors | GGUF, as | rounded while loading | ranks |"
+    return "\n".join((head, "| --- " * 6 + "|", *rows))
