@@ -12,6 +12,7 @@ from typing import Any
 
 from cascade_llm.errors import UnsupportedModelError
 from cascade_llm.loader.gguf_file import GGUFFile
+from cascade_llm.loader.gguf_gemma import gemma2_fields, gemma3_fields
 from cascade_llm.loader.gguf_keys import GGUFKeys
 
 __all__ = ["EXPERTS", "EXPERT_KEYS", "EXPERT_PARTS", "GGUF_ARCHITECTURES", "GGUFArchitecture", "architecture_of"]
@@ -69,6 +70,8 @@ class GGUFArchitecture:
     """Fields of config.json beyond those of all, from the keys and the dimensions of a head."""
     expert_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Tensors in a layer that hold the matrices of all experts, as in `EXPERT_PARTS`."""
+    norm_offset: float = 0.0
+    """What a conversion adds to the weight of every norm."""
     also_holds: tuple[str, ...] = ()
     """Classes of Hugging Face whose models are converted to this architecture too."""
 
@@ -127,6 +130,14 @@ def _qwen2_moe_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
 def _qwen3_moe_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     return _expert_fields(keys, divides_by_sum=True)
 
+
+GEMMA_NAMES = {
+    **LAYER_NAMES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+GEMMA_KEYS = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"})
 
 FUSED_QKV = {"attn_qkv": "self_attn.qkv_proj"}
 FUSED_GATE_UP = {"ffn_up": "mlp.gate_up_proj"}
@@ -188,6 +199,22 @@ GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     ),
     "smollm3": GGUFArchitecture(
         hf_class="SmolLM3ForCausalLM", model_type="smollm3", interleaves_heads=True, fields=_smollm3_fields
+    ),
+    "gemma2": GGUFArchitecture(
+        hf_class="Gemma2ForCausalLM",
+        model_type="gemma2",
+        layer_names=GEMMA_NAMES,
+        implements=GEMMA_KEYS,
+        fields=gemma2_fields,
+        norm_offset=1.0,
+    ),
+    "gemma3": GGUFArchitecture(
+        hf_class="Gemma3ForCausalLM",
+        model_type="gemma3_text",
+        layer_names=GEMMA_NAMES,
+        implements=GEMMA_KEYS,
+        fields=gemma3_fields,
+        norm_offset=1.0,
     ),
     "granite": GGUFArchitecture(
         hf_class="GraniteForCausalLM",

@@ -85,7 +85,9 @@ class GGUFCheckpoint(Checkpoint):
         if tensor.name.endswith("ffn_gate_inp_shexp.weight"):  # conversions drop its first side, which is 1
             return StoredTensor.plain(dequantize(data, tensor.type, tensor.shape).view(1, -1))
         if tensor.type in PLAIN_TYPES:
-            return StoredTensor.plain(self._in_hf_order(tensor, dequantize(data, tensor.type, tensor.shape)))
+            values = self._in_hf_order(tensor, dequantize(data, tensor.type, tensor.shape))
+            is_norm, offset = tensor.name.endswith("norm.weight"), self._architecture.norm_offset
+            return StoredTensor.plain(values - offset if is_norm and offset else values)
         rows = math.prod(tensor.shape[:-1])
         blocks = self._in_hf_order(tensor, torch.from_numpy(data).view(rows, -1))
         return stored_blocks(tensor, blocks)

@@ -139,7 +139,7 @@ def _check_features(keys: GGUFKeys, architecture: GGUFArchitecture) -> None:
         raise UnsupportedModelError(
             f"{keys.file.path}: keys of {key_len} and values of {value_len} are not implemented"
         )
-    if keys.get("attention.sliding_window"):
+    if keys.get("attention.sliding_window") and "attention.sliding_window" not in architecture.implements:
         raise UnsupportedModelError(f"{keys.file.path}: sliding-window attention is not implemented")
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 PERMUTED = ("llama", "mistral", "smollm3", "granite")
 """Architectures whose conversion is llama's, or derived from it."""
-NAMES = {"mistral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+NAMES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 """What GGUF calls an architecture, where it is another name than Hugging Face's."""
 
 
@@ -32,6 +32,8 @@ def convert(model: PreTrainedModel) -> dict[str, np.ndarray]:
             values = permute(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
         if name.endswith("shared_expert_gate.weight"):
             values = values.squeeze()
+        if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1
         for part, own in parts_of(name, values).items():
             tensors[name_map.get_name(part, try_suffixes=(".weight", ".bias"))] = own.numpy()
     for name, field in (("rope_factors_long", "long_factor"), ("rope_factors_short", "short_factor")):
@@ -67,7 +69,8 @@ def permute(values: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 def metadata_of(model: PreTrainedModel) -> dict[str, Any]:
     """The keys that a conversion writes."""
-    config = model.config
+    config, rope = model.config, model.config.rope_parameters
+    rope = rope.get("full_attention", rope)
     return {
         **OWN_KEYS.get(config.model_type, lambda config: {})(config),
         "context_length": config.max_position_embeddings,
@@ -79,7 +82,7 @@ def metadata_of(model: PreTrainedModel) -> dict[str, Any]:
         "attention.key_length": getattr(config, "head_dim", None),
         "attention.value_length": getattr(config, "head_dim", None),
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "rope.freq_base": float(rope["rope_theta"]),
         "vocab_size": config.vocab_size,
     }
 
@@ -121,7 +124,26 @@ def _experts_keys(config: Any) -> dict[str, Any]:
     }
 
 
+def _gemma_keys(config: Any) -> dict[str, Any]:
+    windowed = [kind == "sliding_attention" for kind in config.layer_types]
+    usual = [(layer + 1) % (2 if config.model_type == "gemma2" else 6) != 0 for layer in range(len(windowed))]
+    keys: dict[str, Any] = {"attention.sliding_window": config.sliding_window if any(windowed) else None}
+    if any(windowed) and windowed != usual:
+        keys["attention.sliding_window_pattern"] = windowed
+    for key, cap in (("attn", config.attn_logit_softcapping), ("final", config.final_logit_softcapping)):
+        if cap is not None or config.model_type == "gemma2":
+            keys[f"{key}_logit_softcapping"] = float(cap or 0)
+    if config.model_type == "gemma3_text":
+        ropes = config.rope_parameters
+        keys["rope.freq_base_swa"] = float(ropes["sliding_attention"]["rope_theta"])
+        if ropes["full_attention"]["rope_type"] == "linear":
+            keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": ropes["full_attention"]["factor"]}
+    return keys
+
+
 OWN_KEYS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    "gemma2": _gemma_keys,
+    "gemma3_text": _gemma_keys,
     "granite": _granite_keys,
     "phi3": _phi3_keys,
     "glm4": _glm4_keys,

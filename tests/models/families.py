@@ -154,7 +154,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": Family(
         Gemma2Config,
         Gemma2ForCausalLM,
-        {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24},
+        {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16},
         {
             "no caps, untied": {
                 "attn_logit_softcapping": None,
@@ -162,7 +162,11 @@ FAMILIES: Mapping[str, Family] = {
                 "tie_word_embeddings": False,
                 "attention_bias": True,
             },
-            "low caps": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+            "low caps": {
+                "attn_logit_softcapping": 2.0,
+                "final_logit_softcapping": 3.0,
+                "query_pre_attn_scalar": 24,
+            },
             "windows alone": {"layer_types": ["sliding_attention"] * 3},
         },
         norm_offset=1.0,
@@ -170,7 +174,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3_text": Family(
         Gemma3TextConfig,
         Gemma3ForCausalLM,
-        {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24, "num_hidden_layers": 7},
+        {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16, "num_hidden_layers": 7},
         {
             "alternating, scaled": {
                 "sliding_window_pattern": 2,
@@ -185,6 +189,7 @@ FAMILIES: Mapping[str, Family] = {
                 "num_hidden_layers": 3,
                 "final_logit_softcapping": 5.0,
                 "attention_bias": True,
+                "query_pre_attn_scalar": 24,
             },
         },
         norm_offset=1.0,
