@@ -64,6 +64,7 @@ DOORS: Mapping[str, Door] = {
     "uvicorn": Door(("server",), one_module=True),
     "zmq": Door(("server",)),
     "msgspec": Door(("server",)),
+    "opentelemetry": Door(("server.tracing",), one_module=True),
     "prometheus_client": Door(("server",), one_module=True),
     "rich": Door(("cli", "bench", "validation", "llm")),
 }
@@ -229,6 +230,7 @@ def undeclared_packages(sources: Mapping[str, str], pyproject: str) -> list[str]
     requirements = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
     declared = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].replace("-", "_").lower() for requirement in requirements}
     declared |= {module for module, name in (("zmq", "pyzmq"), ("yaml", "pyyaml")) if name in declared}
+    declared |= {"opentelemetry"} if "opentelemetry_sdk" in declared else set()
     declared |= {"flashinfer"} if "flashinfer_python" in declared else set()
     return [item.where for item in third_party_imports(sources) if item.top.lower() not in declared]
 

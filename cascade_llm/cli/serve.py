@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,18 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = names.get(_plain(str(key)))
-        if name is None or name in ("config", "print_config"):
+        if name is None or name in ("config", "print_config", "print_dashboard"):
             from cascade_llm.errors import nearest_name_hint
 
             raise ConfigError(f"--config {path} has the unknown option {key!r}: {nearest_name_hint(str(key), names)}")
         defaults[name] = value
     context.default_map = defaults
+
+
+def _print_dashboard(context: click.Context, parameter: click.Parameter, is_asked: bool) -> None:
+    if is_asked:
+        click.echo((files("cascade_llm.server") / "grafana.json").read_text("utf-8"), nl=False)
+        context.exit()
 
 
 def _plain(flag: str) -> str:
@@ -65,6 +72,14 @@ own_options = stacked(
         help="A YAML file with options by their names; the command line goes before it.",
     ),
     click.option("--print-config", is_flag=True, help="Print the options as such a file, and end."),
+    click.option(
+        "--print-dashboard",
+        is_flag=True,
+        callback=_print_dashboard,
+        is_eager=True,
+        expose_value=False,
+        help="Print a Grafana dashboard of /metrics as JSON, and end.",
+    ),
     click.option(
         "--log-level",
         type=click.Choice(LOG_LEVELS),

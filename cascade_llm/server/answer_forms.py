@@ -33,11 +33,14 @@ class Tally:
     """One per prompt."""
     metrics: RequestMetrics | None = None
     """Of all prompts that have ended."""
+    finish_reasons: set[str] = field(default_factory=set)
+    """Why samples ended."""
 
     def add(self, place: int, gain: RequestGain) -> int:
         """Count a gain; returns its tokens."""
         num_tokens = sum(len(delta.token_ids) for delta in gain.deltas)
         self.completion_tokens += num_tokens
+        self.finish_reasons |= {delta.finish_reason for delta in gain.deltas if delta.finish_reason is not None}
         self.cached_tokens[place] = max(self.cached_tokens[place], gain.num_cached_tokens)
         if gain.metrics is not None:
             self.metrics = self.metrics or RequestMetrics()
@@ -75,6 +78,8 @@ class AnswerForm:
     """One answer's form. A choice is a sample of a prompt; those of the first prompt come first."""
 
     whole_object = chunk_object = ""
+    operation = "chat"
+    """Its name in the conventions for spans."""
 
     def __init__(
         self,
@@ -166,7 +171,7 @@ class AnswerForm:
 class CompletionForm(AnswerForm):
     """/v1/completions."""
 
-    whole_object = chunk_object = "text_completion"
+    whole_object = chunk_object = operation = "text_completion"
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

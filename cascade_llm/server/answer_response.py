@@ -17,6 +17,7 @@ from cascade_llm.server.engine_client import Answers, EngineClient, EngineStatus
 from cascade_llm.server.guard import Receive, RequestRecord, Scope, Send
 from cascade_llm.server.metrics import ServerMetrics
 from cascade_llm.server.quotas import Lease
+from cascade_llm.server.tracing import used_attributes
 
 __all__ = ["STREAM_HEADERS", "AnswerResponse", "until_left"]
 
@@ -71,6 +72,7 @@ class AnswerResponse(Response):
                 "cached": sum(tally.cached_tokens),
                 "generated": tally.completion_tokens,
             }
+            self._record.attributes |= used_attributes(tally)
 
     async def _write(self, send: Send) -> None:
         """The whole at once."""
@@ -122,6 +124,7 @@ class AnswerResponse(Response):
             return
         last_s = self._last_s.get(place)
         if last_s is None:
+            self._record.first_token_s = self._record.age_s
             self._metrics.first_token.observe(self._record.age_s)
             self._record.details.setdefault("first", f"{self._record.age_s:.3f}s")
         else:

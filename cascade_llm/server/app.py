@@ -37,7 +37,7 @@ from cascade_llm.server.anthropic_body import MessagesBody, MessagesPrompt
 from cascade_llm.server.anthropic_form import MessagesForm
 from cascade_llm.server.api_errors import ApiError, api_error, unforeseen
 from cascade_llm.server.engine_client import EngineClient, EngineStatus
-from cascade_llm.server.guard import OPEN_PATHS, Application, Guard, RequestRecord
+from cascade_llm.server.guard import OPEN_PATHS, Application, Guard, OnEnd, RequestRecord
 from cascade_llm.server.keys import KeyRing
 from cascade_llm.server.metrics import CONTENT_TYPE, ServerMetrics
 from cascade_llm.server.options import ServerOptions
@@ -57,6 +57,7 @@ from cascade_llm.server.schema import (
 )
 from cascade_llm.server.session_paths import add_session_paths
 from cascade_llm.server.sharing_feed import SharingFeed, SharingResponse
+from cascade_llm.server.tracing import asked_attributes
 
 if TYPE_CHECKING:  # imports torch: see `run`
     from cascade_llm.server.reading import ReadBody, RequestReader
@@ -117,6 +118,8 @@ class Api:
         self._check_room(items.num_samples)
         is_streamed = bool(body.stream)
         lease = quota.take(items.most_tokens)
+        answer_id = f"{prefix}-{record.request_id}"
+        record.attributes |= asked_attributes(form.operation, self.names[0], answer_id, items.all_params[0])
         try:
             answers = self.engine.submit(reader.requests(items, visitor.client), only_whole=not is_streamed)
         except CascadeError as error:
@@ -125,7 +128,7 @@ class Api:
         record.headers |= quota.headers
         options = body.stream_options
         answer_form = form(
-            f"{prefix}-{record.request_id}",
+            answer_id,
             self.names[0],
             items,
             reader.tokenizer,
@@ -241,8 +244,8 @@ class Api:
         return Detokenized(prompt=await _beside(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False)))
 
 
-def build_application(api: Api) -> Application:
-    """The ASGI application of a server."""
+def build_application(api: Api, on_end: OnEnd) -> Application:
+    """The ASGI application of a server; `on_end` is told of each request when it is over."""
     app = FastAPI(title="cascade-llm", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     open_paths = OPEN_PATHS.union(PAGE_PATHS if api.options.page else ())
     _add_generation(app, api)
@@ -264,6 +267,7 @@ def build_application(api: Api) -> Application:
         allowed_hosts=api.options.checked_hosts(has_keys=bool(api.keys)),
         max_body_bytes=api.options.max_body_bytes,
         body_timeout_s=api.options.body_timeout,
+        on_end=on_end,
     )
     if api.options.allow_origin:
         guarded = CORSMiddleware(

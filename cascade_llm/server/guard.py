@@ -9,13 +9,13 @@ import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 from cascade_llm.server.api_errors import ApiError, unforeseen
 from cascade_llm.server.keys import KeyRing, Visitor
 from cascade_llm.server.metrics import ServerMetrics
 
-__all__ = ["OPEN_PATHS", "Guard", "RequestRecord"]
+__all__ = ["OPEN_PATHS", "Guard", "OnEnd", "RequestRecord"]
 
 log = logging.getLogger("cascade_llm.server")
 
@@ -24,6 +24,14 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class OnEnd(Protocol):
+    """Called with what is known of a request, its headers, method, route and status."""
+
+    def __call__(self, record: RequestRecord, headers: Mapping[str, str], method: str, path: str, status: int) -> None:
+        """It is over."""
+
 
 OPEN_PATHS = frozenset(("/health", "/ready"))
 """Asked without a key: they tell nothing but that."""
@@ -42,6 +50,10 @@ class RequestRecord:
         self.is_endless = False
         """Whether the client decides when it is over: how long that took says nothing."""
         self.details: dict[str, Any] = {}
+        self.attributes: dict[str, Any] = {}
+        """Of its span; empty where it generates nothing."""
+        self.first_token_s: float | None = None
+        """From its arrival on, where the answer is streamed."""
         self.visitor = Visitor()
         """Whose key was sent."""
         self.headers: dict[str, str] = {}
@@ -67,6 +79,7 @@ class Guard:
         allowed_hosts: Collection[str] | None,
         max_body_bytes: int,
         body_timeout_s: float,
+        on_end: OnEnd,
     ) -> None:
         """Keep what requests are checked by.
 
@@ -79,11 +92,12 @@ class Guard:
             allowed_hosts: names that the Host header may give; None allows any
             max_body_bytes: of a body
             body_timeout_s: for a body
+            on_end: told of each request when it is over
         """
         self._application, self._metrics, self._paths = application, metrics, frozenset(paths)
         self._open_paths = frozenset(open_paths)
         self._keys, self._allowed_hosts = keys, allowed_hosts
-        self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
+        self._max_body_bytes, self._body_timeout_s, self._on_end = max_body_bytes, body_timeout_s, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -170,6 +184,8 @@ class Guard:
         status = LEFT if record.has_left or record.status is None else record.status
         path = scope["path"] if scope["path"] in self._paths else "other"
         self._metrics.requests.labels(path, str(status)).inc()
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self._on_end(record, headers, scope["method"], path, status)
         if path in OPEN_PATHS:
             return
         if not record.is_endless:

@@ -32,6 +32,8 @@ class ServerOptions:
     """File with a key on each line; a .yaml file gives each a name, a tenant and quotas (see limits.md)."""
     allowed_hosts: Sequence[str] | None = None
     """Name that the Host header of requests may give beside this machine's own; * is any."""
+    otlp_endpoint: str | None = None
+    """Base URL of an OpenTelemetry collector that spans are sent to over HTTP; OTEL_* variables configure the rest."""
     allow_origin: Sequence[str] | None = None
     """Origin of web pages that may ask this server (CORS)."""
     page: bool = True

@@ -17,9 +17,11 @@ from cascade_llm.errors import CascadeError, ConfigError, WorkerError
 from cascade_llm.scheduler.sessions import SessionLimits
 from cascade_llm.server.app import Api, build_application
 from cascade_llm.server.engine_client import EngineClient
+from cascade_llm.server.guard import RequestRecord
 from cascade_llm.server.keys import KeyRing, read_keys
 from cascade_llm.server.messages import EngineFacts
 from cascade_llm.server.options import ServerOptions
+from cascade_llm.server.tracing import Tracing, open_tracing
 
 if TYPE_CHECKING:  # imports torch: beside the loop, once the engine process has started
     from cascade_llm.server.reading import RequestReader
@@ -54,14 +56,23 @@ def serve(
     keys = read_keys(options)
     if not keys and not options.is_loopback:
         log.warning("%s is open to other machines, and no key is asked for: see --api-key", options.host)
+    tracing = open_tracing(options.otlp_endpoint)
     with _listen(options) as listener:
-        asyncio.run(_Server(model, engine_options, options, keys).run(listener, on_listening))
+        asyncio.run(_Server(model, engine_options, options, keys, tracing).run(listener, on_listening))
 
 
 class _Server:
     """One server's life."""
 
-    def __init__(self, model: str, engine_options: Mapping[str, Any], options: ServerOptions, keys: KeyRing) -> None:
+    def __init__(
+        self,
+        model: str,
+        engine_options: Mapping[str, Any],
+        options: ServerOptions,
+        keys: KeyRing,
+        tracing: Tracing | None,
+    ) -> None:
+        self._tracing = tracing
         self._model, self._engine_options, self._options = model, engine_options, options
         self._engine = EngineClient(
             model,
@@ -73,7 +84,7 @@ class _Server:
         )
         self._api = Api(self._engine, options, keys)
         config = uvicorn.Config(
-            build_application(self._api),
+            build_application(self._api, _ignore if tracing is None else tracing.write),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -97,6 +108,8 @@ class _Server:
         finally:
             await self._engine.close()
             await importing
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
         if failure is not None:
             raise WorkerError(failure)
 
@@ -133,6 +146,10 @@ class _Server:
         with suppress(CascadeError):  # the first conversation is not to wait for what only a first one needs
             reader.tokenize_chat([{"role": "user", "content": "Hello"}])
         return reader
+
+
+def _ignore(record: RequestRecord, headers: Mapping[str, str], method: str, path: str, status: int) -> None:
+    """Where no spans are asked for."""
 
 
 class _Uvicorn(uvicorn.Server):

@@ -14,9 +14,9 @@ from typing import TypeVar
 import httpx
 import pytest
 
-from tests.cli.conftest import environment, process_args, run_process, tiny_folder
+from tests.cli.conftest import environment, process_args, run, run_process, tiny_folder
 
-__all__ = ["environment", "run_process", "started", "tiny_folder"]
+__all__ = ["environment", "run", "run_process", "started", "tiny_folder"]
 
 PATIENCE_S = 60.0
 Result = TypeVar("Result")
