@@ -59,7 +59,7 @@ class Ranks:
     """One rank's view of all ranks. One rank alone exchanges nothing."""
 
     def __init__(self, index: int = 0, count: int = 1, group: Any = None) -> None:
-        """`group`: a backend of `torch.distributed` that connects `count` ranks; None where there is one."""
+        """`group`: a process group of `torch.distributed` that connects `count` ranks; None where there is one."""
         assert (group is None) == (count == 1)
         self.index, self.count = index, count
         self._group = group
@@ -159,10 +159,19 @@ def _connected(store: Any, index: int, count: int, device: torch.device) -> Any:
         torch.cuda.set_device(device)
         on_gpus = dist.ProcessGroupNCCL.Options()
         on_gpus._timeout = LONGEST_WAIT
-        group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), index, count, on_gpus)
-        group.eager_connect_single_device(device)
-        return group
+        over_nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), index, count, on_gpus)
+        over_nccl.eager_connect_single_device(device)
+        return _group(store, over_nccl, dist.ProcessGroup.BackendType.NCCL, device)
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
     options._timeout, options._threads = LONGEST_WAIT, 1
-    return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), index, count, options)
+    over_gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), index, count, options)
+    return _group(store, over_gloo, dist.ProcessGroup.BackendType.GLOO, device)
+
+
+def _group(store: Any, backend: Any, kind: Any, device: torch.device) -> Any:
+    """The backend behind torch's dispatcher, so that exchanges are operators like all others."""
+    group = dist.ProcessGroup(store, backend.rank(), backend.size())
+    group._register_backend(torch.device(device.type), kind, backend)
+    group._set_default_backend(kind)
+    return group

@@ -18,6 +18,7 @@ import torch
 from cascade_llm.attention.backend import Attention, StepAttention, column_tensor
 from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend
 from cascade_llm.attention.flashinfer.graph import GraphAttention, SharedColumns
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.device.start_errors import is_out_of_memory
 from cascade_llm.device.stream import DeviceStream, Graph
 from cascade_llm.errors import CapacityError
@@ -71,6 +72,7 @@ class CudaGraphs:
         shapes: Sequence[GraphShape],
         max_model_len: int,
         max_num_batched_tokens: int,
+        ranks: Ranks | None = None,
     ) -> None:
         """Set memory aside; `capture` fills it.
 
@@ -81,7 +83,9 @@ class CudaGraphs:
             shapes: to capture, see `graph_shapes`; the largest first
             max_model_len: tokens of the longest sequence
             max_num_batched_tokens: rows of the largest step, prefill among them
+            ranks: that capture and replay the same graphs, their exchanges among them; default one alone
         """
+        self._ranks = ranks or Ranks()
         self._decoder, self._backend, self._lanes = decoder, backend, lanes
         self._stream: DeviceStream = backend.device.stream
         self._num_processors = backend.platform.num_processors
@@ -110,8 +114,9 @@ class CudaGraphs:
             logits=self._logits,
             row_counts=self._row_counts,
             counters=self.counters,
+            ranks=self._ranks,
         )
-        self._pieces = PiecewiseGraphs(decoder, backend.spec, self._stream, max_num_batched_tokens)
+        self._pieces = PiecewiseGraphs(decoder, backend.spec, self._stream, max_num_batched_tokens, self._ranks)
         self._usage_bytes = lanes.usage.allocate().nbytes
         self._shapes: dict[GraphShape, _CapturedShape] = {}
         self._last_fit: tuple[tuple[tuple[CascadeLevel, ...], int], GraphShape | None] | None = None
@@ -135,7 +140,8 @@ class CudaGraphs:
             try:
                 self._capture_forward(shape)
             except (RuntimeError, CapacityError) as error:
-                if not isinstance(error, CapacityError) and not is_out_of_memory(error):
+                has_no_room = isinstance(error, CapacityError) or is_out_of_memory(error)
+                if not has_no_room or self._ranks.count > 1:  # the others would exchange what this one does not
                     raise
                 dropped.append(shape)
                 log.warning("no memory for the graph of %s, such steps will run eagerly: %s", shape, error)

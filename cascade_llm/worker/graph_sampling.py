@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.device.start_errors import is_out_of_memory
 from cascade_llm.device.stream import DeviceStream, Graph
 from cascade_llm.plan import IntColumn, StepPlan, StepResult
@@ -84,6 +85,7 @@ class SamplingGraphs:
         logits: torch.Tensor,
         row_counts: Sequence[int],
         counters: GraphCounters,
+        ranks: Ranks,
     ) -> None:
         """Set memory aside.
 
@@ -94,7 +96,9 @@ class SamplingGraphs:
             logits: [max_rows, vocab], fixed memory
             row_counts: ascending; one graph each
             counters: what happened
+            ranks: of which the first alone samples
         """
+        self._ranks = ranks
         self._stream, self._buffers, self._logits, self._row_counts = stream, buffers, logits, tuple(row_counts)
         self._lanes, self._counters = lanes, counters
         max_rows, vocab_size = logits.shape
@@ -113,7 +117,7 @@ class SamplingGraphs:
     @property
     def num_at_start(self) -> int:
         """Graphs that `capture` captures."""
-        return len(CAPTURED_AT_START) * len(self._row_counts)
+        return len(CAPTURED_AT_START) * len(self._row_counts) if self._ranks.is_first else 0
 
     @property
     def num_later_at_most(self) -> int:
@@ -125,7 +129,7 @@ class SamplingGraphs:
 
         on_graph: told of each whether there was memory for it
         """
-        for rows in reversed(self._row_counts):
+        for rows in reversed(self._row_counts) if self._ranks.is_first else ():
             for needs in CAPTURED_AT_START:
                 self._capture(rows, needs)
                 on_graph(self._graphs[rows, needs] is not None)
@@ -136,7 +140,7 @@ class SamplingGraphs:
         To be asked before the step's columns are sent: a missing graph is captured here, on rows of padding.
         """
         needs = self._needs(plan.sample_lanes)
-        if isinstance(needs, str):
+        if isinstance(needs, str) or not self._ranks.is_first:
             return needs
         for graph in _graphs_for(needs):
             if (rows, graph) not in self._graphs:
@@ -171,7 +175,7 @@ class SamplingGraphs:
             work()
             self._graphs[rows, needs] = self._stream.capture(work)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or self._ranks.count > 1:  # others could not know that one does without
                 raise
             self._graphs[rows, needs] = None
             log.warning("no memory to capture sampling of %d rows (%s): such steps wait for the device", rows, needs)
@@ -207,10 +211,13 @@ class SamplingGraphs:
     def replay(
         self, plan: StepPlan, rows: int, needs: Needs, host: HostBuffers, rows_of_samples: Sequence[int]
     ) -> Callable[[], StepResult]:
-        """Replay the graphs that serve these needs, and queue the copies of their results.
+        """Replay the graphs that serve these needs, and queue the copies of their results; on rank 0 alone.
 
         rows_of_samples: the row of each sample in them
         """
+        if not self._ranks.is_first:
+            host.in_use = self._stream.record_event()
+            return lambda: StepResult(step_id=plan.step_id)
         for key in _graphs_for(needs):
             graph = self._graphs[rows, key]
             assert graph is not None
@@ -243,6 +250,8 @@ class SamplingGraphs:
     def sample_eagerly(self, plan: StepPlan, reason: str) -> StepResult:
         """Sample the rows of the fixed logits as the plan says, waiting for the device."""
         self._counters.eagerly_sampled_steps[reason] += 1
+        if not self._ranks.is_first:
+            return StepResult(step_id=plan.step_id)
         lanes, rows = plan.sample_lanes, plan.sample_rows
         sampled = self._eager.sample(self._logits, lanes, plan.sample_positions, rows)
         self._lanes.record(lanes, sampled.token_ids)

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 from cascade_llm.attention.backend import Attention, AttentionSpec
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.device.start_errors import is_out_of_memory
 from cascade_llm.device.stream import DeviceStream, Graph
 from cascade_llm.models.decoder import Decoder
@@ -39,9 +40,11 @@ def piece_rows(max_rows: int) -> tuple[int, ...]:
 class PiecewiseGraphs:
     """The pieces of one decoder, for several numbers of rows; owns the memory between them."""
 
-    def __init__(self, decoder: Decoder, spec: AttentionSpec, stream: DeviceStream, max_rows: int) -> None:
-        """Set memory aside; `capture` fills it. `max_rows`: of the largest step."""
-        self._decoder, self._stream = decoder, stream
+    def __init__(
+        self, decoder: Decoder, spec: AttentionSpec, stream: DeviceStream, max_rows: int, ranks: Ranks
+    ) -> None:
+        """Set memory aside; `capture` fills it. `max_rows`: of the largest step; `ranks`: that capture the same."""
+        self._decoder, self._stream, self._ranks = decoder, stream, ranks
         self._row_counts = piece_rows(max_rows)
         most, config = self._row_counts[-1], decoder.config
 
@@ -73,7 +76,7 @@ class PiecewiseGraphs:
                     piece()  # kernels are loaded by their first call, which no capture may hold
                 self._graphs[rows] = [self._stream.capture(piece) for piece in pieces]
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self._ranks.count > 1:
                     raise
                 log.warning("no memory for graphs of mixed steps of %d rows, such steps will run eagerly", rows)
             for _ in pieces:

@@ -136,7 +136,7 @@ def build_worker(
             backend = FlashInferAttentionBackend(spec, kv_cache, platform, graph_shapes=shapes)
             if has_graphs:
                 most_rows = options.max_num_batched_tokens
-                graphs, report = _capture(decoder, backend, lanes, shapes, max_model_len, most_rows, on_start)
+                graphs, report = _capture(decoder, backend, lanes, shapes, max_model_len, most_rows, ranks, on_start)
     runner = ModelRunner(
         decoder,
         backend,
@@ -255,6 +255,7 @@ def _capture(
     shapes: list[GraphShape],
     max_model_len: int,
     max_num_batched_tokens: int,
+    ranks: Ranks,
     on_start: OnStart | None,
 ) -> tuple[CudaGraphs, CaptureReport]:
     """Capture the decode steps, and the pieces of mixed ones."""
@@ -266,6 +267,7 @@ def _capture(
             shapes=shapes,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
+            ranks=ranks,
         )
         report = graphs.capture(None if on_start is None else partial(on_start, CAPTURING))
     log.info(

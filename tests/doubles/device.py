@@ -263,7 +263,8 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         known = _storages(tensors)
-        writes = any(argument.is_write for argument in func._schema.arguments)
+        exchanges = func._schema.name.startswith("c10d::")  # their schemas do not say that they write
+        writes = exchanges or any(argument.is_write for argument in func._schema.arguments)
         fresh = [output for output in outputs if _storage(output) and _storage(output) not in known]
         for output in fresh:
             self.private[_storage(output)] = output
@@ -272,13 +273,20 @@ class _Recorder(TorchDispatchMode):
             if func not in self._stream.operations:
                 raise DoubleError(f"{name} runs in a capture first: its kernel would be loaded there")
             self.launches.append(f"aten.{name}")
-        if writes:
+        if exchanges:
+            self.records.append(lambda: _exchange(func, args, kwargs))
+        elif writes:
             self.records.append(lambda: func(*args, **kwargs))
         elif fresh and name.startswith("empty"):
             self.records.append(lambda: [poison(output) for output in fresh][-1])
         elif fresh:
             self.records.append(lambda: _recompute(func, args, kwargs, outputs, fresh))
         return result
+
+
+def _exchange(func: Any, args: Any, kwargs: Any) -> None:
+    result = func(*args, **kwargs)
+    (result[-1] if isinstance(result, tuple | list) else result).wait()
 
 
 def _recompute(func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor], fresh: list[torch.Tensor]) -> None:
