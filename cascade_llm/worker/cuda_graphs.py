@@ -23,13 +23,14 @@ from cascade_llm.device.start_errors import is_out_of_memory
 from cascade_llm.device.stream import DeviceStream, Graph
 from cascade_llm.errors import CapacityError
 from cascade_llm.models.decoder import Decoder
-from cascade_llm.plan import CascadeLevel, CascadePlan, StepPlan, StepResult
+from cascade_llm.plan import CascadeLevel, CascadePlan, StepPlan, StepResult, int_column
 from cascade_llm.sampling.lanes import LaneState, Needs
 from cascade_llm.tiling import max_tiles
 from cascade_llm.worker.graph_sampling import GraphCounters, SamplingGraphs, report_len
 from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape
 from cascade_llm.worker.piecewise import PiecewiseGraphs
 from cascade_llm.worker.step_buffers import HostBuffers, Padding, StepBuffers
+from cascade_llm.worker.window_buffers import WindowBuffers
 
 __all__ = ["CaptureReport", "CudaGraphs", "OnCapture"]
 
@@ -56,8 +57,11 @@ class CaptureReport:
 
 @dataclass(frozen=True)
 class _CapturedShape:
-    attention: GraphAttention
+    attentions: tuple[GraphAttention, ...]
+    """one per attention kind"""
     forward: Graph
+    nothing_shared: CascadeLevel
+    """what a kind reads at a level that only others have"""
 
 
 class CudaGraphs:
@@ -96,15 +100,29 @@ class CudaGraphs:
         self._most_tiles = max_tiles(self._num_processors, backend.spec.num_kv_heads)
         self._row_counts = sorted({shape.rows for shape in self._all_shapes})
         max_segments = max((capacity for shape in self._all_shapes for capacity in shape.capacities), default=0)
-        self._shared = [SharedColumns(max_segments, pool.num_pages, lanes.device) for _ in range(max_shared_levels)]
+        kinds, padding = (
+            decoder.config.attention_kinds,
+            Padding(pool.num_pages - 1, pool.page_size, lanes.num_lanes - 1, lanes.no_lane),
+        )
+        self._shared = [
+            [SharedColumns(max_segments, pool.num_pages, lanes.device) for _ in range(max_shared_levels)] for _ in kinds
+        ]
         self._buffers = StepBuffers(
             self._stream,
             max_rows=max_rows,
             max_leaf_pages=max_rows * -(-max_model_len // pool.page_size),
-            shared_len=max_shared_levels * (3 * (max_segments + 1) + pool.num_pages),
+            shared_len=len(kinds) * max_shared_levels * (3 * (max_segments + 1) + pool.num_pages),
             num_logprobs=report_len(lanes.vocab_size),
-            padding=Padding(pool.num_pages - 1, pool.page_size, lanes.num_lanes - 1, lanes.no_lane),
+            padding=padding,
         )
+        self._windows = [
+            None
+            if window_len is None
+            else WindowBuffers(
+                self._stream, window_len, max_rows=max_rows, max_model_len=max_model_len, padding=padding
+            )
+            for window_len in kinds
+        ]
         self._logits = torch.zeros(max_rows, lanes.vocab_size, dtype=decoder.dtype, device=lanes.device)
         self.counters = GraphCounters()
         self._sampling = SamplingGraphs(
@@ -159,29 +177,46 @@ class CudaGraphs:
         )
 
     def _capture_forward(self, shape: GraphShape) -> None:
-        attention = GraphAttention(
-            self._backend,
-            shape.rows,
-            shape.capacities,
-            self._buffers.leaf_buffers(shape.rows),
-            self._shared,
-            self._num_processors,
-        )
         host = self._buffers.take_host()
         host.write_padding(0, shape.rows, first_leaf_page=0)
         self._buffers.send(host, shape.rows)
-        attention.plan_leaf(host.leaf_columns(shape.rows), None)
-        for position, capacity in enumerate(shape.capacities):
-            attention.plan_shared(position, None, host.stand_in_columns(shape.rows, capacity))
+        attentions = tuple(self._padded_attention(shape, kind, host) for kind in range(len(self._windows)))
         host.in_use = self._stream.record_event()
-        work = partial(self._forward, attention, shape.rows)
+        work = partial(self._forward, attentions, shape.rows)
         work()
-        self._shapes[shape] = _CapturedShape(attention, self._stream.capture(work))
+        nothing = CascadeLevel(*map(int_column, ([0, shape.rows], [0, 0], (), [0])))
+        self._shapes[shape] = _CapturedShape(attentions, self._stream.capture(work), nothing)
 
-    def _forward(self, attention: GraphAttention, rows: int) -> None:
+    def _padded_attention(self, shape: GraphShape, kind: int, host: HostBuffers) -> GraphAttention:
+        """The attention of one kind in a graph, planned over padding rows."""
+        rows, window = shape.rows, self._windows[kind]
+        has_edge = window is not None and bool(shape.capacities)
+        attention = GraphAttention(
+            self._backend,
+            rows,
+            shape.capacities,
+            self._buffers.leaf_buffers(rows) if window is None else window.leaf_buffers(rows),
+            self._shared[kind],
+            self._num_processors,
+            window_len=None if window is None else window.window_len,
+            edge_buffers=window.edge_buffers(rows) if window is not None and has_edge else None,
+        )
+        if window is None:
+            attention.plan_leaf(host.leaf_columns(rows), None)
+        else:
+            written = window.write(None, rows, host.place)
+            window.send(written, host.place)
+            attention.plan_leaf(written.leaf, None)
+            if has_edge:
+                attention.plan_edge(window.edge_columns(rows))
+        for position, capacity in enumerate(shape.capacities):
+            attention.plan_shared(position, None, host.stand_in_columns(rows, capacity))
+        return attention
+
+    def _forward(self, attentions: Sequence[GraphAttention], rows: int) -> None:
         """What a forward graph holds: from the columns in the buffers to logits in fixed memory."""
-        columns = self._buffers.columns
-        step = StepAttention([attention], self._backend, columns.slots[:rows])
+        columns, kinds = self._buffers.columns, self._decoder.config.layer_kinds
+        step = StepAttention(attentions, self._backend, columns.slots[:rows], kinds)
         hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
         self._decoder.write_logits(hidden, self._logits[:rows])
 
@@ -205,13 +240,27 @@ class CudaGraphs:
         host = self._buffers.take_host()
         num_leaf_pages = host.write_step(plan, shape.rows)
         self._buffers.send(host, num_leaf_pages)
-        captured.attention.plan_leaf(host.leaf_columns(shape.rows), plan.cascade.leaf.kv_page_indptr)
-        for position, level in enumerate(plan.cascade.shared_levels):
-            if not captured.attention.holds(position, level):
-                columns = host.shared_columns(level, shape.rows, shape.capacities[position])
-                captured.attention.plan_shared(position, level, columns)
+        for kind, cascade in enumerate(plan.cascades):
+            self._plan_kind(kind, cascade, captured, shape, host)
         captured.forward.replay()
         return self._sampled(plan, shape.rows, needs, host)
+
+    def _plan_kind(
+        self, kind: int, plan: CascadePlan, captured: _CapturedShape, shape: GraphShape, host: HostBuffers
+    ) -> None:
+        """Bring one attention kind's columns to the device, and plan what changed."""
+        attention, window = captured.attentions[kind], self._windows[kind]
+        if window is None:
+            attention.plan_leaf(host.leaf_columns(shape.rows), plan.leaf.kv_page_indptr)
+        else:
+            written = window.write(plan, shape.rows, host.place)
+            window.send(written, host.place)
+            attention.plan_leaf(written.leaf, written.follows)
+        missing = len(shape.capacities) - len(plan.shared_levels)
+        for position, level in enumerate((*plan.shared_levels, *[captured.nothing_shared] * missing)):
+            if not attention.holds(position, level):
+                columns = host.shared_columns(level, shape.rows, shape.capacities[position])
+                attention.plan_shared(position, level, columns)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: Attention) -> torch.Tensor | None:
         """Hidden states [rows, hidden] of a mixed step, all but attention by replays; None where it has too many rows.
@@ -270,19 +319,18 @@ class CudaGraphs:
         """The graph that serves a step, or why none does."""
         if plan.num_rows != plan.num_sequences:
             return "a sequence has several rows"
-        if len(plan.cascades) > 1:
-            return "a sliding window"
         if len(plan.prompt_logprob_rows):
             return "prompt log-probabilities"
         if len(set(plan.sample_rows)) != len(plan.sample_rows):
             return "several samples of one row"
         if plan.token_bitmasks:
             return "a token mask"
-        return self._fitting_shape(plan.cascade) or "no graph of that shape"
+        return self._fitting_shape(*plan.cascades) or "no graph of that shape"
 
-    def _fitting_shape(self, plan: CascadePlan) -> GraphShape | None:
-        """The smallest graph that holds a plan; looked up anew when the shared levels are other objects."""
-        key = plan.shared_levels, plan.num_rows
+    def _fitting_shape(self, plan: CascadePlan, *others: CascadePlan) -> GraphShape | None:
+        """The smallest graph that holds the plans of all kinds; looked up anew when shared levels are other objects."""
+        key = tuple([level for each in (plan, *others) for level in each.shared_levels]), plan.num_rows
         if self._last_fit is None or self._last_fit[0] != key:
-            self._last_fit = key, fitting_shape(plan, list(self._shapes), self._group_size, self._most_tiles)
+            shapes = list(self._shapes)
+            self._last_fit = key, fitting_shape(plan, shapes, self._group_size, self._most_tiles, others)
         return self._last_fit[1]

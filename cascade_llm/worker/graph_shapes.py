@@ -62,24 +62,41 @@ def graph_shapes(max_rows: int, group_size: int, max_shared_levels: int) -> list
 
 
 def fitting_shape(
-    plan: CascadePlan, shapes: Sequence[GraphShape], group_size: int, most_tiles: int = 0
+    plan: CascadePlan,
+    shapes: Sequence[GraphShape],
+    group_size: int,
+    most_tiles: int = 0,
+    others: Sequence[CascadePlan] = (),
 ) -> GraphShape | None:
     """The smallest of the shapes that holds a decode plan; among shapes of equal rows the one with the best tiles.
 
-    most_tiles: see `tiling.max_tiles`; 0 where no K/V are cut
+    Args:
+        plan: of the first attention kind
+        shapes: that were captured
+        group_size: query heads per KV head
+        most_tiles: see `tiling.max_tiles`; 0 where no K/V are cut
+        others: of further kinds; one with fewer levels leaves the graph's last ones empty
     """
-    wanted = [level_tile(_segment_rows(level), plan.num_rows, group_size, most_tiles) for level in plan.shared_levels]
+    plans = (plan, *others)
+    depth = max(len(each.shared_levels) for each in plans)
+    wanted = [
+        (position, level_tile(_segment_rows(level), plan.num_rows, group_size, most_tiles))
+        for each in plans
+        for position, level in enumerate(each.shared_levels)
+    ]
     best: tuple[tuple[int, int, int], GraphShape] | None = None
     for shape in shapes:
-        if shape.rows < plan.num_rows or len(shape.capacities) != len(wanted):
+        if shape.rows < plan.num_rows or len(shape.capacities) != depth:
             continue
         if any(
-            needed > have for needed, have in zip(_segments_needed(plan, shape.rows), shape.capacities, strict=True)
+            needed > have
+            for each in plans
+            for needed, have in zip(_segments_needed(each, shape.rows), shape.capacities, strict=False)
         ):
             continue
         wrong_tiles = sum(
-            (tile == WIDE_TILE) != (graph_tile(shape.rows, capacity, group_size) == WIDE_TILE)
-            for tile, capacity in zip(wanted, shape.capacities, strict=True)
+            (tile == WIDE_TILE) != (graph_tile(shape.rows, shape.capacities[position], group_size) == WIDE_TILE)
+            for position, tile in wanted
         )
         rank = (shape.rows, wrong_tiles, sum(shape.capacities))
         if best is None or rank < best[0]:

@@ -17,7 +17,7 @@ from cascade_llm.plan import CascadeLevel, StepPlan
 from cascade_llm.sampling.lanes import NO_TOKEN
 from cascade_llm.worker.graph_shapes import needs_padding_segment
 
-__all__ = ["HostBuffers", "Padding", "StepBuffers"]
+__all__ = ["NUM_HOSTS", "HostBuffers", "Padding", "StepBuffers", "aligned"]
 
 ALIGNMENT = 4
 """int32 elements: kernels read 16 bytes at a time"""
@@ -47,7 +47,7 @@ class StepColumns:
         columns, begin = [], 0
         for length in _lengths(max_rows, max_leaf_pages):
             columns.append(block[begin : begin + length])
-            begin += _aligned(length)
+            begin += aligned(length)
         return cls(*columns)
 
 
@@ -74,7 +74,10 @@ class HostBuffers:
         shared_len: int,
         num_logprobs: int,
         padding: Padding,
+        place: int,
     ) -> None:
+        self.place = place
+        """which of the host buffers these are"""
         self.block = stream.pinned(block_len(max_rows, max_leaf_pages), torch.int32)
         self.columns = StepColumns.in_block(self.block, max_rows, max_leaf_pages)
         self._padding = padding
@@ -188,7 +191,8 @@ class StepBuffers:
         self.columns = StepColumns.in_block(self._block, max_rows, max_leaf_pages)
         self._indices_begin = block_len(max_rows, 0)
         self._hosts = [
-            HostBuffers(stream, max_rows, max_leaf_pages, shared_len, num_logprobs, padding) for _ in range(NUM_HOSTS)
+            HostBuffers(stream, max_rows, max_leaf_pages, shared_len, num_logprobs, padding, place)
+            for place in range(NUM_HOSTS)
         ]
         self._next = 0
 
@@ -231,12 +235,13 @@ class StepBuffers:
 
 def block_len(max_rows: int, max_leaf_pages: int) -> int:
     """Elements of the block."""
-    return sum(_aligned(length) for length in _lengths(max_rows, max_leaf_pages))
+    return sum(aligned(length) for length in _lengths(max_rows, max_leaf_pages))
 
 
 def _lengths(max_rows: int, max_leaf_pages: int) -> tuple[int, ...]:
     return (*(max_rows for _ in range(5)), max_rows + 1, max_rows, max_leaf_pages)
 
 
-def _aligned(length: int) -> int:
+def aligned(length: int) -> int:
+    """A length of int32 elements with which what comes behind it is aligned."""
     return -(-length // ALIGNMENT) * ALIGNMENT

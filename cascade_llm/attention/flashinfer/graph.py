@@ -68,14 +68,31 @@ class GraphAttention(PreparedAttention):
         leaf_buffers: LevelBuffers,
         shared_columns: Sequence[SharedColumns],
         num_processors: int,
+        *,
+        window_len: int | None = None,
+        edge_buffers: LevelBuffers | None = None,
     ) -> None:
-        """`leaf_buffers`: of exactly `rows` segments; their memory is filled by the caller before each replay."""
+        """Make the kernels.
+
+        Args:
+            backend: whose pool they read
+            rows: of the graph
+            capacities: segments of each shared level
+            leaf_buffers: of exactly `rows` segments; their memory is filled by the caller before each replay
+            shared_columns: of each shared level
+            num_processors: of the device
+            window_len: of the attention kind, which masks the leaf
+            edge_buffers: of what windows cut off the leaf, in pages of one token, filled in the same way
+        """
         self._device, self._kv_cache, spec = backend.device, backend.kv_cache, backend.spec
         self.rows, self.capacities = rows, tuple(capacities)
         decode_leaf, common = backend.decode_leaf, (self._device, spec, backend.kv_cache.page_size)
         splits = leaf_splits(rows, spec, num_processors)
         self._leaf_indices = leaf_buffers.kv_page_indices
-        self._leaf = LevelKernel(*common, decode_leaf, buffers=leaf_buffers, split_kv=splits)
+        self._leaf = LevelKernel(*common, decode_leaf, buffers=leaf_buffers, split_kv=splits, window_len=window_len)
+        self._edge = None
+        if edge_buffers is not None:
+            self._edge = LevelKernel(self._device, spec, 1, "prefill_fa2", buffers=edge_buffers, split_kv=False)
         self._leaf_follows_pages = splits or decode_leaf == "decode_cuda_cores"
         self._leaf_pages: IntColumn | None = None
         self._shared = [
@@ -97,6 +114,8 @@ class GraphAttention(PreparedAttention):
         """See `PreparedAttention`; q has as many rows as the graph."""
         k_pool, v_pool = self._kv_cache.layer(layer)
         runs = [LevelRun(shared.kernel, self.rows) for shared in self._shared]
+        if self._edge is not None:
+            runs.append(LevelRun(self._edge, self.rows))
         scale = self._kv_cache.scales[layer]
         attend_levels(self._device, q, (k_pool, v_pool), self._leaf, runs, self._result, self._partial, scale)
         return self._result
@@ -108,11 +127,16 @@ class GraphAttention(PreparedAttention):
 
         Args:
             columns: padded, on pinned host memory; the page indices are in the leaf's buffer already
-            pages: the plan's `kv_page_indptr` before padding, compared by identity; None plans in any case
+            pages: a column of the plan that is another object where page counts are others; None plans in any case
         """
         if pages is None or (self._leaf_follows_pages and pages is not self._leaf_pages):
             self._leaf.plan(columns._replace(kv_page_indices=self._leaf_indices[:0]))
             self._leaf_pages = pages
+
+    def plan_edge(self, columns: LevelColumns) -> None:
+        """Plan the edge, once: K/V are not split, so the plan holds for all lengths."""
+        assert self._edge is not None
+        self._edge.plan(columns)
 
     def holds(self, position: int, level: CascadeLevel) -> bool:
         """Whether a shared level is planned and its columns are in place."""
