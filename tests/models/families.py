@@ -117,7 +117,12 @@ FAMILIES: Mapping[str, Family] = {
         EXPERTS | {"head_dim": 16},
         {"all": {"norm_topk_prob": True, "num_experts_per_tok": 5}},
     ),
-    "mistral": Family(MistralConfig, MistralForCausalLM, {"sliding_window": None}, {"wide heads": {"head_dim": 16}}),
+    "mistral": Family(
+        MistralConfig,
+        MistralForCausalLM,
+        {"sliding_window": 24},
+        {"no window": {"sliding_window": None, "head_dim": 16}, "a short window": {"sliding_window": 5}},
+    ),
     "phi3": Family(
         Phi3Config,
         Phi3ForCausalLM,
