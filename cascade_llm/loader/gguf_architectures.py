@@ -131,6 +131,10 @@ def _qwen3_moe_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     return _expert_fields(keys, divides_by_sum=True)
 
 
+def _phi3_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
+    return {"sliding_window": keys.get("attention.sliding_window") or None}  # 0 is none
+
+
 GEMMA_NAMES = {
     **LAYER_NAMES,
     "post_attention_norm": "post_attention_layernorm",
@@ -175,7 +179,8 @@ GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
         hf_class="Phi3ForCausalLM",
         model_type="phi3",
         layer_names={**LAYER_NAMES, **FUSED_QKV, **FUSED_GATE_UP},
-        implements=frozenset({"rope.dimension_count"}),
+        implements=frozenset({"rope.dimension_count", "attention.sliding_window"}),
+        fields=_phi3_fields,
     ),
     "glm4": GGUFArchitecture(
         hf_class="Glm4ForCausalLM",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from cascade_llm.config import ModelConfig, kinds_of_layers
 from cascade_llm.models.config_fields import ConfigFields
 
-__all__ = ["FULL", "SLIDING", "alternating", "read_layer_types", "with_windows"]
+__all__ = ["FULL", "SLIDING", "alternating", "read_layer_types", "with_windows", "with_windows_if_stated"]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -38,3 +38,8 @@ def with_windows(config: ModelConfig, fields: ConfigFields, layer_types: Sequenc
     window_len = fields.count("sliding_window") if SLIDING in layer_types else None
     attention_kinds, layer_kinds = kinds_of_layers([window_len if kind == SLIDING else None for kind in layer_types])
     return replace(config, attention_kinds=attention_kinds, layer_kinds=layer_kinds)
+
+
+def with_windows_if_stated(config: ModelConfig, fields: ConfigFields) -> ModelConfig:
+    """The configuration with a window of `sliding_window` tokens in every layer, where that is no null."""
+    return with_windows(config, fields, [SLIDING if "sliding_window" in fields else FULL] * config.num_layers)

@@ -127,6 +127,7 @@ FAMILIES: Mapping[str, Family] = {
         Phi3Config,
         Phi3ForCausalLM,
         variants={
+            "window": {"sliding_window": 11},
             "longrope": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
             "partial longrope, tied": {
                 "rope_parameters": {

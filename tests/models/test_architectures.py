@@ -234,3 +234,14 @@ def test_ending_ids_are_the_set_of_both_files() -> None:
 def test_the_checkpoints_dtype(stated: str | None, read: str) -> None:
     assert model_config_from_hf({**LLAMA, "torch_dtype": stated}).dtype == read
     assert model_config_from_hf({**LLAMA, "dtype": stated}).dtype == read
+
+
+@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "Phi3ForCausalLM"])
+def test_a_window_is_of_every_layer_and_makes_sense(architecture: str) -> None:
+    fields = {**LLAMA, "architectures": [architecture], "sliding_window": 4096}
+    config = model_config_from_hf(fields)
+    assert (config.attention_kinds, config.layer_kinds) == ((4096,), ())
+    assert model_config_from_hf({**fields, "sliding_window": None}).attention_kinds == (None,)
+    for value in (0, -1, True, 2.5, "4096"):
+        with pytest.raises(CheckpointError, match="sliding_window is"):
+            model_config_from_hf({**fields, "sliding_window": value})
