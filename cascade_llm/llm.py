@@ -9,10 +9,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, cast
+from typing import Any, ClassVar, Literal, NoReturn, Self, cast
 
 from cascade_llm.config import EngineOptions
 from cascade_llm.engine.assembly import assemble
+from cascade_llm.engine.call_arguments import (
+    Messages,
+    SessionIds,
+    as_conversations,
+    as_many,
+    one_per_prompt,
+    session_uses,
+    template_arguments,
+)
 from cascade_llm.engine.engine import Engine
 from cascade_llm.engine.input_processor import Prompt, ReadPrompt
 from cascade_llm.engine.process_lock import ProcessLock, forked
@@ -22,13 +31,12 @@ from cascade_llm.errors import (
     ConfigError,
     EngineClosedError,
     GenerationError,
-    PromptError,
     RequestError,
-    SamplingParamsError,
 )
 from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.sequence import Request
+from cascade_llm.scheduler.sessions import SessionName, SessionUse
 from cascade_llm.worker.start_progress import CAPTURING, LOADING
 
 __all__ = ["LLM", "TokenStream"]
@@ -36,9 +44,7 @@ __all__ = ["LLM", "TokenStream"]
 OnError = Literal["raise", "return"]
 SHOWN_AFTER_S = 1.0
 """Of loading, before there is a bar."""
-Messages = Sequence[Mapping[str, Any]]
 Reader = Callable[[SamplingParams], ReadPrompt]
-Item = TypeVar("Item")
 
 
 class LLM:
@@ -78,6 +84,8 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int | Sequence[int] = 0,
+        session_id: SessionIds = None,
+        fork_of: SessionIds = None,
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> list[RequestOutput]:
@@ -87,6 +95,8 @@ class LLM:
             prompts: a text or a list of token ids is one prompt; a list of these is many
             params: one for all, or one per prompt; default `SamplingParams()`
             priority: lower runs earlier; one for all, or one per prompt
+            session_id: the conversation, whose pages stay held until its next turn; a list for many prompts
+            fork_of: the conversation begins on the pages of this one, as a branch of it
             on_error: "raise" checks all prompts first and names every bad one in one error, before anything runs;
                 "return" puts the error in that output's place and runs the rest
             progress: draw a progress bar on standard error, where that is a terminal
@@ -95,8 +105,8 @@ class LLM:
             RequestError: prompts or parameters that cannot be served
             GenerationError: a request ended early; the others were finished, see its `outputs`
         """
-        readers = [partial(self._input.read_prompt, prompt) for prompt in _as_many(prompts)]
-        return self._serve(readers, params, priority, on_error, progress)
+        readers = [partial(self._input.read_prompt, prompt) for prompt in as_many(prompts)]
+        return self._serve(readers, params, priority, session_id, fork_of, on_error, progress)
 
     def chat(
         self,
@@ -104,6 +114,8 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int | Sequence[int] = 0,
+        session_id: SessionIds = None,
+        fork_of: SessionIds = None,
         on_error: OnError = "raise",
         progress: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -116,19 +128,19 @@ class LLM:
 
         Args:
             messages: one conversation, or a list of them
-            params: as for `generate`, and so are `priority`, `on_error` and `progress`
+            params: as for `generate`, and so are `priority`, `session_id`, `fork_of`, `on_error` and `progress`
             tools: JSON schemas of functions that the model may call
             chat_template: the text of another template than the model's, or the name of one of the model's
             chat_template_kwargs: what else the template reads, such as Qwen3's {"enable_thinking": False}
             add_generation_prompt: end the prompt where the assistant's turn begins
             continue_final_message: go on with the last message instead of beginning a new one
         """
-        arguments = _template_arguments(
+        arguments = template_arguments(
             tools, chat_template, chat_template_kwargs, add_generation_prompt, continue_final_message
         )
         read = self._input.read_chat
-        readers = [partial(read, conversation, arguments) for conversation in _as_conversations(messages)]
-        return self._serve(readers, params, priority, on_error, progress)
+        readers = [partial(read, conversation, arguments) for conversation in as_conversations(messages)]
+        return self._serve(readers, params, priority, session_id, fork_of, on_error, progress)
 
     def stream(
         self,
@@ -136,6 +148,8 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
+        session_id: str | None = None,
+        fork_of: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -143,7 +157,7 @@ class LLM:
         continue_final_message: bool = False,
     ) -> TokenStream:
         """Yield what one prompt, or a conversation as `chat` takes it, gains. Closing the stream aborts the request."""
-        arguments = _template_arguments(
+        arguments = template_arguments(
             tools, chat_template, chat_template_kwargs, add_generation_prompt, continue_final_message
         )
         if isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
@@ -156,7 +170,8 @@ class LLM:
             read = self._read(reader, params, priority)
             if isinstance(read, RequestError):
                 raise read
-            request = self._input.request(read, params, priority)
+            (session,) = self._sessions(session_id, fork_of, [params])
+            request = self._input.request(read, params, priority, session)
             with self._abandoned_on_error([request]):
                 return TokenStream(self, self._engine.add(request, read.text))
 
@@ -165,6 +180,8 @@ class LLM:
         readers: Sequence[Reader],
         params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int],
+        session_id: SessionIds,
+        fork_of: SessionIds,
         on_error: OnError,
         progress: bool,
     ) -> list[RequestOutput]:
@@ -173,12 +190,15 @@ class LLM:
         with self._lock:
             self._check_open()
             params = SamplingParams() if params is None else params
-            all_params = _one_per_prompt("params", params, SamplingParams, len(readers))
-            priorities = _one_per_prompt("priority", priority, int, len(readers))
+            all_params = one_per_prompt("params", params, SamplingParams, len(readers))
+            priorities = one_per_prompt("priority", priority, int, len(readers))
             prompts = self._read_all(readers, all_params, priorities, on_error)
+            sessions = self._sessions(session_id, fork_of, all_params)
             admitted = [
-                prompt if isinstance(prompt, RequestError) else (self._input.request(prompt, p, rank), prompt.text)
-                for prompt, p, rank in zip(prompts, all_params, priorities, strict=True)
+                prompt
+                if isinstance(prompt, RequestError)
+                else (self._input.request(prompt, own_params, rank, session), prompt.text)
+                for prompt, own_params, rank, session in zip(prompts, all_params, priorities, sessions, strict=True)
             ]
             with self._abandoned_on_error([item[0] for item in admitted if isinstance(item, tuple)]):
                 states = [item if isinstance(item, RequestError) else self._engine.add(*item) for item in admitted]
@@ -187,6 +207,11 @@ class LLM:
         if on_error == "raise":
             _raise_first_failure(outputs)
         return outputs
+
+    def _sessions(
+        self, session_id: SessionIds, fork_of: SessionIds, params: Sequence[SamplingParams]
+    ) -> list[SessionUse | None]:
+        return session_uses(session_id, fork_of, params, has_prefix_cache=self.options.enable_prefix_caching)
 
     def _read_all(
         self,
@@ -254,6 +279,12 @@ class LLM:
         with self._lock:
             self._check_open()
             self._engine.reset_prefix_cache()
+
+    def drop_session(self, session_id: str) -> bool:
+        """Let go of what a conversation holds; returns whether there was anything."""
+        with self._lock:
+            self._check_open()
+            return self._engine.drop_session(SessionName("", session_id))
 
     def __reduce__(self) -> NoReturn:
         raise BackendError(
@@ -373,66 +404,6 @@ class TokenStream:
     def __del__(self) -> None:
         # the garbage collector may call this in the middle of a step, so it only leaves a note
         self._llm._engine.abandon(self._state.request.request_id)
-
-
-def _template_arguments(
-    tools: Sequence[Mapping[str, Any]] | None,
-    chat_template: str | None,
-    kwargs: Mapping[str, Any] | None,
-    add_generation_prompt: bool,
-    continue_final_message: bool,
-) -> dict[str, Any]:
-    """What `chat` and `stream` hand to the template."""
-    if tools is not None and (
-        not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools)
-    ):
-        raise RequestError("tools must be a list of JSON schemas, each a mapping")
-    if not isinstance(kwargs, Mapping | None) or not all(isinstance(name, str) for name in kwargs or ()):
-        raise RequestError(f"chat_template_kwargs is a {type(kwargs).__name__}: it must map names to values")
-    arguments: dict[str, Any] = {
-        "chat_template": chat_template,
-        "add_generation_prompt": add_generation_prompt,
-        "continue_final_message": continue_final_message,
-        **({} if tools is None else {"tools": tools}),
-    }
-    if taken := sorted({"messages", "tools", *arguments} & set(kwargs or ())):
-        raise RequestError(f"chat_template_kwargs has {taken[0]!r}: it is an argument of its own")
-    return arguments | dict(kwargs or {})
-
-
-def _as_many(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
-        raise PromptError(
-            f"prompts is a {type(prompts).__name__}: give a text, a list of token ids, or a list of these"
-        )
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [cast(Sequence[int], prompts)]
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
-            raise PromptError(f"prompt {index} is a {type(prompt).__name__}: give a text or a list of token ids")
-    return cast(Sequence[Prompt], prompts)
-
-
-def _as_conversations(messages: object) -> Sequence[Messages]:
-    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise PromptError('messages must be a list of {"role": ..., "content": ...}, or a list of such lists')
-    if isinstance(messages[0], Mapping):
-        return [cast(Messages, messages)]
-    return cast(Sequence[Messages], messages)
-
-
-def _one_per_prompt(name: str, given: Item | Sequence[Item], kind: type[Item], count: int) -> Sequence[Item]:
-    """`given` once for every prompt, or as it is where it is one per prompt."""
-    if isinstance(given, kind):
-        return [given] * count
-    wrong = SamplingParamsError if kind is SamplingParams else ConfigError
-    if not isinstance(given, Sequence) or isinstance(given, str) or not all(isinstance(item, kind) for item in given):
-        raise wrong(f"{name} must be one {kind.__name__}, or a list with one per prompt")
-    if len(given) != count:
-        raise wrong(f"{name} has {len(given)} entries for {count} prompts: give one for all, or one per prompt")
-    return given
 
 
 def _output(state: RequestState | RequestError, index: int) -> RequestOutput:

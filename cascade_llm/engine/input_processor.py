@@ -12,6 +12,7 @@ from cascade_llm.engine.tokenizer import Tokenizer
 from cascade_llm.errors import PromptError, SamplingParamsError
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.sequence import Request
+from cascade_llm.scheduler.sessions import SessionUse
 
 __all__ = ["InputProcessor", "Prompt"]
 
@@ -91,7 +92,9 @@ class InputProcessor:
         if params.stop_strings and self._tokenizer is None:
             raise SamplingParamsError("stop strings need a tokenizer, and this checkpoint has none: use stop_token_ids")
 
-    def request(self, prompt: ReadPrompt, params: SamplingParams, priority: int = 0) -> Request:
+    def request(
+        self, prompt: ReadPrompt, params: SamplingParams, priority: int = 0, session: SessionUse | None = None
+    ) -> Request:
         """A request of its own id. Without a seed of the user's it gets the next of the engine's."""
         request_id = f"request-{self._num_requests}"
         self._num_requests += 1
@@ -104,6 +107,7 @@ class InputProcessor:
             seed=drawn if params.seed is None else params.seed,
             priority=priority,
             model_ending_token_ids=self._ending_token_ids,
+            session=session,
         )
 
     def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
