@@ -131,6 +131,10 @@ def _qwen3_moe_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     return _expert_fields(keys, divides_by_sum=True)
 
 
+def _ernie_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
+    return {"use_bias": "blk.0.attn_q.bias" in keys.file.tensors}
+
+
 def _phi3_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     return {"sliding_window": keys.get("attention.sliding_window") or None}  # 0 is none
 
@@ -228,5 +232,6 @@ GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
         implements=frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"}),
         fields=_granite_fields,
     ),
+    "ernie4_5": GGUFArchitecture(hf_class="Ernie4_5ForCausalLM", model_type="ernie4_5", fields=_ernie_fields),
 }
 """By general.architecture."""

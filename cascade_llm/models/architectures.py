@@ -13,6 +13,7 @@ from cascade_llm.config import ModelConfig
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.models.architecture import Architecture
 from cascade_llm.models.config_fields import ConfigFields
+from cascade_llm.models.families.ernie4_5 import ERNIE4_5
 from cascade_llm.models.families.gemma import GEMMA2, GEMMA3
 from cascade_llm.models.families.glm4 import GLM4
 from cascade_llm.models.families.granite import GRANITE
@@ -39,6 +40,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo2": OLMO2,
     "smollm3": SMOLLM3,
     "granite": GRANITE,
+    "ernie4_5": ERNIE4_5,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
 }
@@ -62,6 +64,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "logits_scaling": (1,),
     "logit_scale": (1,),
     "use_qk_norm": (False,),
+    "use_bias": (False,),
     "use_parallel_residual": (False,),
     "parallel_attn": (False,),
     "alibi": (False,),

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -213,6 +215,12 @@ FAMILIES: Mapping[str, Family] = {
             "biases, tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
             "attention alone": {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
         },
+    ),
+    "ernie4_5": Family(
+        Ernie4_5Config,
+        Ernie4_5ForCausalLM,
+        {"head_dim": 16},
+        {"biases, untied": {"use_bias": True, "tie_word_embeddings": False}},
     ),
 }
 """By `model_type`."""
