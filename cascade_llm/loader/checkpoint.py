@@ -62,6 +62,10 @@ class Checkpoint(ABC):
         return deepcopy(dict(self._generation_config))
 
     @abstractmethod
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The names of `stored_tensors` with their shapes, from headers alone."""
+
+    @abstractmethod
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """Each weight once, as the file holds it: (Hugging Face name, a tensor in the order of Hugging Face's model).
 

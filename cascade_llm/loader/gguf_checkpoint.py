@@ -55,37 +55,53 @@ class GGUFCheckpoint(Checkpoint):
             by_type[self._file.tensors[name].type.name] += self._file.tensors[name].num_bytes
         self.bytes_by_type = by_type
 
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """See `Checkpoint`."""
+        for name, hf_name in self._hf_names.items():
+            shape = _hf_shape(name, self._file.tensors[name].shape)
+            parts = self._expert_parts(name)
+            if parts is None:
+                yield hf_name, shape
+            else:
+                sizes = shape[1] // len(parts), *shape[2:]
+                yield from ((own, sizes) for own in _names_of_experts(hf_name, shape[0], parts))
+
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """All weights in the order of the file; blocks stay as they are until somebody asks for their values."""
         for name, hf_name in self._hf_names.items():
             tensor = self._file.tensors[name]
             stored = replace(self._stored(tensor), release=partial(self._file.release, tensor))
-            parts = self._architecture.expert_parts.get(name.split(".")[-2])
+            parts = self._expert_parts(name)
             if parts is None:
                 yield hf_name, stored
             else:
                 yield from self._of_experts(hf_name, stored, parts)
             self._file.release(tensor)
 
+    def _expert_parts(self, name: str) -> tuple[str, ...] | None:
+        """Of a tensor that holds all experts, what its outputs are of; None of any other."""
+        parts = self._architecture.expert_parts.get(name.split(".")[-2])
+        if parts is not None and len(self._file.tensors[name].shape) != (3 if name.endswith(".weight") else 2):
+            raise CheckpointError(
+                f"{self.path}: {name} has shape {list(self._file.tensors[name].shape)}: one side must be the experts"
+            )
+        return parts
+
     def _of_experts(
         self, hf_name: str, stored: StoredTensor, parts: tuple[str, ...]
     ) -> Iterator[tuple[str, StoredTensor]]:
         """A tensor [experts, outputs of all parts, ...] cut apart."""
-        experts, kind = hf_name.rsplit(".", 1)
-        if kind == "weight" and len(stored.shape) != 3:
-            raise CheckpointError(f"{self.path}: {hf_name} has shape {list(stored.shape)}, not one matrix per expert")
+        num_rows, names = stored.shape[1] // len(parts), _names_of_experts(hf_name, stored.shape[0], parts)
         for expert in range(stored.shape[0]):
-            own = stored.matrix(expert) if kind == "weight" else StoredTensor.plain(stored.values()[expert])
-            num_rows = own.shape[0] // len(parts)
-            for index, part in enumerate(parts):
-                yield f"{experts}.{expert}.{part}.{kind}", own.rows(slice(index * num_rows, (index + 1) * num_rows))
+            is_matrix = len(stored.shape) == 3
+            own = stored.matrix(expert) if is_matrix else StoredTensor.plain(stored.values()[expert])
+            for first in range(0, own.shape[0], num_rows):
+                yield next(names), own.rows(slice(first, first + num_rows))
 
     def _stored(self, tensor: GGUFTensor) -> StoredTensor:
         data = self._file.data(tensor)
-        if tensor.name.endswith("ffn_gate_inp_shexp.weight"):  # conversions drop its first side, which is 1
-            return StoredTensor.plain(dequantize(data, tensor.type, tensor.shape).view(1, -1))
         if tensor.type in PLAIN_TYPES:
-            values = self._in_hf_order(tensor, dequantize(data, tensor.type, tensor.shape))
+            values = self._in_hf_order(tensor, dequantize(data, tensor.type, _hf_shape(tensor.name, tensor.shape)))
             is_norm, offset = tensor.name.endswith("norm.weight"), self._architecture.norm_offset
             return StoredTensor.plain(values - offset if is_norm and offset else values)
         rows = math.prod(tensor.shape[:-1])
@@ -116,6 +132,17 @@ def _decoded(block_type: GGMLQuantizationType, blocks: torch.Tensor) -> torch.Te
     """Float32 values [rows, inputs] of uint8 `blocks` [rows, bytes]."""
     block_len, block_bytes = GGML_QUANT_SIZES[block_type]
     return dequantize(blocks.numpy().reshape(-1), block_type, (len(blocks), blocks.shape[1] // block_bytes * block_len))
+
+
+def _hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a tensor in Hugging Face's model: conversions drop the first side of a shared expert's gate, which is 1."""
+    return (1, *shape) if name.endswith("ffn_gate_inp_shexp.weight") and len(shape) == 1 else shape
+
+
+def _names_of_experts(hf_name: str, num_experts: int, parts: tuple[str, ...]) -> Iterator[str]:
+    """What a tensor of all experts is cut into, in its order."""
+    experts, kind = hf_name.rsplit(".", 1)
+    return (f"{experts}.{expert}.{part}.{kind}" for expert in range(num_experts) for part in parts)
 
 
 def _hf_name(path: Path, name: str, architecture: GGUFArchitecture) -> str:

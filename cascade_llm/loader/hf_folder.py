@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from cascade_llm.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
-from cascade_llm.loader.quantized.matrices import check_quantized, read_quantized
+from cascade_llm.loader.quantized.matrices import check_quantized, quantized_shapes, read_quantized
 from cascade_llm.loader.quantized.select import quantized_format
 from cascade_llm.loader.safetensors_file import SafetensorsFile
 from cascade_llm.weights.format import StoredTensor
@@ -62,6 +62,13 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._quantized = quantized_format(self._hf_config)
         if self._quantized is not None:
             check_quantized(self._quantized, self._homes())
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """See `Checkpoint`."""
+        homes = self._homes()
+        if self._quantized is not None:
+            return quantized_shapes(self._quantized, homes)
+        return ((name, file.shape(name)) for name, file in homes.items())
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """All weights, file by file, in the order in which they lie there; a tied head once, as the embedding."""
@@ -131,6 +138,10 @@ class DummyCheckpoint(Checkpoint):
             generation_config = _read_optional_json(folder / "generation_config.json")
             super().__init__(name or folder.name, _find_tokenizer(folder), read_json(path), generation_config)
             self.path = path
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """None."""
+        return iter(())
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """None: the model fills its own weights."""

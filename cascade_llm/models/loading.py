@@ -10,11 +10,10 @@ import torch
 
 from cascade_llm.errors import CheckpointError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale
-from cascade_llm.models.blocks import Parameter
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.weights.format import StoredTensor
 
-__all__ = ["KVScaleReader", "init_dummy", "load_weights"]
+__all__ = ["KVScaleReader", "check_shapes", "init_dummy", "load_weights"]
 
 MAX_NAMED_PROBLEMS = 10
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -27,6 +26,16 @@ RECOMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotar
 SCALE_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
 
 
+def check_shapes(decoder: Decoder, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    """Compare the names and shapes that a checkpoint's headers tell with the decoder's, before weights are read.
+
+    Raises as `load_weights` does.
+    """
+    expected = _Expected(decoder)
+    problems = [expected.take(name, shape) for name, shape in shapes if SCALE_NAME.fullmatch(name) is None]
+    expected.finish([problem for problem in problems if problem is not None])
+
+
 def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) -> None:
     """Give a checkpoint's tensors to the decoder, one at a time.
 
@@ -34,32 +43,51 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) 
     `CheckpointError` with every tensor that is missing, unexpected, wrongly shaped, of a dtype that is no plain float,
     or given twice.
     """
-    parameters = dict(decoder.named_parameters())
-    missing = dict.fromkeys(name for name, parameter in parameters.items() if not parameter.stands_for)
-    num_expected = len(missing)
+    expected = _Expected(decoder)
     problems: list[str] = []
-    tied = (HEAD, EMBEDDING) if decoder.config.tie_word_embeddings else ()
     held: dict[str, StoredTensor] = {}
     for name, tensor in tensors:
-        if name in tied:
+        if name in expected.tied:
             held[name] = tensor
-        if name not in parameters:
-            if name not in tied and not name.endswith(RECOMPUTED_SUFFIXES):
-                problems.append(f"{name} is not a tensor of {decoder.config.architecture}")
-        elif any(own not in missing for own in _own_names(name, parameters[name])):
-            problems.append(f"{name} is given twice")
-        else:
-            for own in _own_names(name, parameters[name]):
-                del missing[own]
-            if problem := _problem(name, tensor, parameters[name]):
-                problems.append(problem)
-            else:
-                parameters[name].load(tensor)
-    problems.extend(f"{name} is missing" for name in missing)
+        problem = expected.take(name, tensor.shape) or _dtype_problem(name, tensor)
+        if problem is not None:
+            problems.append(problem)
+        elif name in expected.parameters:
+            expected.parameters[name].load(tensor)
     if len(held) == 2 and not torch.equal(held[HEAD].values(), held[EMBEDDING].values()):
         problems.append(f"{HEAD} is another matrix than {EMBEDDING}, and the configuration ties them")
-    if problems:
-        raise CheckpointError(_summary(problems, num_expected))
+    expected.finish(problems)
+
+
+class _Expected:
+    """The parameters of a decoder, and which of them no tensor was there for yet."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.parameters = dict(decoder.named_parameters())
+        whole = [name for name, parameter in self.parameters.items() if not parameter.stands_for]
+        self._missing, self._num_expected = dict.fromkeys(whole), len(whole)
+        self._architecture = decoder.config.architecture
+        self.tied = (HEAD, EMBEDDING) if decoder.config.tie_word_embeddings else ()
+
+    def take(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """What is wrong with a tensor, or None."""
+        parameter = self.parameters.get(name)
+        if parameter is None:
+            is_passed_over = name in self.tied or name.endswith(RECOMPUTED_SUFFIXES)
+            return None if is_passed_over else f"{name} is not a tensor of {self._architecture}"
+        names = parameter.stands_for or (name,)
+        if any(own not in self._missing for own in names):
+            return f"{name} is given twice"
+        for own in names:
+            del self._missing[own]
+        if shape != parameter.shape:
+            return f"{name} has shape {list(shape)}, the configuration says {list(parameter.shape)}"
+        return None
+
+    def finish(self, problems: list[str]) -> None:
+        """Raise `CheckpointError` where there were any, or a parameter is without values."""
+        if problems := [*problems, *(f"{name} is missing" for name in self._missing)]:
+            raise CheckpointError(_summary(problems, self._num_expected))
 
 
 def init_dummy(decoder: Decoder, seed: int = 0) -> None:
@@ -102,11 +130,6 @@ class KVScaleReader:
         return [KVScale(**found) for found in self._found]
 
 
-def _own_names(name: str, parameter: Parameter) -> tuple[str, ...]:
-    """Of all that a tensor of this name gives values to."""
-    return parameter.stands_for or (name,)
-
-
 def _scale(name: str, tensor: torch.Tensor) -> float:
     value = float(tensor) if tensor.numel() == 1 else math.nan
     if not 0 < value < math.inf:
@@ -114,9 +137,7 @@ def _scale(name: str, tensor: torch.Tensor) -> float:
     return value
 
 
-def _problem(name: str, tensor: StoredTensor, parameter: Parameter) -> str | None:
-    if tensor.shape != parameter.shape:
-        return f"{name} has shape {list(tensor.shape)}, the configuration says {list(parameter.shape)}"
+def _dtype_problem(name: str, tensor: StoredTensor) -> str | None:
     if tensor.decode is None and tensor.data.dtype not in WEIGHT_DTYPES:
         return f"{name} has dtype {str(tensor.data.dtype).removeprefix('torch.')}, not a plain float"
     return None

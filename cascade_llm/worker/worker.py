@@ -23,7 +23,7 @@ from cascade_llm.layers.rope import max_context_len
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import Decoder
-from cascade_llm.models.loading import KVScaleReader, init_dummy, load_weights
+from cascade_llm.models.loading import KVScaleReader, check_shapes, init_dummy, load_weights
 from cascade_llm.sampling.lane_tables import UsageCounts
 from cascade_llm.sampling.lanes import LaneState
 from cascade_llm.weights.format import WeightOptions
@@ -201,6 +201,7 @@ def _decoder(
         if checkpoint.is_dummy:
             init_dummy(decoder, options.seed)
         else:
+            check_shapes(decoder, checkpoint.shapes())
             load_weights(decoder, scales.without_scales(told_tensors(checkpoint, on_start)))
         _tell_weights(decoder)
     return decoder, scales.scales() if options.kv_cache_dtype == "fp8_e4m3" else None

@@ -95,6 +95,7 @@ def test_tensors_equal_the_model_that_was_converted(tmp_path: Path, case: str) -
     is_rounded = FAMILIES[architecture].norm_offset != 0  # what a conversion added is subtracted
     for name, values in expected.items():
         torch.testing.assert_close(loaded[name], values, rtol=0, atol=2**-23 if is_rounded and "norm" in name else 0)
+    assert dict(checkpoint.shapes()) == {name: tuple(values.shape) for name, values in loaded.items()}
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from cascade_llm import LLM
 from cascade_llm.errors import CheckpointError
 from cascade_llm.layers.fused_ops import TorchOps
 from cascade_llm.layers.native_routing import NativeRouter, select_router
@@ -23,7 +25,7 @@ from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.blocks import BlockOptions
 from cascade_llm.models.experts import Experts
-from cascade_llm.models.loading import load_weights
+from cascade_llm.models.loading import check_shapes, load_weights
 from cascade_llm.weights.format import StoredTensor, WeightOptions
 from tests.models.checkpoints import Replay, decoder_of, empty_decoder, hf_config_of, stored, tiny_model
 
@@ -243,5 +245,22 @@ def test_a_checkpoint_with_other_experts_is_refused(name: str, values: torch.Ten
         del state[name]
     else:
         state[name] = values
-    with pytest.raises(CheckpointError, match=message):
-        load_weights(decoder, stored(state))
+    for check in (
+        lambda: check_shapes(decoder, ((name, tuple(tensor.shape)) for name, tensor in state.items())),
+        lambda: load_weights(decoder, stored(state)),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            check()
+
+
+def test_a_folder_without_an_expert_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("qwen3_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts.3.down_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(HuggingFaceCheckpoint, "stored_tensors", lambda self: pytest.fail("weights are read"))
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.experts\.3\.down_proj\.weight is missing"):
+        LLM(tmp_path, device="cpu", max_num_seqs=1)

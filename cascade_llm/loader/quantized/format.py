@@ -44,6 +44,10 @@ class QuantizedFormat(ABC):
         """Look at headers and the small tensors. Raises `CheckpointError` for all that is wrong with them."""
 
     @abstractmethod
+    def shapes(self, parts: MatrixParts) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The names of `tensors`, and their shapes."""
+
+    @abstractmethod
     def tensors(self, parts: MatrixParts) -> Iterator[tuple[str, StoredTensor]]:
         """What is stored under a name: a name below it, and the tensor."""
 
@@ -62,6 +66,10 @@ class MatrixFormat(QuantizedFormat):
     def check(self, parts: MatrixParts) -> None:
         """See `QuantizedFormat`."""
         self.grid(parts)
+
+    def shapes(self, parts: MatrixParts) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """See `QuantizedFormat`."""
+        yield "weight", self.grid(parts).shape
 
     def tensors(self, parts: MatrixParts) -> Iterator[tuple[str, StoredTensor]]:
         """See `QuantizedFormat`."""

@@ -12,7 +12,7 @@ from cascade_llm.loader.quantized.parts import MatrixParts
 from cascade_llm.loader.safetensors_file import SafetensorsFile
 from cascade_llm.weights.format import StoredTensor
 
-__all__ = ["check_quantized", "read_quantized"]
+__all__ = ["check_quantized", "quantized_shapes", "read_quantized"]
 
 log = logging.getLogger("cascade_llm")
 WEIGHT = "weight"
@@ -43,22 +43,43 @@ def check_quantized(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsF
         log.info("the checkpoint rounds activations by scales of its own: they are not read")
 
 
+def quantized_shapes(
+    quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The names that `read_quantized` gives, and their shapes; of tensors that `check_quantized` has looked at."""
+    for name, owner in _in_order(quantized, homes):
+        if owner is None:
+            yield name, homes[name].shape(name)
+        else:
+            for below, shape in quantized.shapes(MatrixParts(owner, homes)):
+                yield f"{owner}.{below}", shape
+
+
 def read_quantized(
     quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]
 ) -> Iterator[tuple[str, StoredTensor]]:
     """All weights in the order of `homes`, quantized ones as "NAME.weight" where the first tensor of them stands."""
+    for name, owner in _in_order(quantized, homes):
+        if owner is None:
+            yield name, StoredTensor.plain(homes[name].tensor(name), partial(homes[name].release, name))
+            homes[name].release(name)
+        else:
+            for below, stored in quantized.tensors(MatrixParts(owner, homes)):
+                yield f"{owner}.{below}", stored
+
+
+def _in_order(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]) -> Iterator[tuple[str, str | None]]:
+    """What is read, in the order of `homes`: a plain tensor with None, or the first tensor of a layer with its name."""
     owners = _owners(quantized, homes)
     done = set()
-    for name, file in homes.items():
+    for name in homes:
         owner = owners.get(name)
         if owner is None:
             if _suffix(name) not in quantized.unread:
-                yield name, StoredTensor.plain(file.tensor(name), partial(file.release, name))
-                file.release(name)
+                yield name, None
         elif owner not in done:
             done.add(owner)
-            for below, stored in quantized.tensors(MatrixParts(owner, homes)):
-                yield f"{owner}.{below}", stored
+            yield name, owner
 
 
 def _owners(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]) -> dict[str, str]:

@@ -59,6 +59,13 @@ class MXFP4(QuantizedFormat):
                 raise parts.error(f"{name}_scales", "has scales that are no numbers")
             parts.tensor(f"{name}_blocks", (torch.uint8,))
 
+    def shapes(self, parts: MatrixParts) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """See `QuantizedFormat`."""
+        for name, alternating in STACKS.items():
+            num_experts, outputs, num_blocks, _ = parts.shape(f"{name}_blocks")
+            shape = outputs // len(alternating), num_blocks * BLOCK_LEN
+            yield from ((f"{expert}.{part}.weight", shape) for expert in range(num_experts) for part in alternating)
+
     def tensors(self, parts: MatrixParts) -> Iterator[tuple[str, StoredTensor]]:
         """See `QuantizedFormat`: `N.gate_proj.weight` and so on, of each expert N."""
         for name, alternating in STACKS.items():

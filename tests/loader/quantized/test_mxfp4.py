@@ -41,7 +41,9 @@ def folder_of(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 def test_the_values_are_those_of_transformers(tmp_path: Path) -> None:
     tensors = random_tensors()
-    stored = dict(HuggingFaceCheckpoint(folder_of(tmp_path, tensors)).stored_tensors())
+    checkpoint = HuggingFaceCheckpoint(folder_of(tmp_path, tensors))
+    stored = dict(checkpoint.stored_tensors())
+    assert dict(checkpoint.shapes()) == {name: tensor.shape for name, tensor in stored.items()}
     gate_up = convert_moe_packed_tensors(
         tensors["gate_up_proj_blocks"], tensors["gate_up_proj_scales"], dtype=torch.float32
     )
