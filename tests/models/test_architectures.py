@@ -238,7 +238,7 @@ def test_the_checkpoints_dtype(stated: str | None, read: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["MistralForCausalLM", "Phi3ForCausalLM"])
 def test_a_window_is_of_every_layer_and_makes_sense(architecture: str) -> None:
-    fields = {**LLAMA, "architectures": [architecture], "sliding_window": 4096}
+    fields = {**LLAMA, "num_key_value_heads": 2, "architectures": [architecture], "sliding_window": 4096}
     config = model_config_from_hf(fields)
     assert (config.attention_kinds, config.layer_kinds) == ((4096,), ())
     assert model_config_from_hf({**fields, "sliding_window": None}).attention_kinds == (None,)

@@ -116,7 +116,9 @@ class CascadePlanner:
         self._balancer: LevelBalancer | None = None
         if self._reach is None and isinstance(costs, CostModel) and costs.is_tiled and costs.costs.measured:
             self._balancer = LevelBalancer(costs, page_size, self._max_shared_levels)
-        self._windows = [WindowPlanner(page_size, window_len) for window_len in kinds if window_len is not None]
+        self._windows = [
+            WindowPlanner(page_size, window_len, self._costs) for window_len in kinds if window_len is not None
+        ]
         self._layers_of_kinds = tuple(layers_of_kinds)
         self._root = root
         self._layout: _Layout | None = None

@@ -9,8 +9,9 @@ is read by each sequence's leaf, where the mask is:
     leaf of A           3         8 9
     leaf of B         2 3         10
 
-So a windowed kind shares what was chosen for all kinds, cut at its start (`Placement`). The window moves with every
-token; a segment is cut a page further than it must be, so that it lasts for a page of decode steps.
+So a windowed kind shares what was chosen for all kinds, cut at its start (`Placement`), where that still pays. The
+window moves with every token; a segment is cut a page further than it must be, so that it lasts for a page of decode
+steps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from itertools import accumulate, groupby
 
 from cascade_llm.plan import CascadeLevel, CascadePlan, IntColumn, int_column
+from cascade_llm.scheduler.cascade.choice import SegmentCosts
 from cascade_llm.scheduler.cascade.layout import Placement, Segment, level_columns
 from cascade_llm.scheduler.cascade.tree import PlannedRows
 
@@ -33,8 +35,9 @@ cut pages row by row. A step with so many rows of one sequence computes them for
 class WindowPlanner:
     """Plans one kind; its shared levels last while the placement does and every segment is inside the windows."""
 
-    def __init__(self, page_size: int, window_len: int) -> None:
-        self.window_len = window_len
+    def __init__(self, page_size: int, window_len: int, costs: SegmentCosts) -> None:
+        """`costs`: what segments cost, and so whether what a window leaves of one is still worth sharing."""
+        self.window_len, self._costs = window_len, costs
         self._page_size = page_size
         self._placement: Placement | None = None
         self.segments: list[list[Segment]] = []
@@ -99,7 +102,8 @@ class WindowPlanner:
         holes = [range(0)] * len(rows)
         max_lens = [row.sequence.max_len for row in rows]
         for segments in placement.levels:
-            kept: list[Segment] = []
+            kept: list[tuple[Segment, list[int]]] = []
+            gain_s = -self._costs.level_s(first_rows[-1])
             for segment in segments:
                 place = places[segment.first_row]
                 members = order[place : place + segment.num_sequences]
@@ -107,16 +111,28 @@ class WindowPlanner:
                     sharers = members[part.start : part.stop]
                     start = holes[sharers[0]].stop or max([first_inside[i] or 0 for i in sharers])
                     rows_of = first_rows[place + part.start], first_rows[place + part.stop]
-                    kept.append(Segment(*rows_of, start, segment.end_page, sharers[0], len(sharers)))
-                    for i in sharers:
-                        holes[i] = range(holes[i].start if holes[i] else start, segment.end_page)
-                        max_lens[i] = min(max_lens[i], holes[i].start * size + self.window_len)
-            if kept:
-                self.segments.append(kept)
-                above = levels[-1].qo_indptr.tolist() if levels else []
-                tables = [row.sequence.pages for row in rows]
-                levels.append(level_columns(kept, above, first_rows[-1], tables, size))
+                    cut = Segment(*rows_of, start, segment.end_page, sharers[0], len(sharers))
+                    segment_gain_s = self._gain_s(cut, [rows[i].num_new for i in sharers])
+                    if segment_gain_s > 0:
+                        kept.append((cut, sharers))
+                        gain_s += segment_gain_s
+            if gain_s <= 0:
+                continue
+            for cut, sharers in kept:
+                for i in sharers:
+                    holes[i] = range(holes[i].start if holes[i] else cut.start_page, cut.end_page)
+                    max_lens[i] = min(max_lens[i], holes[i].start * size + self.window_len)
+            self.segments.append([cut for cut, _ in kept])
+            above = levels[-1].qo_indptr.tolist() if levels else []
+            tables = [row.sequence.pages for row in rows]
+            levels.append(level_columns(self.segments[-1], above, first_rows[-1], tables, size))
         self._levels, self._holes, self._max_lens = tuple(levels), holes, max_lens
+
+    def _gain_s(self, segment: Segment, num_new: list[int]) -> float:
+        """What is gained where sequences of so many rows read a segment together."""
+        tokens, costs = segment.num_pages * self._page_size, self._costs
+        alone_s = sum([costs.leaf_tokens_s(tokens, rows) for rows in num_new])
+        return alone_s - costs.shared_segment_s(tokens, sum(num_new))
 
     def _first_inside(self, row: PlannedRows, kv_len: int) -> int | None:
         """The first page that is inside the windows of all rows of a sequence, and will be for a page of steps; None
@@ -142,7 +158,7 @@ def _parts_inside(
 
     for (_, is_inside), group in groupby(range(len(members)), kind):
         places = list(group)
-        if is_inside and (len(places) > 1 or segment.num_sequences == 1):
+        if is_inside and len(places) > 1:
             yield range(places[0], places[-1] + 1)
 
 
