@@ -22,7 +22,7 @@ def layer_types_of(keys: GGUFKeys, period: int) -> list[str]:
 
 def _gemma_fields(keys: GGUFKeys, head_dim: int, large_model_layers: int) -> dict[str, Any]:
     """What both have. No key tells what scores are scaled by: llama.cpp knows the largest model by its layers."""
-    scalar, num_layers = float(head_dim), keys.integer("block_count")
+    scalar, num_layers = head_dim, keys.integer("block_count")
     if num_layers == large_model_layers:
         scalar = keys.integer("embedding_length") // keys.integer("attention.head_count")
     caps = ("attn_logit_softcapping", "final_logit_softcapping")

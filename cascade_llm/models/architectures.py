@@ -16,6 +16,7 @@ from cascade_llm.models.config_fields import ConfigFields
 from cascade_llm.models.families.ernie4_5 import ERNIE4_5
 from cascade_llm.models.families.gemma import GEMMA2, GEMMA3
 from cascade_llm.models.families.glm4 import GLM4
+from cascade_llm.models.families.gpt_oss import GPT_OSS
 from cascade_llm.models.families.granite import GRANITE
 from cascade_llm.models.families.llama import LLAMA
 from cascade_llm.models.families.mistral import MISTRAL
@@ -41,6 +42,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "smollm3": SMOLLM3,
     "granite": GRANITE,
     "ernie4_5": ERNIE4_5,
+    "gpt_oss": GPT_OSS,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
 }

@@ -30,8 +30,8 @@ from tests.models.families import FAMILIES
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 2}
 """Whole blocks of 32 in every matrix."""
-EXACT_NAMES = (".gate.weight", "shared_expert_gate.weight")
-"""Routers, which no rounding touches."""
+EXACT_NAMES = (".gate.weight", ".router.weight", "shared_expert_gate.weight", "_bias")
+"""Routers, and biases of stacks, which no rounding touches."""
 HEAD_NAMES = ("embed_tokens.weight", "lm_head.weight")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2)
 
@@ -39,7 +39,7 @@ State = Mapping[str, torch.Tensor]
 
 
 def rounded(method: str, values: torch.Tensor) -> torch.Tensor:
-    """What codes of a matrix, or of a stack of them, stand for."""
+    """What codes of a matrix, or of a stack of them, stand for; blocks lie along the last side."""
     return quantized(method, StoredTensor.plain(values.flatten(0, -2))).values().view(values.shape)
 
 
@@ -58,6 +58,8 @@ def in_situ(method: str) -> Callable[[PreTrainedModel, Path], tuple[Path, State]
         for name, values in state.items():
             if values.dim() > 1 and not name.endswith(EXACT_NAMES):
                 state[name] = rounded("q8_0" if name.endswith(HEAD_NAMES) else method, values)
+            if model.config.model_type == "gpt_oss" and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                state[name] = rounded(method, values.transpose(1, 2).contiguous()).transpose(1, 2)  # inputs first
         return folder, state
 
     return write
@@ -97,7 +99,7 @@ CELLS = [
     for architecture in FAMILIES
     for name in FORMATS
     if not (name.startswith("GGUF") and ARCHITECTURES[architecture].hf_class not in SERVED_GGUF)
-    and not (name == "safetensors FP8" and "num_experts" in FAMILIES[architecture].fields)
+    and not (name == "safetensors FP8" and {"num_experts", "num_local_experts"} & FAMILIES[architecture].fields.keys())
 ]
 
 

@@ -19,6 +19,8 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     Glm4ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -201,6 +203,26 @@ FAMILIES: Mapping[str, Family] = {
             },
         },
         norm_offset=1.0,
+    ),
+    "gpt_oss": Family(
+        GptOssConfig,
+        GptOssForCausalLM,
+        {
+            "head_dim": 16,
+            "sliding_window": 6,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**YARN, "rope_theta": 1.5e5, "truncate": False},
+        },
+        {
+            "no biases, plain rotation": {
+                "attention_bias": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "swiglu_limit": 0.5,
+                "swiglu_alpha": 1.1,
+            },
+            "all layers read all": {"layer_types": ["full_attention"] * 3, "num_experts_per_tok": 5},
+        },
     ),
     "granite": Family(
         GraniteConfig,
