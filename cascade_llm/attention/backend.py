@@ -41,6 +41,8 @@ class AttentionSpec:
     """Of the pages, where it is not `dtype`."""
     logits_soft_cap: float | None = None
     """A score s = q·k * sm_scale becomes cap * tanh(s / cap) before it is masked (Gemma 2)."""
+    window_lens: tuple[int | None, ...] = (None,)
+    """Of the model's attention kinds."""
 
     @classmethod
     def for_model(
@@ -66,6 +68,7 @@ class AttentionSpec:
             device=device,
             kv_dtype=kv_dtype,
             logits_soft_cap=model.attention_soft_cap,
+            window_lens=model.attention_kinds,
         )
 
     @property

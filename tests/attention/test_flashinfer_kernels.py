@@ -195,16 +195,52 @@ def test_states_of_the_modules_that_a_model_needs(monkeypatch: pytest.MonkeyPatc
     assert flashinfer_kernels.kernel_states(replace(SPEC, dtype=torch.float32), "9.0a") == []
 
 
+@pytest.mark.parametrize(
+    ("window_lens", "expected"),
+    [
+        ((None,), ["decode_cuda_cores", "decode_tensor_cores, prefill_fa2"]),
+        (
+            (None, 128),
+            [
+                "decode_cuda_cores",
+                "decode_cuda_cores with a window",
+                "decode_tensor_cores with a window, prefill_fa2 with a window",
+                "decode_tensor_cores, prefill_fa2",
+            ],
+        ),
+        (
+            (4096,),
+            [
+                "decode_cuda_cores with a window",
+                "decode_tensor_cores with a window, prefill_fa2 with a window",
+                "prefill_fa2",
+            ],
+        ),
+    ],
+)
+def test_leaves_with_windows_are_modules_of_their_own(window_lens: tuple[int | None, ...], expected: list[str]) -> None:
+    kernels = ("prefill_fa2", "decode_tensor_cores", "decode_cuda_cores")
+    purposes = module_purposes(replace(SPEC, window_lens=window_lens), kernels)
+    assert sorted(purpose for name, purpose in purposes.items() if "kv_cache" in name) == expected
+    for name, purpose in purposes.items():
+        assert ("use_swa_True" in name) == ("with a window" in purpose)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="flashinfer is not installed here")
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("soft_cap", [None, 50.0])
+@pytest.mark.parametrize("window_lens", [(None,), (None, 128), (4096,)])
 def test_names_are_those_of_the_installed_package(
-    head_dim: int, kv_dtype: torch.dtype, soft_cap: float | None, monkeypatch: pytest.MonkeyPatch
+    head_dim: int,
+    kv_dtype: torch.dtype,
+    soft_cap: float | None,
+    window_lens: tuple[int | None, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     kernels = ("prefill_fa2", "decode_tensor_cores", "decode_cuda_cores")
-    spec = replace(SPEC, head_dim=head_dim, kv_dtype=kv_dtype, logits_soft_cap=soft_cap)
+    spec = replace(SPEC, head_dim=head_dim, kv_dtype=kv_dtype, logits_soft_cap=soft_cap, window_lens=window_lens)
     theirs = {module.name: module.purpose for module in jit_modules(spec, kernels)}
     assert module_purposes(spec, kernels) == theirs
 

@@ -125,13 +125,13 @@ FAMILIES: Mapping[str, Family] = {
         MistralConfig,
         MistralForCausalLM,
         {"sliding_window": 24},
-        {"no window": {"sliding_window": None, "head_dim": 16}, "a short window": {"sliding_window": 5}},
+        {"no window": {"sliding_window": None, "head_dim": 16}, "a short window": {"sliding_window": 15}},
     ),
     "phi3": Family(
         Phi3Config,
         Phi3ForCausalLM,
         variants={
-            "window": {"sliding_window": 11},
+            "window": {"sliding_window": 19},
             "longrope": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
             "partial longrope, tied": {
                 "rope_parameters": {

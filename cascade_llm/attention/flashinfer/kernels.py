@@ -31,6 +31,7 @@ from cascade_llm.attention.flashinfer.ops import (
     package_reasons,
     shape_reasons,
 )
+from cascade_llm.attention.flashinfer.variants import kernel_variants
 from cascade_llm.device.cuda_toolkit import build_environment, find_nvcc, toolkit_reasons
 from cascade_llm.device.user_cache import cache_folder
 from cascade_llm.errors import BackendError
@@ -138,7 +139,7 @@ def module_purposes(spec: AttentionSpec, kernels: Iterable[str]) -> dict[str, st
     """The modules that an engine loads, by FlashInfer's names, and what each is for.
 
     Derived without importing FlashInfer, which asks for the GPU: see the `get_*_uri` functions of 0.7.2, with no
-    position encoding and no sliding window.
+    position encoding.
 
     Args:
         spec: the model; its dtypes are keys of `DTYPE_NAMES`
@@ -147,16 +148,13 @@ def module_purposes(spec: AttentionSpec, kernels: Iterable[str]) -> dict[str, st
     dtype, kv_dtype, head_dim = DTYPE_NAMES[spec.dtype], DTYPE_NAMES[spec.page_dtype], spec.head_dim
     types = f"dtype_q_{dtype}_dtype_kv_{kv_dtype}_dtype_o_{dtype}_dtype_idx_i32"
     heads = f"head_dim_qk_{head_dim}_head_dim_vo_{head_dim}"
-    variant = f"posenc_0_use_swa_False_use_logits_cap_{spec.logits_soft_cap is not None}"
-    fa2 = f"batch_prefill_with_kv_cache_{types}_{heads}_{variant}_f16qk_False_kv_stride_equal"
-    names = {
-        "prefill_fa2": fa2,
-        "decode_tensor_cores": fa2,
-        "decode_cuda_cores": f"batch_decode_with_kv_cache_{types}_{heads}_{variant}",
-    }
     purposes: dict[str, list[str]] = {}
-    for kernel in sorted(set(kernels)):
-        purposes.setdefault(names[kernel], []).append(kernel)
+    for needed in kernel_variants(spec, kernels):
+        variant = f"posenc_0_use_swa_{needed.for_windows}_use_logits_cap_{spec.logits_soft_cap is not None}"
+        name = f"batch_prefill_with_kv_cache_{types}_{heads}_{variant}_f16qk_False_kv_stride_equal"
+        if needed.kernel == "decode_cuda_cores":
+            name = f"batch_decode_with_kv_cache_{types}_{heads}_{variant}"
+        purposes.setdefault(name, []).append(needed.purpose)
     return {**{name: ", ".join(served) for name, served in purposes.items()}, **COMMON_MODULES}
 
 

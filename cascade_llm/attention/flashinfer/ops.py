@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
+from cascade_llm.attention.flashinfer.variants import kernel_variants
 from cascade_llm.device.cuda_toolkit import find_nvcc
 from cascade_llm.errors import BackendError
 
@@ -117,15 +118,15 @@ def jit_modules(spec: AttentionSpec, kernels: Iterable[str]) -> list[JitModule]:
     from flashinfer.jit.page import gen_page_module
     from flashinfer.jit.rope import gen_rope_module
 
-    # no position encoding, no sliding window
     types, heads = (spec.dtype, spec.page_dtype, spec.dtype, torch.int32), (spec.head_dim, spec.head_dim)
-    shape = (*types, *heads, 0, False, spec.logits_soft_cap is not None)
-    attention = {
-        "prefill_fa2": lambda: _gen_batch_prefill_primary_module("fa2", *shape, False),
-        "decode_tensor_cores": lambda: _gen_batch_prefill_primary_module("fa2", *shape, False),
-        "decode_cuda_cores": lambda: gen_batch_decode_module(*shape),
-    }
-    modules = [(kernel, attention[kernel]()) for kernel in sorted(set(kernels))]
+    modules = []
+    for needed in kernel_variants(spec, kernels):
+        # no position encoding, a window or none, a soft cap or none
+        shape = (*types, *heads, 0, needed.for_windows, spec.logits_soft_cap is not None)
+        if needed.kernel == "decode_cuda_cores":
+            modules.append((needed.purpose, gen_batch_decode_module(*shape)))
+        else:
+            modules.append((needed.purpose, _gen_batch_prefill_primary_module("fa2", *shape, False)))
     modules += [
         ("merging levels", gen_cascade_module()),
         ("appending to pages", gen_page_module()),
