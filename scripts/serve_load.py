@@ -185,7 +185,8 @@ class Clients:
             body = body.ljust(MOST_BODY_BYTES + 1)
         key = "wrong" if kind == "has a wrong key" else KEY
         return (
-            b"POST /v1/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+            b"content-type: application/json\r\n"
             + f"authorization: Bearer {key}\r\ncontent-length: {len(body)}\r\n\r\n".encode()
             + body
         )

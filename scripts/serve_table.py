@@ -69,8 +69,8 @@ def ask(port: int, prompts: Sequence[Sequence[int]], num_out: int) -> tuple[floa
     for body in bodies:
         client = socket.create_connection(("127.0.0.1", port))
         client.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-type: application/json\r\n"
-            + f"content-length: {len(body)}\r\n\r\n{body}".encode()
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+            b"content-type: application/json\r\n" + f"content-length: {len(body)}\r\n\r\n{body}".encode()
         )
         waiting.register(client, selectors.EVENT_READ, client)
         received[client] = b""

@@ -145,7 +145,9 @@ def test_unknown_fields_are_ignored_or_refused(server: RunningServer, start_serv
     assert_error(strict.post(COMPLETIONS, {"prompt": "a", "max_tokens": 6}), "at most 5")
     assert_error(strict.post(COMPLETIONS, {"prompt": [5] * 10}), "at most 9")
     assert strict.post(COMPLETIONS, {"prompt": "a"}).json()["usage"]["completion_tokens"] <= 5
-    chunked = _send(strict, b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n" + CHUNKS)
+    chunked = _send(
+        strict, b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + CHUNKS
+    )
     assert b" 413 " in chunked.split(b"\r\n")[0]
     assert_serves(strict)
 
@@ -156,7 +158,7 @@ CHUNKS = (b"7d0\r\n" + b"a" * 2000 + b"\r\n") * 3
 def test_what_is_no_http(server: RunningServer) -> None:
     assert b" 400 " in _send(server, b"\x16\x03\x01 nonsense\r\n\r\n").split(b"\r\n")[0]
     with _connection(server) as half:
-        half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\n{")
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{")
     assert_serves(server)
 
 
@@ -197,7 +199,7 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 def _post(body: str) -> bytes:
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
     return f"{head}\r\n\r\n{body}".encode()
 
 
