@@ -199,8 +199,8 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 def _post(body: str) -> bytes:
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    return f"{head}\r\n\r\n{body}".encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json"
+    return f"{head}\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
 
 
 def _connection(server: RunningServer) -> socket.socket:
