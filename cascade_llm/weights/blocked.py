@@ -13,6 +13,7 @@ import functools
 
 import torch
 
+from cascade_llm.device.huge_pages import MemoryRange
 from cascade_llm.device.native_library import NativeFunction, native_functions
 from cascade_llm.device.native_units import BLOCKED
 from cascade_llm.errors import BackendError
@@ -90,6 +91,11 @@ class Blocked(WeightFormat):
     def num_bytes(self) -> int:
         """See `WeightFormat`."""
         return self._onednn.num_bytes
+
+    @property
+    def memory(self) -> tuple[MemoryRange, ...]:
+        """See `WeightFormat`."""
+        return self._onednn.memory
 
 
 def is_blocked(address: int, weight: torch.Tensor) -> bool:

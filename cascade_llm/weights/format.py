@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import torch
 
+from cascade_llm.device.huge_pages import MemoryRange
 from cascade_llm.device.ranks import Share
 from cascade_llm.weights.codes import Codes
 
@@ -211,6 +212,11 @@ class WeightFormat(ABC):
     @abstractmethod
     def num_bytes(self) -> int:
         """Memory that the matrix takes."""
+
+    @property
+    def memory(self) -> tuple[MemoryRange, ...]:
+        """Of the host, that each product reads and that is this matrix's own; empty where that is not known."""
+        return ()
 
     def describe(self) -> str:
         """For the log."""

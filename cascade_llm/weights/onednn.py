@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from cascade_llm.device.huge_pages import MemoryRange
 from cascade_llm.weights.format import MatrixSpec, WeightFormat
 
 __all__ = ["OneDNN"]
@@ -51,3 +52,8 @@ class OneDNN(WeightFormat):
     def num_bytes(self) -> int:
         """See `WeightFormat`."""
         return self._num_bytes
+
+    @property
+    def memory(self) -> tuple[MemoryRange, ...]:
+        """See `WeightFormat`."""
+        return (MemoryRange(torch.ops.mkldnn.data_ptr(self.packed), self._num_bytes),)

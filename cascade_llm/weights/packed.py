@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cascade_llm.device.huge_pages import MemoryRange
 from cascade_llm.errors import CapacityError
 from cascade_llm.weights.codes import INTEGER_BITS, ROWS_TOGETHER, SUPER_LEN, CodeLayout, Codes
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
@@ -124,6 +125,11 @@ class Packed(WeightFormat):
     def num_bytes(self) -> int:
         """See `WeightFormat`."""
         return sum(tiles.nbytes for tiles in self._tiles)
+
+    @property
+    def memory(self) -> tuple[MemoryRange, ...]:
+        """See `WeightFormat`."""
+        return tuple(MemoryRange(tiles.data_ptr(), tiles.nbytes) for tiles in self._tiles)
 
     def describe(self) -> str:
         """The codes, and how they multiply."""

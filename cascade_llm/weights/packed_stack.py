@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from cascade_llm.device.huge_pages import MemoryRange
 from cascade_llm.errors import CapacityError
 from cascade_llm.weights.format import WeightFormat
 from cascade_llm.weights.packed import Packed
@@ -65,6 +66,11 @@ class PackedStack(MatrixStack):
     def num_bytes(self) -> int:
         """See `MatrixStack`."""
         return sum(matrix.num_bytes for matrix in self._matrices)
+
+    @property
+    def memory(self) -> tuple[MemoryRange, ...]:
+        """See `MatrixStack`."""
+        return tuple(part for matrix in self._matrices for part in matrix.memory)
 
     def describe(self) -> str:
         """See `MatrixStack`."""

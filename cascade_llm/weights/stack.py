@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from cascade_llm.device.huge_pages import MemoryRange
 from cascade_llm.weights.format import MatrixSpec, Refusal, StoredTensor, WeightFormat
 
 __all__ = ["Grouped", "MatrixStack", "OneByOne", "group_rows"]
@@ -44,6 +45,11 @@ class MatrixStack(ABC):
         """Memory that the matrices take."""
 
     @property
+    def memory(self) -> tuple[MemoryRange, ...]:
+        """As `WeightFormat.memory`, of all matrices."""
+        return ()
+
+    @property
     def refused(self) -> tuple[Refusal, ...]:
         """As `WeightFormat.refused`, of all matrices."""
         return ()
@@ -75,6 +81,11 @@ class OneByOne(MatrixStack):
     def num_bytes(self) -> int:
         """See `MatrixStack`."""
         return sum(matrix.num_bytes for matrix in self.matrices)
+
+    @property
+    def memory(self) -> tuple[MemoryRange, ...]:
+        """See `MatrixStack`."""
+        return tuple(part for matrix in self.matrices for part in matrix.memory)
 
     @property
     def refused(self) -> tuple[Refusal, ...]:

@@ -14,6 +14,7 @@ from cascade_llm.attention.flashinfer.workspace import float_workspace_bytes
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
 from cascade_llm.device.devices import compute_capability, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
+from cascade_llm.device.huge_pages import collect_into_huge_pages
 from cascade_llm.device.ranks import Ranks
 from cascade_llm.device.start_errors import compiled_kernels, memory_for
 from cascade_llm.errors import ConfigError
@@ -203,14 +204,19 @@ def _decoder(
         else:
             check_shapes(decoder, checkpoint.shapes())
             load_weights(decoder, scales.without_scales(told_tensors(checkpoint, on_start)))
-        _tell_weights(decoder)
+        num_huge = collect_into_huge_pages(part for linear in decoder.linears for part in linear.matrix.memory)
+        _tell_weights(decoder, num_huge)
     return decoder, scales.scales() if options.kv_cache_dtype == "fp8_e4m3" else None
 
 
-def _tell_weights(decoder: Decoder) -> None:
-    """What the matrices are kept as, and what is slower and larger than in its file."""
+def _tell_weights(decoder: Decoder, num_huge: int) -> None:
+    """What the matrices are kept as, and what is slower and larger than in its file.
+
+    `num_huge`: bytes of them that lie in huge pages.
+    """
     linears, dtype = decoder.linears, str(decoder.dtype).removeprefix("torch.")
     log.info(describe_weights(linear.matrix for linear in linears))
+    log.info("weights: %d MB lie in huge pages of 2 MiB", num_huge // 10**6)
     if decoded := sorted(frozenset[str]().union(*(linear.decoded for linear in linears))):
         log.warning(
             "%s of the checkpoint %s no kernel here: decoded to %s, %d bits a weight that every step reads; "
