@@ -12,8 +12,9 @@ from typing import Any
 
 from cascade_llm.errors import UnsupportedModelError
 from cascade_llm.loader.gguf_file import GGUFFile
-from cascade_llm.loader.gguf_gemma import gemma2_fields, gemma3_fields
+from cascade_llm.loader.gguf_gemma import gemma2_fields, gemma3_fields, layer_types_of
 from cascade_llm.loader.gguf_keys import GGUFKeys
+from cascade_llm.loader.gguf_yarn import yarn_scaling
 
 __all__ = ["EXPERTS", "EXPERT_KEYS", "EXPERT_PARTS", "GGUF_ARCHITECTURES", "GGUFArchitecture", "architecture_of"]
 
@@ -60,7 +61,7 @@ class GGUFArchitecture:
     model_type: str
     """Hugging Face's name."""
     layer_names: Mapping[str, str] = field(default_factory=lambda: LAYER_NAMES)
-    """Names of the tensors in a layer, as in `LAYER_NAMES`."""
+    """Names of the tensors in a layer, as in `LAYER_NAMES`; with `.weight` where Hugging Face's name does not end so."""
     interleaves_heads: bool = False
     """Whether the conversion interleaves the two halves of each query and key head, row by row: llama.cpp then rotates
     neighbours, Hugging Face halves."""
@@ -139,6 +140,21 @@ def _phi3_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     return {"sliding_window": keys.get("attention.sliding_window") or None}  # 0 is none
 
 
+def _gpt_oss_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
+    """YaRN's ramp is not rounded to whole dimensions, which no key tells."""
+    scaling: dict[str, Any] = {"rope_type": "default"}
+    if keys.get("rope.scaling.type") == "yarn":
+        scaling = {**yarn_scaling(keys, keys.number("rope.scaling.factor")), "truncate": False}
+    return {
+        "num_local_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "intermediate_size": keys.integer("expert_feed_forward_length"),
+        "sliding_window": keys.integer("attention.sliding_window"),
+        "layer_types": layer_types_of(keys, 2),
+        "rope_scaling": scaling,
+    }
+
+
 GEMMA_NAMES = {
     **LAYER_NAMES,
     "post_attention_norm": "post_attention_layernorm",
@@ -208,6 +224,19 @@ GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     ),
     "smollm3": GGUFArchitecture(
         hf_class="SmolLM3ForCausalLM", model_type="smollm3", interleaves_heads=True, fields=_smollm3_fields
+    ),
+    "gpt-oss": GGUFArchitecture(
+        hf_class="GptOssForCausalLM",
+        model_type="gpt_oss",
+        layer_names={
+            **LAYER_NAMES,
+            "attn_sinks.weight": "self_attn.sinks",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "mlp.router",
+        },
+        expert_parts=EXPERT_PARTS,
+        implements=EXPERT_KEYS | {"attention.sliding_window"},
+        fields=_gpt_oss_fields,
     ),
     "gemma2": GGUFArchitecture(
         hf_class="Gemma2ForCausalLM",

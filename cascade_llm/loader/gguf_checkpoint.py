@@ -152,6 +152,8 @@ def _hf_name(path: Path, name: str, architecture: GGUFArchitecture) -> str:
     layer, part, kind = match.group("layer", "part", "kind") if match else (None, "", "")
     if layer is None and part in MODEL_NAMES:
         return f"{MODEL_NAMES[part]}.{kind}"
+    if layer is not None and f"{part}.{kind}" in layer_names:
+        return f"model.layers.{layer}.{layer_names[f'{part}.{kind}']}"
     if layer is not None and part in layer_names:
         return f"model.layers.{layer}.{layer_names[part]}.{kind}"
     raise UnsupportedModelError(

@@ -13,6 +13,7 @@ from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.gguf_architectures import GGUFArchitecture, architecture_of
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, dequantize
 from cascade_llm.loader.gguf_keys import GGUFKeys
+from cascade_llm.loader.gguf_yarn import yarn_scaling
 
 __all__ = ["ending_token_ids", "hf_config_of"]
 
@@ -181,24 +182,8 @@ def _rope_scaling(keys: GGUFKeys, head_dim: int) -> dict[str, Any] | None:
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor} if factor != 1 else None
     if kind == "yarn":
-        return _yarn_scaling(keys, factor)
+        return yarn_scaling(keys, factor)
     raise UnsupportedModelError(f"{keys.file.path}: RoPE scaling {kind!r} is not implemented: linear, yarn, llama3 are")
-
-
-def _yarn_scaling(keys: GGUFKeys, factor: float) -> dict[str, Any]:
-    """YaRN (Peng et al. 2023). llama.cpp's attn_factor multiplies the paper's 0.1 ln(factor) + 1."""
-    scaling = {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length"),
-    }
-    for name in ("beta_fast", "beta_slow"):
-        if keys.get(f"rope.scaling.yarn_{name}") is not None:
-            scaling[name] = keys.number(f"rope.scaling.yarn_{name}")
-    for name in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
-        if keys.get(name) is not None:
-            scaling["attention_factor"] = keys.number(name) * (0.1 * math.log(max(factor, 1.0)) + 1.0)
-    return scaling
 
 
 def _longrope_scaling(keys: GGUFKeys) -> dict[str, Any]:

@@ -43,10 +43,27 @@ def rounded(method: str, values: torch.Tensor) -> torch.Tensor:
     return quantized(method, StoredTensor.plain(values.flatten(0, -2))).values().view(values.shape)
 
 
+def with_stacks(model: PreTrainedModel, state: State) -> State:
+    """Matrices of experts joined, as the model has them: in gpt-oss with inputs first, and outputs in turns."""
+    joined, in_turns = dict(state), model.config.model_type == "gpt_oss"
+    for name, values in model.state_dict().items():
+        block, _, whole = name.rpartition("experts.")
+        if not block or name in state:
+            continue
+        kind = "bias" if whole.endswith("_bias") else "weight"
+        parts = ("gate_proj", "up_proj") if whole.startswith("gate_up") else ("down_proj",)
+        stack = []
+        for expert in range(len(values)):
+            own = [joined.pop(f"{block}experts.{expert}.{part}.{kind}") for part in parts]
+            stack.append(torch.stack(own, dim=1).flatten(0, 1) if in_turns else torch.cat(own))
+        joined[name] = torch.stack(stack).transpose(1, -1 if in_turns else 1)
+    return joined
+
+
 def gguf_file(kind: GGMLQuantizationType) -> Callable[[PreTrainedModel, Path], tuple[Path, State]]:
     def write(model: PreTrainedModel, folder: Path) -> tuple[Path, State]:
         path = write_model(folder / "tiny.gguf", model, tensor_type=kind)
-        return path, {name: values.float() for name, values in open_checkpoint(path).tensors()}
+        return path, with_stacks(model, {name: values.float() for name, values in open_checkpoint(path).tensors()})
 
     return write
 

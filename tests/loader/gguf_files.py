@@ -14,7 +14,13 @@ from transformers import PreTrainedModel
 
 PERMUTED = ("llama", "mistral", "smollm3", "granite")
 """Architectures whose conversion is llama's, or derived from it."""
-NAMES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+NAMES = {
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
 """What GGUF calls an architecture, where it is another name than Hugging Face's."""
 
 
@@ -34,7 +40,9 @@ def convert(model: PreTrainedModel) -> dict[str, np.ndarray]:
             values = values.squeeze()
         if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
             values = values + 1
-        for part, own in parts_of(name, values).items():
+        name = f"{name}.weight" if name.endswith("sinks") else name
+        own_parts = parts_of_gpt_oss(name, values) if config.model_type == "gpt_oss" else parts_of(name, values)
+        for part, own in own_parts.items():
             tensors[name_map.get_name(part, try_suffixes=(".weight", ".bias"))] = own.numpy()
     for name, field in (("rope_factors_long", "long_factor"), ("rope_factors_short", "short_factor")):
         if field in config.rope_parameters:
@@ -48,6 +56,18 @@ def parts_of(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
         gate, up = values.chunk(2, dim=1)
         return {name.replace("gate_up_proj", f"{part}_proj.weight"): own for part, own in (("gate", gate), ("up", up))}
     return {f"{name}.weight" if name.endswith("experts.down_proj") else name: values}
+
+
+def parts_of_gpt_oss(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same, of matrices that have their inputs first, and outputs of gate and up in turns."""
+    block, _, part = name.rpartition("experts.")
+    if not block:
+        return {name: values}
+    kind = "bias" if part.endswith("_bias") else "weight"
+    values = values if kind == "bias" else values.transpose(1, 2)
+    if part.startswith("down"):
+        return {f"{block}experts.down_proj.{kind}": values.contiguous()}
+    return {f"{block}experts.{own}_proj.{kind}": values[:, i::2].contiguous() for i, own in enumerate(("gate", "up"))}
 
 
 def architecture_name(model: PreTrainedModel) -> str:
@@ -141,10 +161,25 @@ def _gemma_keys(config: Any) -> dict[str, Any]:
     return keys
 
 
+def _gpt_oss_keys(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    keys = {
+        "expert_count": config.num_local_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.intermediate_size,
+        "attention.sliding_window": config.sliding_window,
+    }
+    if rope["rope_type"] == "yarn":
+        keys |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
+        keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    return keys
+
+
 OWN_KEYS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "gemma2": _gemma_keys,
     "gemma3_text": _gemma_keys,
     "granite": _granite_keys,
+    "gpt_oss": _gpt_oss_keys,
     "phi3": _phi3_keys,
     "glm4": _glm4_keys,
     "qwen2_moe": _experts_keys,

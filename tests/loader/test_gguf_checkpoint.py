@@ -46,7 +46,11 @@ MODELS = {case: model for case, model in CASES.items() if case not in WITHOUT_GG
 
 PARTS = ("gate_proj", "up_proj")
 TWO_TYPES = ["sliding_attention", "full_attention"]
-MODELS = {case: model for case, model in CASES.items() if case not in WITHOUT_GGUF and "moe" not in case}
+MODELS = {
+    case: model
+    for case, model in CASES.items()
+    if case not in WITHOUT_GGUF and "moe" not in case and "gpt_oss" not in case
+}
 
 
 def quantizable_types() -> list[Type]:
