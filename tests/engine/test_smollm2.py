@@ -56,6 +56,24 @@ def test_last_position_logits_are_within_a_thousandth(llm: LLM, reference: Llama
         engine.abort(state.request.request_id)
 
 
+@pytest.mark.slow
+def test_every_token_of_a_long_text_has_transformers_logprob(repo_root: Path, reference: LlamaForCausalLM) -> None:
+    """2,000 tokens, prefilled in chunks."""
+    text = (repo_root / "claude_docs" / "architecture.md").read_text(encoding="utf-8")
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 2048, "kv_cache_bytes": 200_000_000}
+    with LLM("smollm2", dtype="float32", exact_activations=True, **options) as llm:
+        ids = llm.tokenizer.encode(text)[:2000]
+        assert len(ids) == 2000
+        (output,) = llm.generate([ids], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    with torch.inference_mode():
+        theirs = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+    reported = output["prompt_logprobs"]
+    assert len(reported) == len(ids)
+    for place, entry in enumerate(reported[1:]):
+        assert entry.token_id == ids[place + 1]
+        assert abs(entry.logprob - float(theirs[place, entry.token_id])) < 1e-3
+
+
 def test_greedy_tokens_are_transformers_best(llm: LLM, reference: LlamaForCausalLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     for output in llm.generate(PROMPTS, params):

@@ -43,6 +43,17 @@ def test_rotate(ops: FlashInferLayerOps, offset: float | None) -> None:
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rotary_dim", [None, 32, 64])
+@pytest.mark.parametrize("is_interleaved", [False, True])
+def test_a_part_of_each_head_is_rotated(ops: FlashInferLayerOps, rotary_dim: int | None, is_interleaved: bool) -> None:
+    qkv, rotation = random(ROWS, 8 * 64, seed=5), None
+    if rotary_dim is not None:
+        rotation = Rotation(random(ROWS, rotary_dim, seed=6), is_interleaved=is_interleaved)
+    expected = TorchOps().rotate(qkv.clone(), LAYOUT, rotation, None)
+    for got, wanted in zip(ops.rotate(qkv.clone(), LAYOUT, rotation, None), expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_silu_and_mul(ops: FlashInferLayerOps) -> None:
     gate_up = random(ROWS, 2 * SIZE, seed=7)
     torch.testing.assert_close(ops.silu_and_mul(gate_up), TorchOps().silu_and_mul(gate_up))

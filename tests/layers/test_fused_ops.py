@@ -162,6 +162,35 @@ def test_rotate(
     assert torch.equal(got_v.double(), v)
 
 
+def exact_pairs(heads: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    cos, sin = cos_sin.double()[:, None].chunk(2, dim=-1)
+    first, second = heads[..., ::2], heads[..., 1::2]
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+
+
+@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize("rows", [1, 200])
+@pytest.mark.parametrize("rotary_dim", [0, 6, 48, 64])
+@pytest.mark.parametrize("is_interleaved", [False, True])
+def test_a_part_of_each_head_is_rotated(
+    ops: FusedOps, dtype: torch.dtype, rows: int, rotary_dim: int, is_interleaved: bool, with_norms: bool
+) -> None:
+    """Halves against each other or neighbours, and nothing where there is no rotation; what lies behind stays."""
+    layout = HeadLayout(4, 2, 64)
+    qkv = random(rows, 8 * 64, dtype=dtype)
+    norms = tuple(RMSNorm(random(64 + i, dtype=dtype)[i:], 1e-6) for i in (0, 1)) if with_norms else None
+    cos_sin = random(rows, rotary_dim, dtype=torch.float32)
+    rotation = Rotation(cos_sin, is_interleaved=is_interleaved) if rotary_dim else None
+    turn = exact_pairs if is_interleaved else exact_rotation
+    expected = []
+    for i, heads in enumerate(part.double() for part in layout.split(qkv.clone())[:2]):
+        heads = heads if norms is None else exact_norm(heads, norms[i])
+        expected.append(torch.cat((turn(heads[..., :rotary_dim], cos_sin), heads[..., rotary_dim:]), dim=-1))
+    got = ops.rotate(qkv, layout, rotation, norms)
+    for mine, wanted in zip(got, expected, strict=False):
+        assert_near(mine, wanted, dtype, factor=3)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 5, 31])
 def test_what_is_not_finite_stays_so(ops: FusedOps, dtype: torch.dtype, value: float, place: int) -> None:

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from cascade_llm.config import ModelConfig
 from cascade_llm.layers.rope import RotaryTables, Rotation, max_context_len, rope_frequencies, rotate_heads
@@ -142,6 +143,28 @@ def test_rotation_keeps_scores_a_function_of_the_distance() -> None:
         return float((rotated_q * rotated_k).sum())
 
     assert score(9, 2) == pytest.approx(score(200, 193), abs=1e-3)
+
+
+def phi3_config(factor: float) -> Phi3Config:
+    """Heads of 64, of which a part is rotated."""
+    count = int(64 * factor) // 2
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": factor}
+    rope |= {"short_factor": [1 + 0.1 * i for i in range(count)], "long_factor": [2 + 0.3 * i for i in range(count)]}
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 8, "num_hidden_layers": 1}
+    lengths = {"max_position_embeddings": MAX_LEN, "original_max_position_embeddings": 64}
+    return Phi3Config(**sizes, **lengths, vocab_size=16, pad_token_id=None, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.75])
+@pytest.mark.parametrize("length", [64, 65, MAX_LEN])
+def test_longrope_s_factors_are_chosen_by_the_longest_sequence(factor: float, length: int) -> None:
+    theirs = phi3_config(factor)
+    config = model_config_from_hf({**theirs.to_dict(), "architectures": ["Phi3ForCausalLM"]})
+    cos, sin = Phi3RotaryEmbedding(theirs)(torch.zeros(1), torch.arange(length)[None])
+    half = int(64 * factor) // 2
+    expected = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1)
+    torch.testing.assert_close(table_of(config, length), expected, rtol=0, atol=5e-5)
+    assert max_context_len(config) == MAX_LEN
 
 
 def test_longest_context_follows_the_scaling() -> None:

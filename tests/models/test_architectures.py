@@ -245,3 +245,62 @@ def test_a_window_is_of_every_layer_and_makes_sense(architecture: str) -> None:
     for value in (0, -1, True, 2.5, "4096"):
         with pytest.raises(CheckpointError, match="sliding_window is"):
             model_config_from_hf({**fields, "sliding_window": value})
+
+
+HEADS = {"num_key_value_heads": 2}
+BASES: dict[str, dict[str, Any]] = {
+    name: {**LLAMA, "architectures": [ARCHITECTURES[name].hf_class], "model_type": name, "head_dim": 16, **HEADS}
+    for name in ("phi3", "glm4", "smollm3", "granite", "olmo2", "ernie4_5", "mistral")
+}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("phi3", {"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 7}}, "short_factor is .*: .* list of 8 numbers"),
+        ("phi3", {"rope_scaling": {**LONGROPE, "long_factor": [0.0] * 8}}, "long_factor is .*: .* larger than 0"),
+        ("phi3", {"rope_scaling": {**LONGROPE, "long_factor": None}}, "long_factor is None"),
+        ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 0}, "original_max_position_embeddings"),
+        ("phi3", {"partial_rotary_factor": 0.03}, "partial_rotary_factor is 0.03"),
+        ("glm4", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
+        ("glm4", {"partial_rotary_factor": 0.3125}, "partial_rotary_factor is 0.3125.*an even part of the 16"),
+        ("glm4", {"attention_bias": "yes"}, "attention_bias is 'yes'"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers is .*as long as num_hidden_layers, 2"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers is .*a list of 0 and 1"),
+        ("smollm3", {"no_rope_layers": 1}, "no_rope_layers is 1"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+        ("granite", {"attention_multiplier": 0}, "attention_multiplier is 0"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling is 0"),
+        ("granite", {"residual_multiplier": "much"}, "residual_multiplier is 'much'"),
+        ("ernie4_5", {"use_bias": 1}, "use_bias is 1"),
+    ],
+)
+def test_an_own_field_that_makes_no_sense_is_named(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        model_config_from_hf({**BASES[name], **fields})
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 8}),
+        ("granite", {"partial_rotary_factor": 0.5}),
+        ("olmo2", {"clip_qkv": 8.0}),
+        ("mistral", {"no_rope_layer_interval": 4}),
+        ("mistral", {"use_bias": True}),
+        ("phi3", {"embedding_multiplier": 2.0}),
+    ],
+)
+def test_what_another_architecture_implements_is_refused(name: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        model_config_from_hf({**BASES[name], "sliding_window": None, **fields})
+    assert next(iter(fields)) in str(caught.value)
+
+
+def test_older_names_of_longrope() -> None:
+    for rope_type in ("su", "yarn", "longrope"):
+        config = model_config_from_hf(
+            {**BASES["phi3"], "rope_scaling": {**LONGROPE, "type": rope_type, "rope_type": None}}
+        )
+        assert (config.rope.rope_type, config.rope.original_max_position_embeddings) == ("longrope", 4096)

@@ -11,7 +11,7 @@ from cascade_llm.models.decoder import FirstNonFinite
 from cascade_llm.models.loading import init_dummy
 from cascade_llm.weights.format import StoredTensor
 from tests.models.checkpoints import TINY, Replay, decoder_of, empty_decoder, tiny_model
-from tests.models.families import CASES
+from tests.models.families import CASES, FAMILIES
 
 
 def token_ids(length: int, seed: int) -> list[int]:
@@ -72,7 +72,7 @@ def test_dynamic_rope_beyond_its_length_has_the_logits_of_decoding_token_by_toke
 
 
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("name", ["llama, tied", "llama, llama3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama, tied", "llama, llama3", *FAMILIES])
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(name: str, plain: bool) -> None:
     architecture, changes = CASES[name]
     model, ids = tiny_model(architecture, **changes), token_ids(40, seed=2)
