@@ -39,7 +39,13 @@ def available_bytes_of_rank(device: torch.device, ranks: Ranks) -> int:
 
 
 def check_sizes(
-    options: EngineOptions, model: ModelConfig, dtype: torch.dtype, kv_bytes: int, max_len: int, ranks: Ranks
+    options: EngineOptions,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    kv_bytes: int,
+    max_len: int,
+    ranks: Ranks,
+    file_bytes: int = 0,
 ) -> None:
     """Compare what must be held in any case with the free memory, before anything is built.
 
@@ -47,6 +53,7 @@ def check_sizes(
         kv_bytes: of a token, over all layers, on this rank
         max_len: tokens of the longest sequence
         ranks: that share the weights
+        file_bytes: what the weights take in their files, perhaps in fewer bits; 0 where there are none
 
     Raises:
         CapacityError: with the number and the limit
@@ -55,9 +62,11 @@ def check_sizes(
     heads = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim
     layers = model.hidden_size * (model.num_layers * heads + 3 * model.total_gate_size)
     vocabularies = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    num_weights = layers + vocabularies
+    weight_bytes = num_weights // 2 if options.quantization else num_weights * dtype.itemsize
     needs = (
         (
-            (layers + vocabularies) * dtype.itemsize // ranks.count,
+            min(weight_bytes, file_bytes or weight_bytes) // ranks.count,
             f"the weights of {model.num_layers:,} layers, hidden size {model.hidden_size:,} and a vocabulary of "
             f"{model.vocab_size:,}",
             "take a smaller model, or end what else holds memory",

@@ -100,7 +100,7 @@ def build_worker(
     max_model_len = _max_model_len(options, model)
     spec = AttentionSpec.for_model(model, dtype, device, kv_dtype, ranks)
     kv_bytes = replace(model, num_kv_heads=spec.num_kv_heads).kv_bytes_per_token(spec.kv_number_bytes)
-    check_sizes(options, model, dtype, kv_bytes, max_model_len, ranks)
+    check_sizes(options, model, dtype, kv_bytes, max_model_len, ranks, checkpoint.num_bytes)
     choice, platform = _backend_choice(options, spec, platform)
     with torch.inference_mode(), thread_limit(options.num_threads), compiled_kernels(), memory_for(BESIDE_THE_POOL):
         decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, ranks, platform, on_start)

@@ -81,6 +81,16 @@ def test_what_is_counted_is_nearly_what_the_weights_take(
                 check_sizes(*arguments)
 
 
+def test_weights_in_few_bits_need_no_more_than_these(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_config_from_hf(tiny)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: size_of(model) // 4)
+    sizes = model, torch.float32, 8, 64, Ranks()
+    check_sizes(EngineOptions(device="cpu", max_num_seqs=1), *sizes, size_of(model) // 5)
+    check_sizes(EngineOptions(device="cpu", max_num_seqs=1, quantization="int4"), *sizes, size_of(model))
+    with pytest.raises(CapacityError, match="the weights of 3 layers"):
+        check_sizes(EngineOptions(device="cpu", max_num_seqs=1), *sizes, size_of(model))
+
+
 def test_yarn_serves_the_original_length_times_its_factor(tiny: dict[str, Any]) -> None:
     """As Qwen documents it: the factor is added to the configuration, max_position_embeddings stays."""
     config = {**tiny, "max_position_embeddings": 80, "rope_parameters": YARN}
