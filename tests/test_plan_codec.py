@@ -35,7 +35,7 @@ from cascade_llm.plan import (
 from cascade_llm.plan_codec import LEVEL_COLUMNS, STEP_COLUMNS, PlanDecoder, PlanEncoder, decode_result, encode_result
 from cascade_llm.sampling_params import SamplingParams
 from tests.plan_cases import DRAWN, level_of, sequence_lists, step_of
-from tests.scheduler.generated import generated_steps
+from tests.scheduler.generated import generated_steps, random_config
 
 WORDS = int_column([5, -(2**31)])
 LANE_START = LaneStart(
@@ -137,10 +137,12 @@ def test_generated_plans_come_back(data: st.DataObject, page_size: int) -> None:
         assert plain(decoder.decode(encoder.encode(step))) == plain(step)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_scheduled_plans_come_back_with_what_was_kept(seed: int) -> None:
+@pytest.mark.parametrize("kinds", [(None,), (9,), (None, 12)], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_scheduled_plans_come_back_with_what_was_kept(seed: int, kinds: tuple[int | None, ...]) -> None:
     encoder, decoder = PlanEncoder(), PlanDecoder()
-    plans = [plan for plan, _ in generated_steps(seed, 25)]
+    config = replace(random_config(random.Random(seed)), attention_kinds=kinds)
+    plans = [plan for plan, _ in generated_steps(seed, 25, config=config)]
     found = [decoder.decode(encoder.encode(plan)) for plan in plans]
     assert [plain(plan) for plan in found] == [plain(plan) for plan in plans]
     assert kept_objects(found) == kept_objects(plans)

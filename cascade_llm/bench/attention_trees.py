@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,9 +135,9 @@ def measure_tree(
     choice = select_backend(backend, spec)
     costs, source = choose_cost_model(spec, choice.name, num_threads=num_threads)
     prompts = list(tree.prompts())
-    sizes = {"page_size": PAGE_SIZE, "max_model_len": sum(tree.tokens) + 2}
-    _, chosen, planning_s = decode_step(prompts, costs, CascadeConfig(), **sizes)
-    single = decode_step(prompts, costs, CascadeConfig(enabled=False), **sizes).plan
+    decode_of = partial(decode_step, prompts, costs, page_size=PAGE_SIZE, max_model_len=sum(tree.tokens) + 2)
+    _, chosen, planning_s = decode_of(CascadeConfig())
+    single = decode_of(CascadeConfig(enabled=False)).plan
     plans = {"chosen": chosen.cascade, "single": single.cascade}
     with thread_limit(num_threads):
         times = time_plans(tree, plans, spec, choice.backend, measure_s=2 * measure_s)

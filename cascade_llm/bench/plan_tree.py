@@ -9,6 +9,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from cascade_llm.attention.backend import AttentionSpec
@@ -161,9 +162,17 @@ def plan_tree(
     """
     spec = _attention_spec(config, options)
     cost_model, source = _cost_model(spec, options, costs)
-    sizes = {"page_size": options.page_size, "max_model_len": _max_model_len(config, options)}
-    scheduler, decode, _ = decode_step(prompts, cost_model, options.cascade, **sizes)
-    plain = decode_step(prompts, cost_model, CascadeConfig(enabled=False), **sizes).plan
+    decode_of = partial(
+        decode_step,
+        prompts,
+        cost_model,
+        page_size=options.page_size,
+        max_model_len=_max_model_len(config, options),
+        attention_kinds=config.attention_kinds,
+        layer_kinds=config.layer_kinds,
+    )
+    scheduler, decode, _ = decode_of(cascade=options.cascade)
+    plain = decode_of(cascade=CascadeConfig(enabled=False)).plan
     by_lane = {sequence.lane: sequence for sequence in scheduler.sequences()}
     ordered = [by_lane[lane] for lane in decode.sequence_lanes]
     return PrefixTree(
@@ -173,9 +182,15 @@ def plan_tree(
         page_size=options.page_size,
         kv_bytes_per_token=config.kv_bytes_per_token(spec.kv_number_bytes),
         costs=source,
-        attention_s=config.num_layers * cost_model.plan_s(plan_work(decode.cascade)),
-        attention_one_level_s=config.num_layers * cost_model.plan_s(plan_work(plain.cascade)),
+        attention_s=_attention_s(decode, config, cost_model),
+        attention_one_level_s=_attention_s(plain, config, cost_model),
     )
+
+
+def _attention_s(plan: StepPlan, config: ModelConfig, costs: CostModel) -> float:
+    """Of all layers, each by the plan of its attention kind."""
+    kinds = [costs.plan_s(plan_work(cascade)) for cascade in plan.cascades]
+    return sum([kinds[kind] for kind in plan.layer_kinds or [0] * config.num_layers])
 
 
 def _attention_spec(config: ModelConfig, options: EngineOptions) -> AttentionSpec:
@@ -229,11 +244,26 @@ class DecodeStep(NamedTuple):
 
 
 def decode_step(
-    prompts: Sequence[Sequence[int]], costs: CostModel, cascade: CascadeConfig, *, page_size: int, max_model_len: int
+    prompts: Sequence[Sequence[int]],
+    costs: CostModel,
+    cascade: CascadeConfig,
+    *,
+    page_size: int,
+    max_model_len: int,
+    attention_kinds: Sequence[int | None] = (None,),
+    layer_kinds: Sequence[int] = (),
 ) -> DecodeStep:
     """Prefill all prompts in one step and plan the next: what is asked is what they share, not how many fit.
 
     Tokens that a model would have drawn are made up, since a plan depends on lengths and prompts alone.
+
+    Args:
+        prompts: as token ids
+        costs: what segments cost
+        cascade: what the user decided
+        page_size: tokens per page
+        max_model_len: tokens of the longest sequence
+        attention_kinds, layer_kinds: of the model
     """
     num_pages = sum(len(prompt) // page_size + 2 for prompt in prompts) + len(prompts)
     config = SchedulerConfig(
@@ -243,6 +273,8 @@ def decode_step(
         max_num_seqs=len(prompts),
         max_num_batched_tokens=sum(map(len, prompts)),
         cascade=cascade,
+        attention_kinds=tuple(attention_kinds),
+        layer_kinds=tuple(layer_kinds),
     )
     scheduler = FlashInferScheduler(config, costs)
     params = SamplingParams(max_tokens=2, ignore_eos=True)

@@ -177,7 +177,7 @@ FAMILIES: Mapping[str, Family] = {
                 "final_logit_softcapping": 3.0,
                 "query_pre_attn_scalar": 24,
             },
-            "windows alone": {"layer_types": ["sliding_attention"] * 3},
+            "windows alone": {"layer_types": ["sliding_attention"] * 3, "sliding_window": 15},
         },
         norm_offset=1.0,
     ),

@@ -46,6 +46,21 @@ def record(folder: Path, tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+def test_plans_with_windows_are_replayed(tmp_path: Path) -> None:
+    """A shared prefix longer than the window: leaves hold what the windows cut of it."""
+    folder, path = save_tiny(tmp_path / "tiny", "mistral", sliding_window=24), tmp_path / "plans.gz"
+    prompts = [[*(3 + 7 * i % 80 for i in range(56)), *range(5, 6 + 3 * i)] for i in range(4)]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with tiny_llm(folder, record_plans=path, record_token_ids=True, max_num_seqs=8, max_model_len=96, **TORCH) as llm:
+        llm.generate(prompts, params)
+        assert llm.stats()["cascade_steps"] > 0
+    with PlanFileReader(path) as reader:
+        cascades = [step.plan.cascade for step in reader]
+    assert any(c.shared_levels and c.path_len(next(c.paths())) < 56 for c in cascades)
+    report = replay(path, folder, options=TORCH)
+    assert report.passed
+
+
 def with_other_tokens(result: StepResult) -> StepResult:
     return replace(result, token_ids=[(token_id + 1) % 97 for token_id in result.token_ids])
 
