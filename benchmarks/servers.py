@@ -22,9 +22,9 @@ from cascade_llm.errors import BackendError
 __all__ = ["SERVERS", "ServerCommand", "ServerNeeds", "started_server"]
 
 OURS = "import sys; from cascade_llm.cli.main import main; sys.exit(main())"
-START_S, END_S = 900.0, 20.0
+START_S, END_S = 300.0, 20.0
 LOG_BYTES = 3000
-ANY = LoadRequest([5, 6, 7], 8)
+ANY, ASKED = LoadRequest([5, 6, 7], 8), {"ignore_eos": True, "return_token_ids": True}
 """Answered by a server that is ready."""
 
 
@@ -98,7 +98,7 @@ SERVERS: Mapping[str, ServerCommand] = {
 def started_server(name: str, needs: ServerNeeds) -> Iterator[CompletionsServer]:
     """A server that answers; it ends with this context, and its children too.
 
-    Raises `BackendError` with its last words where it cannot be started, ends, or is not there after 15 minutes.
+    Raises `BackendError` with its last words where it cannot be started, ends, or is not there after 5 minutes.
     """
     command, port = SERVERS[name], _free_port()
     inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
@@ -124,17 +124,18 @@ def started_server(name: str, needs: ServerNeeds) -> Iterator[CompletionsServer]
 
 
 def _when_it_answers(name: str, process: subprocess.Popen[bytes], url: str, log: int) -> CompletionsServer:
-    end_s = time.monotonic() + START_S
+    end_s, error = time.monotonic() + START_S, "nothing listens"
     while time.monotonic() < end_s:
         if process.poll() is not None:
             raise BackendError(f"{name} has ended. Its last words: {_last_words(log)}")
         with suppress(BackendError):
             server = CompletionsServer(url)
-            answer = server.complete(ANY.token_ids, ANY, {"ignore_eos": True}, RequestTiming(0.0), lambda: 0.0)
+            answer = server.complete(ANY.token_ids, ANY, ASKED, RequestTiming(0.0), lambda: 0.0)
             if answer.error is None:
                 return server
+            error = answer.error
         time.sleep(0.5)
-    raise BackendError(f"{name} does not answer after {START_S:.0f} s. Its last words: {_last_words(log)}")
+    raise BackendError(f"{name} does not answer after {START_S:.0f} s ({error}). Its last words: {_last_words(log)}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
