@@ -86,17 +86,36 @@ def test_a_rank_that_is_killed_in_a_batch_ends_all_and_is_named(shared: LLM) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "fields"), [({"schedule_lag": 0, "max_num_seqs": 3}, {"num_key_value_heads": 3})])
-def test_three_ranks_without_lag_and_with_a_small_pool(
-    options: dict[str, int], fields: dict[str, int], tmp_path: Path
-) -> None:
-    folder = save_tiny(tmp_path, **fields)
+def test_three_ranks_without_lag_preempt_as_one_does(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, num_key_value_heads=3)
+    options = {"schedule_lag": 0, "max_model_len": 100, "kv_cache_bytes": 70_000}
     with tiny_llm(folder, **options) as local:
         expected = local.generate(PROMPTS, PARAMS)
     with tiny_llm(folder, tensor_parallel_size=3, **options) as llm:
         assert_equal_outputs(llm.generate(PROMPTS, PARAMS), expected)
+        assert llm.stats()["preemptions"] > 0
+        assert llm.facts.total_pages == local.facts.total_pages
         pids = pids_of(llm)
     assert all(is_gone(pid, within_s=1.0) for pid in pids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "fields", "options"),
+    [
+        ("mistral", {"sliding_window": 24}, {}),
+        ("qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, {}),
+        ("llama", {"hidden_size": 96, "head_dim": 32, "intermediate_size": 128}, {"quantization": "q8_0"}),
+    ],
+)
+def test_windows_experts_and_quantized_weights(
+    architecture: str, fields: dict[str, int], options: dict[str, str], tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path, architecture, **fields)
+    with tiny_llm(folder, exact_activations=True, **options) as local:
+        expected = local.generate(PROMPTS, PARAMS)
+    with tiny_llm(folder, exact_activations=True, tensor_parallel_size=2, **options) as llm:
+        assert_equal_outputs(llm.generate(PROMPTS, PARAMS), expected)
 
 
 @pytest.mark.slow
