@@ -111,6 +111,8 @@ class Sizes:
     matrices: tuple[tuple[int, int], ...] = ((6144, 4096), (4096, 12288))
     """(outputs, inputs) of quantized products."""
     product_rows: tuple[int, ...] = (1, 16, 64, 256, 2048)
+    experts: tuple[int, int, int, int] = (2048, 768, 128, 8)
+    """Hidden size, outputs of an expert's gate, experts, experts of a row: Qwen3-30B-A3B's."""
     """Of such a product."""
     load_requests: int = 256
     load_range: tuple[int, int] = (100, 1024)
@@ -145,6 +147,7 @@ DRY = Sizes(
     attention_heads=((4, 2, 64),),
     matrices=((48, 256),),
     product_rows=(1, 17),
+    experts=(48, 16, 5, 2),
     load_requests=4,
     load_range=(4, 10),
 )

@@ -25,6 +25,7 @@ from cascade_llm.scheduler.cascade.device_costs import DeviceCosts
 from cascade_llm.weights.codes import Codes
 from cascade_llm.weights.cuda_fp8 import CudaFP8
 from cascade_llm.weights.cuda_int4 import CudaInt4
+from cascade_llm.weights.stack import Grouped
 from scripts.gpu_suite import __main__ as command_line
 from scripts.gpu_suite import runner
 from scripts.gpu_suite.equality import Equality
@@ -32,7 +33,7 @@ from scripts.gpu_suite.machine import CARDS, known_card
 from scripts.gpu_suite.runner import MAX_FILES, Runner, Stage, pack, save_json
 from scripts.gpu_suite.sizes import DRY, FULL, MODELS, QUICK, Sizes, decode_floor_s
 from scripts.gpu_suite.stage import StageRun
-from scripts.gpu_suite.stages import attention, engine, experiments, profile, replay, smoke, timing, weights
+from scripts.gpu_suite.stages import attention, engine, experiments, experts, profile, replay, smoke, timing, weights
 from scripts.gpu_suite.stages import machine as machine_stage
 from scripts.gpu_suite.table import STAGES
 from tests.gpu_path.double_machine import DoubleMachine
@@ -227,6 +228,18 @@ def test_quantized_products_that_are_off_or_refused_fail_the_stage(
     assert found["verdict"] == "failed"
     assert len(found["headline"]["wrong"]) == len(weights.KINDS)
     assert any("no kernel image" in entry.get("refused", "") for entry in found["products"])
+
+
+def test_the_product_of_experts_is_compared_and_timed(
+    stage: Callable[..., StageRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = experts.run(stage("experts"))
+    assert found["verdict"] == "passed"
+    assert [entry["rows"] for entry in found["products"]] == list(DRY.product_rows)
+    assert all(entry["us"] > 0 < entry["floor_us"] for entry in found["products"])
+    assert experts.run(stage("experts", seconds=-1))["verdict"] == "not run"
+    monkeypatch.setattr(Grouped, "multiply", lambda *arguments: _refused("no kernel image"))
+    assert experts.run(stage("experts"))["headline"]["wrong"] == list(DRY.product_rows)
 
 
 def test_experiments_run_and_one_that_raises_leaves_the_others(
