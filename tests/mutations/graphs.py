@@ -270,9 +270,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("what one graph leaves in the pool is not read after another was replayed")
 def _(patch: pytest.MonkeyPatch) -> None:
-    def leave_in_pool(self: CudaGraphs, attention: Any, rows: int) -> None:
+    def leave_in_pool(self: CudaGraphs, attentions: Any, rows: int) -> None:
         columns = self._buffers.columns
-        step = StepAttention([attention], self._backend, columns.slots[:rows])
+        step = StepAttention(attentions, self._backend, columns.slots[:rows])
         hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
         logits = self._decoder.logits(hidden)
         self._logits = torch.nn.functional.pad(logits, (0, 0, 0, len(self._logits) - rows))
@@ -305,10 +305,10 @@ def _(patch: pytest.MonkeyPatch) -> None:
     original = CudaGraphs._forward
     seen: set[int] = set()
 
-    def only_second(self: CudaGraphs, attention: Any, rows: int) -> None:
-        if id(attention) in seen:
-            original(self, attention, rows)
-        seen.add(id(attention))
+    def only_second(self: CudaGraphs, attentions: Any, rows: int) -> None:
+        if id(attentions) in seen:
+            original(self, attentions, rows)
+        seen.add(id(attentions))
 
     patch.setattr(CudaGraphs, "_forward", only_second)
 
