@@ -67,7 +67,7 @@ def assert_right(
 
 @needs_compiler
 @pytest.mark.parametrize("level", LEVELS[architecture()], ids=lambda level: level.name)
-@pytest.mark.parametrize(("dtype", "pages"), itertools.product(COMPUTED, PAGES), ids=str)
+@pytest.mark.parametrize(("dtype", "pages"), [*itertools.product(COMPUTED, PAGES)], ids=str)
 def test_the_kernels_of_every_level_equal_float64(
     dtype: torch.dtype, pages: torch.dtype, level: CpuLevel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
