@@ -222,6 +222,7 @@ def _whole_gain(stream: TokenStream) -> RequestGain:
         stream.poll(),
         output.num_cached_tokens,
         output.prompt_logprobs,
+        output.metrics,
         finished=True,
         error=None if output.error is None else str(output.error),
     )
