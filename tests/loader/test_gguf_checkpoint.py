@@ -41,7 +41,8 @@ WITHOUT_GGUF = {
     "qwen2_moe, few": "no key for it",
 }
 """Cases that a conversion cannot write, or does not write into the common keys."""
-MODELS = {case: model for case, model in CASES.items() if case not in WITHOUT_GGUF}
+WITH_EXPERTS = ("qwen2_moe", "qwen3_moe", "gpt_oss")
+MODELS = {case: model for case, model in CASES.items() if case not in WITHOUT_GGUF and model[0] not in WITH_EXPERTS}
 
 
 PARTS = ("gate_proj", "up_proj")
