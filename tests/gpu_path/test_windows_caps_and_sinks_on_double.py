@@ -1,4 +1,4 @@
-"""Gemma's windows and soft caps, and gpt-oss's sinks, on the GPU path: in captured graphs, with the tokens of the CPU."""
+"""Gemma's windows and soft caps, and gpt-oss's sinks, in captured graphs on the double, with the tokens of the CPU."""
 
 from __future__ import annotations
 
