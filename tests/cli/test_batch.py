@@ -79,6 +79,7 @@ def test_the_command_answers_what_the_library_does(run: Run, tiny_folder: Path, 
     body = found["chat"]["response"]["body"]
     assert body["choices"][0]["message"]["content"] == chat["text"]
     assert body["usage"]["completion_tokens"] == 4
+    assert body["usage"]["cascade"]["steps"] == 4
     assert (found["chat"]["response"]["status_code"], body["object"]) == (200, "chat.completion")
     expected = [output["text"] for output in llm.generate(["The sea", "A ship"], PARAMS)]
     assert [choice["text"] for choice in found["two"]["response"]["body"]["choices"]] == expected
