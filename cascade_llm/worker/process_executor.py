@@ -184,9 +184,10 @@ class ProcessExecutor(Executor):
         """A step that one rank alone runs may fail alone; ranks that share one would no longer exchange the same."""
         if len(self._ranks) > 1:
             self._end_all_for(rank, failure)
-        if failure.step_id is None:
+        elif failure.step_id is None:
             raise failure.error
-        self._results[failure.step_id] = failure.error
+        else:
+            self._results[failure.step_id] = failure.error
 
     def _end_all_for(self, rank: int, failure: Failure) -> None:
         """A rank that lost another is not the cause: the other's own last word comes soon."""
