@@ -62,7 +62,6 @@ class GGUFArchitecture:
     """Hugging Face's name."""
     layer_names: Mapping[str, str] = field(default_factory=lambda: LAYER_NAMES)
     """Names of the tensors in a layer, as in `LAYER_NAMES`; with `.weight` where Hugging Face's does not end so."""
-    """Of the tensors in a layer, as in `LAYER_NAMES`; with `.weight` where Hugging Face's name has no such end."""
     interleaves_heads: bool = False
     """Whether the conversion interleaves the two halves of each query and key head, row by row: llama.cpp then rotates
     neighbours, Hugging Face halves."""
