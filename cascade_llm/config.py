@@ -313,6 +313,9 @@ class EngineOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be True or False")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device is {self.device!r}: it must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        revision: object = self.revision
+        if revision is not None and not isinstance(revision, str):
+            raise ConfigError(f"revision is {revision!r}: it must be a branch, tag or commit of a hub's model, or None")
         share = self.gpu_memory_utilization
         if not _is_number(share) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization is {share!r}: it must be a number in (0, 1]")

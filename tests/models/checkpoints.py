@@ -97,7 +97,7 @@ class DenseAttention:
             if sinks is not None:
                 scores = torch.cat((scores, sinks[:, None]), dim=-1)
                 values = torch.cat((values, torch.zeros_like(values[:1])))
-            out[row] = torch.einsum("ht,thd->hd", scores.softmax(-1), values)
+            out[row] = torch.einsum("ht,thd->hd", scores.softmax(-1).to(values.dtype), values)
         return out
 
 
