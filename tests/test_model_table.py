@@ -8,7 +8,7 @@ from pathlib import Path
 from cascade_llm.engine.architecture_support import architecture_support, markdown_table
 from tests.engine.test_family_formats import CELLS, FORMATS
 from tests.models.families import FAMILIES
-from tests.models.test_ranks import SHARED
+from tests.models.test_ranks import PLAIN, SHARED
 
 
 def test_the_readme_s_table_is_that_of_the_registry(repo_root: Path) -> None:
@@ -19,7 +19,7 @@ def test_the_readme_s_table_is_that_of_the_registry(repo_root: Path) -> None:
 
 def test_every_cell_has_a_case() -> None:
     tested = {tuple(cell.values) for cell in CELLS}
-    ranked = {architecture for _, architecture, _ in SHARED}
+    ranked = {architecture for _, architecture, _ in (*SHARED, *PLAIN)}
     for row in architecture_support():
         assert row.name in FAMILIES
         assert row.name in ranked

@@ -13,6 +13,7 @@ import torch
 
 from cascade_llm.attention.flashinfer import kernels as flashinfer_kernels
 from cascade_llm.config import EngineOptions
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.errors import BackendError, CapacityError, CascadeError, ConfigError
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.worker import memory, worker
@@ -173,7 +174,7 @@ def test_no_memory_for_one_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1 << 20)
     options = EngineOptions(page_size=16, gpu_memory_utilization=0.5)
     with pytest.raises(CapacityError, match=r"one sequence of max_model_len 64 needs 524,288 bytes.*gpu_memory_util"):
-        memory.pool_pages(options, 64, 1 << 17, torch.device("cuda"), reserved_bytes=1 << 18)
+        memory.pool_pages(options, 64, 1 << 17, torch.device("cuda"), Ranks(), reserved_bytes=1 << 18)
 
 
 def test_no_memory_for_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None:

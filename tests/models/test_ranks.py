@@ -26,11 +26,11 @@ SHARED: list[tuple[int, str, dict[str, Any]]] = [
     (3, "olmo2", {"num_key_value_heads": 1}),
     (3, "qwen3_moe", {"num_key_value_heads": 3, "mlp_only_layers": [2]}),
 ]
+PLAIN: list[tuple[int, str, dict[str, Any]]] = [(2, architecture, {}) for architecture in FAMILIES]
 
 
 @pytest.mark.parametrize(
-    ("count", "architecture", "changes"),
-    [*SHARED, *(pytest.param(2, architecture, {}, marks=pytest.mark.slow) for architecture in FAMILIES)],
+    ("count", "architecture", "changes"), [*SHARED, *(pytest.param(*case, marks=pytest.mark.slow) for case in PLAIN)]
 )
 def test_logits_are_those_of_one_rank(count: int, architecture: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(architecture, **changes)

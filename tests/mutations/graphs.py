@@ -330,9 +330,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = StepAttention.__call__
 
-    def reading(self: StepAttention, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def reading(self: StepAttention, *layer_and_heads: Any) -> torch.Tensor:
         assert int(self._slots.max()) >= 0
-        return original(self, layer, q, k, v)
+        return original(self, *layer_and_heads)
 
     patch.setattr(StepAttention, "__call__", reading)
 

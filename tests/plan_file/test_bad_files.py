@@ -222,7 +222,7 @@ EDITS: list[tuple[str, Callable[[StepPlan], StepPlan], str]] = [
     ("indptr falls", leaf("kv_page_indptr", 0, 3), "must start with 0"),
     ("last page too full", leaf("kv_last_page_len", 0, 9), "does not fit its pages"),
     ("no levels", with_levels, "at least the leaf level"),
-    ("no cascades", lambda s: replace(s, cascades=()), "first cascade of a step must be there"),
+    ("no cascades", lambda s: replace(s, cascades=()), "a step needs the cascade of an attention kind"),
     ("page size", lambda s: replace(s, cascades=(replace(s.cascade, page_size=8),)), "fit|page_size|outside"),
     ("slot elsewhere", column("slots", 0, 1599), "writes slot|two rows"),
     ("slot twice", lambda s: column("slots", 0, s.slots[1])(s), "two rows write one slot"),

@@ -179,6 +179,16 @@ def _elementwise(machine: Machine, ops: FlashInferOps) -> Iterator[Call]:
 
         return work
 
+    def gemma_norm() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        x, weight = _drawn(machine, ROWS, 256), _drawn(machine, 256)
+        return [(ops.gemma_rmsnorm(x, weight, 1e-6), _normalized(x.double(), 1 + weight.double()))]
+
+    def gemma_add_and_norm() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        x, residual, weight = _drawn(machine, ROWS, 256), _drawn(machine, ROWS, 256), _drawn(machine, 256)
+        total = x.double() + residual.double()
+        ops.gemma_fused_add_rmsnorm(x, residual, weight, 1e-6)
+        return [(residual, total), (x, _normalized(total, 1 + weight.double()))]
+
     def add_and_norm() -> list[tuple[torch.Tensor, torch.Tensor]]:
         x, residual, weight = _drawn(machine, ROWS, 256), _drawn(machine, ROWS, 256), _drawn(machine, 256)
         total = x.double() + residual.double()
@@ -205,6 +215,8 @@ def _elementwise(machine: Machine, ops: FlashInferOps) -> Iterator[Call]:
     yield Call("rmsnorm: heads of 64", norm(ROWS, 8, 64), wide)
     yield Call("rmsnorm: heads of 128", norm(ROWS, 8, 128), wide)
     yield Call("fused_add_rmsnorm: rows", add_and_norm, wide)
+    yield Call("gemma_rmsnorm: rows", gemma_norm, wide)
+    yield Call("gemma_fused_add_rmsnorm: rows", gemma_add_and_norm, wide)
     yield Call("silu_and_mul: rows", gate, wide)
     yield Call("apply_rope_with_cos_sin_cache_inplace: heads of 64", rotate, TOLERANCES[machine.dtype])
 
