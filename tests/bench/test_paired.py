@@ -79,6 +79,7 @@ def test_ratios_are_of_pairs_and_have_quartiles() -> None:
     assert not measured.has_equal_plans
 
 
+@pytest.mark.slow
 def test_a_report_has_the_paired_ratio_and_says_where_plans_were_equal(bench: BenchModel) -> None:
     report = compare(bench, bench.load(SHARED), repeat=1, split_steps=False)
     assert report.ratio("cascade off", "decode") == report.paired["cascade off"].ratio

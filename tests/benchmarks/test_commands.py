@@ -38,6 +38,7 @@ def test_latency_compares_with_another_engine_in_conversations(run: Run, tiny: P
     assert "all that has arrived" in text, "the other engine's flags"
 
 
+@pytest.mark.slow
 def test_another_checkout_takes_turns_with_ours(run: Run, tiny: Path, repo_root: Path) -> None:
     args = ("throughput", "shared-prefix", "-m", tiny, *SMALL, *ENGINE, "--no-off", "--no-parts", "--json")
     result = run(*args, "--against", repo_root)
@@ -84,6 +85,7 @@ def test_growth_measures_every_point_once(run: Run, tiny: Path, tmp_path: Path) 
     assert "write integers" in run("growth", "-m", tiny, "--batches", "1,two").stderr
 
 
+@pytest.mark.slow
 def test_growth_keeps_points_and_goes_on_from_a_file(
     run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +143,7 @@ def test_growth_shows_and_keeps_what_an_interruption_left(
     assert "equal plans" in " ".join(result.stdout.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_goals_save_each_load_and_go_on_from_a_file(
     run: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

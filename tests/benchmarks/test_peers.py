@@ -149,6 +149,7 @@ def test_a_side_takes_one_load_after_the_other(counting: PeerInterpreter, tiny: 
     side.close()
 
 
+@pytest.mark.slow
 def test_transformers_runs_and_every_quantity_is_compared(tiny: Path) -> None:
     model = open_model(str(tiny), OPTIONS)
     load = model.load(SHARED)

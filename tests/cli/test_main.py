@@ -122,6 +122,7 @@ def test_no_prompts_on_a_closed_standard_input(repo_root: Path, environment: dic
     "encoding",
     ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp1252")), "utf-16"],
 )
+@pytest.mark.slow
 def test_output_in_other_encodings(
     repo_root: Path, environment: dict[str, str], tiny_folder: Path, encoding: str
 ) -> None:

@@ -257,6 +257,7 @@ def test_a_name_in_a_listing_that_leaves_the_folder_is_not_fetched(
     assert not list(tmp_path.rglob("evil.json"))
 
 
+@pytest.mark.slow
 def test_an_engine_opens_a_revision(
     hub: HubServer,
     pull: Pull,

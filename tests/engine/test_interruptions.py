@@ -180,6 +180,7 @@ def test_a_text_that_fails_ends_its_own_request_alone(tiny: Path, expected: list
         assert_as_fresh(llm, expected)
 
 
+@pytest.mark.slow
 def test_a_stream_in_a_cycle_is_ended_by_the_next_call(tiny: Path, expected: list[list[int]]) -> None:
     with small_llm(tiny) as llm:
         other = llm.stream(PROBES[0], SHORT)

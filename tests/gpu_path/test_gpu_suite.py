@@ -141,6 +141,7 @@ def test_replays_that_are_off_are_noticed(
     assert found["verdict"] == "failed"
 
 
+@pytest.mark.slow
 def test_ways_of_running_agree_and_a_race_is_told(stage: Callable[..., StageRun]) -> None:
     sizes = replace(ONE_MODEL, families=1, longest_equal=10)
     found = engine.run(stage("engine", sizes))
@@ -361,6 +362,7 @@ def test_a_stage_that_crashes_costs_itself_alone(tmp_path: Path) -> None:
     assert read(tmp_path / "crashes.json")["result"]["so_far"] == 1, "what it had is kept"
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "GRACE_S", 0.2)
     started = time.perf_counter()

@@ -120,6 +120,7 @@ def test_a_model_that_is_no_name(model: Any) -> None:
 
 
 @pytest.mark.parametrize("file", ["Tiny-Q8_0.gguf", "Q8/Tiny-00001-of-00002.gguf"])
+@pytest.mark.slow
 def test_a_file_of_a_hub_repository_is_found_in_the_cache(
     tmp_path: Path, file: str, run_python: Callable[[str], str]
 ) -> None:

@@ -78,6 +78,7 @@ def test_sigterm_lets_requests_end(start_server: StartServer) -> None:
         server.get("/health")
 
 
+@pytest.mark.slow
 def test_a_drain_has_an_end(start_server: StartServer) -> None:
     server = start_server("--drain-timeout", "0")
     server.wait_until_ready()
@@ -123,6 +124,7 @@ def test_a_port_that_is_taken(run_process: RunProcess, server: RunningServer) ->
     assert "--port" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_request_has_its_time_and_a_page_its_origin(start_server: StartServer) -> None:
     server = start_server("--request-timeout", "0.02", "--allow-origin", "https://a.example")
     server.wait_until_ready()

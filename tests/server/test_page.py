@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 import httpx
+import pytest
 
 from cascade_llm.server.sharing_feed import MOST_LISTENERS
 from tests.server.conftest import PATIENCE_S, RunningServer, StartServer
@@ -93,6 +94,7 @@ def test_two_sequences_with_one_prefix_are_seen_without_their_text(start_server:
     assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_text_is_told_where_the_server_is_asked_to(start_server: StartServer) -> None:
     server = start_server("--cascade-shared-prefix-len", "16", "--show-text")
     server.wait_until_ready()

@@ -92,6 +92,7 @@ def test_a_cut_stream_drops_a_session_only_where_that_was_asked(server: RunningS
     drop(server, talk)
 
 
+@pytest.mark.slow
 def test_budget_of_nothing_leaves_the_prefix_cache(start_server: StartServer) -> None:
     server = start_server("--session-share", "0")
     server.wait_until_ready()

@@ -136,6 +136,7 @@ def test_a_rank_does_not_outlive_its_engine(tiny: Path, tmp_path: Path) -> None:
     assert is_gone(int(done.stdout))
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_is_told(tiny: Path, tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(f"from cascade_llm import LLM\nLLM({str(tiny)!r}, distributed_executor_backend='mp')\n")
