@@ -8,15 +8,14 @@ import hashlib
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cascade_llm.device.user_cache import private_folder
+from cascade_llm.device.watched_process import Patience, run_watched
 from cascade_llm.errors import BackendError
 
 __all__ = ["compile_library", "describe_library_cache", "find_compiler", "load_library", "run_compiler"]
@@ -30,17 +29,18 @@ HEADERS = Path(__file__).parent
 """Where `parallel.h` lies, which every source may include."""
 CACHE = "native"
 """The folder of compiled libraries in the user's cache."""
-VERSION_LIMIT_S, COMPILE_LIMIT_S = 10.0, 60.0
+ASKED_ITS_VERSION, COMPILING = Patience(idle_s=10.0, computing_s=10.0), Patience(idle_s=60.0, computing_s=300.0)
 """A compiler that takes longer hangs: it is ended, and counts as missing."""
 
 
 def compile_library(
     source: Path, options: tuple[str, ...], functions: tuple[str, ...], *, for_all: bool = False
 ) -> ctypes.CDLL:
-    """The library built from one C file: compiled in a second or less, and then kept in the user's cache.
+    """The library built from one C file: compiled in seconds, and then kept in the user's cache.
 
     A file of the cache serves only the source, options and compiler that it was built with, and only with the very
-    bytes that were written. Where there is no private folder for it, nothing is kept.
+    bytes that were written. Processes that ask at once wait for the one that builds it. Where there is no private
+    folder for it, nothing is kept.
 
     Args:
         options: for the compiler: the processor's level, macros
@@ -109,10 +109,30 @@ def _library_file(compiler: str, options: tuple[str, ...], source: Path) -> Iter
     key = f"{source.stem}-{_key(compiler, options, source)}"
     kept = _kept(folder, key)
     if kept is None:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = _compile(compiler, options, source, Path(scratch))
-            kept = built.replace(folder / f"{key}-{_digest(built.read_bytes())}.so")
+        with _turn(folder, key):
+            kept = _kept(folder, key) or _build(compiler, options, source, folder, key)
     yield kept
+
+
+def _build(compiler: str, options: tuple[str, ...], source: Path, folder: Path, key: str) -> Path:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = _compile(compiler, options, source, Path(scratch))
+        return built.replace(folder / f"{key}-{_digest(built.read_bytes())}.so")
+
+
+@contextmanager
+def _turn(folder: Path, key: str) -> Iterator[None]:
+    """Wait until no other process builds that library; where files cannot be locked, several build it, each its own."""
+    import fcntl  # where there is none, nothing is kept
+
+    path = folder / f"{key}.lock"
+    with path.open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _key(compiler: str, options: tuple[str, ...], source: Path) -> str:
@@ -150,31 +170,9 @@ def _compile(compiler: str, options: tuple[str, ...], source: Path, folder: Path
 
 @functools.cache
 def _version(compiler: str) -> str:
-    return _run([compiler, "--version"], VERSION_LIMIT_S, None)[1]
+    return run_watched([compiler, "--version"], ASKED_ITS_VERSION)[1]
 
 
 def run_compiler(command: list[str], scratch: Path) -> tuple[int, str]:
     """Exit status and output of a compiler that may write to `scratch`. Raises `BackendError` where it hangs."""
-    return _run(command, COMPILE_LIMIT_S, scratch)
-
-
-def _run(command: list[str], limit_s: float, scratch: Path | None) -> tuple[int, str]:
-    """Exit status and output of a compiler; whatever ends the wait ends the programs that it has started too."""
-    environment = os.environ if scratch is None else {**os.environ, "TMPDIR": str(scratch)}
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
-    )
-    with process:
-        try:
-            output, _ = process.communicate(timeout=limit_s)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise BackendError(f"{command[0]} was ended after {limit_s:.0f} s") from None
-            raise
-    return process.returncode, output.decode(errors="replace")
+    return run_watched(command, COMPILING, {**os.environ, "TMPDIR": str(scratch)})

@@ -14,10 +14,12 @@ import pytest
 from cascade_llm.device import c_compiler
 from cascade_llm.device.c_compiler import compile_library, describe_library_cache
 from cascade_llm.device.user_cache import private_folder
+from cascade_llm.device.watched_process import Patience
 from cascade_llm.errors import BackendError
 
 GCC = shutil.which("gcc")
 needs_compiler = pytest.mark.skipif(GCC is None, reason="no C compiler here")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux tells what a process has computed")
 
 
 @pytest.fixture(autouse=True)
@@ -156,21 +158,48 @@ def test_a_library_without_its_functions_is_a_reason(source: Path) -> None:
         compile_library(source, ("-DANSWER=1",), ("answer", "question"))
 
 
+def hold_to(monkeypatch: pytest.MonkeyPatch, patience: Patience) -> None:
+    monkeypatch.setattr(c_compiler, "ASKED_ITS_VERSION", patience)
+    monkeypatch.setattr(c_compiler, "COMPILING", patience)
+
+
 @pytest.mark.parametrize("argument", ["--version", "-o"])
 def test_a_compiler_that_hangs_is_ended_with_what_it_started(
     argument: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = f'#!/bin/sh\ncase "$*" in *{argument}*) sleep 86413 & sleep 86413;; esac\n'
     compiler_that(monkeypatch, tmp_path / "bin", script.encode())
-    monkeypatch.setattr(c_compiler, "VERSION_LIMIT_S", 0.5)
-    monkeypatch.setattr(c_compiler, "COMPILE_LIMIT_S", 0.5)
-    start_s = time.monotonic()
+    hold_to(monkeypatch, Patience(idle_s=0.5, computing_s=60))
     for _ in range(3):
-        with pytest.raises(BackendError, match="was ended after"):
+        with pytest.raises(BackendError, match="was ended after 0 s without computing"):
             compile_library(source, ("-DANSWER=1",), ("answer",))
-    assert time.monotonic() - start_s < 5
     time.sleep(0.1)
     assert programs_named("sleep 86413") == 0
+
+
+COMPUTES = "i=0; while [ $i -lt {loops} ]; do i=$((i+1)); done\n"
+
+
+@needs_compiler
+@needs_proc
+def test_a_compiler_that_computes_may_take_longer_than_it_may_wait(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler_that(
+        monkeypatch, tmp_path / "bin", f'#!/bin/sh\n{COMPUTES.format(loops=800_000)}exec {GCC} "$@"\n'.encode()
+    )
+    hold_to(monkeypatch, Patience(idle_s=0.2, computing_s=60))
+    assert answer(source) == 42
+
+
+@needs_proc
+def test_a_compiler_that_computes_without_an_end_is_ended(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler_that(monkeypatch, tmp_path / "bin", f"#!/bin/sh\n{COMPUTES.format(loops=10**12)}".encode())
+    hold_to(monkeypatch, Patience(idle_s=1.0, computing_s=0.5))
+    with pytest.raises(BackendError, match="s of computing"):
+        answer(source)
 
 
 @needs_compiler
@@ -186,7 +215,11 @@ def test_a_temporary_folder_that_cannot_be_written_is_a_reason(
 
 
 @needs_compiler
-def test_many_processes_at_once_find_or_build_it(source: Path, cache: Path, repo_root: Path) -> None:
+def test_many_processes_at_once_build_it_once(
+    source: Path, cache: Path, tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = f'#!/bin/sh\ncase "$*" in *-o*) echo ran >> {tmp_path}/runs; sleep 0.5;; esac\nexec {GCC} "$@"\n'
+    compiler_that(monkeypatch, tmp_path / "bin", script.encode())
     code = (
         "from pathlib import Path; from cascade_llm.device.c_compiler import compile_library; "
         f"print(compile_library(Path({str(source)!r}), ('-DANSWER=42',), ('answer',)).answer())"
@@ -196,4 +229,16 @@ def test_many_processes_at_once_find_or_build_it(source: Path, cache: Path, repo
         for _ in range(4)
     ]
     assert [process.communicate()[0] for process in running] == ["42\n"] * 4
-    assert all(path.suffix == ".so" for path in cache.iterdir())
+    assert [path.suffix for path in cache.iterdir()] == [".so"]
+    assert (tmp_path / "runs").read_text().split() == ["ran"]
+
+
+@needs_compiler
+def test_whoever_waited_for_one_that_died_builds_it(source: Path, cache: Path) -> None:
+    """The lock of a process that was killed is no longer held, its file stays."""
+    assert answer(source) == 42
+    (kept,) = cache.iterdir()
+    kept.unlink()
+    (cache / f"{kept.stem.rpartition('-')[0]}.lock").touch()
+    assert answer(source) == 42
+    assert [path.suffix for path in cache.iterdir()] == [".so"]
