@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +15,8 @@ import pytest
 from cascade_llm import LLM, SamplingParams
 from cascade_llm.errors import CapacityError, GenerationError, PlanError, WorkerError
 from cascade_llm.plan import int_column
-from cascade_llm.worker.process_executor import ProcessExecutor
 from tests.engine.tiny_llm import assert_equal_outputs, save_tiny, tiny_llm
-
-SHARED = [3 + (i * 7) % 80 for i in range(40)]
-PROMPTS = [[*SHARED, *range(50 + 5 * i, 53 + 5 * i)] for i in range(5)] + [[9, 8, 7]]
-PARAMS = [
-    SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2),
-    SamplingParams(temperature=0.8, seed=5, n=3, max_tokens=9, ignore_eos=True, logprobs=2),
-    SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=2, presence_penalty=0.5),
-    SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2, prompt_logprobs=1),
-    SamplingParams(temperature=1.0, seed=1, top_p=0.9, max_tokens=15, ignore_eos=True, logprobs=2),
-    SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=2, logit_bias={5: 1.0}),
-]
-LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+from tests.worker.rank_processes import LONG, PARAMS, PROMPTS, executor_of, is_gone, pids_of
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +28,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def remote(tiny: Path) -> Iterator[LLM]:
     with tiny_llm(tiny, distributed_executor_backend="mp", schedule_lag=1) as llm:
         yield llm
-
-
-def executor_of(llm: LLM) -> ProcessExecutor:
-    assert isinstance(llm.engine.executor, ProcessExecutor)
-    return llm.engine.executor
-
-
-def is_gone(pid: int, within_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_outputs_are_those_of_this_process(tiny: Path, remote: LLM) -> None:
@@ -92,8 +61,7 @@ def test_what_a_start_refuses_comes_as_itself(tiny: Path) -> None:
 
 def test_a_rank_that_is_killed_ends_all_that_wait(tiny: Path) -> None:
     with tiny_llm(tiny, distributed_executor_backend="mp", max_num_seqs=2) as llm:
-        (pid,) = executor_of(llm).pids
-        assert pid is not None
+        (pid,) = pids_of(llm)
         streams = [llm.stream([5, 6, 7 + i], LONG) for i in range(5)]
         next(streams[0])
         os.kill(pid, signal.SIGKILL)
@@ -109,8 +77,7 @@ def test_a_rank_that_is_killed_ends_all_that_wait(tiny: Path) -> None:
 
 def test_closing_ends_the_process(tiny: Path) -> None:
     llm = tiny_llm(tiny, distributed_executor_backend="mp")
-    (pid,) = executor_of(llm).pids
-    assert pid is not None
+    (pid,) = pids_of(llm)
     llm.close()
     assert is_gone(pid, within_s=1.0)
     llm.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,18 +16,7 @@ from cascade_llm.errors import CapacityError, CheckpointError, ConfigError, Gene
 from cascade_llm.worker.process_executor import ProcessExecutor
 from cascade_llm.worker.rank_watch import Pulse, RankWatch
 from tests.engine.tiny_llm import assert_equal_outputs, save_tiny, tiny_llm
-
-SHARED = [3 + (i * 7) % 80 for i in range(40)]
-PROMPTS = [[*SHARED, *range(50 + 5 * i, 53 + 5 * i)] for i in range(5)] + [[9, 8, 7]]
-PARAMS = [
-    SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2),
-    SamplingParams(temperature=0.8, seed=5, n=3, max_tokens=9, ignore_eos=True, logprobs=2),
-    SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=2, presence_penalty=0.5),
-    SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2, prompt_logprobs=1),
-    SamplingParams(temperature=1.0, seed=1, top_p=0.9, max_tokens=15, ignore_eos=True, logprobs=2),
-    SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=2, logit_bias={5: 1.0}),
-]
-LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+from tests.worker.rank_processes import LONG, PARAMS, PROMPTS, is_gone, pids_of
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +28,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(tiny: Path) -> Iterator[LLM]:
     with tiny_llm(tiny, tensor_parallel_size=2, schedule_lag=1) as llm:
         yield llm
-
-
-def pids_of(llm: LLM) -> list[int]:
-    assert isinstance(llm.engine.executor, ProcessExecutor)
-    return [pid for pid in llm.engine.executor.pids if pid is not None]
-
-
-def is_gone(pid: int, within_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_outputs_are_those_of_one_rank(tiny: Path, shared: LLM) -> None:
