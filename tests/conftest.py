@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,21 @@ settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the user has measured on this machine does not change what is tested, nor the other way round."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CASCADE_LLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+CACHE = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One cache for a run, which its workers inherit: what the user has measured changes no test, nor the other way
+    round, and what one worker has compiled serves the others."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.stash[CACHE] = tempfile.TemporaryDirectory(prefix="cascade_llm_tests_")
+        os.environ["CASCADE_LLM_CACHE"] = config.stash[CACHE].name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The cache goes with the run."""
+    if CACHE in config.stash:
+        config.stash[CACHE].cleanup()
 
 
 @pytest.fixture(scope="session", autouse=True)

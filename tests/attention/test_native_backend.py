@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,8 +17,9 @@ from cascade_llm.plan import CascadePlan
 from cascade_llm.validation.cases import single_level_plan
 from tests.attention.test_torch_backend import NUM_CASES, TOLERANCE, random_q, spec_for, worst
 from tests.cascade_cases import CascadeCase, cascade_case, make_level, pool_with_only, single_level
+from tests.native_code import needs_compiler
 
-pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler here")
+pytestmark = needs_compiler
 
 CUT_SMALL = Sharing(num_threads=3, smallest_task=1)
 """Cuts even small loads into many parts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,11 +19,24 @@ from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
 from cascade_llm.validation.cases import pool_with_only
 from tests.attention.test_torch_backend import TOLERANCE, worst
 from tests.cascade_cases import CascadeCase, cascade_case
+from tests.native_code import needs_compiler
 
 COMPUTED = (torch.float32, torch.bfloat16)
 PAGES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
 PAIRS = [pair for pair in itertools.product(COMPUTED, PAGES) if pair[0] != pair[1]]
-needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler here")
+HERE = [level for level in LEVELS[architecture()] if not missing_flags(level)]
+WHOLE = {level.name for level in HERE[-1:]} | {"avx2", "neon"}
+"""Levels with all pairs in `make test`: this processor's own, and the one that most have."""
+ELSEWHERE = {(torch.float32, torch.int8), (torch.bfloat16, torch.float16)}
+"""The pairs of the other levels there; each pair is a library to compile for seconds."""
+OF_LEVELS = [
+    pytest.param(
+        *(level, dtype, pages),
+        marks=() if level.name in WHOLE or (dtype, pages) in ELSEWHERE else pytest.mark.slow,
+        id=f"{dtype}-{pages}-{level.name}",
+    )
+    for level, dtype, pages in itertools.product(HERE, COMPUTED, PAGES)
+]
 
 
 def spec_of(kv_cache: PagedKVCache, group_size: int, dtype: torch.dtype) -> AttentionSpec:
@@ -66,13 +78,10 @@ def assert_right(
 
 
 @needs_compiler
-@pytest.mark.parametrize("level", LEVELS[architecture()], ids=lambda level: level.name)
-@pytest.mark.parametrize(("dtype", "pages"), [*itertools.product(COMPUTED, PAGES)], ids=str)
+@pytest.mark.parametrize(("level", "dtype", "pages"), OF_LEVELS)
 def test_the_kernels_of_every_level_equal_float64(
-    dtype: torch.dtype, pages: torch.dtype, level: CpuLevel, monkeypatch: pytest.MonkeyPatch
+    level: CpuLevel, dtype: torch.dtype, pages: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if missing := missing_flags(level):
-        pytest.skip(f"this processor has no {', '.join(missing)}")
     monkeypatch.setenv(LEVEL_VARIABLE, level.name)
     kernels_for.cache_clear()
     try:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from cascade_llm.attention.native_kernels import kernels_for
 from cascade_llm.attention.select import select_backend
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.errors import BackendError
+from tests.native_code import needs_compiler
 
 
 def spec(num_qo_heads: int = 4, dtype: torch.dtype = torch.float32, head_dim: int = 8) -> AttentionSpec:
@@ -30,7 +30,7 @@ def spec(num_qo_heads: int = 4, dtype: torch.dtype = torch.float32, head_dim: in
     )
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler here")
+@needs_compiler
 def test_auto_takes_the_native_kernels_and_says_why_not_flashinfer() -> None:
     choice = select_backend("auto", spec())
     assert choice.name == "native"

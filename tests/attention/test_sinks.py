@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -19,6 +18,7 @@ from tests.attention.test_torch_backend import spec_for, worst
 from tests.cascade_cases import cascade_case, pool_with_only, single_level
 from tests.doubles.device import DoubleStream
 from tests.doubles.flashinfer import FlashInferDouble
+from tests.native_code import expect_native
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 
@@ -28,8 +28,8 @@ def backend_of(name: str, kv_cache: PagedKVCache, group_size: int, dtype: torch.
     if name == "flashinfer":
         double = FlashInferDouble(DoubleStream(), exact=dtype == torch.float32)
         return FlashInferAttentionBackend(spec, kv_cache, double.platform())
-    if name == "native" and shutil.which("gcc") is None:
-        pytest.skip("no C compiler here")
+    if name == "native":
+        expect_native()
     return {"native": NativeAttentionBackend, "torch": TorchAttentionBackend}[name](spec, kv_cache)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.tiny_llm import save_tiny
+from tests.native_code import cache_without_measurements
 
 
 @pytest.fixture(scope="session")
@@ -21,5 +22,5 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Measurements of tests are not kept for users."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CASCADE_LLM_CACHE", str(folder))
+        patch.setenv("CASCADE_LLM_CACHE", cache_without_measurements(folder))
         yield folder

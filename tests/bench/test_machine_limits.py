@@ -10,13 +10,14 @@ import torch
 
 from cascade_llm.bench import machine_limits as limits_module
 from cascade_llm.bench.machine_limits import machine_limits, measure_limits
+from tests.native_code import cache_without_measurements
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CASCADE_LLM_CACHE", cache_without_measurements(tmp_path / "cache"))
     monkeypatch.setattr(limits_module, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(limits_module, "PRODUCT_SIZES", {"cpu": (32, 64)})
     monkeypatch.setattr(limits_module, "MEASURE_S", 0.0)

@@ -19,6 +19,7 @@ from cascade_llm.errors import ConfigError, PromptError
 from cascade_llm.scheduler.cascade.calibration import Calibration, write_calibration
 from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel, PlanWork
 from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
+from tests.native_code import cache_without_measurements
 
 MODEL = ModelConfig(
     architecture="llama",
@@ -147,7 +148,7 @@ def test_predicted_times_are_the_cost_model_s() -> None:
 
 
 def test_a_calibration_of_this_machine_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CASCADE_LLM_CACHE", cache_without_measurements(tmp_path))
     prompts = [[*[7] * 40, 50 + i] for i in range(4)]
     options = {"attention_backend": "torch", "num_threads": 1}
     spec = AttentionSpec(

@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.conftest import Run
 from tests.engine.tiny_llm import save_tiny
+from tests.native_code import cache_without_measurements
 
 SMALL = ("--prefix-len", "40", "--num-requests", "4", "--suffix-len", "4", "--output-len", "6", "--repeat", "1")
 CHAT = ("--conversations", "2", "--turns", "2", "--system-len", "8", "--user-len", "4", "--output-len", "4")
@@ -24,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CASCADE_LLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CASCADE_LLM_CACHE", cache_without_measurements(tmp_path_factory.mktemp("cache")))
         yield
 
 

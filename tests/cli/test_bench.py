@@ -13,6 +13,7 @@ from cascade_llm.cli.bench import PLACES
 from tests.bench.fake_openai_server import fake_openai_server
 from tests.cli.conftest import Run
 from tests.engine.tiny_llm import save_tiny
+from tests.native_code import cache_without_measurements
 
 SMALL = ("--prefix-len", "40", "--num-requests", "4", "--suffix-len", "4", "--output-len", "6", "--repeat", "1")
 ENGINE = ("--page-size", "4", "--cascade-shared-prefix-len", "8", "--dtype", "float32")
@@ -26,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CASCADE_LLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CASCADE_LLM_CACHE", cache_without_measurements(tmp_path_factory.mktemp("cache")))
         yield
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from cascade_llm.bench import calibration
 from tests.cli.conftest import Run
+from tests.native_code import cache_without_measurements
 
 QUICK = ("--seconds", "0.01", "--case", "1,4/64,8", "--case", "2/64", "--attention-backend", "torch")
 
@@ -16,7 +17,7 @@ QUICK = ("--seconds", "0.01", "--case", "1,4/64,8", "--case", "2/64", "--attenti
 @pytest.fixture
 def few_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Fits to three trees and keeps what it finds in a folder of its own."""
-    monkeypatch.setenv("CASCADE_LLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CASCADE_LLM_CACHE", cache_without_measurements(tmp_path / "cache"))
     monkeypatch.setattr(calibration, "FIT_CASES", ("2/64", "1,4/64,8", "1,2,4/32,32,8"))
     return tmp_path / "cache" / "calibration.json"
 

@@ -15,8 +15,7 @@ from cascade_llm.device.native_build import build_libraries, library_name
 from cascade_llm.device.native_library import describe_native_code, native_functions
 from cascade_llm.device.native_units import BLOCKED, PARALLEL, SAMPLER, attention_unit, ops_unit, units_of_wheel
 from cascade_llm.errors import BackendError
-
-needs_compiler = pytest.mark.skipif(find_compiler() is None or architecture() not in LEVELS, reason="no C compiler")
+from tests.native_code import needs_compiler
 
 SAMPLER_ALONE = """
 import os

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 
-import pytest
+from tests.native_code import needs_compiler
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("gcc", "clang", "cc"))), reason="no C compiler here")
+pytestmark = needs_compiler
 
 LOOP = """
 import ctypes, os, threading

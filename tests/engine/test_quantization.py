@@ -18,6 +18,7 @@ from cascade_llm.weights.packed_kernels import reason_against_packed
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
 from tests.loader.gguf_files import write_model
 from tests.models.checkpoints import tiny_model
+from tests.native_code import expect_native
 
 FITTING = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6}
 TEXT = (
@@ -100,8 +101,7 @@ def test_a_matrix_whose_inputs_are_no_groups_stays_plain(tmp_path: Path) -> None
 def test_blocks_without_a_kernel_are_decoded_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, has_kernel: bool
 ) -> None:
-    if reason_against_packed() is not None:
-        pytest.skip("there are no compiled kernels here")
+    expect_native(reason_against_packed())
     model = tiny_model("llama", hidden_size=256, intermediate_size=256, num_attention_heads=4, head_dim=64)
     file = write_model(tmp_path / "tiny.gguf", model, tensor_type=GGMLQuantizationType[kind])
     with tiny_llm(file) as llm:

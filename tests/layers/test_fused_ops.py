@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,11 @@ from cascade_llm.errors import BackendError
 from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm, TorchOps
 from cascade_llm.layers.native_ops import NativeOps, _compiled, select_fused_ops
 from cascade_llm.layers.rope import Rotation
+from tests.native_code import needs_compiler
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 ROWS = (1, 3, 16, 200)
-
-needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler here")
 
 
 @pytest.fixture(params=[TorchOps, pytest.param(NativeOps, marks=needs_compiler)])

@@ -17,23 +17,21 @@ from cascade_llm.sampling.draw import (
     uniforms,
 )
 from cascade_llm.sampling.native_sampler import NativeSampler
+from tests.native_code import needs_compiler
 from tests.sampling.reference_sampler import kept_weights
 
 VOCAB_SIZE = 2560
-NATIVE = NativeSampler.for_device(torch.device("cpu"))
 implementations = pytest.mark.parametrize(
-    "native",
-    [
-        pytest.param(None, id="torch"),
-        pytest.param(NATIVE, id="native", marks=pytest.mark.skipif(NATIVE is None, reason="needs a C compiler")),
-    ],
+    "native", [False, pytest.param(True, marks=needs_compiler)], ids=["torch", "native"]
 )
 
 
-def drawn(native: NativeSampler | None, weights: torch.Tensor, uniform: torch.Tensor, filters: Filters) -> list[int]:
+def drawn(native: bool, weights: torch.Tensor, uniform: torch.Tensor, filters: Filters) -> list[int]:
     """The tokens of rows by either implementation."""
-    if native is not None:
-        return native.draw(weights, uniform, filters).tolist()
+    if native:
+        sampler = NativeSampler.for_device(torch.device("cpu"))
+        assert sampler is not None
+        return sampler.draw(weights, uniform, filters).tolist()
     return draw(keep(weights, filters), uniform).tolist()
 
 
@@ -65,7 +63,7 @@ def test_any_seed_makes_a_key(seed: int, sample_index: int) -> None:
 
 @implementations
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2.0**-53])
-def test_only_tokens_with_weight_are_drawn(uniform: float, native: NativeSampler | None) -> None:
+def test_only_tokens_with_weight_are_drawn(uniform: float, native: bool) -> None:
     weights = torch.zeros(3, VOCAB_SIZE)
     weights[0, [700, 1500]] = torch.tensor([0.25, 0.75])
     weights[1, 0], weights[2, -1] = 1.0, 1.0
@@ -118,7 +116,7 @@ def slowly_drawn(weights: torch.Tensor, uniform: torch.Tensor, filters: Filters)
 )
 @pytest.mark.parametrize("top_k", [1, 20, 500, VOCAB_SIZE])
 def test_draws_are_those_of_a_sorted_list(
-    scale: float, quantum: float, top_p: float, min_p: float, top_k: int, native: NativeSampler | None
+    scale: float, quantum: float, top_p: float, min_p: float, top_k: int, native: bool
 ) -> None:
     weights = probabilities(8, scale, quantum)
     uniform = torch.linspace(0, 1 - 1e-9, 8, dtype=torch.float64)
@@ -127,7 +125,7 @@ def test_draws_are_those_of_a_sorted_list(
 
 
 @implementations
-def test_filters_that_keep_all_draw_as_no_filter(native: NativeSampler | None) -> None:
+def test_filters_that_keep_all_draw_as_no_filter(native: bool) -> None:
     weights = probabilities(64, 1.0, 2.0**-10)
     uniform = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     plain = drawn(native, weights, uniform, all_rows(64))
@@ -138,7 +136,7 @@ def test_filters_that_keep_all_draw_as_no_filter(native: NativeSampler | None) -
 
 
 @implementations
-def test_ties_at_the_boundary_keep_the_lowest_ids(native: NativeSampler | None) -> None:
+def test_ties_at_the_boundary_keep_the_lowest_ids(native: bool) -> None:
     weights = torch.zeros(1, VOCAB_SIZE)
     weights[0, [2000, 1000, 3, 500]] = 0.25
     spread = torch.linspace(0, 1 - 1e-9, 16, dtype=torch.float64)
@@ -180,9 +178,7 @@ def test_temperature_zero_draws_a_maximum_and_a_row_that_is_not_finite_any_token
 
 @implementations
 @pytest.mark.parametrize("total", [1.0, 1.0 + 2.0**-20, 0.999])
-def test_the_largest_uniform_number_draws_the_last_token_with_weight(
-    total: float, native: NativeSampler | None
-) -> None:
+def test_the_largest_uniform_number_draws_the_last_token_with_weight(total: float, native: bool) -> None:
     """Also where its product with the sum rounds to the sum, and blocks of nothing follow."""
     weights = torch.zeros(1, VOCAB_SIZE)
     weights[0, 3], weights[0, BLOCK_LEN + 1] = 0.5, total - 0.5

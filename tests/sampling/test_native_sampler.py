@@ -14,15 +14,16 @@ from cascade_llm.sampling.lanes import LaneState
 from cascade_llm.sampling.native_sampler import NativeSampler
 from cascade_llm.sampling.sampler import Sampler
 from cascade_llm.sampling_params import SamplingParams
+from tests.native_code import needs_compiler
 from tests.sampling.sampling_cases import lane_start
 
-COMPILED = NativeSampler.for_device(torch.device("cpu"))
-pytestmark = pytest.mark.skipif(COMPILED is None, reason="needs a C compiler")
+pytestmark = needs_compiler
 
 
 def native() -> NativeSampler:
-    assert COMPILED is not None
-    return COMPILED
+    sampler = NativeSampler.for_device(torch.device("cpu"))
+    assert sampler is not None
+    return sampler
 
 
 def no_filters(num_rows: int, vocab_size: int) -> Filters:

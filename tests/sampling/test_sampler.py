@@ -11,16 +11,22 @@ from hypothesis import strategies as st
 from cascade_llm.plan import LaneStart
 from cascade_llm.sampling.draw import draw_key, uniforms
 from cascade_llm.sampling.lanes import LaneState
-from cascade_llm.sampling.native_sampler import NativeSampler
+from cascade_llm.sampling.native_sampler import reason_against_native_sampler
 from cascade_llm.sampling.sampler import SampledTokens, Sampler
 from cascade_llm.sampling_params import SamplingParams
+from tests.native_code import expect_native, needs_compiler
 from tests.sampling.reference_sampler import acceptable_tokens, adjusted_logits, kept_probabilities
 from tests.sampling.sampling_cases import PROMPT_LEN, lane_start, random_logits, starts
 
-needs_native = pytest.mark.skipif(NativeSampler.for_device(torch.device("cpu")) is None, reason="needs a C compiler")
 pytestmark = pytest.mark.parametrize(
-    "compiled", [False, pytest.param(True, marks=needs_native)], ids=["torch", "native"]
+    "compiled", [False, pytest.param(True, marks=needs_compiler)], ids=["torch", "native"]
 )
+
+
+@pytest.fixture(autouse=True)
+def native_where_asked(compiled: bool) -> None:
+    if compiled:
+        expect_native(reason_against_native_sampler(torch.device("cpu")))
 
 
 def lanes_of(vocab_size: int, lane_starts: list[LaneStart]) -> LaneState:

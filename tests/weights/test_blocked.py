@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cascade_llm.device.cpu_levels import processor_flags
 from cascade_llm.weights.blocked import Blocked, is_blocked
+from tests.native_code import needs_compiler
 from tests.weights.matrices import matrix_spec
 
-pytestmark = pytest.mark.skipif(
-    bool(Blocked.reasons_against(matrix_spec(64, 64, torch.bfloat16))),
-    reason="the kernel is for processors with AVX512-BF16",
-)
+pytestmark = [
+    needs_compiler,
+    pytest.mark.skipif("avx512_bf16" not in processor_flags(), reason="the kernel is for processors with AVX512-BF16"),
+]
 
 
 def blocked(weight: torch.Tensor) -> Blocked:

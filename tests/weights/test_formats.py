@@ -16,6 +16,7 @@ from cascade_llm.weights.onednn import OneDNN
 from cascade_llm.weights.packed import Packed
 from cascade_llm.weights.select import FORMATS, Entry, build_matrix, describe_weights, select_format
 from cascade_llm.weights.stack import OneByOne
+from tests.native_code import expect_native
 from tests.weights.matrices import matrix_in, matrix_spec, plain, random_codes, stored_codes
 from tests.weights.test_packed import LAYOUTS
 
@@ -122,8 +123,7 @@ def test_a_format_is_chosen_from_dtype_device_and_storage_and_says_why_not_anoth
 def test_codes_stay_as_they_are_stored(dtype: torch.dtype) -> None:
     stored = stored_codes(random_codes(LAYOUTS["Q4_1"], 16, 64, torch.Generator()))
     spec = matrix_spec(64, 16, dtype)
-    if Packed.reasons_against(spec, {"all": stored}):
-        pytest.skip("there are no compiled kernels here")
+    expect_native(*Packed.reasons_against(spec, {"all": stored}))
     assert select_format(spec, {"all": stored}).name == "packed"
 
 
@@ -150,8 +150,7 @@ def test_a_quantized_embedding_is_the_head_too_and_stands_once() -> None:
     codes = random_codes(LAYOUTS["Q8_0"], 40, 64, torch.Generator().manual_seed(4))
     spec = matrix_spec(64, 40, torch.float32, exact_activations=True)
     stored = stored_codes(codes)
-    if Packed.reasons_against(spec, {"all": stored}):
-        pytest.skip("there are no compiled kernels here")
+    expect_native(*Packed.reasons_against(spec, {"all": stored}))
     embedding = Embedding(spec)
     embedding.load(stored)
     head = Linear(spec, tied_to=embedding)

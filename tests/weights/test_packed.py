@@ -14,10 +14,10 @@ from cascade_llm.loader.gguf_codes import CODED_TYPES
 from cascade_llm.weights.codes import CodeLayout, Codes
 from cascade_llm.weights.format import StoredTensor
 from cascade_llm.weights.packed import Packed
-from cascade_llm.weights.packed_kernels import reason_against_packed
+from tests.native_code import needs_compiler
 from tests.weights.matrices import matrix_spec, plain, random_codes, stored_codes
 
-pytestmark = pytest.mark.skipif(reason_against_packed() is not None, reason="there are no compiled kernels here")
+pytestmark = needs_compiler
 
 LAYOUTS = {kind.name: entry.layout for kind, entry in CODED_TYPES.items()} | {
     "4 bits, groups of 128": CodeLayout("u4", group_len=128, scale="float32", has_minimum=True),

@@ -19,6 +19,7 @@ from cascade_llm.weights.packed_stack import PackedStack
 from cascade_llm.weights.row_major import RowMajor, RowMajorStack
 from cascade_llm.weights.stack import Grouped, MatrixStack, OneByOne
 from cascade_llm.weights.stacked_linear import StackedLinear
+from tests.native_code import expect_native
 from tests.weights.matrices import matrix_spec, random_codes, stored_codes
 from tests.weights.test_packed import LAYOUTS
 
@@ -87,8 +88,8 @@ def test_plain_values_as_they_lie_have_the_products_of_their_values(
     values = tensors(len(counts), spec.in_features, stored_as, seed)
     bias = torch.randn(len(counts), spec.out_features).to(dtype) if has_bias else None
     linear = loaded(spec, plain(values), bias=bias)
-    if not isinstance(linear.matrix, RowMajorStack):
-        pytest.skip("there are no compiled kernels here")
+    expect_native(*RowMajor.reasons_against(spec, plain(values)[0]))
+    assert isinstance(linear.matrix, RowMajorStack)
     x = torch.randn(5, spec.in_features).to(dtype)
     sources = torch.randint(5, (sum(counts),))
     weights = [
@@ -120,8 +121,7 @@ def test_packed_matrices_have_the_products_of_each_alone(
     stored = [
         {part: stored_codes(random_codes(kind, rows, 512, generator)) for part, rows in PARTS.items()} for kind in kinds
     ]
-    if Packed.reasons_against(spec, stored[0]):
-        pytest.skip("there are no compiled kernels here")
+    expect_native(*Packed.reasons_against(spec, stored[0]))
     matrices = [Packed(spec, parts) for parts in stored]
     assert PackedStack.holds(matrices)
     bias = torch.randn(len(counts), spec.out_features).to(dtype) if has_bias else None
@@ -152,10 +152,8 @@ def stacks_of_many_rows() -> list[tuple[MatrixStack, MatrixStack, int]]:
 
 @torch.inference_mode()
 def test_more_rows_than_a_pass_takes() -> None:
-    if Packed.reasons_against(matrix_spec(256, PARTS, torch.bfloat16), {}) or RowMajor.reasons_against(
-        matrix_spec(256, PARTS, torch.bfloat16), {}
-    ):
-        pytest.skip("there are no compiled kernels here")
+    spec = matrix_spec(256, PARTS, torch.bfloat16)
+    expect_native(*Packed.reasons_against(spec, {}), *RowMajor.reasons_against(spec, {}))
     for together, each, inputs in stacks_of_many_rows():
         x, ends = torch.randn(1700, inputs).bfloat16(), torch.tensor([1501, 1700], dtype=torch.int32)
         assert torch.equal(together.multiply(x, ends), each.multiply(x, ends))
@@ -185,8 +183,7 @@ def test_the_product_of_a_gpu_on_the_cpu(has_bias: bool) -> None:
 def test_values_stay_in_the_checkpoint_where_they_are_stored_so() -> None:
     spec = matrix_spec(64, PARTS, torch.bfloat16)
     values = tensors(1, 64, torch.bfloat16)[0]
-    if RowMajor.reasons_against(spec, plain([values])[0]):
-        pytest.skip("there are no compiled kernels here")
+    expect_native(*RowMajor.reasons_against(spec, plain([values])[0]))
     matrix = RowMajor(spec, plain([values])[0])
     assert [held.data_ptr() for held in matrix.values] == [tensor.data_ptr() for tensor in values.values()]
     rounded = loaded(matrix_spec(64, PARTS, torch.bfloat16, quantization="int4"), plain([values]))
