@@ -9,15 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from cascade_llm.device.native_library import NativeFunction, native_functions
 from cascade_llm.device.native_units import row_major_unit
-from cascade_llm.errors import BackendError, CapacityError
+from cascade_llm.errors import BackendError
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
-from cascade_llm.weights.stack import MatrixStack
+from cascade_llm.weights.native_stack import NativeStack
 
 __all__ = ["RowMajor", "RowMajorStack"]
 
@@ -77,68 +76,33 @@ class RowMajor(WeightFormat):
         """See `WeightFormat`; of a view, what the file has."""
         return sum(values.nbytes for values in self.values)
 
+    def describe(self) -> str:
+        """See `WeightFormat`."""
+        return f"{ELEMENTS[self.values[0].dtype]}, as they lie"
 
-class RowMajorStack(MatrixStack):
+
+class RowMajorStack(NativeStack):
     """Matrices of one spec and one dtype, multiplied in one call."""
 
     def __init__(self, matrices: Sequence[RowMajor]) -> None:
         """`matrices`: such as `holds` says yes to."""
-        self._matrices = matrices  # their values are what the parts point to
-        self._spec = spec = matrices[0].spec
+        spec = matrices[0].spec
         starts = [spec.rows_of(name).start for name in spec.parts]
         parts = [
             _Part(values.data_ptr(), len(values), start)
             for matrix in matrices
             for values, start in zip(matrix.values, starts, strict=True)
         ]
-        self._parts: Any = (_Part * len(parts))(*parts)
-        self._is_narrow = matrices[0].values[0].dtype == torch.bfloat16
         kernel = _compiled(spec.options.dtype)
         assert not isinstance(kernel, str), kernel
-        self._kernel = kernel
+        is_narrow = matrices[0].values[0].dtype == torch.bfloat16
+        super().__init__(spec, matrices, (_Part * len(parts))(*parts), kernel, (is_narrow,))
 
     @staticmethod
     def holds(matrices: Sequence[WeightFormat]) -> bool:
         """Whether all are row-major, and of one dtype."""
         dtypes = {matrix.values[0].dtype if isinstance(matrix, RowMajor) else None for matrix in matrices}
         return None not in dtypes and len(dtypes) == 1
-
-    def multiply(
-        self, x: torch.Tensor, ends: torch.Tensor, sources: torch.Tensor | None = None, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """See `MatrixStack`."""
-        spec = self._spec
-        x = x.contiguous()
-        assert x.dtype == spec.options.dtype
-        assert x.shape[1] == spec.in_features
-        assert ends.dtype == torch.int32
-        y = x.new_empty(len(x) if sources is None else len(sources), spec.out_features)
-        failed = self._kernel(
-            x.data_ptr(),
-            None if sources is None else sources.data_ptr(),
-            self._parts,
-            len(spec.parts),
-            ends.data_ptr(),
-            len(self._matrices),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            spec.in_features,
-            spec.out_features,
-            self._is_narrow,
-            torch.get_num_threads(),
-        )
-        if failed:
-            raise CapacityError(f"no memory for a product of {len(y)} rows: lower max_num_batched_tokens")
-        return y
-
-    @property
-    def num_bytes(self) -> int:
-        """See `MatrixStack`."""
-        return sum(matrix.num_bytes for matrix in self._matrices)
-
-    def describe(self) -> str:
-        """See `MatrixStack`."""
-        return f"experts of {'bfloat16' if self._is_narrow else 'float32'}, as they lie"
 
 
 def _rows(spec: MatrixSpec, stored: StoredTensor) -> torch.Tensor:
