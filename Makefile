@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 # `make test LEVEL=avx2` holds the package's native code, and torch with its oneDNN, to that level of processor.
 ifdef LEVEL
 export CASCADE_LLM_LEVEL := $(LEVEL)
-export ATEN_CPU_CAPABILITY := $(or $(if $(filter avx512%,$(LEVEL)),avx512),$(if $(filter avx%,$(LEVEL)),avx2),default)
+export ATEN_CPU_CAPABILITY := $(or $(if $(filter avx512% amx,$(LEVEL)),avx512),$(if $(filter avx%,$(LEVEL)),avx2),default)
 ONEDNN_ISA_baseline := SSE41
 ONEDNN_ISA_avx2 := AVX2
 ONEDNN_ISA_avxvnni := AVX2_VNNI
 ONEDNN_ISA_avx512 := AVX512_CORE_VNNI
 ONEDNN_ISA_avx512bf16 := AVX512_CORE_BF16
+ONEDNN_ISA_amx := AVX512_CORE_AMX
 export ONEDNN_MAX_CPU_ISA := $(or $(ONEDNN_ISA_$(LEVEL)),DEFAULT)
 endif
 

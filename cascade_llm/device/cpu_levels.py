@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cascade_llm.device.tile_data import reason_against_tiles
 from cascade_llm.errors import ConfigError
 
-__all__ = ["LEVELS", "LEVEL_VARIABLE", "CpuLevel", "architecture", "levels_to_try", "missing_flags", "processor_flags"]
+__all__ = ["LEVELS", "LEVEL_VARIABLE", "CpuLevel", "architecture", "levels_to_try", "processor_flags", "reason_against"]
 
 LEVEL_VARIABLE = "CASCADE_LLM_LEVEL"
 """Holds a process to a lower level than its processor has; for tests."""
@@ -49,10 +50,12 @@ _VNNI = _level("avxvnni", "-march=x86-64-v3 -mavxvnni", "avx_vnni", _V3)
 _V4_FLAGS = "avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni"
 _V4 = _level("avx512", "-march=x86-64-v4 -mavx512vnni", _V4_FLAGS, _V3)
 _BF16 = _level("avx512bf16", "-march=x86-64-v4 -mavx512vnni -mavx512bf16", "avx512_bf16", _V4)
+_AMX_OPTIONS = f"{' '.join(_BF16.options)} -mamx-tile -mamx-int8 -mamx-bf16"
+_AMX = _level("amx", _AMX_OPTIONS, "amx_tile amx_int8 amx_bf16", _BF16)
 _ARM = _level("baseline", "-march=armv8-a", "asimd")
 _DOT = _level("neon", "-march=armv8.2-a+dotprod+fp16", "asimddp asimdhp", _ARM)
 
-LEVELS: Mapping[str, tuple[CpuLevel, ...]] = {"x86_64": (_V2, _V3, _VNNI, _V4, _BF16), "aarch64": (_ARM, _DOT)}
+LEVELS: Mapping[str, tuple[CpuLevel, ...]] = {"x86_64": (_V2, _V3, _VNNI, _V4, _BF16, _AMX), "aarch64": (_ARM, _DOT)}
 """By architecture, lowest first."""
 
 
@@ -75,16 +78,18 @@ def processor_flags() -> frozenset[str]:
     return frozenset(named[0].split()) if named else frozenset()
 
 
-def missing_flags(level: CpuLevel) -> tuple[str, ...]:
-    """What this processor lacks for a level."""
-    return tuple(sorted(level.flags - processor_flags()))
+def reason_against(level: CpuLevel) -> str | None:
+    """Why a level cannot serve here, or None: its instructions are missing, or the kernel refuses their registers."""
+    if missing := level.flags - processor_flags():
+        return f"the processor lacks {', '.join(sorted(missing))}"
+    return reason_against_tiles() if "amx_tile" in level.flags else None
 
 
 def levels_to_try() -> tuple[CpuLevel, ...]:
-    """The levels that this processor has, highest first, down from the one that CASCADE_LLM_LEVEL names.
+    """The levels that can serve here, highest first, down from the one that CASCADE_LLM_LEVEL names.
 
     Raises:
-        ConfigError: it names none, or one that this processor lacks
+        ConfigError: it names none, or one that cannot serve here
     """
     levels = LEVELS.get(architecture(), ())
     asked = os.environ.get(LEVEL_VARIABLE)
@@ -93,6 +98,6 @@ def levels_to_try() -> tuple[CpuLevel, ...]:
         if asked not in names:
             raise ConfigError(f"{LEVEL_VARIABLE} is {asked!r}: it must be one of {', '.join(names) or 'none'}")
         levels = levels[: names.index(asked) + 1]
-        if missing := missing_flags(levels[-1]):
-            raise ConfigError(f"{LEVEL_VARIABLE} is {asked!r}, but this processor lacks {', '.join(missing)}")
-    return tuple(level for level in reversed(levels) if not missing_flags(level))
+        if reason := reason_against(levels[-1]):
+            raise ConfigError(f"{LEVEL_VARIABLE} is {asked!r}, but {reason}")
+    return tuple(level for level in reversed(levels) if reason_against(level) is None)

@@ -22,7 +22,7 @@ from cascade_llm.device.cpu_levels import (
     CpuLevel,
     architecture,
     levels_to_try,
-    missing_flags,
+    reason_against,
 )
 from cascade_llm.device.native_build import library_name
 from cascade_llm.device.native_units import PACKAGE, PARALLEL, NativeUnit
@@ -84,8 +84,8 @@ def describe_native_code() -> dict[str, str | None]:
         return {"level": None, "source": None, "reason": str(error)}
     reasons = dict(serving.refused)
     for level in levels[levels.index(serving.level) + 1 :]:
-        if missing := missing_flags(level):
-            reasons[level.name] = f"the processor lacks {', '.join(missing)}"
+        if reason := reason_against(level):
+            reasons[level.name] = reason
         reasons.setdefault(level.name, f"{LEVEL_VARIABLE} asks for {serving.level.name}")
     return {
         "level": serving.level.name,

@@ -14,7 +14,7 @@ from cascade_llm.attention.native_backend import NativeAttentionBackend, Sharing
 from cascade_llm.attention.native_kernels import kernels_for
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
-from cascade_llm.device.cpu_levels import LEVEL_VARIABLE, LEVELS, CpuLevel, architecture, missing_flags
+from cascade_llm.device.cpu_levels import LEVEL_VARIABLE, LEVELS, CpuLevel, architecture, reason_against
 from cascade_llm.kv_cache.paged_kv_cache import KVScale, PagedKVCache
 from cascade_llm.validation.cases import pool_with_only
 from tests.attention.test_torch_backend import TOLERANCE, worst
@@ -24,7 +24,7 @@ from tests.native_code import needs_compiler
 COMPUTED = (torch.float32, torch.bfloat16)
 PAGES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
 PAIRS = [pair for pair in itertools.product(COMPUTED, PAGES) if pair[0] != pair[1]]
-HERE = [level for level in LEVELS[architecture()] if not missing_flags(level)]
+HERE = [level for level in LEVELS[architecture()] if reason_against(level) is None]
 WHOLE = {level.name for level in HERE[-1:]} | {"avx2", "neon"}
 """Levels with all pairs in `make test`: this processor's own, and the one that most have."""
 ELSEWHERE = {(torch.float32, torch.int8), (torch.bfloat16, torch.float16)}

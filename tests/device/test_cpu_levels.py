@@ -8,6 +8,8 @@ from cascade_llm.errors import ConfigError
 
 V3 = "pni ssse3 sse4_1 sse4_2 popcnt cx16 avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
 V4 = f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"
+BF16 = f"{V4} avx512_vnni avx512_bf16"
+AMX = f"{BF16} amx_tile amx_int8 amx_bf16"
 
 
 @pytest.fixture
@@ -15,6 +17,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As another machine's; `flags` of it by `has`."""
     monkeypatch.delenv(LEVEL_VARIABLE, raising=False)
     monkeypatch.setattr(cpu_levels, "architecture", lambda: "x86_64")
+    monkeypatch.setattr(cpu_levels, "reason_against_tiles", lambda: None)
     return monkeypatch
 
 
@@ -32,7 +35,9 @@ def has(processor: pytest.MonkeyPatch, flags: str) -> list[str]:
         (f"{V3} avx_vnni", ["avxvnni", "avx2", "baseline"]),
         (V4, ["avx2", "baseline"]),
         (f"{V4} avx512_vnni", ["avx512", "avx2", "baseline"]),
-        (f"{V4} avx512_vnni avx512_bf16", ["avx512bf16", "avx512", "avx2", "baseline"]),
+        (BF16, ["avx512bf16", "avx512", "avx2", "baseline"]),
+        (AMX, ["amx", "avx512bf16", "avx512", "avx2", "baseline"]),
+        (f"{BF16} amx_tile amx_int8", ["avx512bf16", "avx512", "avx2", "baseline"]),
         (f"{V4} avx_vnni avx512_bf16", ["avxvnni", "avx2", "baseline"]),
     ],
 )
@@ -50,6 +55,21 @@ def test_a_level_that_is_not_there_is_told(asked: str, words: str, processor: py
     processor.setenv(LEVEL_VARIABLE, asked)
     with pytest.raises(ConfigError, match=f"{LEVEL_VARIABLE} is '{asked}'.*{words}"):
         has(processor, V4)
+
+
+def test_a_kernel_that_refuses_tiles_leaves_the_level_below(processor: pytest.MonkeyPatch) -> None:
+    processor.setattr(cpu_levels, "reason_against_tiles", lambda: "the kernel refuses")
+    assert has(processor, AMX)[0] == "avx512bf16"
+    processor.setenv(LEVEL_VARIABLE, "amx")
+    with pytest.raises(ConfigError, match=f"{LEVEL_VARIABLE} is 'amx', but the kernel refuses"):
+        levels_to_try()
+
+
+def test_tiles_are_not_asked_for_below_their_level(processor: pytest.MonkeyPatch) -> None:
+    processor.setattr(cpu_levels, "reason_against_tiles", lambda: pytest.fail("asked"))
+    assert has(processor, BF16)[0] == "avx512bf16"
+    processor.setenv(LEVEL_VARIABLE, "avx512")
+    assert has(processor, AMX)[0] == "avx512"
 
 
 def test_names_are_unique_in_an_architecture() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade_llm.device.cpu_levels import LEVELS, CpuLevel, architecture, missing_flags
+from cascade_llm.device.cpu_levels import LEVELS, CpuLevel, architecture, reason_against
 from cascade_llm.device.native_units import PACKED, PARALLEL
 
 pytestmark = pytest.mark.slow
@@ -24,8 +24,8 @@ def test_every_kind_of_code_is_multiplied_rightly(name: str, level: CpuLevel, tm
     compiler, emulator = shutil.which("gcc" if is_own else COMPILERS[name]), shutil.which(f"qemu-{name}")
     if compiler is None or (not is_own and emulator is None):
         pytest.skip(f"no compiler or emulator for {name}")
-    if is_own and missing_flags(level):
-        pytest.skip(f"the processor lacks {', '.join(missing_flags(level))}")
+    if is_own and (reason := reason_against(level)):
+        pytest.skip(reason)
     program = tmp_path / "check"
     folders = (f"-I{PARALLEL.path.parent}", f"-I{PACKED.path.parent}")
     command = [compiler, "-O2", *level.options, *([] if is_own else ["-static"]), *folders, CHECK, PARALLEL.path]
