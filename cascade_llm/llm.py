@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Literal, NoReturn, Self, cast
 from cascade_llm.config import EngineOptions
 from cascade_llm.engine.assembly import assemble
 from cascade_llm.engine.call_arguments import (
+    CacheSalts,
     Messages,
     SessionIds,
+    SharingArguments,
     as_conversations,
     as_many,
     one_per_prompt,
-    session_uses,
     template_arguments,
 )
 from cascade_llm.engine.engine import Engine
@@ -36,7 +37,7 @@ from cascade_llm.errors import (
 from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.sequence import Request
-from cascade_llm.scheduler.sessions import SessionName, SessionUse
+from cascade_llm.scheduler.sessions import SessionInfo, SessionName, SessionUse
 from cascade_llm.worker.start_progress import CAPTURING, LOADING
 
 __all__ = ["LLM", "TokenStream"]
@@ -86,6 +87,7 @@ class LLM:
         priority: int | Sequence[int] = 0,
         session_id: SessionIds = None,
         fork_of: SessionIds = None,
+        cache_salt: CacheSalts = None,
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> list[RequestOutput]:
@@ -97,6 +99,7 @@ class LLM:
             priority: lower runs earlier; one for all, or one per prompt
             session_id: the conversation, whose pages stay held until its next turn; a list for many prompts
             fork_of: the conversation begins on the pages of this one, as a branch of it
+            cache_salt: pages are shared only with requests that give the same; one for all, or one per prompt
             on_error: "raise" checks all prompts first and names every bad one in one error, before anything runs;
                 "return" puts the error in that output's place and runs the rest
             progress: draw a progress bar on standard error, where that is a terminal
@@ -106,7 +109,8 @@ class LLM:
             GenerationError: a request ended early; the others were finished, see its `outputs`
         """
         readers = [partial(self._input.read_prompt, prompt) for prompt in as_many(prompts)]
-        return self._serve(readers, params, priority, session_id, fork_of, on_error, progress)
+        sharing = SharingArguments(session_id, fork_of, cache_salt)
+        return self._serve(readers, params, priority, sharing, on_error, progress)
 
     def chat(
         self,
@@ -116,6 +120,7 @@ class LLM:
         priority: int | Sequence[int] = 0,
         session_id: SessionIds = None,
         fork_of: SessionIds = None,
+        cache_salt: CacheSalts = None,
         on_error: OnError = "raise",
         progress: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -128,7 +133,7 @@ class LLM:
 
         Args:
             messages: one conversation, or a list of them
-            params: as for `generate`, and so are `priority`, `session_id`, `fork_of`, `on_error` and `progress`
+            params: as for `generate`, as are `priority`, `session_id`, `fork_of`, `cache_salt`, `on_error`, `progress`
             tools: JSON schemas of functions that the model may call
             chat_template: the text of another template than the model's, or the name of one of the model's
             chat_template_kwargs: what else the template reads, such as Qwen3's {"enable_thinking": False}
@@ -140,7 +145,8 @@ class LLM:
         )
         read = self._input.read_chat
         readers = [partial(read, conversation, arguments) for conversation in as_conversations(messages)]
-        return self._serve(readers, params, priority, session_id, fork_of, on_error, progress)
+        sharing = SharingArguments(session_id, fork_of, cache_salt)
+        return self._serve(readers, params, priority, sharing, on_error, progress)
 
     def stream(
         self,
@@ -150,6 +156,7 @@ class LLM:
         priority: int = 0,
         session_id: str | None = None,
         fork_of: str | None = None,
+        cache_salt: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -170,8 +177,8 @@ class LLM:
             read = self._read(reader, params, priority)
             if isinstance(read, RequestError):
                 raise read
-            (session,) = self._sessions(session_id, fork_of, [params])
-            request = self._input.request(read, params, priority, session)
+            (sharing,) = self._sharing(SharingArguments(session_id, fork_of, cache_salt), [params])
+            request = self._input.request(read, params, priority, *sharing)
             with self._abandoned_on_error([request]):
                 return TokenStream(self, self._engine.add(request, read.text))
 
@@ -180,8 +187,7 @@ class LLM:
         readers: Sequence[Reader],
         params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int],
-        session_id: SessionIds,
-        fork_of: SessionIds,
+        sharing: SharingArguments,
         on_error: OnError,
         progress: bool,
     ) -> list[RequestOutput]:
@@ -193,12 +199,14 @@ class LLM:
             all_params = one_per_prompt("params", params, SamplingParams, len(readers))
             priorities = one_per_prompt("priority", priority, int, len(readers))
             prompts = self._read_all(readers, all_params, priorities, on_error)
-            sessions = self._sessions(session_id, fork_of, all_params)
+            all_sharing = self._sharing(sharing, all_params)
             admitted = [
                 prompt
                 if isinstance(prompt, RequestError)
-                else (self._input.request(prompt, own_params, rank, session), prompt.text)
-                for prompt, own_params, rank, session in zip(prompts, all_params, priorities, sessions, strict=True)
+                else (self._input.request(prompt, own_params, rank, *own_sharing), prompt.text)
+                for prompt, own_params, rank, own_sharing in zip(
+                    prompts, all_params, priorities, all_sharing, strict=True
+                )
             ]
             with self._abandoned_on_error([item[0] for item in admitted if isinstance(item, tuple)]):
                 states = [item if isinstance(item, RequestError) else self._engine.add(*item) for item in admitted]
@@ -208,10 +216,10 @@ class LLM:
             _raise_first_failure(outputs)
         return outputs
 
-    def _sessions(
-        self, session_id: SessionIds, fork_of: SessionIds, params: Sequence[SamplingParams]
-    ) -> list[SessionUse | None]:
-        return session_uses(session_id, fork_of, params, has_prefix_cache=self.options.enable_prefix_caching)
+    def _sharing(
+        self, arguments: SharingArguments, params: Sequence[SamplingParams]
+    ) -> Sequence[tuple[SessionUse | None, bytes]]:
+        return arguments.read(params, has_prefix_cache=self.options.enable_prefix_caching)
 
     def _read_all(
         self,
@@ -279,6 +287,12 @@ class LLM:
         with self._lock:
             self._check_open()
             self._engine.reset_prefix_cache()
+
+    def sessions(self) -> list[SessionInfo]:
+        """The conversations that hold pages, the least recently used first; those whose time is over end."""
+        with self._lock:
+            self._check_open()
+            return self._engine.sessions()
 
     def drop_session(self, session_id: str) -> bool:
         """Let go of what a conversation holds; returns whether there was anything."""

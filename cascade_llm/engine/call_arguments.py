@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from cascade_llm.engine.input_processor import Prompt
@@ -12,27 +13,55 @@ from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.sessions import SessionUse
 
 __all__ = [
+    "CacheSalts",
     "Messages",
     "SessionIds",
+    "SharingArguments",
     "as_conversations",
     "as_many",
     "one_per_prompt",
-    "session_uses",
     "template_arguments",
 ]
 
 Messages = Sequence[Mapping[str, Any]]
 SessionIds = str | Sequence[str | None] | None
 """One for the only prompt, or one per prompt."""
+CacheSalts = str | Sequence[str | None] | None
+"""One for all prompts, or one per prompt."""
 Item = TypeVar("Item")
 
 SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-def session_uses(
-    session_id: SessionIds, fork_of: SessionIds, params: Sequence[SamplingParams], *, has_prefix_cache: bool
+@dataclass(frozen=True, slots=True)
+class SharingArguments:
+    """With whom the prompts of a call share pages, and of which conversations they are turns."""
+
+    session_id: SessionIds = None
+    fork_of: SessionIds = None
+    cache_salt: CacheSalts = None
+
+    def read(
+        self, params: Sequence[SamplingParams], *, has_prefix_cache: bool
+    ) -> Sequence[tuple[SessionUse | None, bytes]]:
+        """Session and salt of each prompt. Raises `RequestError` for what is none, or cannot be a turn."""
+        sessions = _session_uses(self.session_id, self.fork_of, params, has_prefix_cache)
+        return list(zip(sessions, _salts(self.cache_salt, len(params)), strict=True))
+
+
+def _salts(given: CacheSalts, count: int) -> Sequence[bytes]:
+    salts: Sequence[str | None] = [given] * count if given is None or isinstance(given, str) else list(given)
+    if len(salts) != count:
+        raise RequestError(f"cache_salt has {len(salts)} entries for {count} prompts: give one for all, or one each")
+    for salt in salts:
+        if salt is not None and not (isinstance(salt, str) and salt):
+            raise RequestError(f"cache_salt is {salt!r:.80}: it must be a text, and no empty one")
+    return [(salt or "").encode("utf-8", "surrogatepass") for salt in salts]
+
+
+def _session_uses(
+    session_id: SessionIds, fork_of: SessionIds, params: Sequence[SamplingParams], has_prefix_cache: bool
 ) -> list[SessionUse | None]:
-    """The session of each prompt. Raises `RequestError` for names and prompts that cannot be turns of one."""
     names, sources = _names("session_id", session_id, len(params)), _names("fork_of", fork_of, len(params))
     named = [name for name in names if name is not None]
     if len(set(named)) < len(named):

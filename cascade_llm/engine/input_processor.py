@@ -93,7 +93,12 @@ class InputProcessor:
             raise SamplingParamsError("stop strings need a tokenizer, and this checkpoint has none: use stop_token_ids")
 
     def request(
-        self, prompt: ReadPrompt, params: SamplingParams, priority: int = 0, session: SessionUse | None = None
+        self,
+        prompt: ReadPrompt,
+        params: SamplingParams,
+        priority: int = 0,
+        session: SessionUse | None = None,
+        cache_salt: bytes = b"",
     ) -> Request:
         """A request of its own id. Without a seed of the user's it gets the next of the engine's."""
         request_id = f"request-{self._num_requests}"
@@ -108,6 +113,7 @@ class InputProcessor:
             priority=priority,
             model_ending_token_ids=self._ending_token_ids,
             session=session,
+            cache_salt=cache_salt,
         )
 
     def _with_special_stops(self, params: SamplingParams) -> SamplingParams:

@@ -13,6 +13,7 @@ import msgspec
 from cascade_llm.engine.output_queue import RequestGain
 from cascade_llm.outputs import CompletionDelta, RequestMetrics, TokenLogprob
 from cascade_llm.server.api_errors import ApiError, error_body
+from cascade_llm.server.event_schema import DONE
 
 if TYPE_CHECKING:
     from cascade_llm.engine.tokenizer import Tokenizer
@@ -128,7 +129,7 @@ class AnswerForm:
     def end(self) -> bytes:
         """The events after all pieces: the usage, where it was asked for, and a mark."""
         last = {**self._head(self.chunk_object), "choices": [], "usage": self.tally.usage()}
-        return self.events([last] if self._include_usage else []) + b"data: [DONE]\n\n"
+        return self.events([last] if self._include_usage else []) + b"data: " + DONE.encode() + b"\n\n"
 
     def _index(self, place: int, delta: CompletionDelta) -> int:
         return place * self._body.all_params[0].n + delta.index

@@ -37,6 +37,7 @@ from cascade_llm.server.anthropic_body import MessagesBody, MessagesPrompt
 from cascade_llm.server.anthropic_form import MessagesForm
 from cascade_llm.server.api_errors import ApiError, api_error, unforeseen
 from cascade_llm.server.engine_client import EngineClient, EngineStatus
+from cascade_llm.server.event_schema import CHAT_EVENTS, COMPLETION_EVENTS, MESSAGE_EVENTS, event_stream
 from cascade_llm.server.guard import OPEN_PATHS, Application, Guard, OnEnd, RequestRecord
 from cascade_llm.server.keys import KeyRing
 from cascade_llm.server.metrics import CONTENT_TYPE, ServerMetrics
@@ -282,20 +283,24 @@ def build_application(api: Api, on_end: OnEnd) -> Application:
 
 def _add_generation(app: FastAPI, api: Api) -> None:
     statuses = (400, 404, 429, 503, 504)
+    pieces = event_stream(COMPLETION_EVENTS, has_names=False)
 
-    @app.post("/v1/completions", response_model=None, responses=answers(Completion, *statuses))
+    @app.post("/v1/completions", response_model=None, responses=answers(Completion, pieces, *statuses))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue prompts."""
         record = _record(request)
         return await api.generate(body, record, "cmpl", CompletionForm, lambda reader: reader.read_completion(body))
 
-    @app.post("/v1/chat/completions", response_model=None, responses=answers(Chat, *statuses))
+    pieces = event_stream(CHAT_EVENTS, has_names=False)
+
+    @app.post("/v1/chat/completions", response_model=None, responses=answers(Chat, pieces, *statuses))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         record = _record(request)
         return await api.generate(body, record, "chatcmpl", ChatForm, lambda reader: reader.read_chat(body))
 
-    in_anthropic_form = answers(Message, *statuses, form=AnthropicErrorAnswer)
+    events = event_stream(MESSAGE_EVENTS, has_names=True)
+    in_anthropic_form = answers(Message, events, *statuses, form=AnthropicErrorAnswer)
 
     @app.post("/v1/messages", response_model=None, responses=in_anthropic_form)
     async def messages(body: MessagesBody, request: Request) -> Response:

@@ -109,7 +109,7 @@ class _BatchRun:
         lines = numbered_lines(requests)
         while ahead := list(islice(lines, window)):
             read = list(self._read_all(ahead))
-            for item in read if in_order else sorted(read, key=lambda item: list(item.body.prompts[0])):
+            for item in read if in_order else sorted(read, key=_beginning):
                 self._start(item)
                 while self._num_samples >= self._most_samples:
                     self._step()
@@ -167,7 +167,10 @@ class _BatchRun:
     def _start(self, read: _Read) -> None:
         body = read.body
         prompts = zip(body.prompts, body.all_params, strict=True)
-        streams = [self._llm.stream(prompt, params, priority=body.priority) for prompt, params in prompts]
+        salt = read.line.body.cache_salt
+        streams = [
+            self._llm.stream(prompt, params, priority=body.priority, cache_salt=salt) for prompt, params in prompts
+        ]
         self._running.append(_Running(read, streams))
 
     def _step(self) -> None:
@@ -213,6 +216,11 @@ class _BatchRun:
     def _count_done(self) -> None:
         self.counts.found_done += 1
         self._on_line(self.counts)
+
+
+def _beginning(read: _Read) -> tuple[bytes, list[int]]:
+    """What neighbours in the order share."""
+    return read.body.cache_salt, list(read.body.prompts[0])
 
 
 def _whole_gain(stream: TokenStream) -> RequestGain:

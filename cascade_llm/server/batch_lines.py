@@ -26,6 +26,8 @@ __all__ = [
 
 LONGEST_LINE = 8 << 20
 """Bytes."""
+SESSION_FIELDS = ("session_id", "fork_of", "drop_session_on_disconnect")
+"""A session's turns follow each other."""
 CUT_AT = 80
 """Characters of a user's text that a message repeats."""
 
@@ -97,6 +99,9 @@ def read_line(number: int, line: bytes) -> BatchLine:
         body = read_body(url.body, record["body"])
         if body.stream:
             raise ApiError(400, "stream: answers of a batch are whole, leave it out", param="stream")
+        if taken := [name for name in SESSION_FIELDS if getattr(body, name) is not None]:
+            message = f"{taken[0]}: lines of a batch run in any order, leave it out, what they share is found anyway"
+            raise ApiError(400, message, param=taken[0], code="unsupported_field")
     except ApiError as error:
         raise BatchError(number, custom_id, error) from None
     return BatchLine(number, custom_id, url, body)

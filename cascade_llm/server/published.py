@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from cascade_llm.server.answer_schema import ErrorAnswer
+from cascade_llm.server.event_schema import event_schemas
 from cascade_llm.server.schema import Answer
 
 __all__ = ["Answers", "answers", "error_answers", "openapi_document", "text_answers"]
@@ -16,9 +17,6 @@ __all__ = ["Answers", "answers", "error_answers", "openapi_document", "text_answ
 Answers = dict[int | str, dict[str, Any]]
 """By status, as FastAPI's `responses` takes them."""
 
-EVENTS: Mapping[str, Any] = {
-    "text/event-stream": {"schema": {"type": "string"}, "description": "Server-sent events, where stream is true."}
-}
 MEANINGS: Mapping[int, str] = {
     400: "Something in the request must be changed.",
     401: "The key is missing or wrong.",
@@ -42,9 +40,11 @@ def error_answers(*statuses: int, form: type[Answer] = ErrorAnswer) -> Answers:
     return {status: {"model": form, "description": MEANINGS[status]} for status in sorted({*statuses, *ALWAYS})}
 
 
-def answers(model: type[Answer], *statuses: int, form: type[Answer] = ErrorAnswer) -> Answers:
-    """What a path answers that generates: whole or as events, and its errors."""
-    whole = {"model": model, "description": "The answer.", "content": dict(EVENTS)}
+def answers(
+    model: type[Answer], events: Mapping[str, Any], *statuses: int, form: type[Answer] = ErrorAnswer
+) -> Answers:
+    """What a path answers that generates: whole or as events (see `event_stream`), and its errors."""
+    whole = {"model": model, "description": "The answer.", "content": {"text/event-stream": dict(events)}}
     return {200: whole, **error_answers(*statuses, form=form)}
 
 
@@ -69,8 +69,10 @@ def openapi_document(app: FastAPI, *, open_paths: Collection[str], has_keys: boo
                 operation["responses"].pop("401", None)
                 operation["security"] = []
     components = document.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
     for unused in ("ValidationError", "HTTPValidationError"):
-        components.get("schemas", {}).pop(unused, None)
+        schemas.pop(unused, None)
+    components["schemas"] = {**event_schemas(), **schemas}
     if has_keys:
         components["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic.json_schema import models_json_schema
 
 from cascade_llm.errors import nearest_name_hint
 from cascade_llm.sampling_params import SamplingParams
@@ -21,6 +22,7 @@ __all__ = [
     "SharingFields",
     "TokenKey",
     "TokenizeBody",
+    "answer_schemas",
     "read_body",
     "refuse_other_models",
     "refuse_unknown_fields",
@@ -38,6 +40,14 @@ class Answer(BaseModel):
     """The body of an answer: no other fields than these."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+def answer_schemas(kinds: Sequence[type[Answer]]) -> Mapping[str, Any]:
+    """JSON schemas of bodies of answers, and of what they have, by name; they refer to each other as components."""
+    asked = [(kind, "serialization") for kind in kinds]
+    _, document = models_json_schema(asked, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    schemas: Mapping[str, Any] = document["$defs"]
+    return schemas
 
 
 class Body(BaseModel):

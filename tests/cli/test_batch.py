@@ -105,6 +105,18 @@ def test_the_order_makes_beginnings_meet(llm: LLM, tmp_path: Path) -> None:
     assert texts[True] == {f"r{i}": text for i, text in enumerate(expected)}
 
 
+def test_salts_keep_lines_apart_and_meet_in_the_order(llm: LLM, tmp_path: Path) -> None:
+    salts = ["a", "b", "a", "b"]
+    lines = [request(f"r{i}", prompt=f"{SHARED[0]} {i}", cache_salt=salt) for i, salt in enumerate(salts)]
+    llm.reset_prefix_cache()
+    run_file(llm, write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl")
+    usages = {key: record["response"]["body"]["usage"] for key, record in answers_of(tmp_path / "out.jsonl").items()}
+    cached = [usages[f"r{i}"]["prompt_tokens_details"]["cached_tokens"] for i in range(4)]
+    assert cached[:2] == [0, 0], "nobody was there before with this salt"
+    assert min(cached[2:]) > 0
+    assert [usages[f"r{i}"]["cascade"]["group_size"] for i in range(4)] == [2, 2, 2, 2]
+
+
 def test_a_file_longer_than_its_window_streams(llm: LLM, tmp_path: Path) -> None:
     most = []
     requests = write(tmp_path / "in.jsonl", alternating(11))
@@ -156,6 +168,9 @@ WRONG: list[tuple[dict[str, Any] | bytes, str, bool]] = [
     (request("e7", CHAT, messages=[]), "messages is empty", True),
     (request("e8", prompt="a", temperature=-1), "temperature", True),
     (request("e9", prompt="a", stream=True), "stream", True),
+    (request("e9a", prompt="a", session_id="a"), "session_id: lines of a batch", True),
+    (request("e9b", CHAT, messages=[], fork_of="a"), "fork_of: lines of a batch", True),
+    (request("e9c", prompt="a", cache_salt=""), "cache_salt", True),
     (request("e10", prompt="word " * 600), "max_model_len", True),
     (request("e11", prompt="a", n=10**6), "n is", True),
     (request("e12\ud800", prompt=3), "prompt", True),

@@ -41,9 +41,22 @@ def test_turns_hold_their_pages_and_branches_share_them(llm: LLM) -> None:
     with llm.stream([*spoken, 8, *branches[1]["token_ids"]], SHORT, session_id="branch") as stream:
         assert len(list(stream)) > 0
         assert stream.output.num_cached_tokens == 24
-    assert [info.session_id for info in llm.engine.sessions()] == ["talk", "branch"]
+    assert [(info.session_id, info.num_pages) for info in llm.sessions()] == [("talk", 6), ("branch", 7)]
     assert [llm.drop_session(name) for name in ("talk", "branch", "talk")] == [True, True, False]
     assert llm.stats()["session_pages"] == 0
+    assert llm.sessions() == []
+
+
+def test_a_salt_keeps_pages_apart(llm: LLM) -> None:
+    prompts = [[*range(30, 50), last] for last in range(3)]
+    llm.generate(prompts[0], SHORT, cache_salt="mine")
+    outputs = [llm.generate(prompts[1], SHORT, cache_salt=salt)[0] for salt in ("other", None, "mine")]
+    assert [output.num_cached_tokens for output in outputs] == [0, 0, 20]
+    outputs = llm.generate(prompts[1:], SHORT, cache_salt=["mine", None])
+    assert [output.num_cached_tokens for output in outputs] == [20, 20]
+    with llm.stream(prompts[2], SHORT, cache_salt="a third") as stream:
+        list(stream)
+        assert stream.output.num_cached_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -57,6 +70,9 @@ def test_turns_hold_their_pages_and_branches_share_them(llm: LLM) -> None:
         ({"session_id": "a", "params": SamplingParams(n=2)}, "n is 2"),
         ({"session_id": "a", "prompts": [[1], [2]]}, "one name for 2"),
         ({"session_id": ["a", "a"], "prompts": [[1], [2]]}, "twice"),
+        ({"cache_salt": ""}, "no empty one"),
+        ({"cache_salt": [3]}, "must be a text"),
+        ({"cache_salt": ["a", "b"]}, "2 entries for 1"),
     ],
 )
 def test_what_cannot_be_a_turn_is_said_and_nothing_runs(llm: LLM, how: dict[str, Any], reason: str) -> None:
