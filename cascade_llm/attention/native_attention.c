@@ -18,6 +18,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "native_amx.h"
 #include "native_pages.h"
 #include "parallel.h"
 
@@ -29,8 +30,13 @@ enum { COLUMNS = 2 };
 
 enum {
     QUERIES_AT_ONCE = 6, /* times COLUMNS vectors of sums: what 32 registers hold */
-    TILE = 128,          /* keys that are packed at a time */
+    TILE = HAS_AMX ? 64 : 128, /* keys that are packed at a time; with its block of queries in 48 KB where products are fast */
     KEY_WORDS = HEAD_DIM / ELEMENTS_PER_WORD,
+    /* Words and keys of a product fill tile registers, where there are any; zeros stand behind the last. */
+    KEY_WIDTH = HAS_AMX ? (KEY_WORDS + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS : KEY_WORDS,
+    KEYS_AT_ONCE = HAS_AMX ? 2 * AMX_ROWS : ELEMENTS_PER_WORD,
+    SPARE_QUERIES = HAS_AMX ? AMX_ROWS - 1 : 0,
+    AMX_QUERIES = 4, /* a piece of fewer is left to the vector registers */
     VALUE_WIDTH = (HEAD_DIM + LANES - 1) / LANES * LANES,
     MAX_QUERIES = 192,
     /* What packing a key costs, in queries that meet it. */
@@ -294,18 +300,24 @@ static inline void prefetch(const pages *from, const tile *x, int64_t begin, int
 /* ---- the softmax's exponential ---- */
 
 #ifdef AVX512
-/* 2^x to float precision; 0 far below, NaN stays. */
+/* 2^x; 0 far below, NaN stays. A polynomial for the part of x behind the point: to float precision, or to 3e-6 where the
+ * powers become bfloat16. */
 INLINE vector power_of_2(vector x) {
-    __m512 limited = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x); /* a NaN in the second operand stays */
-    __m512 n = _mm512_roundscale_ps(limited, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 f = _mm512_sub_ps(limited, n);
-    __m512 y = _mm512_set1_ps(1.32647241e-3f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.67151287e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55073375e-2f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40222421e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93146978e-1f));
+    const __m512 f = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#ifdef PAIRS
+    __m512 y = _mm512_set1_ps(1.34266843e-2f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.22424742e-2f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.41280205e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93044845e-1f));
+#else
+    __m512 y = _mm512_set1_ps(1.86713007e-3f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.01703032e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.57999131e-2f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40164450e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93151312e-1f));
+#endif
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
-    return (vector)_mm512_scalef_ps(y, n);
+    return (vector)_mm512_scalef_ps(y, (__m512)x);
 }
 #else
 INLINE vector power_of_2(vector x) {
@@ -328,26 +340,6 @@ INLINE vector power_of_2(vector x) {
 }
 #endif
 
-INLINE float largest(vector x) {
-#ifdef AVX512
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    float y = x[0];
-    for (int i = 1; i < LANES; i++) y = x[i] > y ? x[i] : y;
-    return y;
-#endif
-}
-
-INLINE float total(vector x) {
-#ifdef AVX512
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float y = 0;
-    for (int i = 0; i < LANES; i++) y += x[i];
-    return y;
-#endif
-}
-
 INLINE vector larger(vector a, vector b) {
 #ifdef AVX512
     return (vector)_mm512_max_ps((__m512)a, (__m512)b);
@@ -357,6 +349,36 @@ INLINE vector larger(vector a, vector b) {
     return y;
 #endif
 }
+
+/* ---- many vectors' largest numbers and sums ---- */
+
+INLINE vector sum_of(vector a, vector b) { return a + b; }
+
+/* Lane i: the numbers of x[i] joined by `join`. */
+#ifdef AVX512
+#define BLOCKS(a, b, order) (vector) _mm512_shuffle_f32x4((__m512)(a), (__m512)(b), order)
+INLINE vector each_joined(const vector *x, vector (*join)(vector, vector)) {
+    vector y[8], z[4];
+    UNROLLED for (int i = 0; i < 8; i++) y[i] = join(BLOCKS(x[i], x[i + 8], 0x44), BLOCKS(x[i], x[i + 8], 0xee));
+    UNROLLED for (int i = 0; i < 4; i++) z[i] = join(BLOCKS(y[i], y[i + 4], 0x88), BLOCKS(y[i], y[i + 4], 0xdd));
+    UNROLLED for (int i = 0; i < 2; i++) {
+        const __m512 a = (__m512)z[i], b = (__m512)z[i + 2];
+        z[i] = join((vector)_mm512_unpacklo_ps(a, b), (vector)_mm512_unpackhi_ps(a, b));
+    }
+    const __m512 a = (__m512)z[0], b = (__m512)z[1];
+    const vector joined = join((vector)_mm512_unpacklo_ps(a, b), (vector)_mm512_unpackhi_ps(a, b));
+    return BLOCKS(joined, joined, 0xd8); /* blocks held x[0], x[8], x[4], x[12] and the three after each */
+}
+#else
+INLINE vector each_joined(const vector *x, vector (*join)(vector, vector)) {
+    vector column, joined = {0};
+    for (int lane = 0; lane < LANES; lane++) {
+        for (int i = 0; i < LANES; i++) column[i] = x[i][lane];
+        joined = lane ? join(joined, column) : column;
+    }
+    return joined;
+}
+#endif
 
 /* ---- soft caps (Gemma 2) ---- */
 
@@ -414,7 +436,7 @@ INLINE void product(const int m, const int n, float *c, long c_stride, const flo
 
 /* Keys as [word][key], values as [pair of keys, or key][dimension]. */
 typedef struct {
-    float keys[KEY_WORDS * TILE] __attribute__((aligned(64)));
+    float keys[KEY_WIDTH * TILE] __attribute__((aligned(64)));
     float values[TILE / ELEMENTS_PER_WORD * VALUE_WIDTH] __attribute__((aligned(64)));
 #ifdef PAGES_INT8
     float key_scales[TILE], value_scales[TILE];
@@ -425,7 +447,7 @@ typedef struct {
 #ifdef AVX512
 INLINE void transpose_words(const stored *const *keys, long first_word, float *out) {
     __m512i r[16], t[16];
-    const long left = KEY_WORDS - first_word;
+    const long left = KEY_WIDTH - first_word;
     UNROLLED for (int i = 0; i < 8; i++) {
         r[i] = (__m512i)words_at(keys[i], first_word * ELEMENTS_PER_WORD);
         r[i + 8] = (__m512i)words_at(keys[i + 8], first_word * ELEMENTS_PER_WORD);
@@ -461,7 +483,7 @@ INLINE void transpose_words(const stored *const *keys, long first_word, float *o
 #endif
 INLINE void transpose_words(const stored *const *keys, long first_word, float *out) {
     vector r[8], t[8];
-    const long left = KEY_WORDS - first_word;
+    const long left = KEY_WIDTH - first_word;
     UNROLLED for (int i = 0; i < 8; i++) r[i] = words_at(keys[i], first_word);
     UNROLLED for (int i = 0; i < 4; i++) {
         t[2 * i] = SHUFFLED(r[2 * i], r[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
@@ -502,6 +524,8 @@ static void pack_values(const stored *const *keys, int64_t values, long num_keys
             if (d + 16 < VALUE_WIDTH) _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
         }
     }
+    for (long key = (num_keys + 1) & ~1; key % KEYS_AT_ONCE; key += 2, out += VALUE_WIDTH)
+        memset(out, 0, VALUE_WIDTH * sizeof *out);
 }
 #else
 static void pack_values(const stored *const *keys, int64_t values, long num_keys, float *out) {
@@ -525,7 +549,7 @@ static void pack_tile(const pages *from, const stored *const *keys, long num_key
 /* ---- a block of queries ---- */
 
 typedef struct {
-    float queries[MAX_QUERIES * KEY_WORDS] __attribute__((aligned(64)));
+    float queries[(MAX_QUERIES + SPARE_QUERIES) * KEY_WIDTH] __attribute__((aligned(64)));
     float sums[MAX_QUERIES * VALUE_WIDTH] __attribute__((aligned(64)));
     float top[MAX_QUERIES + LANES], weight[MAX_QUERIES + LANES];
     packed_tile tile;
@@ -536,20 +560,16 @@ typedef struct {
     float scale, inner; /* inner 0: no cap */
 } scoring;
 
-/* m queries against the first `num_keys` keys of the tile; query i sees keys low[i] to high[i] (NULL: all). */
-INLINE void attend_queries(const int m, block *b, long first, long num_keys, scoring by, const int *low,
-                           const int *high) {
-    const float scale = by.scale;
-    float scores[QUERIES_AT_ONCE][TILE] __attribute__((aligned(64)));
-    float weights[QUERIES_AT_ONCE][TILE / ELEMENTS_PER_WORD] __attribute__((aligned(64)));
-    float top[LANES] = {0}, change[LANES] = {0};
-    const long width = COLUMNS * LANES, padded = (num_keys + width - 1) / width * width;
-    for (long column = 0; column < padded; column += width)
-        product(m, COLUMNS, scores[0] + column, TILE, b->queries + first * KEY_WORDS, KEY_WORDS,
-                b->tile.keys + column, TILE, KEY_WORDS, NULL);
+/* Scores of m queries, at most LANES or AMX_ROWS, with the first `num_keys` keys of the tile become weights: 2^(score -
+ * top), with the queries' tops and weights kept up to date. Query i sees keys low[i] to high[i] (NULL: all); what stands
+ * behind num_keys, up to `padded`, weighs nothing. A query's weights stand where its scores stood. Lane i of the result
+ * is what earlier sums of query i must be multiplied by. */
+INLINE vector weigh(const int m, block *b, long first, long num_keys, long padded, scoring by, const int *low,
+                    const int *high, float (*scores)[TILE]) {
+    vector rows[LANES] = {{0}};
 #ifdef PAGES_INT8
-    for (long k = 0; k < padded; k += LANES)
-        UNROLLED for (int i = 0; i < m; i++)
+    for (int i = 0; i < m; i++)
+        for (long k = 0; k < padded; k += LANES)
             put_vector(scores[i] + k, vector_at(scores[i] + k) * vector_at(b->tile.key_scales + k));
 #endif
     if (by.inner)
@@ -562,44 +582,76 @@ INLINE void attend_queries(const int m, block *b, long first, long num_keys, sco
             for (long k = high ? high[i] : num_keys; k < padded; k++) scores[i][k] = -INFINITY;
         }
     }
-    UNROLLED for (int i = 0; i < m; i++) {
-        vector most = vector_at(scores[i]);
-        for (long k = LANES; k < padded; k += LANES) most = larger(most, vector_at(scores[i] + k));
-        float before = b->top[first + i], found = largest(most) * scale, now = found > before ? found : before;
-        b->top[first + i] = now;
-        top[i] = now == -INFINITY ? 0.0f : now; /* no key yet: all weights become 2^-inf */
-        change[i] = before - top[i];
+    for (int i = 0; i < m; i++) {
+        rows[i] = vector_at(scores[i]);
+        for (long k = LANES; k < padded; k += LANES) rows[i] = larger(rows[i], vector_at(scores[i] + k));
     }
-    put_vector(change, power_of_2(vector_at(change)));
-    UNROLLED for (int i = 0; i < m; i++) {
-        vector sum = {0};
+    const vector before = vector_at(b->top + first), found = each_joined(rows, larger) * by.scale;
+    const vector now = larger(found, before); /* a NaN in the second operand stays: there is none */
+    const vector top = (vector)((words)now & (words)(now != -INFINITY)); /* no key yet: all weights become 2^-inf */
+    float tops[LANES];
+    put_vector(tops, top);
+    for (int i = 0; i < m; i++) {
+        rows[i] = (vector){0};
         for (long k = 0; k < padded; k += 2 * LANES) {
-            vector even = power_of_2(vector_at(scores[i] + k) * scale - top[i]);
-            vector odd = power_of_2(vector_at(scores[i] + k + LANES) * scale - top[i]);
-            sum += even + odd;
+            vector even = power_of_2(vector_at(scores[i] + k) * by.scale - tops[i]);
+            vector odd = power_of_2(vector_at(scores[i] + k + LANES) * by.scale - tops[i]);
+            rows[i] += even + odd;
 #ifdef PAGES_INT8
             even *= vector_at(b->tile.value_scales + k);
             odd *= vector_at(b->tile.value_scales + k + LANES);
 #endif
 #ifdef PAIRS
-            *(__m512bh *)(weights[i] + k / 2) = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+            *(__m512bh *)(scores[i] + k / 2) = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
 #else
-            put_vector(weights[i] + k, even);
-            put_vector(weights[i] + k + LANES, odd);
+            put_vector(scores[i] + k, even);
+            put_vector(scores[i] + k + LANES, odd);
 #endif
         }
-        b->weight[first + i] = b->weight[first + i] * change[i] + total(sum);
     }
+    const vector change = power_of_2(before - top);
+    put_first(m, b->top + first, now);
+    put_first(m, b->weight + first, vector_at(b->weight + first) * change + each_joined(rows, sum_of));
+    return change;
+}
+
+/* m queries against the first `num_keys` keys of the tile; query i sees keys low[i] to high[i] (NULL: all). */
+INLINE void attend_queries(const int m, block *b, long first, long num_keys, scoring by, const int *low,
+                           const int *high) {
+    float scores[QUERIES_AT_ONCE][TILE] __attribute__((aligned(64)));
+    float change[LANES];
+    const long width = COLUMNS * LANES, padded = (num_keys + width - 1) / width * width;
+    for (long column = 0; column < padded; column += width)
+        product(m, COLUMNS, scores[0] + column, TILE, b->queries + first * KEY_WIDTH, KEY_WIDTH,
+                b->tile.keys + column, TILE, KEY_WORDS, NULL);
+    put_vector(change, weigh(m, b, first, num_keys, padded, by, low, high, scores));
     const long depth = (num_keys + ELEMENTS_PER_WORD - 1) / ELEMENTS_PER_WORD;
     float *sums = b->sums + first * VALUE_WIDTH;
     for (long column = 0; column + width <= VALUE_WIDTH; column += width)
-        product(m, COLUMNS, sums + column, VALUE_WIDTH, weights[0], TILE / ELEMENTS_PER_WORD, b->tile.values + column,
-                VALUE_WIDTH, depth, change);
+        product(m, COLUMNS, sums + column, VALUE_WIDTH, scores[0], TILE, b->tile.values + column, VALUE_WIDTH, depth,
+                change);
     if (VALUE_WIDTH % width) {
         const long column = VALUE_WIDTH / width * width;
-        product(m, VALUE_WIDTH % width / LANES, sums + column, VALUE_WIDTH, weights[0], TILE / ELEMENTS_PER_WORD,
-                b->tile.values + column, VALUE_WIDTH, depth, change);
+        product(m, VALUE_WIDTH % width / LANES, sums + column, VALUE_WIDTH, scores[0], TILE, b->tile.values + column,
+                VALUE_WIDTH, depth, change);
     }
+}
+
+/* The same for up to 16 queries. Products always have 16 rows: those past the queries' end come to nothing. */
+static void attend_amx(int m, block *b, long first, long num_keys, scoring by, const int *low, const int *high) {
+    float scores[AMX_ROWS][TILE] __attribute__((aligned(64)));
+    float found[AMX_ROWS][VALUE_WIDTH] __attribute__((aligned(64)));
+    float change[LANES];
+    const long padded = (num_keys + KEYS_AT_ONCE - 1) / KEYS_AT_ONCE * KEYS_AT_ONCE;
+    amx_product(scores[0], TILE, b->queries + first * KEY_WIDTH, KEY_WIDTH, b->tile.keys, TILE, KEY_WIDTH, padded);
+    put_vector(change, weigh(m, b, first, num_keys, padded, by, low, high, scores));
+    amx_product(found[0], VALUE_WIDTH, scores[0], TILE, b->tile.values, VALUE_WIDTH, padded / ELEMENTS_PER_WORD,
+                VALUE_WIDTH);
+    for (int i = 0; i < m; i++)
+        for (long d = 0; d < VALUE_WIDTH; d += LANES) {
+            float *sum = b->sums + (first + i) * VALUE_WIDTH + d;
+            put_vector(sum, vector_at(sum) * change[i] + vector_at(found[i] + d));
+        }
 }
 
 #define ATTEND(m)                                                                                               \
@@ -625,14 +677,15 @@ static void attend_tile(const plan *p, const pages *from, block *b, int64_t bloc
                                    : (scoring){(float)scale, 0.0f};
     const int64_t first_key = now->first_key, num_keys = now->num_keys;
     const long group = group_size(p), first = (x->first_row - block_row) * group, end = (x->end_row - block_row) * group;
-    const long rounds = (end - first + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
+    const int by_amx = HAS_AMX && end - first >= AMX_QUERIES, at_once = by_amx ? AMX_ROWS : QUERIES_AT_ONCE;
+    const long rounds = (end - first + at_once - 1) / at_once;
     const int masked =
         x->causal && (first_key + num_keys > x->first_row + x->causal_shift ||
                       (p->window_len && first_key < x->end_row - 1 + x->causal_shift - x->window_len));
     for (long round = 0, query = first; round < rounds; round++) {
         prefetch(from, next, next->num_keys * round / rounds, next->num_keys * (round + 1) / rounds);
         const int count = (int)((end - query + rounds - round - 1) / (rounds - round));
-        int low[QUERIES_AT_ONCE], high[QUERIES_AT_ONCE];
+        int low[AMX_ROWS], high[AMX_ROWS];
         long seen = num_keys;
         if (masked) {
             seen = 0;
@@ -643,17 +696,20 @@ static void attend_tile(const plan *p, const pages *from, block *b, int64_t bloc
                 if (low[i] < high[i]) seen = max(seen, high[i]);
             }
         }
-        if (seen) ATTEND_BY_COUNT[count](b, query, seen, by, masked ? low : NULL, masked ? high : NULL);
+        if (seen && by_amx) attend_amx(count, b, query, seen, by, masked ? low : NULL, masked ? high : NULL);
+        else if (seen) ATTEND_BY_COUNT[count](b, query, seen, by, masked ? low : NULL, masked ? high : NULL);
         query += count;
     }
 }
 
 static void load_queries(const plan *p, block *b, const task *t, const element *q, int64_t q_stride, int64_t head) {
     const int64_t group = group_size(p);
+    if (SPARE_QUERIES)
+        memset(b->queries, 0, (size_t)((t->num_rows * group + SPARE_QUERIES) * KEY_WIDTH) * sizeof *b->queries);
     for (int64_t row = 0; row < t->num_rows; row++)
         for (int64_t i = 0; i < group; i++) {
             const element *from = q + (t->first_row + row) * q_stride + (head * group + i) * HEAD_DIM;
-            float *to = b->queries + (row * group + i) * KEY_WORDS;
+            float *to = b->queries + (row * group + i) * KEY_WIDTH;
 #ifdef PAIRS
             memcpy(to, from, HEAD_DIM * sizeof *from);
 #else
@@ -712,6 +768,7 @@ static void run_task(const plan *p, const task *t, int64_t head, const pages *fr
 
     walk w = start_walk(p, t, from->k + head * HEAD_DIM);
     tile tiles[2];
+    open_amx();
     next_tile(&w, tiles);
     for (int i = 0; tiles[i].num_keys; i = 1 - i) {
         lap(&watch, tiles[i].x.depth);
@@ -719,6 +776,7 @@ static void run_task(const plan *p, const task *t, int64_t head, const pages *fr
         pack_tile(from, tiles[i].keys, tiles[i].num_keys, &b.tile);
         attend_tile(p, from, &b, t->first_row, tiles + i, tiles + 1 - i);
     }
+    close_amx();
     for (int64_t i = 0; i < num_queries; i++) {
         const int64_t row = i / group, qo_head = head * group + i % group;
         const float *sums = b.sums + i * VALUE_WIDTH;

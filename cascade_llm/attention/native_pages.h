@@ -48,6 +48,15 @@ typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_al
 INLINE vector vector_at(const float *x) { return *(const vector *)x; }
 INLINE void put_vector(float *x, vector value) { *(vector *)x = value; }
 
+/* The first m of LANES or fewer. */
+INLINE void put_first(int m, float *x, vector value) {
+#ifdef AVX512
+    _mm512_mask_storeu_ps(x, (__mmask16)((1u << m) - 1), (__m512)value);
+#else
+    for (int i = 0; i < m; i++) x[i] = value[i];
+#endif
+}
+
 INLINE uint32_t bits_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
