@@ -202,7 +202,7 @@ class FlashInferScheduler:
         if (
             self._decode_run is None
             or self._tier_copies
-            or self._next_admission(self.config.max_num_batched_tokens) is not None
+            or self._next_admission(self.config.max_num_batched_tokens - len(self._running)) is not None
         ):
             return None
         return self._decode_run.next_step(self._next_step_id)
