@@ -87,7 +87,9 @@ def test_a_reader_that_leaves_is_no_error(repo_root: Path, environment: dict[str
         ("<&- 2>&-", 0, ""),
     ],
 )
-@pytest.mark.parametrize("args", [["plan", "--help"], ["generate", "x", "--json", "-q"]])
+@pytest.mark.parametrize(
+    "args", [["plan", "--help"], pytest.param(["generate", "x", "--json", "-q"], marks=pytest.mark.slow)]
+)
 def test_streams_that_are_closed_or_full(
     repo_root: Path,
     environment: dict[str, str],
@@ -106,6 +108,17 @@ def test_streams_that_are_closed_or_full(
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     assert words in done.stderr
+
+
+def test_an_engine_runs_without_standard_input_and_error(
+    repo_root: Path, environment: dict[str, str], tiny_folder: Path
+) -> None:
+    args = process_args("generate", "x", "--json", "-q", "-m", tiny_folder, "--max-tokens", "1")
+    done = subprocess.run(
+        f"{shlex.join(args)} <&- 2>&-", shell=True, cwd=repo_root, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [record["prompt"] for record in json_lines(done.stdout)] == ["x"]
 
 
 def test_no_prompts_on_a_closed_standard_input(repo_root: Path, environment: dict[str, str], tiny_folder: Path) -> None:

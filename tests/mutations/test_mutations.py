@@ -13,6 +13,8 @@ from tests.mutations.harness import MUTATIONS, SCENARIOS, Mutation, is_noticed
 
 TABLES = (graphs, fp8_pages, sampling)
 Prepared = Callable[[str], tuple[Path, Any]]
+OFTEN = 4
+"""In `make test` one fault in so many is planted: each takes a second or two, and tells of tests, not of the engine."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,15 @@ def test_nothing_is_noticed_where_nothing_is_broken(name: str, prepared: Prepare
         assert SCENARIOS[name].run(folder) == expected
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: f"{mutation.scenario}: {mutation.rule}")
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        pytest.param(
+            mutation, marks=() if place % OFTEN == 0 else pytest.mark.slow, id=f"{mutation.scenario}: {mutation.rule}"
+        )
+        for place, mutation in enumerate(MUTATIONS)
+    ],
+)
 def test_breaking_a_rule_is_noticed(mutation: Mutation, prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, expected = prepared(mutation.scenario)
     scenario = SCENARIOS[mutation.scenario]
