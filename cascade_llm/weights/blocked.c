@@ -1,7 +1,8 @@
 /* y = x Wᵀ + b in bfloat16, with W in oneDNN's blocked layout; see blocked.py, which compiles this.
  *
- * The layout, [out / 64][in / 2][64][2], puts the two inputs that one AVX512-BF16 instruction multiplies side by side,
- * for 16 outputs a vector. Every weight is read from memory once, in order, and used for all rows.
+ * The layout, [out / block][in / 2][block][2] with blocks of 64 or 32 outputs, puts the two inputs that one AVX512-BF16
+ * instruction multiplies side by side, for 16 outputs a vector. Every weight is read from memory once, in order, and used
+ * for all rows.
  */
 #include <immintrin.h>
 #include <stdint.h>
@@ -9,9 +10,19 @@
 
 #include "parallel.h"
 
-enum { BLOCK = 64, LANES = 16, UNIT = 32, ROW_BLOCK = 6 };
+enum { WIDE = 64, LANES = 16, UNIT = 32, ROW_BLOCK = 6 };
 
 typedef uint16_t bfloat16;
+
+/* Where the first pairs of outputs from `out` on lie, in blocks of `block` outputs. */
+static inline const bfloat16 *first_pairs(const bfloat16 *weight, long in_size, long out, long block) {
+    return weight + out / block * block * in_size + out % block * 2;
+}
+
+/* The pairs of inputs `i` and `i + 1` for the `v`th vector of outputs from there on; `v` and `block` are constants. */
+static inline __attribute__((always_inline)) __m512bh pairs_at(const bfloat16 *w, long in_size, long i, int v, int block) {
+    return (__m512bh)_mm512_loadu_si512(w + v * LANES / block * block * in_size + i * block + v * LANES % block * 2);
+}
 
 static inline __m512bh broadcast_pair(const bfloat16 *pair) {
     int32_t bits;
@@ -24,12 +35,12 @@ static inline __m512 load(const bfloat16 *x) {
     return (__m512)_mm512_slli_epi32(wide, 16);
 }
 
-/* `vectors` * 16 outputs of 1 to 4 rows, from `out` on, whose time is that of the reading; `vectors` and `rows` are
- * constants where this is called. */
+/* `vectors` * 16 outputs of 1 to 4 rows, from `out` on, whose time is that of the reading; `vectors`, `rows` and `block`
+ * are constants where this is called. */
 static inline __attribute__((always_inline)) void outputs(const bfloat16 *x, const bfloat16 *weight,
                                                           const bfloat16 *bias, bfloat16 *y, long rows, long in_size,
-                                                          long out_size, long out, int vectors) {
-    const bfloat16 *w = weight + out / BLOCK * BLOCK * in_size + out % BLOCK * 2;
+                                                          long out_size, long out, int vectors, int block) {
+    const bfloat16 *w = first_pairs(weight, in_size, out, block);
     __m512 sums[4][4], more[4][4]; /* two chains each, for the latency of the instruction */
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) {
@@ -38,8 +49,7 @@ static inline __attribute__((always_inline)) void outputs(const bfloat16 *x, con
         }
     for (long i = 0; i < in_size; i += 4)
         for (int v = 0; v < vectors; v++) {
-            __m512bh first = (__m512bh)_mm512_loadu_si512(w + i * BLOCK + v * 2 * LANES);
-            __m512bh second = (__m512bh)_mm512_loadu_si512(w + (i + 2) * BLOCK + v * 2 * LANES);
+            __m512bh first = pairs_at(w, in_size, i, v, block), second = pairs_at(w, in_size, i + 2, v, block);
             for (int r = 0; r < rows; r++) {
                 sums[r][v] = _mm512_dpbf16_ps(sums[r][v], first, broadcast_pair(x + r * in_size + i));
                 more[r][v] = _mm512_dpbf16_ps(more[r][v], second, broadcast_pair(x + r * in_size + i + 2));
@@ -52,16 +62,16 @@ static inline __attribute__((always_inline)) void outputs(const bfloat16 *x, con
         }
 }
 
-/* Outputs `begin` to `end`, multiples of UNIT; whole blocks at once where they are whole. */
+/* Outputs `begin` to `end`, multiples of UNIT; WIDE at once where they are. */
 static inline __attribute__((always_inline)) void span(const bfloat16 *x, const bfloat16 *weight, const bfloat16 *bias,
                                                        bfloat16 *y, long rows, long in_size, long out_size, long begin,
-                                                       long end) {
+                                                       long end, int block) {
     for (long out = begin; out < end;) {
-        if (out % BLOCK == 0 && out + BLOCK <= end) {
-            outputs(x, weight, bias, y, rows, in_size, out_size, out, BLOCK / LANES);
-            out += BLOCK;
+        if (out % WIDE == 0 && out + WIDE <= end) {
+            outputs(x, weight, bias, y, rows, in_size, out_size, out, WIDE / LANES, block);
+            out += WIDE;
         } else {
-            outputs(x, weight, bias, y, rows, in_size, out_size, out, UNIT / LANES);
+            outputs(x, weight, bias, y, rows, in_size, out_size, out, UNIT / LANES, block);
             out += UNIT;
         }
     }
@@ -72,7 +82,7 @@ static inline __attribute__((always_inline)) void span(const bfloat16 *x, const 
  * asked for in each round, from `next` on. */
 static inline __attribute__((always_inline)) void tile(const bfloat16 *x, const bfloat16 *w, const bfloat16 *bias,
                                                        bfloat16 *y, long rows, long in_size, long out_size, int vectors,
-                                                       const bfloat16 *next, int ahead) {
+                                                       int block, const bfloat16 *next, int ahead) {
     __m512 sums[ROW_BLOCK][4];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -81,7 +91,7 @@ static inline __attribute__((always_inline)) void tile(const bfloat16 *x, const 
     for (long i = 0; i < in_size; i += 2) {
         __m512bh weights[4];
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) weights[v] = (__m512bh)_mm512_loadu_si512(w + i * BLOCK + v * 2 * LANES);
+        for (int v = 0; v < vectors; v++) weights[v] = pairs_at(w, in_size, i, v, block);
         for (int line = 0; line < ahead; line++, next += 2 * LANES) _mm_prefetch((const char *)next, _MM_HINT_T1);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
@@ -99,38 +109,39 @@ static inline __attribute__((always_inline)) void tile(const bfloat16 *x, const 
 
 static inline __attribute__((always_inline)) void row_block(const bfloat16 *x, const bfloat16 *w, const bfloat16 *bias,
                                                             bfloat16 *y, long rows, long in_size, long out_size,
-                                                            int vectors, const bfloat16 *next, int ahead) {
+                                                            int vectors, int block, const bfloat16 *next, int ahead) {
     switch (rows) {
-    case 1: tile(x, w, bias, y, 1, in_size, out_size, vectors, next, ahead); break;
-    case 2: tile(x, w, bias, y, 2, in_size, out_size, vectors, next, ahead); break;
-    case 3: tile(x, w, bias, y, 3, in_size, out_size, vectors, next, ahead); break;
-    case 4: tile(x, w, bias, y, 4, in_size, out_size, vectors, next, ahead); break;
-    case 5: tile(x, w, bias, y, 5, in_size, out_size, vectors, next, ahead); break;
-    default: tile(x, w, bias, y, 6, in_size, out_size, vectors, next, ahead); break;
+    case 1: tile(x, w, bias, y, 1, in_size, out_size, vectors, block, next, ahead); break;
+    case 2: tile(x, w, bias, y, 2, in_size, out_size, vectors, block, next, ahead); break;
+    case 3: tile(x, w, bias, y, 3, in_size, out_size, vectors, block, next, ahead); break;
+    case 4: tile(x, w, bias, y, 4, in_size, out_size, vectors, block, next, ahead); break;
+    case 5: tile(x, w, bias, y, 5, in_size, out_size, vectors, block, next, ahead); break;
+    default: tile(x, w, bias, y, 6, in_size, out_size, vectors, block, next, ahead); break;
     }
 }
 
-/* As `span`, for more rows: a block of weights is read from the cache for all of them, while the next one comes from
- * memory, a part of its lines with each block of rows. */
-static void span_of_many(const bfloat16 *x, const bfloat16 *weight, const bfloat16 *bias, bfloat16 *y, long rows,
-                         long in_size, long out_size, long begin, long end) {
-    long blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK, ahead = blocks == 1 ? 4 : blocks < 4 ? 2 : 1;
+/* As `span`, for more rows: WIDE outputs' weights are read from the cache for all of them, while the next come from
+ * memory, a part of their lines with each block of rows. */
+static inline __attribute__((always_inline)) void span_of_many(const bfloat16 *x, const bfloat16 *weight,
+                                                               const bfloat16 *bias, bfloat16 *y, long rows, long in_size,
+                                                               long out_size, long begin, long end, int block) {
+    long groups = (rows + ROW_BLOCK - 1) / ROW_BLOCK, ahead = groups == 1 ? 4 : groups < 4 ? 2 : 1;
     for (long out = begin; out < end;) {
-        int whole = out % BLOCK == 0 && out + BLOCK <= end;
-        long after = out + (whole ? BLOCK : UNIT);
-        const bfloat16 *w = weight + out / BLOCK * BLOCK * in_size + out % BLOCK * 2;
-        const bfloat16 *later = after % BLOCK == 0 && after < end ? weight + after * in_size : 0;
-        for (long block = 0; block < blocks; block++) {
-            long first = rows * block / blocks, last = rows * (block + 1) / blocks;
-            int asks = later && (block + 1) * ahead <= BLOCK / LANES ? ahead : 0;
-            const bfloat16 *next = asks ? later + block * ahead * in_size * LANES : 0;
+        int whole = out % WIDE == 0 && out + WIDE <= end;
+        long after = out + (whole ? WIDE : UNIT);
+        const bfloat16 *w = first_pairs(weight, in_size, out, block);
+        const bfloat16 *later = after % WIDE == 0 && after < end ? weight + after * in_size : 0;
+        for (long group = 0; group < groups; group++) {
+            long first = rows * group / groups, last = rows * (group + 1) / groups;
+            int asks = later && (group + 1) * ahead <= WIDE / LANES ? ahead : 0;
+            const bfloat16 *next = asks ? later + group * ahead * in_size * LANES : 0;
             const bfloat16 *own_bias = bias ? bias + out : 0;
             if (whole)
                 row_block(x + first * in_size, w, own_bias, y + first * out_size + out, last - first, in_size, out_size,
-                          BLOCK / LANES, next, asks);
+                          WIDE / LANES, block, next, asks);
             else
                 row_block(x + first * in_size, w, own_bias, y + first * out_size + out, last - first, in_size, out_size,
-                          UNIT / LANES, next, asks);
+                          UNIT / LANES, block, next, asks);
         }
         out = after;
     }
@@ -140,26 +151,28 @@ static void span_of_many(const bfloat16 *x, const bfloat16 *weight, const bfloat
 typedef struct {
     const bfloat16 *x, *weight, *bias;
     bfloat16 *y;
-    long rows, in_size, out_size, parts;
+    long rows, in_size, out_size, block, parts;
 } product;
 
 /* One of `parts` even spans of the outputs. */
-static void product_part(void *of, long part) {
-    const product *p = of;
+static inline __attribute__((always_inline)) void part_of(const product *p, long part, int block) {
     const long units = p->out_size / UNIT, rows = p->rows, in_size = p->in_size, out_size = p->out_size;
     const long begin = part_begin(units, part, p->parts) * UNIT, end = part_begin(units, part + 1, p->parts) * UNIT;
     switch (rows) {
-    case 1: span(p->x, p->weight, p->bias, p->y, 1, in_size, out_size, begin, end); break;
-    case 2: span(p->x, p->weight, p->bias, p->y, 2, in_size, out_size, begin, end); break;
-    case 3: span(p->x, p->weight, p->bias, p->y, 3, in_size, out_size, begin, end); break;
-    case 4: span(p->x, p->weight, p->bias, p->y, 4, in_size, out_size, begin, end); break;
-    default: span_of_many(p->x, p->weight, p->bias, p->y, rows, in_size, out_size, begin, end); break;
+    case 1: span(p->x, p->weight, p->bias, p->y, 1, in_size, out_size, begin, end, block); break;
+    case 2: span(p->x, p->weight, p->bias, p->y, 2, in_size, out_size, begin, end, block); break;
+    case 3: span(p->x, p->weight, p->bias, p->y, 3, in_size, out_size, begin, end, block); break;
+    case 4: span(p->x, p->weight, p->bias, p->y, 4, in_size, out_size, begin, end, block); break;
+    default: span_of_many(p->x, p->weight, p->bias, p->y, rows, in_size, out_size, begin, end, block); break;
     }
 }
 
-/* x [rows, in_size] and y [rows, out_size] contiguous; in_size a multiple of 4, out_size of 64. */
+static void part_of_blocks_of_64(void *product, long part) { part_of(product, part, 64); }
+static void part_of_blocks_of_32(void *product, long part) { part_of(product, part, 32); }
+
+/* x [rows, in_size] and y [rows, out_size] contiguous; in_size a multiple of 4, out_size of 64; block 64 or 32. */
 void blocked_product(const bfloat16 *x, const bfloat16 *weight, const bfloat16 *bias, bfloat16 *y, long rows,
-                     long in_size, long out_size, int threads) {
-    product p = {x, weight, bias, y, rows, in_size, out_size, threads};
-    parallel_for(product_part, &p, threads, threads);
+                     long in_size, long out_size, long block, int threads) {
+    product p = {x, weight, bias, y, rows, in_size, out_size, block, threads};
+    parallel_for(block == 64 ? part_of_blocks_of_64 : part_of_blocks_of_32, &p, threads, threads);
 }

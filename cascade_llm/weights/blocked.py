@@ -25,8 +25,9 @@ __all__ = ["Blocked"]
 FEW_ROWS, LONG_INPUT = 64, 4096
 """With more rows than the one and more inputs than the other, oneDNN is as fast or faster: a block of weights is then
 more than the second-level cache holds beside the rows."""
-BLOCK_LEN = 64
-"""Outputs that lie together in oneDNN's layout for AVX512-BF16."""
+OUTPUT_MULTIPLE = 64
+BLOCK_LENS = (64, 32)
+"""Outputs that lie together in oneDNN's layouts, the one for AVX512-BF16 and the one for AMX."""
 INPUT_MULTIPLE = 4
 
 
@@ -43,7 +44,8 @@ class Blocked(WeightFormat):
         assert not isinstance(kernel, str), kernel
         self._kernel = kernel
         address: int = torch.ops.mkldnn.data_ptr(self._onednn.packed)
-        self._address = address if is_blocked(address, values) else 0
+        self._address = address
+        self._block_len = next((length for length in BLOCK_LENS if is_blocked(address, values, length)), None)
 
     @staticmethod
     def reasons_against(spec: MatrixSpec) -> list[str]:
@@ -52,17 +54,18 @@ class Blocked(WeightFormat):
             return reasons
         if spec.options.dtype != torch.bfloat16:
             return [f"the kernel is for bfloat16, not {str(spec.options.dtype).removeprefix('torch.')}"]
-        if spec.out_features % BLOCK_LEN or spec.in_features % INPUT_MULTIPLE:
+        if spec.out_features % OUTPUT_MULTIPLE or spec.in_features % INPUT_MULTIPLE:
             return [
                 f"{spec.name} is {spec.out_features} x {spec.in_features}, the kernel takes multiples of "
-                f"{BLOCK_LEN} x {INPUT_MULTIPLE}"
+                f"{OUTPUT_MULTIPLE} x {INPUT_MULTIPLE}"
             ]
         kernel = _compiled()
         return [kernel] if isinstance(kernel, str) else []
 
     def serves(self, num_rows: int) -> bool:
         """Whether our kernel multiplies so many rows, and not oneDNN."""
-        return self._address != 0 and num_rows > 0 and (num_rows <= FEW_ROWS or self._in_features <= LONG_INPUT)
+        is_for_kernel = num_rows <= FEW_ROWS or self._in_features <= LONG_INPUT
+        return self._block_len is not None and num_rows > 0 and is_for_kernel
 
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
@@ -83,6 +86,7 @@ class Blocked(WeightFormat):
             rows,
             self._in_features,
             self._out_features,
+            self._block_len,
             torch.get_num_threads(),
         )
         return y if out is None or y is out else out.copy_(y)
@@ -98,13 +102,13 @@ class Blocked(WeightFormat):
         return self._onednn.memory
 
 
-def is_blocked(address: int, weight: torch.Tensor) -> bool:
-    """Whether the memory at `address` holds a bfloat16 weight [out, in] as [out / 64][in / 2][64][2]."""
+def is_blocked(address: int, weight: torch.Tensor, block_len: int) -> bool:
+    """Whether the memory at `address` holds a bfloat16 weight [out, in] as [out / block_len][in / 2][block_len][2]."""
     memory = (ctypes.c_int16 * weight.numel()).from_address(address)
     lies = torch.frombuffer(memory, dtype=torch.int16)
     out_features, in_features = weight.shape
-    blocks = weight.view(torch.int16).view(out_features // BLOCK_LEN, BLOCK_LEN, in_features // 2, 2)
-    return torch.equal(lies.view(-1, in_features // 2, BLOCK_LEN, 2), blocks.transpose(1, 2))
+    blocks = weight.view(torch.int16).view(out_features // block_len, block_len, in_features // 2, 2)
+    return torch.equal(lies.view(-1, in_features // 2, block_len, 2), blocks.transpose(1, 2))
 
 
 @functools.cache
@@ -115,6 +119,6 @@ def _compiled() -> NativeFunction | str:
     except BackendError as error:
         return str(error)
     pointer, long = ctypes.c_void_p, ctypes.c_long
-    kernel.argtypes = (*[pointer] * 4, *[long] * 3, ctypes.c_int)
+    kernel.argtypes = (*[pointer] * 4, *[long] * 4, ctypes.c_int)
     kernel.restype = None
     return kernel
