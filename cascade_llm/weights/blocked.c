@@ -147,6 +147,10 @@ static inline __attribute__((always_inline)) void span_of_many(const bfloat16 *x
     }
 }
 
+#if defined(__AMX_BF16__)
+#include "blocked_tiles.h"
+#endif
+
 /* The arguments of `blocked_product`, as all its threads see them. */
 typedef struct {
     const bfloat16 *x, *weight, *bias;
@@ -158,6 +162,12 @@ typedef struct {
 static inline __attribute__((always_inline)) void part_of(const product *p, long part, int block) {
     const long units = p->out_size / UNIT, rows = p->rows, in_size = p->in_size, out_size = p->out_size;
     const long begin = part_begin(units, part, p->parts) * UNIT, end = part_begin(units, part + 1, p->parts) * UNIT;
+#if defined(__AMX_BF16__)
+    if (rows > 2 && in_size % DEPTH == 0) { /* reading the weights is the time of one row and of two */
+        span_of_tiles(p->x, p->weight, p->bias, p->y, rows, in_size, out_size, begin, end, block);
+        return;
+    }
+#endif
     switch (rows) {
     case 1: span(p->x, p->weight, p->bias, p->y, 1, in_size, out_size, begin, end, block); break;
     case 2: span(p->x, p->weight, p->bias, p->y, 2, in_size, out_size, begin, end, block); break;

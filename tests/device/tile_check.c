@@ -1,7 +1,7 @@
 /* One product of tiles, as a part of a loop that several threads share; see test_tile_data.py. */
-#include <immintrin.h>
+#include "tiles.h"
+
 #include <stdatomic.h>
-#include <stdint.h>
 #include <time.h>
 
 /* Index `index` is done with once `together` threads are inside, or none has come for ten seconds. */
@@ -20,17 +20,14 @@ static int comes(const check *c) {
 /* The sum of 64 products of index + 1 and 2; -1 where another thread never came. */
 void tile_part(void *task, long index) {
     check *c = task;
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } configuration = {.palette = 1, .row_bytes = {64, 64, 64}, .rows = {16, 16, 16}};
+    tile_shapes shapes = {0};
     int8_t a[1024], b[1024];
     int32_t sums[256];
     for (int i = 0; i < 1024; i++) a[i] = (int8_t)(index + 1), b[i] = 2;
     c->inside++;
     int came = comes(c);
-    _tile_loadconfig(&configuration);
+    shape_tiles(&shapes, 0, 2, TILE_ROWS, TILE_ROW_BYTES);
+    configure_tiles(&shapes);
     _tile_zero(0);
     _tile_loadd(1, a, 64);
     _tile_loadd(2, b, 64);

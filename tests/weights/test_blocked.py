@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cascade_llm.device.cpu_levels import processor_flags
+from cascade_llm.device.cpu_levels import LEVEL_VARIABLE, levels_to_try, processor_flags
+from cascade_llm.device.native_units import BLOCKED
+from cascade_llm.weights import blocked as module
 from cascade_llm.weights.blocked import Blocked, is_blocked
 from tests.native_code import needs_compiler
 from tests.weights.matrices import matrix_spec
@@ -36,6 +38,20 @@ def test_the_kernel_equals_the_product_in_float64(inputs: int, outputs: int, row
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("level", [level.name for level in levels_to_try() if BLOCKED.fits(level)])
+def test_the_kernel_of_every_level_equals_the_product_in_float64(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tiles and parts of them, in the layout that oneDNN has here."""
+    monkeypatch.setenv(LEVEL_VARIABLE, level)
+    module._compiled.cache_clear()
+    try:
+        for outputs, inputs in ((192, 96), (576, 160), (64, 64)):
+            for rows in (1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 47, 49, 70):
+                test_the_kernel_equals_the_product_in_float64(inputs, outputs, rows, rows % 2 == 1)
+    finally:
+        module._compiled.cache_clear()
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("num_rows", [3, 13])
 def test_any_number_of_threads_gives_the_same(num_rows: int, num_threads: int) -> None:
@@ -51,12 +67,15 @@ def test_any_number_of_threads_gives_the_same(num_rows: int, num_threads: int) -
 
 @torch.inference_mode()
 def test_nan_comes_through() -> None:
-    weight, x = torch.randn(64, 64).bfloat16(), torch.randn(2, 64).bfloat16()
-    x[1, 7] = torch.nan
-    matrix = blocked(weight)
-    y = matrix.multiply(x)
-    assert y[0].isfinite().all()
-    assert y[1].isnan().all()
+    for rows in (2, 20, 40):
+        weight, x = torch.randn(64, 64).bfloat16(), torch.randn(rows, 64).bfloat16()
+        x[1, 7] = torch.nan
+        x[-1, 9] = torch.inf if rows > 2 else torch.nan
+        y = blocked(weight).multiply(x)
+        assert y[: -rows + 1].isfinite().all()
+        assert y[1].isnan().all()
+        assert y[2:-1].isfinite().all()
+        assert not y[-1].isfinite().any()
 
 
 @pytest.mark.parametrize(
