@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class BenchModel:
             if len(stored.shape) != 2:
                 continue
             is_head, num_weights = name in HEADS, math.prod(stored.shape)
-            kind = (is_head, stored.format, stored.data.dtype, stored.shape[1])
+            kind = (is_head, stored.format, stored.dtype, stored.shape[1])
             if kind not in known:
                 known[kind] = _bytes_per_weight(stored, of_head if is_head else options)
             num_bytes, count = sums[is_head]
@@ -115,7 +115,7 @@ class BenchModel:
 
 
 def _bytes_per_weight(stored: StoredTensor, options: WeightOptions) -> float:
-    some = replace(stored, data=stored.data[:SAMPLE_ROWS], shape=(min(SAMPLE_ROWS, stored.shape[0]), stored.shape[1]))
+    some = stored.rows(slice(SAMPLE_ROWS))
     with torch.inference_mode():
         return held_matrix(some, options).num_bytes / math.prod(some.shape)
 

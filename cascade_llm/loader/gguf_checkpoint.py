@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from cascade_llm.loader.gguf_codes import CODED_TYPES, codes_of
 from cascade_llm.loader.gguf_config import ending_token_ids, hf_config_of
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize
 from cascade_llm.loader.gguf_names import first_part
-from cascade_llm.weights.format import StoredTensor
+from cascade_llm.weights.format import StoredTensor, Unread
 
 __all__ = ["GGUFCheckpoint", "stored_blocks"]
 
@@ -99,25 +99,60 @@ class GGUFCheckpoint(Checkpoint):
                 yield next(names), own.rows(slice(first, first + num_rows))
 
     def _stored(self, tensor: GGUFTensor) -> StoredTensor:
-        data = self._file.data(tensor)
-        if tensor.type in PLAIN_TYPES:
-            values = self._in_hf_order(tensor, dequantize(data, tensor.type, _hf_shape(tensor.name, tensor.shape)))
-            is_norm, offset = tensor.name.endswith("norm.weight"), self._architecture.norm_offset
-            return StoredTensor.plain(values - offset if is_norm and offset else values)
-        rows = math.prod(tensor.shape[:-1])
-        blocks = self._in_hf_order(tensor, torch.from_numpy(data).view(rows, -1))
-        return stored_blocks(tensor, blocks)
+        stored = self._in_file_order(tensor)
+        order = self._order(tensor)
+        return stored if order is None else replace(stored, source=Reordered(stored.data, order))
 
-    def _in_hf_order(self, tensor: GGUFTensor, rows: torch.Tensor) -> torch.Tensor:
-        """Undo what a conversion does to the rows of queries and keys, be they values or blocks."""
+    def _in_file_order(self, tensor: GGUFTensor) -> StoredTensor:
+        data = self._file.data(tensor)
+        if tensor.type not in PLAIN_TYPES:
+            return stored_blocks(tensor, torch.from_numpy(data).view(math.prod(tensor.shape[:-1]), -1))
+        values = dequantize(data, tensor.type, _hf_shape(tensor.name, tensor.shape))
+        is_norm, offset = tensor.name.endswith("norm.weight"), self._architecture.norm_offset
+        return StoredTensor.plain(values - offset if is_norm and offset else values)
+
+    def _order(self, tensor: GGUFTensor) -> torch.Tensor | None:
+        """Where the rows of queries and keys lie, int64 [rows]: a conversion interleaves them. None of all others."""
         part = tensor.name.split(".")[-2]
         if not self._architecture.interleaves_heads or part not in ("attn_q", "attn_k"):
-            return rows
+            return None
         num_heads = self._hf_config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-        if len(rows) % (2 * num_heads):
-            raise CheckpointError(f"{self._file.path}: {tensor.name} has {len(rows)} rows for {num_heads} heads")
-        pairs = rows.view(num_heads, len(rows) // num_heads // 2, 2, *rows.shape[1:])
-        return pairs.transpose(1, 2).reshape(rows.shape)
+        num_rows = tensor.shape[0]
+        if num_rows % (2 * num_heads):
+            raise CheckpointError(f"{self._file.path}: {tensor.name} has {num_rows} rows for {num_heads} heads")
+        return torch.arange(num_rows).view(num_heads, -1, 2).transpose(1, 2).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Reordered(Unread):
+    """Rows, be they values or blocks, that lie in another order in the file."""
+
+    stored: torch.Tensor
+    """[rows of the file, ...], a view of it."""
+    order: torch.Tensor
+    """int64 [rows], where each lies there."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Unread`."""
+        return self.stored.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Unread`."""
+        return self.stored[0].nbytes * len(self.order)
+
+    def rows(self, rows: slice) -> Reordered:
+        """See `Unread`."""
+        return replace(self, order=self.order[rows])
+
+    def columns(self, part: slice) -> StoredTensor | None:
+        """See `Unread`."""
+        return None
+
+    def read(self) -> torch.Tensor:
+        """See `Unread`."""
+        return self.stored[self.order]
 
 
 def stored_blocks(tensor: GGUFTensor, blocks: torch.Tensor) -> StoredTensor:

@@ -15,7 +15,7 @@ import torch
 
 from cascade_llm.errors import CheckpointError
 
-__all__ = ["FLOAT_CODES", "INTEGER_BITS", "ROWS_TOGETHER", "SUPER_LEN", "CodeLayout", "Codes"]
+__all__ = ["FLOAT_CODES", "INTEGER_BITS", "ROWS_TOGETHER", "SUPER_LEN", "CodeLayout", "Codes", "groups_of_part"]
 
 INTEGER_BITS = {"u2": 2, "u3": 3, "u4": 4, "u5": 5, "u6": 6, "u8": 8}
 """Unsigned integers by their width."""
@@ -116,10 +116,10 @@ class Codes:
             return Codes(
                 layout, codes, *(None if n is None else n[:, supers] for n in (self.scales, self.minima)), *subs
             )
-        unit = gcd(part.start, part.stop, layout.group_len)
-        if unit < LEAST_GROUP_LEN:
+        cut = groups_of_part(layout.group_len, part)
+        if cut is None:
             return None
-        kept = torch.arange(part.start, part.stop, unit) // layout.group_len
+        unit, kept = cut
         minima = self.group_minima()[:, kept] if layout.has_minimum else None
         scale = "float32" if layout.scale == "sub" else layout.scale
         return Codes(replace(layout, group_len=unit, scale=scale), codes, self.group_scales()[:, kept], minima)
@@ -146,3 +146,19 @@ class Codes:
             return numbers
         per_super = subs.shape[1] // numbers.shape[1]
         return numbers.float().repeat_interleave(per_super, dim=1) * subs.float()
+
+
+def groups_of_part(group_len: int, part: slice) -> tuple[int, torch.Tensor] | None:
+    """The longest equal groups of some inputs that cross no end of a group, and the group that each lies in.
+
+    Args:
+        group_len: inputs that share a scale, of the whole matrix
+        part: of the inputs, with start and stop
+
+    Returns:
+        their length and int64 [groups of the part]; None where they would be too short
+    """
+    unit = gcd(part.start, part.stop, group_len)
+    if unit < LEAST_GROUP_LEN:
+        return None
+    return unit, torch.arange(part.start, part.stop, unit) // group_len

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -21,13 +22,39 @@ from cascade_llm.device.huge_pages import MemoryRange
 from cascade_llm.device.ranks import Share
 from cascade_llm.weights.codes import Codes
 
-__all__ = ["MatrixSpec", "Refusal", "StoredTensor", "WeightFormat", "WeightOptions"]
+__all__ = ["MatrixSpec", "Refusal", "StoredTensor", "Unread", "WeightFormat", "WeightOptions"]
 
 Refusal: TypeAlias = tuple[str, str]
 """A format, and a reason against it."""
 PLAIN = "plain"
 CHUNK_LEN = 1 << 20
 """Values that are decoded at a time, so that a large matrix does not stand in memory twice."""
+
+
+class Unread(ABC):
+    """Rows of data that a file holds in another order, or in pieces: only what is left after all cuts is read."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the data."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Of what is left, about as many as in the file."""
+
+    @abstractmethod
+    def rows(self, rows: slice) -> Unread:
+        """Some of them."""
+
+    @abstractmethod
+    def columns(self, part: slice) -> StoredTensor | None:
+        """The tensor of some inputs, with start and stop; None where they are cut out of what was read."""
+
+    @abstractmethod
+    def read(self) -> torch.Tensor:
+        """What `StoredTensor.data` is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +65,8 @@ class StoredTensor:
     """"plain", or the name of a block type, such as GGUF's "Q4_1"."""
     shape: tuple[int, ...]
     """Of the values."""
-    data: torch.Tensor
-    """Plain: the values. Else the stored bytes, uint8 [rows, bytes of a row]."""
+    source: torch.Tensor | Unread
+    """`data`, or what reads it."""
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Turns rows of `data` into as many rows of float32 values; None where it holds the values."""
     codes: Callable[[torch.Tensor], Codes] | None = None
@@ -55,16 +82,32 @@ class StoredTensor:
         """Values [...] of any shape and dtype, not copied."""
         return cls(PLAIN, tuple(values.shape), values, release=release)
 
+    @cached_property
+    def data(self) -> torch.Tensor:
+        """Plain: the values. Else the stored bytes, uint8 [rows, bytes of a row]. Read when it is first asked for."""
+        return self.source.read() if isinstance(self.source, Unread) else self.source
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of `data`."""
+        return self.source.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """In the file."""
+        return self.source.num_bytes if isinstance(self.source, Unread) else self.source.nbytes
+
     def rows(self, rows: slice) -> StoredTensor:
         """Some rows along the first dimension, as they are stored."""
-        data = self.data[rows]
-        return replace(self, shape=(len(data), *self.shape[1:]), data=data)
+        source = self.source.rows(rows) if isinstance(self.source, Unread) else self.source[rows]
+        count = len(range(*rows.indices(self.shape[0])))
+        return replace(self, shape=(count, *self.shape[1:]), source=source)
 
     def matrix(self, index: int) -> StoredTensor:
         """One of the matrices of a stack [matrices, rows, inputs], as it is stored."""
         count, rows, _ = self.shape
         data = self.data.view(count, rows, -1) if self.decode is not None else self.data
-        return replace(self, shape=self.shape[1:], data=data[index])
+        return replace(self, shape=self.shape[1:], source=data[index])
 
     def columns(self, part: slice) -> StoredTensor:
         """Some inputs of a matrix, as they are stored where that can be cut there, else decoded as they are read.
@@ -72,12 +115,17 @@ class StoredTensor:
         Args:
             part: of the inputs, with start and stop
         """
-        rows, inputs = self.shape
+        _, inputs = self.shape
         if part.start == 0 and part.stop == inputs:
             return self
-        shape = rows, part.stop - part.start
+        if isinstance(self.source, Unread) and (cut := self.source.columns(part)) is not None:
+            return replace(cut, release=self.release)
+        return self._columns_of_data(part)
+
+    def _columns_of_data(self, part: slice) -> StoredTensor:
+        shape = self.shape[0], part.stop - part.start
         if self.decode is None:
-            return replace(self, shape=shape, data=self.data[:, part])
+            return replace(self, shape=shape, source=self.data[:, part])
         data, rest = self.data, part
         if self.block is not None:
             block_len, num_bytes = self.block
@@ -87,7 +135,7 @@ class StoredTensor:
         cut = _Columns(self.decode, self.codes, rest)
         has_codes = self.codes is not None and len(data) > 0 and cut.codes_or_none(data[:1]) is not None
         return replace(
-            self, shape=shape, data=data, block=None, decode=cut.decode, codes=cut.codes if has_codes else None
+            self, shape=shape, source=data, block=None, decode=cut.decode, codes=cut.codes if has_codes else None
         )
 
     def values(self) -> torch.Tensor:

@@ -20,7 +20,7 @@ def told_tensors(checkpoint: Checkpoint, on_start: OnStart | None) -> Iterator[t
     done, total = 0, checkpoint.num_bytes
     for name, stored in checkpoint.stored_tensors():
         yield name, stored
-        done += stored.data.nbytes
+        done += stored.num_bytes
         if on_start is not None:
             on_start(LOADING, min(done, total), total)
     if on_start is not None:

@@ -75,7 +75,7 @@ def built(codes: Codes, kind: str = "cuda_int4", **options: object) -> WeightFor
 
 def part_of(stored: StoredTensor, rows: slice) -> StoredTensor:
     data = stored.data[rows]
-    return replace(stored, shape=(len(data), stored.shape[1]), data=data)
+    return replace(stored, shape=(len(data), stored.shape[1]), source=data)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -17,6 +17,7 @@ from cascade_llm.loader.quantized.format import (
     number_of,
     unpacked_words,
     unsupported,
+    words_of,
 )
 from cascade_llm.loader.quantized.grid import Grid, groups_of, integer_grid
 from cascade_llm.loader.quantized.parts import MatrixParts
@@ -66,9 +67,10 @@ class AWQ(MatrixFormat):
         zeros = _unpacked(parts.tensor("qzeros", (torch.int32,), (num_groups, num_words), why)).t()
         return integer_grid((out, num_inputs), 4, unit, scales[:, groups], zeros[:, groups])
 
-    def codes(self, parts: MatrixParts, grid: Grid) -> torch.Tensor:
-        """See `QuantizedFormat`."""
-        return _unpacked(parts.tensor("qweight", (torch.int32,))).t().contiguous()
+    def codes(self, parts: MatrixParts, rows: slice, inputs: slice) -> torch.Tensor:
+        """See `MatrixFormat`."""
+        words, own = words_of(rows, PER_WORD)
+        return _unpacked(parts.tensor("qweight", (torch.int32,))[inputs, words])[:, own].t().contiguous()
 
 
 def _unpacked(words: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cascade_llm.errors import CheckpointError
-from cascade_llm.loader.quantized.format import MatrixFormat, names_of, number_of, unpacked_words, unsupported
+from cascade_llm.loader.quantized.format import MatrixFormat, names_of, number_of, unpacked_words, unsupported, words_of
 from cascade_llm.loader.quantized.fp8 import DTYPE, block_scales, block_shape, float_grid
 from cascade_llm.loader.quantized.gptq import grouped
 from cascade_llm.loader.quantized.grid import Grid, groups_of, integer_grid
@@ -102,12 +102,13 @@ class CompressedTensors(MatrixFormat):
         spread = None if zeros is None else zeros[rows][:, groups]
         return integer_grid(shape, scheme.bits, unit, scales[rows][:, groups], spread, order)
 
-    def codes(self, parts: MatrixParts, grid: Grid) -> torch.Tensor:
-        """See `QuantizedFormat`."""
+    def codes(self, parts: MatrixParts, rows: slice, inputs: slice) -> torch.Tensor:
+        """See `MatrixFormat`."""
         scheme = self._scheme_of(parts)
         if scheme.is_packed:
-            return unpacked_words(parts.tensor("weight_packed", (torch.int32,)), scheme.bits)[:, : grid.shape[1]]
-        stored = parts.tensor("weight", (DTYPE if scheme.is_float else torch.int8,))
+            words, own = words_of(inputs, 32 // scheme.bits)
+            return unpacked_words(parts.tensor("weight_packed", (torch.int32,))[rows, words], scheme.bits)[:, own]
+        stored = parts.tensor("weight", (DTYPE if scheme.is_float else torch.int8,))[rows, inputs]
         return stored if scheme.is_float else stored.view(torch.uint8) ^ 128
 
     def _scheme_of(self, parts: MatrixParts) -> Scheme:

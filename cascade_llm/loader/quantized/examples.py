@@ -27,7 +27,8 @@ def quantized_examples(rows: int, inputs: int) -> Iterator[tuple[str, float, Sto
     yield "W8A8", 8 + 16 / inputs, _integers(rows, inputs, 8, inputs, torch.bfloat16)
     layout = CodeLayout("float8_e4m3fn", 0, GROUP_LEN, "float32")
     grid = Grid((rows, inputs), layout, torch.full((rows, inputs // GROUP_LEN), SCALE))
-    yield "FP8", 8 + 32 / GROUP_LEN**2, stored_matrix("fp8", grid, torch.ones(rows, inputs).to(DTYPE))
+    ones = torch.ones(rows, inputs).to(DTYPE)
+    yield "FP8", 8 + 32 / GROUP_LEN**2, stored_matrix("fp8", grid, lambda some, part: ones[some, part])
 
 
 def _integers(
@@ -37,4 +38,5 @@ def _integers(
     scales = torch.full((rows, inputs // group_len), SCALE, dtype=dtype)
     zeros = None if zero is None else torch.full_like(scales, zero)
     grid = integer_grid((rows, inputs), bits, group_len, scales, zeros)
-    return stored_matrix("integers", grid, torch.ones(rows, inputs, dtype=torch.uint8))
+    ones = torch.ones(rows, inputs, dtype=torch.uint8)
+    return stored_matrix("integers", grid, lambda some, part: ones[some, part])

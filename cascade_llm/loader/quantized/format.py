@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from reprlib import repr as short_repr
 from typing import Any
 
@@ -14,7 +16,16 @@ from cascade_llm.loader.quantized.grid import Grid, stored_matrix, unpaired
 from cascade_llm.loader.quantized.parts import MatrixParts
 from cascade_llm.weights.format import StoredTensor
 
-__all__ = ["MatrixFormat", "QuantizedFormat", "is_listed", "names_of", "number_of", "unpacked_words", "unsupported"]
+__all__ = [
+    "MatrixFormat",
+    "QuantizedFormat",
+    "is_listed",
+    "names_of",
+    "number_of",
+    "unpacked_words",
+    "unsupported",
+    "words_of",
+]
 
 
 class QuantizedFormat(ABC):
@@ -60,8 +71,8 @@ class MatrixFormat(QuantizedFormat):
         """From headers and the small tensors. Raises `CheckpointError` for all that is wrong with them."""
 
     @abstractmethod
-    def codes(self, parts: MatrixParts, grid: Grid) -> torch.Tensor:
-        """[out, in], uint8 or the float of the layout, in the order of the inputs."""
+    def codes(self, parts: MatrixParts, rows: slice, inputs: slice) -> torch.Tensor:
+        """See `CodeReader`; nothing else is read."""
 
     def check(self, parts: MatrixParts) -> None:
         """See `QuantizedFormat`."""
@@ -76,11 +87,9 @@ class MatrixFormat(QuantizedFormat):
         yield "weight", self.read(parts)
 
     def read(self, parts: MatrixParts) -> StoredTensor:
-        """A matrix [out, in]."""
-        grid = self.grid(parts)
-        stored = stored_matrix(self.method, grid, self.codes(parts, grid))
-        parts.release(self.suffixes)
-        return stored
+        """A matrix [out, in]; scales and zero points are read, codes are not yet."""
+        stored = stored_matrix(self.method, self.grid(parts), partial(self.codes, parts))
+        return replace(stored, release=partial(parts.release, self.suffixes))
 
 
 def unsupported(what: str, instead: str) -> UnsupportedModelError:
@@ -117,6 +126,13 @@ def names_of(config: Mapping[str, Any], *fields: str) -> tuple[str, ...]:
 def is_listed(name: str, entries: Iterable[str]) -> bool:
     """Whether an entry is part of a dotted name, by whole words: "mlp.gate" is no part of "mlp.gate_proj"."""
     return any(f".{entry}." in f".{name}." for entry in entries)
+
+
+def words_of(codes: slice, per_word: int) -> tuple[slice, slice]:
+    """The words that some codes lie in, and where these lie in what the words hold."""
+    first = codes.start // per_word
+    own = slice(codes.start - first * per_word, codes.stop - first * per_word, codes.step)
+    return slice(first, -(-codes.stop // per_word)), own
 
 
 def unpacked_words(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -51,9 +51,9 @@ class FP8(MatrixFormat):
         suffix = "weight_scale" if "weight_scale" in parts else "weight_scale_inv"
         return float_grid(parts, suffix, shape, self.block or shape)
 
-    def codes(self, parts: MatrixParts, grid: Grid) -> torch.Tensor:
-        """See `QuantizedFormat`."""
-        return parts.tensor("weight", (DTYPE,))
+    def codes(self, parts: MatrixParts, rows: slice, inputs: slice) -> torch.Tensor:
+        """See `MatrixFormat`."""
+        return parts.tensor("weight", (DTYPE,))[rows, inputs]
 
 
 def block_shape(value: object, field: str) -> tuple[int, int]:

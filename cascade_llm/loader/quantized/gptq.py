@@ -21,6 +21,7 @@ from cascade_llm.loader.quantized.format import (
     number_of,
     unpacked_words,
     unsupported,
+    words_of,
 )
 from cascade_llm.loader.quantized.grid import Grid, groups_of, integer_grid
 from cascade_llm.loader.quantized.parts import MatrixParts
@@ -81,9 +82,10 @@ class GPTQ(MatrixFormat):
             (out, num_inputs), self.bits, unit, scales[:, groups], None if centred else zeros[:, groups], order
         )
 
-    def codes(self, parts: MatrixParts, grid: Grid) -> torch.Tensor:
-        """See `QuantizedFormat`."""
-        return unpacked_words(parts.tensor("qweight", (torch.int32,)).t(), self.bits)
+    def codes(self, parts: MatrixParts, rows: slice, inputs: slice) -> torch.Tensor:
+        """See `MatrixFormat`."""
+        words, own = words_of(inputs, 32 // self.bits)
+        return unpacked_words(parts.tensor("qweight", (torch.int32,))[words, rows].t(), self.bits)[:, own]
 
     def _groups(
         self, parts: MatrixParts, num_inputs: int, group_len: int, num_groups: int

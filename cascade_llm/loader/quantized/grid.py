@@ -1,20 +1,25 @@
 """What turns the codes of one quantized matrix into weights, and the matrix as a `StoredTensor` of whole rows.
 
 Files keep codes, scales and zero points in tensors of their own, some of them transposed. A row here is the bytes of
-its codes, of its scales and of its minima, one behind the other, so that any rows can be cut out and read alone.
+its codes, of its scales and of its minima, one behind the other, so that any rows can be cut out and read alone. Codes
+stay in the file until the rows and inputs that somebody needs are known.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
 
-from cascade_llm.weights.codes import FLOAT_CODES, CodeLayout, Codes
-from cascade_llm.weights.format import StoredTensor
+from cascade_llm.weights.codes import FLOAT_CODES, CodeLayout, Codes, groups_of_part
+from cascade_llm.weights.format import StoredTensor, Unread
 
-__all__ = ["Grid", "groups_of", "integer_grid", "stored_matrix", "unpaired"]
+__all__ = ["CodeReader", "Grid", "groups_of", "integer_grid", "stored_matrix", "unpaired"]
+
+CodeReader = Callable[[slice, slice], torch.Tensor]
+"""Of rows and inputs of a matrix the codes [rows, inputs], uint8 or a float of 8 bits, in the order of the inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +34,25 @@ class Grid:
     """[out, groups] float32, where the layout has them"""
     input_order: torch.Tensor | None = None
     """int64 [in], see `Codes`"""
+
+    def rows(self, rows: slice) -> Grid:
+        """Of some outputs."""
+        scales, minima = self.scales[rows], None if self.minima is None else self.minima[rows]
+        return replace(self, shape=(len(scales), self.shape[1]), scales=scales, minima=minima)
+
+    def columns(self, part: slice) -> Grid | None:
+        """Of some inputs, with start and stop; None where `Codes.columns` gives none."""
+        assert self.layout.group_len is not None
+        cut = None if self.input_order is not None else groups_of_part(self.layout.group_len, part)
+        if cut is None:
+            return None
+        unit, kept = cut
+        return Grid(
+            (self.shape[0], part.stop - part.start),
+            replace(self.layout, group_len=unit),
+            self.scales[:, kept],
+            None if self.minima is None else self.minima[:, kept],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,18 +85,58 @@ class RowReader:
         return self.codes(rows).dequantized()
 
 
-def stored_matrix(name: str, grid: Grid, codes: torch.Tensor) -> StoredTensor:
-    """A matrix of `codes` [out, in], uint8 or a float of 8 bits, in the order of the inputs; `name`: its format."""
-    codes = codes.view(torch.uint8)
-    if grid.input_order is not None:
-        codes = codes[:, grid.input_order]
-    if grid.layout.code == "u4":
-        codes = _paired(codes)
-    numbers = [grid.scales] if grid.minima is None else [grid.scales, grid.minima]
-    stored = (_copied(part.to(_number_of(grid.layout))).view(torch.uint8) for part in numbers)
-    data = torch.cat([codes, *stored], dim=1)
-    reader = RowReader(grid.layout, grid.shape[1], grid.scales.shape[1], grid.input_order)
-    return StoredTensor(name, grid.shape, data, reader.decode, reader.codes)
+@dataclass(frozen=True, eq=False)
+class UnreadMatrix(Unread):
+    """A part of a matrix whose codes are still in the file."""
+
+    name: str
+    """Of the format."""
+    grid: Grid
+    """Of the part."""
+    codes: CodeReader
+    """Of the whole matrix."""
+    outputs: range
+    """Of the part, in the whole matrix."""
+    inputs: range
+    dtype = torch.uint8
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Unread`."""
+        numbers = self.grid.scales.numel() * (1 if self.grid.minima is None else 2)
+        num_codes = len(self.outputs) * len(self.inputs)
+        return num_codes * self.grid.layout.bits // 8 + numbers * _number_of(self.grid.layout).itemsize
+
+    def rows(self, rows: slice) -> UnreadMatrix:
+        """See `Unread`."""
+        return replace(self, grid=self.grid.rows(rows), outputs=self.outputs[rows])
+
+    def columns(self, part: slice) -> StoredTensor | None:
+        """See `Unread`."""
+        grid = self.grid.columns(part)
+        return None if grid is None else replace(self, grid=grid, inputs=self.inputs[part]).stored()
+
+    def stored(self) -> StoredTensor:
+        """The part as a tensor."""
+        grid = self.grid
+        reader = RowReader(grid.layout, grid.shape[1], grid.scales.shape[1], grid.input_order)
+        return StoredTensor(self.name, grid.shape, self, reader.decode, reader.codes)
+
+    def read(self) -> torch.Tensor:
+        """See `Unread`."""
+        grid, codes = self.grid, self.codes(_slice(self.outputs), _slice(self.inputs)).view(torch.uint8)
+        if grid.input_order is not None:
+            codes = codes[:, grid.input_order]
+        if grid.layout.code == "u4":
+            codes = _paired(codes)
+        numbers = [grid.scales] if grid.minima is None else [grid.scales, grid.minima]
+        stored = (_copied(part.to(_number_of(grid.layout))).view(torch.uint8) for part in numbers)
+        return torch.cat([codes, *stored], dim=1)
+
+
+def stored_matrix(name: str, grid: Grid, codes: CodeReader) -> StoredTensor:
+    """A matrix as its file has it; `name`: its format."""
+    return UnreadMatrix(name, grid, codes, range(grid.shape[0]), range(grid.shape[1])).stored()
 
 
 def groups_of(num_inputs: int, group_len: int) -> tuple[int, torch.Tensor]:
@@ -132,3 +196,7 @@ def _number_of(layout: CodeLayout) -> torch.dtype:
 def _copied(numbers: torch.Tensor) -> torch.Tensor:
     """In a layout that bytes are views of: a slice may be unaligned, and one column may have any stride."""
     return numbers.clone(memory_format=torch.contiguous_format)
+
+
+def _slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop, numbers.step)

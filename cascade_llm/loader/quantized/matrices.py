@@ -66,6 +66,7 @@ def read_quantized(
         else:
             for below, stored in quantized.tensors(MatrixParts(owner, homes)):
                 yield f"{owner}.{below}", stored
+                stored.release()
 
 
 def _in_order(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]) -> Iterator[tuple[str, str | None]]:

@@ -12,6 +12,7 @@ and up alternate. Format: OCP Microscaling 1.0, and the model card of openai/gpt
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from cascade_llm.loader.quantized.format import QuantizedFormat
 from cascade_llm.loader.quantized.grid import unpaired
 from cascade_llm.loader.quantized.parts import MatrixParts
 from cascade_llm.weights.codes import CodeLayout, Codes
-from cascade_llm.weights.format import StoredTensor
+from cascade_llm.weights.format import StoredTensor, Unread
 
 __all__ = ["MXFP4"]
 
@@ -76,15 +77,45 @@ class MXFP4(QuantizedFormat):
             for expert in range(len(blocks)):
                 for first, part in enumerate(alternating):
                     rows = slice(first, None, len(alternating))
-                    yield f"{expert}.{part}.weight", _stored(blocks[expert, rows], scales[expert, rows])
+                    matrix = UnreadBlocks(blocks[expert, rows], scales[expert, rows])
+                    yield f"{expert}.{part}.weight", matrix.stored()
             parts.release((f"{name}_blocks", f"{name}_scales"))
 
 
-def _stored(blocks: torch.Tensor, scales: torch.Tensor) -> StoredTensor:
-    """A matrix of blocks [outputs, blocks, 16] and scales [outputs, blocks]; a row is its blocks, then its scales."""
-    outputs, num_blocks, _ = blocks.shape
-    data = torch.cat((blocks.flatten(1), scales), dim=1)
-    return StoredTensor("MXFP4", (outputs, num_blocks * BLOCK_LEN), data, _decoded, _codes)
+@dataclass(frozen=True, eq=False)
+class UnreadBlocks(Unread):
+    """A part of one expert's matrix; a row of its data is the blocks, then the scales."""
+
+    blocks: torch.Tensor
+    """[outputs, blocks, 16], a view of the file."""
+    scales: torch.Tensor
+    """[outputs, blocks], too."""
+    dtype = torch.uint8
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Unread`."""
+        return self.blocks.nbytes + self.scales.nbytes
+
+    def rows(self, rows: slice) -> UnreadBlocks:
+        """See `Unread`."""
+        return UnreadBlocks(self.blocks[rows], self.scales[rows])
+
+    def columns(self, part: slice) -> StoredTensor | None:
+        """See `Unread`."""
+        if part.start % BLOCK_LEN or part.stop % BLOCK_LEN:
+            return None
+        blocks = slice(part.start // BLOCK_LEN, part.stop // BLOCK_LEN)
+        return UnreadBlocks(self.blocks[:, blocks], self.scales[:, blocks]).stored()
+
+    def stored(self) -> StoredTensor:
+        """The part as a tensor."""
+        outputs, num_blocks = self.scales.shape
+        return StoredTensor("MXFP4", (outputs, num_blocks * BLOCK_LEN), self, _decoded, _codes)
+
+    def read(self) -> torch.Tensor:
+        """See `Unread`."""
+        return torch.cat((self.blocks.flatten(1), self.scales), dim=1)
 
 
 def _codes(rows: torch.Tensor) -> Codes:
