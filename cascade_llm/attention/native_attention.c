@@ -4,7 +4,8 @@
  * KV head. It holds the block's queries, and per query the largest score so far, the sum of weights and the weighted sum
  * of values, all in float. It then walks the segments that its rows sit in, root to leaf: a shared segment is read once
  * for all rows in it, a leaf for its own rows. So levels need no merging, and K and V are read where they lie in their
- * pages. Keys go by in tiles that are packed into the order which the product wants, once per task and tile.
+ * pages. Keys go by in tiles that are packed into the order which the product wants, once per task and tile; the
+ * products of pieces of a few queries and more are done in the tile registers of AMX, where there are any.
  *
  * Where the blocks are fewer than the threads can share evenly, a block's keys are cut into parts; each part is a task
  * with a state of its own, and `combine` joins these at the end.
@@ -30,17 +31,17 @@ enum { COLUMNS = 2 };
 
 enum {
     QUERIES_AT_ONCE = 6, /* times COLUMNS vectors of sums: what 32 registers hold */
-    TILE = HAS_AMX ? 64 : 128, /* keys that are packed at a time; with its block of queries in 48 KB where products are fast */
+    TILE = HAS_AMX ? 64 : 128, /* keys that are packed at a time; where products are fast, they and scores fit 48 KB */
     KEY_WORDS = HEAD_DIM / ELEMENTS_PER_WORD,
     /* Words and keys of a product fill tile registers, where there are any; zeros stand behind the last. */
     KEY_WIDTH = HAS_AMX ? (KEY_WORDS + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS : KEY_WORDS,
     KEYS_AT_ONCE = HAS_AMX ? 2 * AMX_ROWS : ELEMENTS_PER_WORD,
     SPARE_QUERIES = HAS_AMX ? AMX_ROWS - 1 : 0,
-    AMX_QUERIES = 4, /* a piece of fewer is left to the vector registers */
+    AMX_QUERIES = 3, /* a piece of fewer is left to the vector registers */
     VALUE_WIDTH = (HEAD_DIM + LANES - 1) / LANES * LANES,
     MAX_QUERIES = 192,
     /* What packing a key costs, in queries that meet it. */
-    PACKING = 4,
+    PACKING = HAS_AMX ? 10 : 4,
     /* Where keys may be cut into parts, and how many tasks a thread should get to choose from. */
     CUT = 16,
     TASKS_PER_THREAD = 4

@@ -171,17 +171,46 @@ def test_large_scores_end_at_the_soft_cap() -> None:
     assert lse.isnan().all()
 
 
+@pytest.mark.parametrize("group_size", [2, 5, 16])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_failed_keys_reach_their_own_sequence_only(dtype: torch.dtype, value: float) -> None:
+def test_failed_keys_reach_their_own_sequence_only(dtype: torch.dtype, value: float, group_size: int) -> None:
     plan, num_pages = long_plan([[(3, 8)]], [(1, 3), (1, 200), (1, 4)], None, page_size=4)
     kv_cache = pool(num_pages, 4, 2, 8, dtype)
-    backend = NativeAttentionBackend(spec_for(kv_cache, 2, dtype), kv_cache, CUT_SMALL)
     k, v = torch.full((2, 1, 2, 8), value, dtype=dtype)
-    backend.write(0, k, v, torch.tensor([plan.leaf.pages(1)[30] * 4 + 1]))
-    out, lse = backend.prepare(plan).attend(0, random_q(backend, 3))
-    assert (~out.isfinite()).flatten(1).any(1).tolist() == [False, True, False]
-    assert (~lse.isfinite()).flatten(1).any(1).tolist() == [False, True, False]
+    for sharing in (CUT_SMALL, Sharing(num_threads=1)):
+        backend = NativeAttentionBackend(spec_for(kv_cache, group_size, dtype), kv_cache, sharing)
+        for token in (121, 198):  # what follows is packed where the last tile lay
+            backend.write(0, k, v, torch.tensor([plan.leaf.pages(1)[token // 4] * 4 + token % 4]))
+        out, lse = backend.prepare(plan).attend(0, random_q(backend, 3))
+        assert (~out.isfinite()).flatten(1).any(1).tolist() == [False, True, False]
+        assert (~lse.isfinite()).flatten(1).any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_failed_query_reaches_its_own_head_only(dtype: torch.dtype) -> None:
+    plan, num_pages = long_plan([[(9, 64)]], [(1, 3), (3, 40), (5, 70)], None, page_size=4)
+    kv_cache = pool(num_pages, 4, 2, 8, dtype)
+    backend = NativeAttentionBackend(spec_for(kv_cache, 3, dtype), kv_cache)
+    q = random_q(backend, 9)
+    expected, _ = backend.prepare(plan).attend(0, q)
+    q[4, 1] = torch.nan
+    out, lse = backend.prepare(plan).attend(0, q)
+    failed = torch.zeros(9, 6, dtype=torch.bool)
+    failed[4, 1] = True
+    assert torch.equal(out.isnan().all(-1), failed)
+    assert torch.equal(lse.isnan(), failed)
+    assert torch.equal(out[~failed], expected[~failed])
+
+
+@pytest.mark.parametrize("kv_len", [1, 15, 16, 31, 32, 33, 63, 64, 65, 129])
+@pytest.mark.parametrize("num_rows", [1, 5, 6, 11])
+def test_ends_of_tiles(num_rows: int, kv_len: int) -> None:
+    """Rounds of 3 to 33 queries, and keys that fill a tile, or leave one of it empty."""
+    plan, num_pages = long_plan([[(num_rows, kv_len * 4)]], [(1, kv_len)] * num_rows, None, page_size=4)
+    kv_cache = pool(num_pages, 4, 2, 40, torch.bfloat16)
+    backend = NativeAttentionBackend(spec_for(kv_cache, 3, torch.bfloat16), kv_cache, Sharing(num_threads=1))
+    assert_right(backend, plan, random_q(backend, num_rows))
 
 
 def test_bfloat16_is_no_further_from_float64_than_the_twin() -> None:
