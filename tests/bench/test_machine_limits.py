@@ -55,7 +55,7 @@ def test_the_best_that_was_seen_is_kept_by_dtype_and_threads(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("content", ["no json", "[]", "null"])
 def test_a_broken_file_is_measured_anew(tmp_path: Path, content: str) -> None:
-    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").mkdir(exist_ok=True)
     (tmp_path / "cache" / "machine_limits.json").write_text(content)
     assert machine_limits(CPU, torch.float32, num_threads=1).flops_per_s > 0
 

@@ -27,7 +27,7 @@ def test_a_real_process_generates(run_process: RunProcess, tiny_folder: Path) ->
 
 
 def test_an_error_is_one_line_and_status_1(run_process: RunProcess) -> None:
-    done = run_process("plan", __file__, "-m", "nothing-of-this-name")
+    done = run_process("pull", "nothing-of-this-name")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: 'nothing-of-this-name'")
     assert len(done.stderr.strip().splitlines()) == 1

@@ -18,6 +18,8 @@ from tests.models.families import CASES, FAMILIES
 VOCAB = TINY["vocab_size"]
 TOLERANCE = 1e-3
 """Of a log-probability in float32, between two implementations."""
+SHARES_NOTHING = {"mistral, a short window", "gemma2, windows alone"}
+"""Windows of 15 in every layer: of the prompts of 40 tokens no two share a page that lies inside both windows."""
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, logprobs=2)
 
 
@@ -63,7 +65,7 @@ def test_64_greedy_tokens_equal_transformers(case: str, tmp_path: Path) -> None:
     prompts = random_forest(1, 6, VOCAB, 40)
     with tiny_llm(folder) as llm:
         outputs = llm.generate(prompts, GREEDY)
-        assert llm.stats()["cascade_steps"] > 0
+        assert (llm.stats()["cascade_steps"] > 0) == (case not in SHARES_NOTHING)
     assert_as_transformers(model, prompts, outputs)
 
 
