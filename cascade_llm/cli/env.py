@@ -60,10 +60,10 @@ def _architecture_table() -> Table:
     from cascade_llm.engine.architecture_support import architecture_support
 
     table = Table(box=None, pad_edge=False)
-    for column in ("architecture", "class", "safetensors", "GGUF, as"):
+    for column in ("architecture", "class", "GGUF, as"):
         table.add_column(column, no_wrap=True)
     for row in architecture_support():
-        table.add_row(row.name, row.hf_class, "yes", row.gguf or "no")
+        table.add_row(row.name, row.classes, row.gguf or "not read")
     return table
 
 

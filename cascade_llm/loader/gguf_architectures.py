@@ -75,6 +75,8 @@ class GGUFArchitecture:
     """What a conversion adds to the weight of every norm."""
     also_holds: tuple[str, ...] = ()
     """Classes of Hugging Face whose models are converted to this architecture too."""
+    with_experts: GGUFArchitecture | None = None
+    """What it is where the file counts experts, if that is another architecture of Hugging Face."""
 
 
 def architecture_of(file: GGUFFile) -> GGUFArchitecture:
@@ -84,7 +86,8 @@ def architecture_of(file: GGUFFile) -> GGUFArchitecture:
         raise UnsupportedModelError(
             f"{file.path}: architecture {name!r} is not implemented: supported are {', '.join(GGUF_ARCHITECTURES)}"
         )
-    return GGUF_ARCHITECTURES[name]
+    held = GGUF_ARCHITECTURES[name]
+    return held.with_experts if held.with_experts and file.metadata.get(f"{name}.expert_count") else held
 
 
 def _granite_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
@@ -132,6 +135,13 @@ def _qwen3_moe_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     return _expert_fields(keys, divides_by_sum=True)
 
 
+def _mixtral_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
+    return {
+        "num_local_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+    }
+
+
 def _ernie_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     return {"use_bias": "blk.0.attn_q.bias" in keys.file.tensors}
 
@@ -166,9 +176,23 @@ GEMMA_KEYS = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "at
 FUSED_QKV = {"attn_qkv": "self_attn.qkv_proj"}
 FUSED_GATE_UP = {"ffn_up": "mlp.gate_up_proj"}
 
+MIXTRAL = GGUFArchitecture(
+    hf_class="MixtralForCausalLM",
+    model_type="mixtral",
+    layer_names={**LAYER_NAMES, "ffn_gate_inp": "mlp.gate"},
+    interleaves_heads=True,
+    expert_parts=EXPERT_PARTS,
+    implements=EXPERT_KEYS,
+    fields=_mixtral_fields,
+)
+
 GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "llama": GGUFArchitecture(
-        hf_class="LlamaForCausalLM", model_type="llama", interleaves_heads=True, also_holds=("MistralForCausalLM",)
+        hf_class="LlamaForCausalLM",
+        model_type="llama",
+        interleaves_heads=True,
+        also_holds=("MistralForCausalLM", "MixtralForCausalLM"),
+        with_experts=MIXTRAL,
     ),
     "qwen2": GGUFArchitecture(hf_class="Qwen2ForCausalLM", model_type="qwen2"),
     "qwen3": GGUFArchitecture(hf_class="Qwen3ForCausalLM", model_type="qwen3"),

@@ -17,6 +17,10 @@ def _as_it_is(config: ModelConfig, fields: ConfigFields) -> ModelConfig:
     return config
 
 
+def _own_name(name: str) -> str:
+    return name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A composition of blocks, and what its config.json says beyond what all say."""
@@ -30,5 +34,7 @@ class Architecture:
     """Fields of `architectures.NEUTRAL_VALUES` that this architecture reads; all others are refused."""
     refine: Callable[[ModelConfig, ConfigFields], ModelConfig] = _as_it_is
     """Adds to the configuration what the architecture's own fields say; raises as `model_config_from_hf` does."""
-    has_window_switch: bool = False
-    """`sliding_window` is in force only with `use_sliding_window`."""
+    tensor_name: Callable[[str], str | None] = _own_name
+    """From a checkpoint's name of a tensor to that of the block it belongs to; None for one that is left out."""
+    wrapper: str | None = None
+    """A class of Hugging Face that has such a model as `text_config`, beside parts that are left out."""

@@ -20,6 +20,7 @@ from cascade_llm.models.families.gpt_oss import GPT_OSS
 from cascade_llm.models.families.granite import GRANITE
 from cascade_llm.models.families.llama import LLAMA
 from cascade_llm.models.families.mistral import MISTRAL
+from cascade_llm.models.families.mixtral import MIXTRAL
 from cascade_llm.models.families.olmo2 import OLMO2
 from cascade_llm.models.families.phi3 import PHI3
 from cascade_llm.models.families.qwen import QWEN2, QWEN3
@@ -36,6 +37,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
     "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
     "phi3": PHI3,
     "glm4": GLM4,
     "olmo2": OLMO2,
@@ -95,6 +97,7 @@ def model_config_from_hf(
         UnsupportedModelError: the architecture, or a field that changes the mathematics, is not implemented
         CheckpointError: a field is missing or makes no sense
     """
+    hf_config = _text_part(hf_config)
     name = _architecture_name(ConfigFields(hf_config))
     architecture = ARCHITECTURES[name]
     fields = ConfigFields(hf_config, defaults=architecture.defaults)
@@ -141,6 +144,24 @@ REQUIRED_FIELDS = (
 )
 
 
+OUTER_FIELDS = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
+"""Of a model of several parts: those that are said of all, and count where the language model's own differ."""
+
+
+def _text_part(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's fields, where it is one of several parts."""
+    fields = ConfigFields(hf_config)
+    classes = fields.texts("architectures")
+    for architecture in ARCHITECTURES.values():
+        if architecture.wrapper in classes:
+            fields.object("text_config")
+            if "text_config" not in fields:
+                raise CheckpointError(f"config.json lacks text_config: {architecture.wrapper} has its model there")
+            outer = {name: hf_config[name] for name in OUTER_FIELDS if name in fields}
+            return {**hf_config["text_config"], **outer, "architectures": [architecture.hf_class]}
+    return hf_config
+
+
 def _require(fields: ConfigFields) -> None:
     if missing := [name for name in REQUIRED_FIELDS if name not in fields]:
         raise CheckpointError(f"config.json lacks {', '.join(missing)}: is it the model's own, and whole?")
@@ -163,8 +184,7 @@ def _refuse_unimplemented(fields: ConfigFields, architecture: Architecture) -> N
         for name, neutral in NEUTRAL_VALUES.items()
         if name in fields and fields.value(name) not in neutral and name not in architecture.implements
     ]
-    has_windows = architecture.has_window_switch or "sliding_window" in architecture.implements
-    if "sliding_window" in fields and not has_windows:
+    if "sliding_window" in fields and "sliding_window" not in architecture.implements:
         refused.append(f"sliding_window={fields.value('sliding_window')!r}")
     layer_types = set(fields.texts("layer_types")) - {"full_attention"}
     if layer_types and "layer_types" not in architecture.implements:

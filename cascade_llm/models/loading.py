@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 
 from cascade_llm.errors import CheckpointError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale
+from cascade_llm.models.architectures import ARCHITECTURES
 from cascade_llm.models.decoder import Decoder
 from cascade_llm.weights.format import StoredTensor
 
 __all__ = ["KVScaleReader", "check_shapes", "init_dummy", "load_weights"]
+
+T = TypeVar("T")
+
+log = logging.getLogger("cascade_llm")
 
 MAX_NAMED_PROBLEMS = 10
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -23,7 +30,7 @@ DUMMY_PERIOD = 1_000_003
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RECOMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 """Buffers that old checkpoints carry and nobody needs."""
-SCALE_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
+SCALE_NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
 
 
 def check_shapes(decoder: Decoder, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
@@ -31,8 +38,11 @@ def check_shapes(decoder: Decoder, shapes: Iterable[tuple[str, tuple[int, ...]]]
 
     Raises as `load_weights` does.
     """
-    expected = _Expected(decoder)
-    problems = [expected.take(name, shape) for name, shape in shapes if SCALE_NAME.fullmatch(name) is None]
+    shapes, expected = list(shapes), _Expected(decoder)
+    if num_others := len(shapes) - sum(1 for _ in _named(decoder, shapes)):
+        log.warning("%d tensors of parts beside the language model are left out: text alone is read", num_others)
+    named = ((name, shape) for name, shape in _named(decoder, shapes) if SCALE_NAME.fullmatch(name) is None)
+    problems = [expected.take(name, shape) for name, shape in named]
     expected.finish([problem for problem in problems if problem is not None])
 
 
@@ -46,7 +56,7 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) 
     expected = _Expected(decoder)
     problems: list[str] = []
     held: dict[str, StoredTensor] = {}
-    for name, tensor in tensors:
+    for name, tensor in _named(decoder, tensors):
         if name in expected.tied:
             held[name] = tensor
         problem = expected.take(name, tensor.shape) or _dtype_problem(name, tensor)
@@ -57,6 +67,14 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) 
     if len(held) == 2 and not torch.equal(held[HEAD].values(), held[EMBEDDING].values()):
         problems.append(f"{HEAD} is another matrix than {EMBEDDING}, and the configuration ties them")
     expected.finish(problems)
+
+
+def _named(decoder: Decoder, tensors: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """By the names that the blocks have, without what belongs to parts that are not served."""
+    own_name = ARCHITECTURES[decoder.config.architecture].tensor_name
+    for name, tensor in tensors:
+        if (own := own_name(name)) is not None:
+            yield own, tensor
 
 
 class _Expected:
@@ -138,8 +156,8 @@ def _scale(name: str, tensor: torch.Tensor) -> float:
 
 
 def _dtype_problem(name: str, tensor: StoredTensor) -> str | None:
-    if tensor.decode is None and tensor.data.dtype not in WEIGHT_DTYPES:
-        return f"{name} has dtype {str(tensor.data.dtype).removeprefix('torch.')}, not a plain float"
+    if tensor.decode is None and tensor.dtype not in WEIGHT_DTYPES:
+        return f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, not a plain float"
     return None
 
 

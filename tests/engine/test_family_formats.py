@@ -16,6 +16,7 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from cascade_llm import SamplingParams
 from cascade_llm.loader.gguf_architectures import GGUF_ARCHITECTURES
@@ -26,15 +27,24 @@ from cascade_llm.weights.quantize import quantized
 from tests.engine.test_families import assert_as_transformers
 from tests.engine.tiny_llm import CONTEXT, random_forest, tiny_llm
 from tests.loader.gguf_files import write_model
+from tests.loader.quantized_files import Written, awq, gptq
 from tests.models.checkpoints import TINY, tiny_model
 from tests.models.families import FAMILIES
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 2}
 """Whole blocks of 32 in every matrix."""
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+}
+"""Whole super-blocks."""
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {"shared_expert_intermediate_size": 64},
     "mistral": {"sliding_window": None},  # GGUF has no key for its window, since its files are llama's
 }
+PROJECTIONS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 EXACT_NAMES = (".gate.weight", ".router.weight", "shared_expert_gate.weight", "_bias")
 """Routers, and biases of stacks, which no rounding touches."""
 HEAD_NAMES = ("embed_tokens.weight", "lm_head.weight")
@@ -87,32 +97,66 @@ def in_situ(method: str) -> Callable[[PreTrainedModel, Path], tuple[Path, State]
     return write
 
 
-def fp8_folder(model: PreTrainedModel, folder: Path) -> tuple[Path, State]:
-    """Projections as float8 with a scale of each, as a quantizer of Hugging Face saves them."""
-    model.save_pretrained(folder)
-    tensors, state = load_file(folder / "model.safetensors"), dict(model.state_dict())
-    for name, values in list(tensors.items()):
-        if values.dim() == 2 and name.endswith("_proj.weight"):
-            scale = values.abs().amax() / 448
-            tensors[name] = (values / scale).to(torch.float8_e4m3fn)
-            tensors[name.replace(".weight", ".weight_scale")] = scale.reshape(1)
-            if name in state:
-                state[name] = tensors[name].float() * scale
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder, state
+def quantized_folder(
+    config: Mapping[str, Any], parts_of: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+) -> Callable[[PreTrainedModel, Path], tuple[Path, State]]:
+    """Projections, those of experts too, as a quantizer of Hugging Face saves them.
+
+    Args:
+        config: `quantization_config`
+        parts_of: the tensors that a matrix is stored in, by suffix
+    """
+
+    def write(model: PreTrainedModel, folder: Path) -> tuple[Path, State]:
+        model.save_pretrained(folder)
+        tensors = {}
+        for name, values in load_file(folder / "model.safetensors").items():
+            is_quantized = values.dim() == 2 and name.endswith(PROJECTIONS)
+            parts = parts_of(values) if is_quantized else {"weight": values}
+            layer = name.removesuffix(".weight")
+            tensors |= {f"{layer}.{suffix}": part for suffix, part in parts.items()} if is_quantized else {name: values}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
+        own_name = ARCHITECTURES[model.config.model_type].tensor_name
+        values_of = {own_name(name): values.float() for name, values in open_checkpoint(folder).tensors()}
+        return folder, with_stacks(model, values_of)
+
+    return write
+
+
+def fp8_parts(values: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """A scale for all."""
+    scale = values.abs().amax() / 448
+    return {"weight": (values / scale).to(torch.float8_e4m3fn), "weight_scale": scale.reshape(1)}
+
+
+def written_parts(writer: Callable[..., Written]) -> Callable[[torch.Tensor], Mapping[str, torch.Tensor]]:
+    """Random codes of the matrix's shape, scaled as the model's own values."""
+
+    def parts_of(values: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        return {name: part.contiguous() for name, part in writer(values.shape[0], *values.shape).tensors.items()}
+
+    return parts_of
 
 
 FORMATS: Mapping[str, Callable[[PreTrainedModel, Path], tuple[Path, State]]] = {
     "GGUF F32": gguf_file(GGMLQuantizationType.F32),
     "GGUF Q8_0": gguf_file(GGMLQuantizationType.Q8_0),
     "GGUF Q4_1": gguf_file(GGMLQuantizationType.Q4_1),
-    "safetensors FP8": fp8_folder,
+    "safetensors FP8": quantized_folder({"quant_method": "fp8", "fmt": "e4m3"}, fp8_parts),
+    "safetensors GPTQ": quantized_folder(gptq().config, written_parts(gptq)),
+    "safetensors AWQ": quantized_folder(awq().config, written_parts(awq)),
     "in situ q8_0": in_situ("q8_0"),
     "in situ int4": in_situ("int4"),
+    "in situ q4_k": in_situ("q4_k"),
 }
+
+
+def has_experts(architecture: str) -> bool:
+    return bool({"num_experts", "num_local_experts"} & FAMILIES[architecture].fields.keys())
+
+
 SERVED_GGUF = {name for held in GGUF_ARCHITECTURES.values() for name in (held.hf_class, *held.also_holds)}
 FAST = {("phi3", "GGUF Q8_0"), ("glm4", "in situ int4")}
 """One case of each way in which fused tensors are cut, in every run of the tests."""
@@ -121,13 +165,17 @@ CELLS = [
     for architecture in FAMILIES
     for name in FORMATS
     if not (name.startswith("GGUF") and ARCHITECTURES[architecture].hf_class not in SERVED_GGUF)
-    and not (name == "safetensors FP8" and {"num_experts", "num_local_experts"} & FAMILIES[architecture].fields.keys())
+    and not (architecture == "gpt_oss" and name in ("safetensors FP8", "safetensors GPTQ", "safetensors AWQ"))
+    and not (name == "in situ q4_k" and not has_experts(architecture))
 ]
+"""gpt-oss has MXFP4 of its own, below. Q4_K of what are no experts is in `test_quantization`."""
 
 
 @pytest.mark.parametrize(("architecture", "name"), CELLS)
 def test_codes_are_served_as_their_values(architecture: str, name: str, tmp_path: Path) -> None:
-    model = tiny_model(architecture, **{"max_position_embeddings": CONTEXT, **SIZES, **CHANGES.get(architecture, {})})
+    wide = WIDE if name == "in situ q4_k" else {}
+    own = {"max_position_embeddings": CONTEXT, **SIZES, **CHANGES.get(architecture, {}), **wide}
+    model = tiny_model(architecture, **own)
     source, state = FORMATS[name](model, tmp_path)
     prompts = random_forest(1, 4, TINY["vocab_size"], 20)
     method = name.removeprefix("in situ ") if name.startswith("in situ") else None
@@ -135,4 +183,27 @@ def test_codes_are_served_as_their_values(architecture: str, name: str, tmp_path
         outputs = llm.generate(prompts, GREEDY)
     missing = model.load_state_dict(dict(state), strict=False).missing_keys
     assert set(missing) <= {"lm_head.weight"}
+    assert_as_transformers(model, prompts, outputs)
+
+
+def test_mxfp4_folder(tmp_path: Path) -> None:
+    """gpt-oss as it is shipped: experts in MXFP4, all else plain; transformers has what the bytes stand for."""
+    own = {"max_position_embeddings": CONTEXT, **SIZES, "num_local_experts": 4}
+    model = tiny_model("gpt_oss", **own)
+    model.save_pretrained(tmp_path)
+    tensors, generator = load_file(tmp_path / "model.safetensors"), torch.Generator().manual_seed(0)
+    state = dict(model.state_dict())
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(122, 125, blocks.shape[:3], dtype=torch.uint8, generator=generator)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        state[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    prompts = random_forest(1, 3, TINY["vocab_size"], 20)
+    with tiny_llm(tmp_path, exact_activations=True) as llm:
+        outputs = llm.generate(prompts, GREEDY)
+    model.load_state_dict(state)
     assert_as_transformers(model, prompts, outputs)

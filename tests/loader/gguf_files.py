@@ -12,10 +12,11 @@ import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
 from transformers import PreTrainedModel
 
-PERMUTED = ("llama", "mistral", "smollm3", "granite")
+PERMUTED = ("llama", "mistral", "mixtral", "smollm3", "granite")
 """Architectures whose conversion is llama's, or derived from it."""
 NAMES = {
     "mistral": "llama",
+    "mixtral": "llama",
     "gemma3_text": "gemma3",
     "gpt_oss": "gpt-oss",
     "qwen2_moe": "qwen2moe",
@@ -144,6 +145,10 @@ def _experts_keys(config: Any) -> dict[str, Any]:
     }
 
 
+def _mixtral_keys(config: Any) -> dict[str, Any]:
+    return {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
+
+
 def _gemma_keys(config: Any) -> dict[str, Any]:
     windowed = [kind == "sliding_attention" for kind in config.layer_types]
     usual = [(layer + 1) % (2 if config.model_type == "gemma2" else 6) != 0 for layer in range(len(windowed))]
@@ -180,6 +185,7 @@ OWN_KEYS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "gemma3_text": _gemma_keys,
     "granite": _granite_keys,
     "gpt_oss": _gpt_oss_keys,
+    "mixtral": _mixtral_keys,
     "phi3": _phi3_keys,
     "glm4": _glm4_keys,
     "qwen2_moe": _experts_keys,

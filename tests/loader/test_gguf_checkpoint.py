@@ -37,9 +37,15 @@ WITHOUT_GGUF = {
     "gemma3_text, no windows, capped": "no key for what scores are scaled by",
     "smollm3, listed layers, untied": "no key for it",
     "smollm3, biases, no rotation": "no key for it",
+    "smollm3, windows": "no key for which layers rotate",
     "qwen2_moe, few": "no key for it",
 }
 """Cases that a conversion cannot write, or does not write into the common keys."""
+WITHOUT_KEY_FOR_WINDOWS = {
+    *("mistral", "mistral, a short window", "mixtral, window, all"),
+    *("qwen2, windows", "qwen3, windows", "qwen2_moe, windows", "qwen3_moe, windows"),
+}
+"""Cases whose file says nothing of windows, so that they are read without."""
 WITH_EXPERTS = ("qwen2_moe", "qwen3_moe", "gpt_oss")
 MODELS = {case: model for case, model in CASES.items() if case not in WITHOUT_GGUF and model[0] not in WITH_EXPERTS}
 PARTS = ("gate_proj", "up_proj")
@@ -104,9 +110,12 @@ def test_configuration_means_what_the_model_s_own_does(tmp_path: Path, case: str
     )
     ours = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     theirs = model_config_from_hf(hf_config_of(model))
-    if architecture == "mistral":  # whose file is llama's, without biases, and says nothing of windows
+    if architecture == "mistral":  # whose file is llama's, without biases
         assert not any(ours.own.values())
-        ours = replace(ours, architecture="mistral", own={}, attention_kinds=theirs.attention_kinds)
+        ours = replace(ours, architecture="mistral", own={})
+    if case in WITHOUT_KEY_FOR_WINDOWS:
+        assert ours.attention_kinds == (None,)
+        ours = replace(ours, attention_kinds=theirs.attention_kinds, layer_kinds=theirs.layer_kinds)
     rotations = [RotaryTables(config, 64) for config in (ours, theirs)]
     for mine, other in zip(*(tables.by_layer(tables.tables) for tables in rotations), strict=True):
         assert (mine is None) == (other is None)
@@ -249,7 +258,6 @@ def test_plain_tensors_are_views_of_the_file(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "experts": ({"expert_count": 8}, "expert_count = 8"),
     "soft cap": ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     "window": ({"attention.sliding_window": 4096}, "sliding-window"),
     "partial rotation": ({"rope.dimension_count": 4}, "RoPE over 4 of 8"),
@@ -264,6 +272,12 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path, case: str) -
     changes, message = REFUSED[case]
     path = write_model(tmp_path / "tiny.gguf", tiny_model("llama"), changes)
     with pytest.raises(UnsupportedModelError, match=message):
+        GGUFCheckpoint(path)
+
+
+def test_experts_of_an_architecture_without_them_are_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.gguf", tiny_model("qwen3"), {"expert_count": 8})
+    with pytest.raises(UnsupportedModelError, match=r"qwen3\.expert_count = 8"):
         GGUFCheckpoint(path)
 
 

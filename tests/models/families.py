@@ -27,6 +27,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -97,7 +99,11 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(
         Qwen2Config,
         Qwen2ForCausalLM,
-        variants={"tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}, "yarn": {"rope_parameters": YARN}},
+        variants={
+            "tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+            "yarn": {"rope_parameters": YARN},
+            "windows": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+        },
     ),
     "qwen3": Family(
         Qwen3Config,
@@ -107,25 +113,42 @@ FAMILIES: Mapping[str, Family] = {
             "tied": {"tie_word_embeddings": True},
             "biases": {"head_dim": 8, "attention_bias": True},
             "yarn": {"rope_parameters": YARN},
+            "windows": {
+                "use_sliding_window": True,
+                "sliding_window": 6,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
         },
     ),
     "qwen2_moe": Family(
         Qwen2MoeConfig,
         Qwen2MoeForCausalLM,
         EXPERTS | {"shared_expert_intermediate_size": 40},
-        {"few": {"mlp_only_layers": [2], "decoder_sparse_step": 2, "qkv_bias": False}},
+        {
+            "few": {"mlp_only_layers": [2], "decoder_sparse_step": 2, "qkv_bias": False},
+            "windows": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+        },
     ),
     "qwen3_moe": Family(
         Qwen3MoeConfig,
         Qwen3MoeForCausalLM,
         EXPERTS | {"head_dim": 16},
-        {"all": {"norm_topk_prob": True, "num_experts_per_tok": 5}},
+        {
+            "all": {"norm_topk_prob": True, "num_experts_per_tok": 5},
+            "windows": {"use_sliding_window": True, "sliding_window": 15},
+        },
     ),
     "mistral": Family(
         MistralConfig,
         MistralForCausalLM,
         {"sliding_window": 24},
         {"no window": {"sliding_window": None, "head_dim": 16}, "a short window": {"sliding_window": 15}},
+    ),
+    "mixtral": Family(
+        MixtralConfig,
+        MixtralForCausalLM,
+        {"num_local_experts": 5, "num_experts_per_tok": 2},
+        {"window, all": {"sliding_window": 7, "num_experts_per_tok": 5}},
     ),
     "phi3": Family(
         Phi3Config,
@@ -159,6 +182,7 @@ FAMILIES: Mapping[str, Family] = {
         {
             "listed layers, untied": {"no_rope_layers": [1, 0, 0, 1], "tie_word_embeddings": False},
             "biases, no rotation": {"no_rope_layer_interval": 1, "attention_bias": True, "mlp_bias": True},
+            "windows": {"use_sliding_window": True, "sliding_window": 6, "no_rope_layer_interval": 2},
         },
     ),
     "gemma2": Family(

@@ -85,7 +85,7 @@ def test_model_type_decides_where_no_class_is_named() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"architectures": ["MixtralForCausalLM"]},
+        {"architectures": ["DeepseekV3ForCausalLM"]},
         {"architectures": ["LlamaForSequenceClassification"]},
         {"architectures": None, "model_type": "gpt2"},
         {"architectures": None, "model_type": None},
@@ -106,8 +106,6 @@ def test_an_unknown_architecture_lists_the_supported(fields: dict[str, Any]) -> 
         (LLAMA, {"final_logit_softcapping": 30.0}),
         (LLAMA, {"num_local_experts": 8}),
         (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}),
-        (QWEN2, {"use_sliding_window": True, "sliding_window": 128}),
-        (QWEN3, {"use_sliding_window": True, "sliding_window": 128}),
     ],
 )
 def test_a_field_that_changes_the_mathematics_is_refused_by_name(base: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -284,7 +282,6 @@ def test_an_own_field_that_makes_no_sense_is_named(name: str, fields: dict[str, 
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("smollm3", {"use_sliding_window": True, "sliding_window": 8}),
         ("granite", {"partial_rotary_factor": 0.5}),
         ("olmo2", {"clip_qkv": 8.0}),
         ("mistral", {"no_rope_layer_interval": 4}),

@@ -1,7 +1,7 @@
 """Gemma 2 and 3, text (Google): norms before and after each block, GeGLU, scaled embeddings, windows in most layers.
 
 Gemma 2 caps scores and logits. Gemma 3 normalises heads in its place, and rotates layers with windows by a theta of
-their own.
+their own. Gemma 3 from 4B on is a language model beside one of images, which is left out.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ IMPLEMENTS = frozenset(
         "final_logit_softcapping",
     }
 )
+SIZES = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+}
+"""That config.json leaves out where they are these, beside a model of images."""
 DEFAULTS = {
     "head_dim": 256,
     "num_key_value_heads": 4,
@@ -50,6 +58,24 @@ DEFAULTS = {
     "sliding_window": 4096,
     "eos_token_id": 1,
 }
+
+
+PARTS_LEFT_OUT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+LANGUAGE_MODEL = {
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+}
+"""What names of the language model's tensors begin with beside one of images, in older files and newer, and alone."""
+
+
+def _name_alone(name: str) -> str | None:
+    if name.startswith(PARTS_LEFT_OUT):
+        return None
+    for theirs, ours in LANGUAGE_MODEL.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def _layer(options: BlockOptions, index: int) -> DecoderLayer:
@@ -112,6 +138,8 @@ GEMMA3 = Architecture(
     hf_class="Gemma3ForCausalLM",
     layer=_layer,
     refine=_refine_gemma3,
-    defaults={**DEFAULTS, "max_position_embeddings": 131_072, "rope_theta": 1e6},
+    defaults={**DEFAULTS, **SIZES, "max_position_embeddings": 131_072, "rope_theta": 1e6},
     implements=IMPLEMENTS | {"layer_type_ropes"},
+    tensor_name=_name_alone,
+    wrapper="Gemma3ForConditionalGeneration",
 )

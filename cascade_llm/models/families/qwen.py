@@ -1,4 +1,7 @@
-"""Qwen 2 and 3 (Alibaba): as Llama, with a bias of q, k and v, or with norms of the heads."""
+"""Qwen 2 and 3 (Alibaba): as Llama, with a bias of q, k and v, or with norms of the heads.
+
+Windows are off unless `use_sliding_window` is set; then the first `max_window_layers` layers have none.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from cascade_llm.config import ModelConfig
 from cascade_llm.models.architecture import Architecture
 from cascade_llm.models.blocks import AttentionBlock, BlockOptions, DecoderLayer, GatedMLP
 from cascade_llm.models.config_fields import ConfigFields
+from cascade_llm.models.layer_types import FULL, SLIDING, WINDOW_SWITCH, with_switched_windows
 
-__all__ = ["QWEN2", "QWEN3", "qwen2_attention", "qwen3_attention", "with_attention_bias"]
+__all__ = ["QWEN2", "QWEN3", "WINDOW_DEFAULTS", "qwen2_attention", "qwen3_attention", "with_attention_bias"]
 
 
 def qwen2_attention(options: BlockOptions) -> AttentionBlock:
@@ -36,11 +40,29 @@ def _qwen3_layer(options: BlockOptions, index: int) -> DecoderLayer:
     return DecoderLayer(options, index, qwen3_attention(options), GatedMLP(options))
 
 
-QWEN2 = Architecture(hf_class="Qwen2ForCausalLM", layer=_qwen2_layer, has_window_switch=True)
+def _with_windows_above(config: ModelConfig, fields: ConfigFields) -> ModelConfig:
+    """Without windows in the first `max_window_layers` layers, whose name says the contrary."""
+    first = fields.number("max_window_layers")
+    return with_switched_windows(config, fields, lambda layer: SLIDING if layer >= first else FULL)
+
+
+def _qwen3_fields(config: ModelConfig, fields: ConfigFields) -> ModelConfig:
+    return _with_windows_above(with_attention_bias(config, fields), fields)
+
+
+WINDOW_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
+
+QWEN2 = Architecture(
+    hf_class="Qwen2ForCausalLM",
+    layer=_qwen2_layer,
+    refine=_with_windows_above,
+    defaults=WINDOW_DEFAULTS,
+    implements=WINDOW_SWITCH,
+)
 QWEN3 = Architecture(
     hf_class="Qwen3ForCausalLM",
     layer=_qwen3_layer,
-    refine=with_attention_bias,
-    defaults={"head_dim": 128},
-    has_window_switch=True,
+    refine=_qwen3_fields,
+    defaults={"head_dim": 128, **WINDOW_DEFAULTS},
+    implements=WINDOW_SWITCH,
 )

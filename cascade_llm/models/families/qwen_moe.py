@@ -9,7 +9,8 @@ from cascade_llm.models.architecture import Architecture
 from cascade_llm.models.blocks import MLP, AttentionBlock, BlockOptions, DecoderLayer, GatedMLP
 from cascade_llm.models.config_fields import ConfigFields
 from cascade_llm.models.experts import Experts
-from cascade_llm.models.families.qwen import qwen3_attention, with_attention_bias
+from cascade_llm.models.families.qwen import WINDOW_DEFAULTS, qwen3_attention, with_attention_bias
+from cascade_llm.models.layer_types import FULL, SLIDING, WINDOW_SWITCH, with_switched_windows
 from cascade_llm.models.routing_fields import read_routing
 
 __all__ = ["QWEN2_MOE", "QWEN3_MOE"]
@@ -45,25 +46,30 @@ def _with_experts(config: ModelConfig, fields: ConfigFields, shared_size: int | 
 
 
 def _qwen2_fields(config: ModelConfig, fields: ConfigFields) -> ModelConfig:
+    """Windows are in every other of the first `max_window_layers` layers."""
     config = _with_experts(config, fields, fields.count("shared_expert_intermediate_size"))
-    return replace(config, own={**config.own, "qkv_bias": fields.flag("qkv_bias", True)})
+    config = replace(config, own={**config.own, "qkv_bias": fields.flag("qkv_bias", True)})
+    end = fields.number("max_window_layers")
+    return with_switched_windows(config, fields, lambda layer: FULL if layer % 2 or layer >= end else SLIDING)
 
 
 def _qwen3_fields(config: ModelConfig, fields: ConfigFields) -> ModelConfig:
-    return with_attention_bias(_with_experts(config, fields, None), fields)
+    """Windows are in every layer."""
+    config = with_attention_bias(_with_experts(config, fields, None), fields)
+    return with_switched_windows(config, fields, lambda layer: SLIDING)
 
 
 QWEN2_MOE = Architecture(
     hf_class="Qwen2MoeForCausalLM",
     layer=_qwen2_layer,
     refine=_qwen2_fields,
-    implements=frozenset({"num_experts", "num_local_experts"}),
-    has_window_switch=True,
+    defaults=WINDOW_DEFAULTS,
+    implements=WINDOW_SWITCH | {"num_experts", "num_local_experts"},
 )
 QWEN3_MOE = Architecture(
     hf_class="Qwen3MoeForCausalLM",
     layer=_qwen3_layer,
     refine=_qwen3_fields,
-    implements=frozenset({"num_experts", "num_local_experts"}),
-    has_window_switch=True,
+    defaults=WINDOW_DEFAULTS,
+    implements=(WINDOW_SWITCH - {"layer_types"}) | {"num_experts", "num_local_experts"},
 )

@@ -1,4 +1,4 @@
-"""SmolLM3 (Hugging Face): as Llama, but some layers rotate nothing."""
+"""SmolLM3 (Hugging Face): as Llama, but some layers rotate nothing; these have the windows, where there are any."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from cascade_llm.config import ModelConfig, RopeConfig
 from cascade_llm.models.architecture import Architecture
 from cascade_llm.models.config_fields import ConfigFields
 from cascade_llm.models.families.llama import llama_layer, with_biases
+from cascade_llm.models.layer_types import FULL, SLIDING, WINDOW_SWITCH, with_switched_windows
 
 __all__ = ["SMOLLM3"]
 
@@ -27,7 +28,9 @@ def _layer_ropes(config: ModelConfig, fields: ConfigFields) -> tuple[RopeConfig 
 
 
 def _refine(config: ModelConfig, fields: ConfigFields) -> ModelConfig:
-    return replace(with_biases(config, fields), layer_ropes=_layer_ropes(config, fields))
+    ropes = _layer_ropes(config, fields)
+    config = replace(with_biases(config, fields), layer_ropes=ropes)
+    return with_switched_windows(config, fields, lambda layer: SLIDING if ropes[layer] is None else FULL)
 
 
 SMOLLM3 = Architecture(
@@ -40,6 +43,5 @@ SMOLLM3 = Architecture(
         "no_rope_layer_interval": 4,
         "tie_word_embeddings": True,
     },
-    implements=frozenset({"no_rope_layers", "no_rope_layer_interval"}),
-    has_window_switch=True,
+    implements=WINDOW_SWITCH | {"no_rope_layers", "no_rope_layer_interval"},
 )
