@@ -120,7 +120,7 @@ class Engine:
             self.scheduler.reset_prefix_cache()
 
     def limit_sessions(self, limits: SessionLimits) -> None:
-        """Set what sessions may hold; what is beyond it is given up."""
+        """Set what may stay between requests; what is beyond it is given up."""
         with self._whole_call():
             self.scheduler.limit_sessions(limits)
 

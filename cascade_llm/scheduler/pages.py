@@ -243,8 +243,7 @@ class PageTables:
         if first - sequence.held_from < max(1, window_len // self.page_size // STRIDES_PER_WINDOW):
             return
         sequence.held_from = self.cache.leave_behind(tail, sequence.held_from, first, sequence.keys)
-        if not self._keep_unheld:
-            self.evict(self.cache.num_cached_pages)
+        self._trim(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Give `child` the table of `parent`: the same pages, each with one more owner or hold."""
@@ -255,20 +254,52 @@ class PageTables:
 
     def release(self, sequence: Sequence) -> None:
         """Take the table back. Published pages stay in the tree, cached, where that is wanted."""
+        self._let_go(sequence)
+        self._trim(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
         assert sequence.tail is not None
         self.allocator.remove_owner(sequence.pages[sequence.tail.end :])
         self.cache.release(sequence.tail, sequence.held_from)
         sequence.tail, sequence.held_from, sequence.pages = None, 0, array("i")
-        if not self._keep_unheld:
-            self.evict(self.cache.num_cached_pages)
 
     def discard(self, sequence: Sequence) -> None:
         """Take the table back and drop its path from the tree, as far up as nothing else uses it."""
         tail = sequence.tail
         assert tail is not None
-        self.release(sequence)
+        self._let_go(sequence)
         if self._keep_unheld:
             self.allocator.remove_owner(self.cache.drop(tail))
+        self._trim(sequence)
+
+    def _trim(self, sequence: Sequence) -> None:
+        """Give up what of the pages that a sequence has left is not to stay."""
+        if self._keep_unheld:
+            self._keep_in_budget(sequence.keys.owner)
+        else:
+            self.evict(self.cache.num_cached_pages)
+
+    def _keep_in_budget(self, tenant: str) -> None:
+        """Give up what a tenant has left behind beyond its budget: cached pages, then sessions, both the least recently
+        used first."""
+        budget = self.sessions.tenant_budget(tenant)
+        if budget is None:
+            return
+        while (excess := self.num_left_pages(tenant) - budget) > 0:
+            evicted = self.cache.evict_of(tenant, excess)
+            self.allocator.remove_owner(evicted)
+            if not evicted:
+                self.sessions.drop_oldest_of(tenant)
+
+    def limit_sessions(self, limits: SessionLimits) -> None:
+        """Set what may stay between requests; what is beyond it is given up."""
+        self.sessions.limit(limits)
+        for tenant in self.sessions.tenants_with_budgets:
+            self._keep_in_budget(tenant)
+
+    def num_left_pages(self, tenant: str) -> int:
+        """Pages that a tenant's requests have left behind: cached, or held by its sessions alone."""
+        return self.cache.num_cached_pages_of(tenant) + self.sessions.num_pages_alone_of(tenant)
 
     def forget(self) -> None:
         """Free every page that no sequence holds; sessions end."""
@@ -278,6 +309,13 @@ class PageTables:
     def evict(self, count: int) -> None:
         """Free `count` cached pages, the least recently used."""
         self.allocator.remove_owner(self.cache.evict(count))
+
+    def _check_budgets(self, sequences: Iterable[Sequence]) -> None:
+        used = {page for sequence in sequences for page in sequence.pages[sequence.held_from :]}
+        for tenant in self.sessions.tenants_with_budgets:
+            left = {page for node in self.cache.nodes() if node.owner == tenant for page in node.pages} - used
+            assert len(left) == self.num_left_pages(tenant)
+            assert len(left) <= (self.sessions.tenant_budget(tenant) or 0), f"tenant {tenant} is beyond its budget"
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert that every page is accounted for; slow, for tests and `debug=True`.
@@ -302,6 +340,7 @@ class PageTables:
         for page in range(self.allocator.total_pages):
             assert self.allocator.num_owners(page) == owners.get(page, 0), f"page {page}"
         assert self.allocator.num_free + len(owners) == self.allocator.total_pages
+        self._check_budgets(sequences)
         nodes = [self.cache.root, *self.cache.nodes()]
         tails = Counter(tail for tail, _ in holds)
         assert Counter({node: node.num_tails for node in nodes}) == tails, "a hold has no holder"

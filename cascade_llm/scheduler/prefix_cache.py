@@ -54,10 +54,18 @@ def next_page_key(parent_key: bytes, token_ids: array[int]) -> bytes:
 class PageKeys:
     """The keys of a sequence's full pages, each computed once and only when it is first asked for."""
 
-    __slots__ = ("_keys", "_page_size", "_root_key", "_token_ids")
+    __slots__ = ("_keys", "_page_size", "_root_key", "_token_ids", "owner")
 
-    def __init__(self, root_key: bytes, token_ids: array[int], page_size: int) -> None:
-        """`token_ids` is the sequence's own, growing array; only its full pages are read."""
+    def __init__(self, root_key: bytes, token_ids: array[int], page_size: int, owner: str = "") -> None:
+        """Keep what keys are made of.
+
+        Args:
+            root_key: the key before the first page; other owners have others
+            token_ids: the sequence's own, growing array; only its full pages are read
+            page_size: tokens per page
+            owner: the tenant whose pages they are
+        """
+        self.owner = owner
         self._root_key = root_key
         self._token_ids = token_ids
         self._page_size = page_size
@@ -80,12 +88,23 @@ class PageKeys:
 class RadixNode:
     """A run of full pages. Changed by `PrefixCache` alone."""
 
-    __slots__ = ("children", "end", "first_key", "num_holds", "num_tails", "pages", "parent", "start", "token_ids")
+    __slots__ = (
+        *("children", "end", "first_key", "num_holds", "num_tails", "owner", "pages", "parent", "start", "token_ids"),
+    )
 
     def __init__(
-        self, parent: RadixNode | None, first_key: bytes, token_ids: array[int], pages: array[int], start: int, end: int
+        self,
+        parent: RadixNode | None,
+        first_key: bytes,
+        token_ids: array[int],
+        pages: array[int],
+        start: int,
+        end: int,
+        owner: str = "",
     ) -> None:
         self.parent = parent
+        self.owner = owner
+        """The tenant, which all below it have too; the root has none."""
         self.first_key = first_key
         """Key of the first page: the name under which the parent knows this node."""
         self.token_ids = token_ids
@@ -122,6 +141,8 @@ class PrefixCache:
         """Pages in the tree that no sequence holds; all of them can be evicted."""
         self.version = 0
         """Grows when a sequence comes, goes, or moves on to pages that were there: when what is shared may change."""
+        self.num_splits = 0
+        """Nodes that were cut in two: who counts by node counts anew."""
         self._unheld: OrderedDict[RadixNode, None] = OrderedDict()
 
     def match(self, token_ids: array[int], keys: PageKeys, max_pages: int) -> PrefixMatch:
@@ -254,7 +275,7 @@ class PrefixCache:
         if key in tail.children:
             return tail
         self.num_pages += len(pages)
-        child = RadixNode(tail, key, run, pages[:], tail.end, tail.end + len(pages))
+        child = RadixNode(tail, key, run, pages[:], tail.end, tail.end + len(pages), keys.owner)
         tail.children[key] = child
         tail.num_tails -= 1
         child.num_tails = child.num_holds = 1
@@ -266,12 +287,27 @@ class PrefixCache:
         assert count <= self.num_cached_pages, f"{count} pages wanted, {self.num_cached_pages} cached"
         evicted: list[int] = []
         while len(evicted) < count:
-            node = next(iter(self._unheld))
-            if node.children:
-                evicted.extend(self._hollow(node))
-            else:
-                evicted.extend(self._truncate(node, max(0, len(node.pages) - (count - len(evicted)))))
+            evicted.extend(self._give_up(next(iter(self._unheld)), count - len(evicted)))
         return evicted
+
+    def num_cached_pages_of(self, owner: str) -> int:
+        """Those of a tenant; looks at every run that is cached."""
+        return sum(len(node.pages) for node in self._unheld if node.owner == owner)
+
+    def evict_of(self, owner: str, count: int) -> list[int]:
+        """As `evict`, of a tenant's pages alone: at most as many as it has; looks at every run that is cached."""
+        evicted: list[int] = []
+        for node in [node for node in self._unheld if node.owner == owner]:
+            if len(evicted) >= count:
+                break
+            evicted.extend(self._give_up(node, count - len(evicted)))
+        return evicted
+
+    def _give_up(self, node: RadixNode, count: int) -> array[int]:
+        """Up to `count` pages of an unheld node below which nothing is unheld, or all where it becomes hollow."""
+        if node.children:
+            return self._hollow(node)
+        return self._truncate(node, max(0, len(node.pages) - count))
 
     def drop(self, tail: RadixNode) -> list[int]:
         """Give up the path to `tail`, as far up as nothing else uses it; returns its pages.
@@ -383,11 +419,12 @@ class PrefixCache:
         Whoever holds `node` as its tail keeps the whole path. `keys` are of a sequence that matches the upper part.
         """
         size, parent = self.page_size, node.parent
+        self.num_splits += 1
         assert parent is not None
         cut = node.start + num_pages
         assert node.start < cut < node.end
         tokens, pages = node.token_ids[: num_pages * size], node.pages[:num_pages]
-        upper = RadixNode(parent, node.first_key, tokens, pages, node.start, cut)
+        upper = RadixNode(parent, node.first_key, tokens, pages, node.start, cut, node.owner)
         node.token_ids, node.pages, node.start = node.token_ids[num_pages * size :], node.pages[num_pages:], cut
         node.first_key = next_page_key(keys.key(cut - 1), node.token_ids[:size])
         parent.children[upper.first_key] = upper

@@ -164,9 +164,21 @@ class FlashInferScheduler:
         return self._tables.sessions
 
     def limit_sessions(self, limits: SessionLimits) -> None:
-        """Set what sessions may hold; what is beyond it is given up."""
+        """Set what may stay between requests; what is beyond it is given up."""
         self._session_limits = limits
-        self._tables.sessions.limit(limits)
+        self._tables.limit_sessions(limits)
+
+    @property
+    def tenant_pages(self) -> dict[str, dict[str, int]]:
+        """What tenants with budgets have left behind: {tenant: {"left_pages": ..., "budget_pages": ...}}."""
+        sessions = self._tables.sessions
+        return {
+            tenant: {
+                "left_pages": self._tables.num_left_pages(tenant),
+                "budget_pages": sessions.tenant_budget(tenant) or 0,
+            }
+            for tenant in sessions.tenants_with_budgets
+        }
 
     def drop_session(self, name: SessionName) -> bool:
         """Give a session up, and keep nothing of its turns that run or wait; returns whether there was anything."""

@@ -145,7 +145,7 @@ class Sequence:
         self.max_len = max(most, self.prompt_len + 1)
         """It ends when it has so many tokens. Where only its prompt is scored, the one token that is drawn has no
         place in the pool and is shown to nobody."""
-        self.keys = PageKeys(root_key, self.token_ids, page_size)
+        self.keys = PageKeys(root_key, self.token_ids, page_size, request.client.tenant)
         self.status = SequenceStatus.WAITING
         self.pages = array("i")
         self.tail: RadixNode | None = None

@@ -9,8 +9,8 @@ pages. What is given up stays cached, as after any request.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cascade_llm.scheduler.prefix_cache import PrefixCache, RadixNode
@@ -23,12 +23,15 @@ MOST_SESSIONS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class SessionLimits:
-    """What all sessions together may hold, and for how long."""
+    """What may stay between requests: what all sessions together may hold, how long, and what a tenant may keep."""
 
     share: float = 0.5
     """Of the pool's pages, 0 to 1; pages that several sessions hold count once."""
     ttl_s: float = 1800.0
     """Seconds since a session's last turn began or ended, after which it is given up."""
+    tenant_shares: Mapping[str, float] = field(default_factory=dict)
+    """Of the pool's pages, above 0 to 1, what a tenant may leave behind: cached, or held by its sessions alone. Pages
+    that its running sequences use do not count; a tenant that is not named may fill the pool."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ class Sessions:
         self._limits = limits
         self._by_name: OrderedDict[SessionName, _Session] = OrderedDict()
         self._holds: Mapping[RadixNode, int] = {}
-        self._holds_version = cache.version
+        self._holds_version = (cache.version, cache.num_splits)
 
     @property
     def paths(self) -> list[tuple[RadixNode, int]]:
@@ -88,6 +91,16 @@ class Sessions:
         """Pages that all together may hold."""
         return int(self._limits.share * self._total_pages)
 
+    def tenant_budget(self, tenant: str) -> int | None:
+        """Pages that a tenant may leave behind; None is no limit."""
+        share = self._limits.tenant_shares.get(tenant)
+        return None if share is None else int(share * self._total_pages)
+
+    @property
+    def tenants_with_budgets(self) -> Iterable[str]:
+        """Those that have one."""
+        return self._limits.tenant_shares
+
     @property
     def num_pages(self) -> int:
         """Pages that any session holds."""
@@ -96,17 +109,26 @@ class Sessions:
     @property
     def num_pages_alone(self) -> int:
         """Pages that nobody but sessions holds: cached, once these are given up."""
-        return sum(len(node.pages) for node, count in self.holds.items() if node.num_holds == count)
+        return sum(len(node.pages) for node in self._alone)
+
+    def num_pages_alone_of(self, tenant: str) -> int:
+        """Those of a tenant."""
+        return sum(len(node.pages) for node in self._alone if node.owner == tenant)
+
+    @property
+    def _alone(self) -> Iterable[RadixNode]:
+        return (node for node, count in self.holds.items() if node.num_holds == count)
 
     @property
     def holds(self) -> Mapping[RadixNode, int]:
-        """How many sessions hold each node. Counted anew only where the cache has another version."""
-        if self._holds_version != self._cache.version:
+        """How many sessions hold each node. Counted anew only where holds or nodes have changed."""
+        version = (self._cache.version, self._cache.num_splits)
+        if self._holds_version != version:
             holds: dict[RadixNode, int] = {}
             for path in self.paths:
                 for node in self._cache.held_path(*path):
                     holds[node] = holds.get(node, 0) + 1
-            self._holds, self._holds_version = holds, self._cache.version
+            self._holds, self._holds_version = holds, version
         return self._holds
 
     def limit(self, limits: SessionLimits) -> None:
@@ -128,12 +150,14 @@ class Sessions:
     def keep(self, name: SessionName, tail: RadixNode, held_from: int = 0) -> None:
         """A session holds the path to `tail`, from page `held_from` on, and no longer what it held.
 
-        A path without a page is not held, nor one beyond the whole budget, for which all others would be given up.
+        A path without a page is not held, nor one beyond the whole budget, for which all others would be given up, nor
+        one beyond the tenant's.
         """
         self._cache.hold_again(tail, held_from)
         self.drop(name)
         self._by_name[name] = _Session(tail, held_from, self._clock())
-        if not 0 < tail.end - held_from <= self.budget:
+        own_budget = self.tenant_budget(name.tenant)
+        if not 0 < tail.end - held_from <= (self.budget if own_budget is None else min(self.budget, own_budget)):
             self.drop(name)
         self._fit()
 
@@ -157,6 +181,10 @@ class Sessions:
     def drop_oldest(self) -> None:
         """Give up the least recently used; there must be one."""
         self.drop(next(iter(self._by_name)))
+
+    def drop_oldest_of(self, tenant: str) -> None:
+        """The same of a tenant's."""
+        self.drop(next(name for name in self._by_name if name.tenant == tenant))
 
     def drop_all(self) -> None:
         """Give up every session."""

@@ -120,7 +120,7 @@ class EngineClient:
             on_end: called when it has died and is not started again
             on_ready: called each time it has loaded the model
             first_pause_s: before the first restart
-            session_limits: what sessions may hold
+            session_limits: what may stay between requests
         """
         self._model, self._options = model, dict(options)
         self._restarts, self._pause_s = restarts, first_pause_s

@@ -61,7 +61,7 @@ def run_engine(
         report_address: where it takes reports
         model: see `LLM`
         options: see `LLM`
-        session_limits: what sessions may hold
+        session_limits: what may stay between requests
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both: the API process says when to end
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -173,7 +173,7 @@ def _request(submit: Submit, ending: frozenset[int]) -> Request:
 
 
 def _stats(llm: LLM) -> dict[str, Any]:
-    return {**llm.stats(), **llm.plan_report()}
+    return {**llm.stats(), **llm.plan_report(), "tenants": llm.engine.scheduler.tenant_pages}
 
 
 def _tell_sessions(llm: LLM, outbox: Outbox, number: int, tenant: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +26,7 @@ NAME = r"^[A-Za-z0-9._-]{1,64}$"
 Name = Annotated[str, msgspec.Meta(pattern=NAME)]
 Count = Annotated[int, msgspec.Meta(ge=1, lt=1 << 53)]
 Weight = Annotated[float, msgspec.Meta(ge=1e-3, le=1e3)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,15 +83,31 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         )
 
 
+class _Tenant(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What is said of a tenant."""
+
+    name: Name
+    cache_share: Share
+
+
 class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     keys: list[_Entry]
+    tenants: list[_Tenant] = []
 
 
 class KeyRing:
     """All keys, by digest: they are compared in the same time whatever was given."""
 
-    def __init__(self, visitors: Sequence[tuple[str, Visitor]] = ()) -> None:
-        """`visitors`: by their keys; without any, everybody is one visitor and no key is asked for."""
+    def __init__(
+        self, visitors: Sequence[tuple[str, Visitor]] = (), tenant_shares: Mapping[str, float] | None = None
+    ) -> None:
+        """Keep who asks.
+
+        Args:
+            visitors: by their keys; without any, everybody is one visitor and no key is asked for
+            tenant_shares: of the pool's pages, what tenants may leave behind; see `SessionLimits`
+        """
+        self.tenant_shares = dict(tenant_shares or {})
         self._visitors = [(_digest(key), visitor) for key, visitor in visitors]
 
     def __len__(self) -> int:
@@ -114,10 +131,12 @@ def read_keys(options: ServerOptions) -> KeyRing:
     """The keys of the options, the environment and a file. Raises `ConfigError` with the place of what is wrong."""
     plain = [*(options.api_key or ()), *filter(None, [os.environ.get(KEY_VARIABLE)])]
     entries: list[_Entry] = []
+    tenants: list[_Tenant] = []
     if options.api_key_file is not None:
         path = Path(options.api_key_file)
         if path.suffix in YAML_ENDINGS:
-            entries = _read_yaml(path)
+            file = _read_yaml(path)
+            entries, tenants = file.keys, file.tenants
         else:
             plain += _read_lines(path)
     if any(not key.strip() for key in plain):
@@ -127,7 +146,16 @@ def read_keys(options: ServerOptions) -> KeyRing:
     for what, values in (("key", [key for key, _ in visitors]), ("name", [v.client.name for _, v in visitors])):
         if len(set(values)) < len(values):
             raise ConfigError(f"two API keys have the same {what}: each needs one of its own")
-    return KeyRing(visitors)
+    return KeyRing(visitors, _shares(tenants, entries))
+
+
+def _shares(tenants: Sequence[_Tenant], entries: Sequence[_Entry]) -> dict[str, float]:
+    known, shares = {entry.tenant for entry in entries}, {tenant.name: tenant.cache_share for tenant in tenants}
+    if len(shares) < len(tenants):
+        raise ConfigError("a tenant is there twice: give each one cache_share")
+    if missing := sorted(shares.keys() - known):
+        raise ConfigError(f"the tenant {missing[0]!r} has a cache_share and no key: give one of its keys the tenant")
+    return shares
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -137,14 +165,14 @@ def _read_lines(path: Path) -> list[str]:
     return keys
 
 
-def _read_yaml(path: Path) -> list[_Entry]:
+def _read_yaml(path: Path) -> _File:
     try:
-        entries = msgspec.yaml.decode(_read(path), type=_File).keys
+        file = msgspec.yaml.decode(_read(path), type=_File)
     except msgspec.DecodeError as error:  # names the place, and repeats no key
         raise ConfigError(f"api_key_file {path}: {' '.join(str(error).split())}") from None
-    if not entries:
+    if not file.keys:
         raise ConfigError(f"api_key_file {path} has no key: give a list of keys, each with key and name")
-    return entries
+    return file
 
 
 def _read(path: Path) -> bytes:

@@ -64,8 +64,24 @@ class _EngineMetrics:
         for reason, count in (stats.pop("unshared_steps", None) or {}).items():
             reasons.add_metric([reason], count)
         yield reasons
+        yield from _tenant_pages(stats.pop("tenants", None) or {})
         stats.pop("total_pages", None)
         for name, value in stats.items():
             if isinstance(value, int):
                 form = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
                 yield form(f"{PREFIX}{name}", name.replace("_", " ") + ".", value)
+
+
+def _tenant_pages(tenants: Mapping[str, Mapping[str, int]]) -> Iterable[Metric]:
+    """Of the tenants that have a share of the pool."""
+    left = GaugeMetricFamily(
+        f"{PREFIX}tenant_pages", "Pages that a tenant's requests have left behind.", labels=["tenant"]
+    )
+    budget = GaugeMetricFamily(
+        f"{PREFIX}tenant_page_budget", "Pages that a tenant's requests may leave behind.", labels=["tenant"]
+    )
+    for tenant, pages in tenants.items():
+        left.add_metric([tenant], pages["left_pages"])
+        budget.add_metric([tenant], pages["budget_pages"])
+    yield left
+    yield budget

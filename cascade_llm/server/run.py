@@ -80,7 +80,9 @@ class _Server:
             restarts=options.restarts,
             on_end=self._stop,
             on_ready=self._load_reader,
-            session_limits=SessionLimits(share=options.session_share, ttl_s=options.session_ttl),
+            session_limits=SessionLimits(
+                share=options.session_share, ttl_s=options.session_ttl, tenant_shares=keys.tenant_shares
+            ),
         )
         self._api = Api(self._engine, options, keys)
         config = uvicorn.Config(

@@ -60,7 +60,9 @@ class Fuzz:
         if self.happens(0.02):
             scheduler.drop_session(SessionName(self.rng.choice(self.load.tenants), self.rng.choice(names)))
         if self.happens(0.02):
-            scheduler.limit_sessions(SessionLimits(share=self.rng.choice((0.1, 0.5, 1.0)), ttl_s=50.0))
+            shares = {tenant: self.rng.choice((0.1, 0.3)) for tenant in self.load.tenants if self.happens(0.5)}
+            share = self.rng.choice((0.1, 0.5, 1.0))
+            scheduler.limit_sessions(SessionLimits(share=share, ttl_s=50.0, tenant_shares=shares))
         assert {info.session_id for info in scheduler.sessions.infos()} <= {*names}
         assert scheduler.page_counts.session_pages <= scheduler.config.total_pages
         self.engine.check()

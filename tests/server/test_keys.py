@@ -19,6 +19,8 @@ keys:
   - {key: secret-1, name: alice, tenant: acme, weight: 2, requests_per_minute: 60, tokens_per_minute: 1000,
      max_concurrent: 4, most_urgent_priority: 5}
   - {key: secret-2, name: bob}
+tenants:
+  - {name: acme, cache_share: 0.25}
 """
 
 
@@ -35,6 +37,7 @@ def test_a_file_names_keys_tenants_and_quotas(tmp_path: Path) -> None:
     )
     assert keys.find("secret-2") == Visitor(client=Client(name="bob"))
     assert keys.find("plain") == Visitor(client=Client(name="key-1"))
+    assert keys.tenant_shares == {"acme": 0.25}
     assert (keys.find("secret-3"), keys.find(""), len(keys), keys.has_tenants) == (None, None, 3, True)
 
 
@@ -65,6 +68,15 @@ def test_without_keys_everybody_is_one_visitor() -> None:
         ("keys: [{key: secret, name: a}, {key: secret, name: b}]", "same key"),
         ("keys: [{key: secret, name: a}, {key: other, name: a}]", "same name"),
         ("keys: {", "keys.yaml"),
+        ("keys: [{key: secret, name: a}]\ntenants: [{name: b, cache_share: 0.5}]", "'b' has a cache_share and no key"),
+        ("keys: [{key: secret, name: a, tenant: b}]\ntenants: [{name: b, cache_share: 0}]", "cache_share"),
+        ("keys: [{key: secret, name: a, tenant: b}]\ntenants: [{name: b, cache_share: 1.5}]", "cache_share"),
+        ("keys: [{key: secret, name: a, tenant: b}]\ntenants: [{name: b}]", "cache_share"),
+        (
+            "keys: [{key: secret, name: a, tenant: b}]\n"
+            "tenants: [{name: b, cache_share: 0.1}, {name: b, cache_share: 0.2}]",
+            "twice",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named_and_no_key(tmp_path: Path, text: str, reason: str) -> None:

@@ -24,6 +24,9 @@ keys:
   - {key: k-one, name: one, max_concurrent: 1}
   - {key: k-few, name: few, tenant: few, tokens_per_minute: 300, requests_per_minute: 100,
      most_urgent_priority: 5}
+  - {key: k-tiny, name: tiny, tenant: tiny}
+tenants:
+  - {name: tiny, cache_share: 0.01}
 """
 LONG = {"max_tokens": 400, "ignore_eos": True}
 
@@ -155,3 +158,17 @@ def test_a_key_s_queue_does_not_hold_up_another_s(server: RunningServer) -> None
     flood.join(PATIENCE_S)
     assert not flood.is_alive()
     server.wait_for(lambda: " key=bob" in server.log)
+
+
+def test_a_tenant_with_a_share_keeps_no_more_than_that(server: RunningServer) -> None:
+    labels, ops = '{tenant="tiny"}', bearer("ops")
+    budget = server.metric(f"tenant_page_budget{labels}", **ops)
+    assert budget > 4
+    for start in range(int(budget)):
+        assert ask(server, "tiny", prompt=list(range(1000 + 40 * start, 1040 + 40 * start))).status_code == 200
+        assert server.metric(f"tenant_pages{labels}", **ops) <= budget
+    assert server.metric(f"tenant_pages{labels}", **ops) > budget - 3
+    assert "tenant_pages{" in server.get("/metrics", **ops).text
+    assert 'tenant="acme"' not in server.get("/metrics", **ops).text
+    last = list(range(1000 + 40 * start, 1040 + 40 * start))
+    assert [cached(ask(server, "tiny", prompt=prompt)) for prompt in (last, list(range(1000, 1040)))] == [32, 0]
