@@ -78,7 +78,8 @@ class ChatTemplate:
             self._code: CodeType = environment.compile(source)
         except (TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise RequestError(f"the chat template is no Jinja template: {error}") from error
-        self._source = source
+        self.source = source
+        """Its text."""
 
     def render(self, messages: Sequence[Mapping[str, Any]], continue_final_message: bool, **variables: Any) -> str:
         """The text of a conversation; `variables` are what else the template may read.

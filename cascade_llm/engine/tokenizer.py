@@ -120,6 +120,11 @@ class Tokenizer:
             return self._sources["default"]
         return [{"name": name, "template": text} for name, text in self._sources.items()] or None
 
+    @property
+    def tool_template(self) -> ChatTemplate:
+        """The template that serves where there are tools. Raises `RequestError` where there is none."""
+        return self._template(None, tools=True)
+
     def save(self, folder: Path) -> None:
         """Write it as files of a Hugging Face folder."""
         self.backend.save(str(folder / "tokenizer.json"))

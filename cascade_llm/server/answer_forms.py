@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,6 +14,7 @@ from cascade_llm.engine.output_queue import RequestGain
 from cascade_llm.outputs import CompletionDelta, RequestMetrics, TokenLogprob
 from cascade_llm.server.api_errors import ApiError, error_body
 from cascade_llm.server.event_schema import DONE
+from cascade_llm.server.tool_calls import ToolCall, ToolCallReader
 
 if TYPE_CHECKING:
     from cascade_llm.engine.tokenizer import Tokenizer
@@ -99,6 +100,8 @@ class AnswerForm:
         self._with_token_ids = with_token_ids
         self.tally = Tally(sum(map(len, body.prompts)), cached_tokens=[0] * len(body.prompts))
         self._begun: set[int] = set()
+        self._readers: dict[int, ToolCallReader] = {}
+        self._num_calls: defaultdict[int, int] = defaultdict(int)
 
     def whole(self, gains: Sequence[RequestGain]) -> dict[str, Any]:
         """The answer of requests that have ended, one gain each."""
@@ -145,6 +148,8 @@ class AnswerForm:
 
     def _finished(self, choice: dict[str, Any], delta: CompletionDelta) -> dict[str, Any]:
         reason = delta.finish_reason
+        if reason == "stop" and self._num_calls[choice["index"]]:
+            reason = "tool_calls"
         choice["finish_reason"] = None if reason is None else FINISH_REASONS.get(reason, reason)
         if self._with_token_ids:
             choice["token_ids"] = delta.token_ids
@@ -154,6 +159,18 @@ class AnswerForm:
         """Whether a piece is worth sending: the text of some tokens is held back."""
         told = delta.logprobs or (delta.token_ids if self._with_token_ids else ())
         return bool(delta.text or delta.finish_reason or told or is_first)
+
+    def _said_and_called(self, index: int, delta: CompletionDelta) -> tuple[str, Sequence[ToolCall]]:
+        """What of a delta is text, and the calls that are whole with it."""
+        form = self._body.tool_form
+        if form is None:
+            return delta.text, ()
+        reader = self._readers.setdefault(index, ToolCallReader(form))
+        text, calls = reader.push(delta.text, finished=delta.finish_reason is not None)
+        if self._body.is_one_call:
+            calls = calls[: max(0, 1 - self._num_calls[index])]
+        self._num_calls[index] += len(calls)
+        return text, calls
 
     def _token(self, token_id: int) -> str:
         if self._tokenizer is None:
@@ -223,16 +240,24 @@ class ChatForm(AnswerForm):
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
 
     def _whole_choice(self, place: int, gain: RequestGain, delta: CompletionDelta) -> dict[str, Any]:
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        text, calls = self._said_and_called(self._index(place, delta), delta)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [_openai_call(call) for call in calls]}
         return {"message": message, "logprobs": self._logprobs(delta)}
 
     def _contents(
         self, place: int, gain: RequestGain, delta: CompletionDelta, is_first: bool
     ) -> Iterator[dict[str, Any]]:
+        index = self._index(place, delta)
+        num_before = self._num_calls[index]
+        text, calls = self._said_and_called(index, delta)
         content: dict[str, Any] = {"role": "assistant"} if is_first else {}
-        if is_first or delta.text:
-            content["content"] = delta.text
-        if self._says_something(delta, is_first):
+        if is_first or text:
+            content["content"] = text
+        if calls:
+            content["tool_calls"] = [{"index": i, **_openai_call(call)} for i, call in enumerate(calls, num_before)]
+        if content or self._says_something(replace(delta, text=text), is_first):
             yield {"delta": content, "logprobs": self._logprobs(delta)}
 
     def _logprobs(self, delta: CompletionDelta) -> dict[str, Any] | None:
@@ -251,3 +276,7 @@ class ChatForm(AnswerForm):
     def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
         token = self._token(token_id)
         return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
+def _openai_call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

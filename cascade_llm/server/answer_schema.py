@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from cascade_llm.server.schema import Answer
 
@@ -67,7 +67,7 @@ class Choice(Answer):
     """What a choice has in both forms of OpenAI's."""
 
     index: int
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     token_ids: Sequence[int] = ()
     """With `return_token_ids`."""
 
@@ -110,12 +110,28 @@ class ChatLogprobs(Answer):
     content: list[ChatLogprob]
 
 
+class CalledFunction(Answer):
+    """A function and its arguments, a JSON object as a text."""
+
+    name: str
+    arguments: str
+
+
+class ChatToolCall(Answer):
+    """What the model wants to be called."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(Answer):
-    """What the model says."""
+    """What the model says; null beside calls where that is nothing."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: Sequence[ChatToolCall] = ()
 
 
 class ChatChoice(Choice):
@@ -143,6 +159,15 @@ class TextBlock(Answer):
     text: str
 
 
+class ToolUseBlock(Answer):
+    """What the model wants to be called, in Anthropic's form."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
 class MessageUsage(Answer):
     """Tokens in Anthropic's form: those from the cache are beside the input, not among it."""
 
@@ -160,8 +185,8 @@ class Message(Answer):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[TextBlock]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"]
+    content: list[TextBlock | ToolUseBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
     stop_sequence: str | None
     usage: MessageUsage
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from cascade_llm.server.anthropic_blocks import chat_tool_choice, chat_tools, chat_turns, text_blocks
 from cascade_llm.server.api_errors import ApiError
 from cascade_llm.server.schema import Body, ChatBody, SharingFields, TokenKey
 
 __all__ = ["MessagesBody", "MessagesPrompt"]
 
-Blocks = list[dict[str, Any]]
-ROLES = ("user", "assistant")
 SAME_FIELDS = (
     "model",
     "max_tokens",
@@ -31,12 +30,12 @@ SAME_FIELDS = (
 
 
 class MessagesPrompt(Body):
-    """POST /v1/messages/count_tokens. Blocks are texts; special tokens that they spell out are plain text."""
+    """POST /v1/messages/count_tokens. Special tokens that texts spell out are plain text."""
 
     messages: list[dict[str, Any]]
     system: str | list[dict[str, Any]] | None = None
     tools: list[Any] | None = None
-    tool_choice: Any = None
+    tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -46,27 +45,18 @@ class MessagesPrompt(Body):
         return bool(self.messages) and self.messages[-1].get("role") == "assistant"
 
     def chat_messages(self) -> list[dict[str, Any]]:
-        """The conversation, system first; messages of one role in a row are one. Raises `ApiError`."""
-        if self.tools:
-            raise ApiError(400, "tools are not supported: leave them out", param="tools")
+        """The conversation, system first. Raises `ApiError`."""
         if (self.thinking or {}).get("type", "disabled") != "disabled":
             raise ApiError(400, "thinking is not supported: leave it out", param="thinking")
-        chat: list[dict[str, Any]] = []
-        if self.system:
-            chat.append({"role": "system", "content": _text_blocks("system", self.system)})
-        for index, message in enumerate(self.messages):
-            role = message.get("role")
-            if role not in ROLES:
-                cure = "give its text as system" if role == "system" else f"it must be {' or '.join(ROLES)}"
-                raise ApiError(400, f"messages.{index}.role is {role!r:.80}: {cure}", param="messages")
-            blocks = _text_blocks(f"messages.{index}.content", message.get("content"))
-            if chat and chat[-1]["role"] == role:
-                chat[-1]["content"] += [{"type": "text", "text": "\n\n"}, *blocks]
-            else:
-                chat.append({"role": role, "content": blocks})
         if not self.messages:
             raise ApiError(400, "messages is empty: give at least one", param="messages")
-        return chat
+        system = [{"role": "system", "content": text_blocks("system", self.system)}] if self.system else []
+        return [*system, *chat_turns(self.messages)]
+
+    def told_tools(self) -> list[dict[str, Any]] | None:
+        """The functions that the model is told of, as a chat has them. Raises `ApiError`."""
+        tools, choice = chat_tools(self.tools), chat_tool_choice(self.tool_choice)
+        return tools if choice == "auto" else None
 
 
 class MessagesBody(MessagesPrompt, SharingFields):
@@ -97,21 +87,7 @@ class MessagesBody(MessagesPrompt, SharingFields):
             stop=self.stop_sequences,
             add_generation_prompt=not self.is_continued,
             continue_final_message=self.is_continued,
+            tools=self.told_tools(),
+            parallel_tool_calls=not (self.tool_choice or {}).get("disable_parallel_tool_use"),
             **{name: getattr(self, name) for name in SAME_FIELDS},
         )
-
-
-def _text_blocks(where: str, content: object) -> Blocks:
-    """A text, or a list of blocks, as the parts of a chat's message."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list) or not content:
-        raise ApiError(400, f"{where} must be a text, or a list of blocks and no empty one", param=where)
-    blocks: Blocks = []
-    for index, block in enumerate(content):
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind != "text" or not isinstance(block.get("text"), str):
-            cure = 'give {"type": "text", "text": ...}'
-            raise ApiError(400, f"{where}.{index} is no text block: {cure}", param=where)
-        blocks.append({"type": "text", "text": block["text"]})
-    return blocks

@@ -224,8 +224,8 @@ class Api:
             raise ApiError(400, "give prompt or messages, one of them", param="prompt")
         if messages is not None:
             with_prompt = body.add_generation_prompt is not False
-            kwargs = body.chat_template_kwargs
-            ids = await _beside(lambda: reader.tokenize_chat(messages, kwargs, add_prompt=with_prompt))
+            kwargs, tools = body.chat_template_kwargs, body.tools
+            ids = await _beside(lambda: reader.tokenize_chat(messages, kwargs, tools=tools, add_prompt=with_prompt))
         else:
             tokenizer, add_special = _tokenizer(reader), body.add_special_tokens is not False
             ids = await _beside(lambda: tokenizer.encode(str(prompt), add_special))
@@ -317,8 +317,9 @@ def _add_generation(app: FastAPI, api: Api) -> None:
         """The tokens of such a conversation."""
         reader = api.ready_reader(body)
         messages, kwargs, goes_on = body.chat_messages(), body.chat_template_kwargs, body.is_continued
+        tools = body.told_tools()
         ids = await _beside(
-            lambda: reader.tokenize_chat(messages, kwargs, add_prompt=not goes_on, is_continued=goes_on)
+            lambda: reader.tokenize_chat(messages, kwargs, tools=tools, add_prompt=not goes_on, is_continued=goes_on)
         )
         return InputTokens(input_tokens=len(ids))
 

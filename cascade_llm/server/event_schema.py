@@ -9,10 +9,12 @@ from cascade_llm.server.answer_schema import (
     AnthropicErrorAnswer,
     CascadeUsage,
     ChatLogprobs,
+    ChatToolCall,
     CompletionLogprobs,
     ErrorAnswer,
     MessageUsage,
     TextBlock,
+    ToolUseBlock,
     Usage,
 )
 from cascade_llm.server.schema import Answer, answer_schemas
@@ -27,7 +29,7 @@ class ChunkChoice(Answer):
     """What a choice has in both forms of OpenAI's; all but the last piece of one has no finish_reason."""
 
     index: int
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
     token_ids: Sequence[int] = ()
     """With `return_token_ids`."""
 
@@ -55,11 +57,18 @@ class CompletionChunk(Chunk):
     choices: list[CompletionChunkChoice]
 
 
+class ToolCallChunk(ChatToolCall):
+    """A call, which comes whole, and its place among the answer's."""
+
+    index: int
+
+
 class ChatDelta(Answer):
     """What a message gained; the role comes with the first piece."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: Sequence[ToolCallChunk] = ()
 
 
 class ChatChunkChoice(ChunkChoice):
@@ -101,7 +110,7 @@ class ContentBlockStart(Answer):
 
     type: Literal["content_block_start"]
     index: int
-    content_block: TextBlock
+    content_block: TextBlock | ToolUseBlock
 
 
 class Ping(Answer):
@@ -117,12 +126,19 @@ class TextDelta(Answer):
     text: str
 
 
+class InputDelta(Answer):
+    """The input of a call."""
+
+    type: Literal["input_json_delta"]
+    partial_json: str
+
+
 class ContentBlockDelta(Answer):
     """A block of content goes on."""
 
     type: Literal["content_block_delta"]
     index: int
-    delta: TextDelta
+    delta: TextDelta | InputDelta
 
 
 class ContentBlockStop(Answer):
@@ -135,7 +151,7 @@ class ContentBlockStop(Answer):
 class MessageEnding(Answer):
     """Why a message ended."""
 
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
     stop_sequence: str | None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,6 +15,8 @@ from cascade_llm.server.api_errors import ApiError
 from cascade_llm.server.messages import EngineFacts
 from cascade_llm.server.options import ServerOptions
 from cascade_llm.server.schema import ChatBody, CompletionBody, GenerationBody
+from cascade_llm.server.tool_calls import ToolForm
+from cascade_llm.server.tool_fields import asked_tools, tool_form, with_read_arguments
 
 __all__ = ["ReadBody", "RequestReader"]
 
@@ -34,6 +36,10 @@ class ReadBody:
     priority: int
     session: SessionUse | None = None
     cache_salt: bytes = b""
+    tool_form: ToolForm | None = None
+    """How the answer calls tools; None where it is text whatever it says."""
+    is_one_call: bool = False
+    """Whether only the first call counts."""
 
     @property
     def num_samples(self) -> int:
@@ -101,13 +107,17 @@ class RequestReader:
             raise ApiError(400, f"top_logprobs must be 0 to {MOST_TOP_LOGPROBS}", param="top_logprobs")
         logprobs = body.top_logprobs or 0 if body.logprobs else None
         params = self._params(body, self._most_output, asked, logprobs)
+        tools = asked_tools(body.tools, body.tool_choice)
+        form = None if tools is None else tool_form(self.tokenizer)
+        if form is not None and form.has_special_tokens:
+            params.setdefault("skip_special_tokens", False)
         sampling, priority = SamplingParams(**params, split_special_tokens=True), body.priority or 0
         self._input.check(sampling, priority)
         self._check_count(sampling.n)
         arguments = _template_arguments(
-            body.chat_template_kwargs, body.add_generation_prompt is not False, bool(body.continue_final_message)
+            body.chat_template_kwargs, body.add_generation_prompt is not False, bool(body.continue_final_message), tools
         )
-        read = self._input.read_chat(body.messages, arguments, sampling)
+        read = self._input.read_chat(with_read_arguments(body.messages), arguments, sampling)
         self._check_length(read.token_ids)
         if asked is None:
             left = max(1, self.max_model_len - len(read.token_ids))
@@ -119,6 +129,8 @@ class RequestReader:
             priority=priority,
             session=self._session(body, 1, sampling.n),
             cache_salt=_salt(body),
+            tool_form=form,
+            is_one_call=body.parallel_tool_calls is False,
         )
 
     def tokenize_chat(
@@ -126,14 +138,17 @@ class RequestReader:
         messages: Sequence[Any],
         kwargs: dict[str, Any] | None = None,
         *,
+        tools: Sequence[object] | None = None,
         add_prompt: bool = True,
         is_continued: bool = False,
     ) -> list[int]:
         """The token ids of a conversation, its last message whole or to be continued. As `read_chat` raises."""
+        asked = asked_tools(tools, None)
+        if asked is not None:
+            tool_form(self.tokenizer)
+        arguments = _template_arguments(kwargs, add_prompt, is_continued, asked)
         sampling = SamplingParams(split_special_tokens=True)
-        return self._input.read_chat(
-            messages, _template_arguments(kwargs, add_prompt, is_continued), sampling
-        ).token_ids
+        return self._input.read_chat(with_read_arguments(messages), arguments, sampling).token_ids
 
     def requests(self, body: ReadBody, client: Client) -> list[Request]:
         """Requests with ids and seeds of their own, one per prompt."""
@@ -191,8 +206,6 @@ class RequestReader:
         return self.tokenizer.decode(token_ids, skip_special_tokens=False) if self.tokenizer else ""
 
     def _refuse_unsupported(self, body: ChatBody) -> None:
-        if body.tools and body.tool_choice != "none":
-            raise ApiError(400, "tools are not supported: leave them out", param="tools", code="unsupported_field")
         if body.chat_template is not None:
             raise ApiError(
                 400, "chat_template: this server renders the model's own only", param="chat_template", code="forbidden"
@@ -200,7 +213,10 @@ class RequestReader:
         kind = (body.response_format or {}).get("type", "text")
         if kind != "text":
             raise ApiError(
-                400, f"response_format {kind!r:.80} is not supported", param="response_format", code="unsupported_field"
+                400,
+                f"response_format {kind!r:.80} is not supported: leave it out, and ask for the form in a message",
+                param="response_format",
+                code="unsupported_field",
             )
 
 
@@ -216,8 +232,12 @@ def _as_many(prompt: Any) -> Sequence[Prompt]:
     return cast(Sequence[Prompt], prompt)
 
 
-def _template_arguments(kwargs: dict[str, Any] | None, add_prompt: bool, is_continued: bool) -> dict[str, Any]:
+def _template_arguments(
+    kwargs: dict[str, Any] | None, add_prompt: bool, is_continued: bool, tools: Sequence[Mapping[str, Any]] | None
+) -> dict[str, Any]:
     arguments: dict[str, Any] = {"add_generation_prompt": add_prompt, "continue_final_message": is_continued}
+    if tools is not None:
+        arguments["tools"] = tools
     kwargs = kwargs or {}
     if taken := sorted({"messages", "tools", "chat_template", *arguments} & kwargs.keys()):
         raise ApiError(

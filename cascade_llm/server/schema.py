@@ -141,8 +141,9 @@ class ChatBody(GenerationBody):
     continue_final_message: bool | None = Field(None, description="Go on with the last message.")
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: str | None = Field(None, description="Refused: the model's own serves.")
-    tools: list[Any] | None = Field(None, description="Refused.")
-    tool_choice: Any = None
+    tools: list[Any] | None = Field(None, description="Functions that the model may call, where its template has them.")
+    tool_choice: Any = Field(None, description='"auto" or "none".')
+    parallel_tool_calls: bool | None = Field(None, description="false: only the first call of an answer counts.")
     response_format: dict[str, Any] | None = Field(None, description='Only {"type": "text"}.')
 
 
@@ -151,6 +152,7 @@ class TokenizeBody(Body):
 
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
