@@ -22,6 +22,7 @@ def recording(tiny_folder: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_quick_prints_a_table_and_a_verdict(run: Run, tiny_folder: Path) -> None:
     result = run("validate", tiny_folder, "--quick", "--dtype", "float32", "--attention-backend", "torch")
     assert result.exit_code == 0, result.output
@@ -33,6 +34,7 @@ def test_a_recording_is_replayed_without_and_with_its_model(run: Run, tiny_folde
     result = run("validate", "--replay", recording)
     assert result.exit_code == 0, result.output
     assert "recorded plans against" in result.stdout
+    assert "Validation passed: " in result.stdout.splitlines()[-1]
     result = run("validate", tiny_folder, "--replay", recording, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

@@ -18,7 +18,8 @@ from tests.cli.conftest import environment, process_args, run, run_process, tiny
 
 __all__ = ["environment", "run", "run_process", "started", "tiny_folder"]
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
+"""For what takes seconds where nobody else computes."""
 Result = TypeVar("Result")
 
 
