@@ -67,6 +67,11 @@ class Machine(ABC):
     def arch(self) -> tuple[int, int]:
         """Compute capability of the device."""
 
+    @property
+    @abstractmethod
+    def num_devices(self) -> int:
+        """Such devices of this machine."""
+
     @abstractmethod
     def platform(self) -> GpuPlatform:
         """A stream and FlashInfer's calls."""
@@ -116,6 +121,11 @@ class CudaMachine(Machine):
     def arch(self) -> tuple[int, int]:
         """See `Machine`."""
         return int(self._properties.major), int(self._properties.minor)
+
+    @property
+    def num_devices(self) -> int:
+        """See `Machine`."""
+        return torch.cuda.device_count()
 
     def platform(self) -> GpuPlatform:
         """See `Machine`."""

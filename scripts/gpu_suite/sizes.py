@@ -111,9 +111,11 @@ class Sizes:
     matrices: tuple[tuple[int, int], ...] = ((6144, 4096), (4096, 12288))
     """(outputs, inputs) of quantized products."""
     product_rows: tuple[int, ...] = (1, 16, 64, 256, 2048)
+    """Of such a product."""
     experts: tuple[int, int, int, int] = (2048, 768, 128, 8)
     """Hidden size, outputs of an expert's gate, experts, experts of a row: Qwen3-30B-A3B's."""
-    """Of such a product."""
+    exchanged: tuple[int, ...] = (4096, 64 * 4096, 2048 * 4096)
+    """Numbers of a sum over ranks: rows of a hidden size."""
     load_requests: int = 256
     load_range: tuple[int, int] = (100, 1024)
 
@@ -148,6 +150,7 @@ DRY = Sizes(
     matrices=((48, 256),),
     product_rows=(1, 17),
     experts=(48, 16, 5, 2),
+    exchanged=(64, 4096),
     load_requests=4,
     load_range=(4, 10),
 )

@@ -31,6 +31,7 @@ STAGES = (
     ),
     Stage(name="weights", module=CHILD, limit_s=70, about="quantized products against their values, and dense ones"),
     Stage(name="experts", module=CHILD, limit_s=40, about="the grouped product of a layer's experts, from a graph"),
+    Stage(name="ranks", module=CHILD, limit_s=120, about="two GPUs that share a model, beside one; their exchanges"),
     Stage(name="timing", module=CHILD, limit_s=150, about="times of decode steps, on host and device"),
     Stage(name="profile", module=CHILD, limit_s=60, about="which kernels a decode step's time goes to"),
     Stage(name="attention", module=CHILD, limit_s=120, about="attention alone, cascade against plain; cost constants"),

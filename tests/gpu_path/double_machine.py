@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 
+import cascade_llm.engine.assembly
 from cascade_llm import LLM
 from cascade_llm.attention.flashinfer.backend import GpuPlatform
 from scripts.gpu_suite.machine import Card, Machine, Replay
@@ -20,6 +21,7 @@ from tests.doubles import device
 from tests.doubles.flashinfer import ARCH
 from tests.doubles.torch_products import cuda_products
 from tests.gpu_path.gpu_engine import double_gpu, on_double
+from tests.gpu_path.rank_executor import RankThreads
 
 __all__ = ["DoubleMachine"]
 
@@ -31,6 +33,7 @@ class DoubleMachine(Machine):
     card = Card("double", 1e10, 1e11, 1 << 16)
     memory_bytes = 1 << 30
     arch = ARCH
+    num_devices = 2
 
     def __init__(self) -> None:
         """torch's CUDA products are there as long as the machine."""
@@ -42,7 +45,9 @@ class DoubleMachine(Machine):
         return double_gpu(exact=False).platform()
 
     def llm(self, config: Path, **options: Any) -> LLM:
-        with on_double(double_gpu(exact=False)):
+        """Ranks are threads."""
+        ranks = patch.object(cascade_llm.engine.assembly, "ProcessExecutor", RankThreads)
+        with on_double(double_gpu(exact=False)), ranks:
             return LLM(config, load_format="dummy", device="cpu", dtype="bfloat16", **options)
 
     def seconds(self, work: Callable[[], object]) -> float:

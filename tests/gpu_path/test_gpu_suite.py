@@ -19,6 +19,7 @@ from cascade_llm import SamplingParams
 from cascade_llm.attention.flashinfer.graph import GraphAttention
 from cascade_llm.attention.flashinfer.ops import FlashInferOps
 from cascade_llm.bench.attention_cases import AttentionCase
+from cascade_llm.device.ranks import Ranks
 from cascade_llm.errors import GenerationError
 from cascade_llm.outputs import CompletionOutput, TokenLogprob
 from cascade_llm.scheduler.cascade.device_costs import DeviceCosts
@@ -33,7 +34,18 @@ from scripts.gpu_suite.machine import CARDS, known_card
 from scripts.gpu_suite.runner import MAX_FILES, Runner, Stage, pack, save_json
 from scripts.gpu_suite.sizes import DRY, FULL, MODELS, QUICK, Sizes, decode_floor_s
 from scripts.gpu_suite.stage import StageRun
-from scripts.gpu_suite.stages import attention, engine, experiments, experts, profile, replay, smoke, timing, weights
+from scripts.gpu_suite.stages import (
+    attention,
+    engine,
+    experiments,
+    experts,
+    profile,
+    ranks,
+    replay,
+    smoke,
+    timing,
+    weights,
+)
 from scripts.gpu_suite.stages import machine as machine_stage
 from scripts.gpu_suite.table import STAGES
 from tests.gpu_path.double_machine import DoubleMachine
@@ -244,6 +256,27 @@ def test_the_product_of_experts_is_compared_and_timed(
     assert experts.run(stage("experts", seconds=-1))["verdict"] == "not run"
     monkeypatch.setattr(Grouped, "multiply", lambda *arguments: _refused("no kernel image"))
     assert experts.run(stage("experts"))["headline"]["wrong"] == list(DRY.product_rows)
+
+
+def test_two_ranks_are_compared_with_one(stage: Callable[..., StageRun], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = replace(ONE_MODEL, families=1, longest=10)
+    found = ranks.run(stage("ranks", sizes))
+    assert found["headline"]["wrong"] == []
+    assert found["verdict"] == "passed"
+    assert len(found["runs"]) == len(engine.KINDS)
+    assert found["headline"]["us_of_a_sum"].keys() == {str(2 * size) for size in DRY.exchanged}
+    monkeypatch.setattr(ranks, "_exchanges", lambda stage: {"wrong": ["rank 1: sum"], "us": {}})
+    monkeypatch.setattr(Ranks, "all_reduce", lambda self, x: x)
+    off = ranks.run(stage("ranks", sizes))
+    assert off["verdict"] == "failed"
+    assert "rank 1: sum" in off["headline"]["wrong"]
+    assert len(off["headline"]["wrong"]) > 1, "runs whose ranks sum nothing"
+
+
+def test_ranks_need_as_many_gpus(stage: Callable[..., StageRun], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DoubleMachine, "num_devices", 1)
+    found = ranks.run(stage("ranks"))
+    assert found == {"verdict": "not run", "headline": {"why": "2 ranks need as many GPUs, here are 1"}}
 
 
 def test_experiments_run_and_one_that_raises_leaves_the_others(
