@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,15 @@ from cascade_llm.cli.field_options import SectionedCommand, engine_options, take
 from cascade_llm.validation.options import OPTIONS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cascade_llm.validation.report import Progress as TellProgress
     from cascade_llm.validation.report import ValidationReport
 
 __all__ = ["validate"]
 
+LINE_EVERY_S = 5.0
+"""Between two lines that say what is done, where there is no terminal."""
 STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -117,12 +122,31 @@ def _verdict(report: ValidationReport) -> Text:
 
 @contextmanager
 def _bar() -> Iterator[TellProgress]:
+    """A bar on a terminal; elsewhere a line now and then, so that a log shows that something is done."""
     console = error_console()
+    if not console.is_terminal:
+        yield _Lines(console).tell
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("reading the model", total=None)
 
         def progress(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total or None)
 
         yield progress
+
+
+class _Lines:
+    """Says what is done, at most every few seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._start = console, time.monotonic()
+        self._last = self._start
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """See `report.Progress`."""
+        now = time.monotonic()
+        if now - self._last >= LINE_EVERY_S:
+            self._last = now
+            self._console.print(f"{now - self._start:.0f} s: {what} ({done} of {total})", style="dim")

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,8 +90,12 @@ def validate(
     engine_options = _engine_options(options, config, effort)
     device = resolve_device(engine_options.device)
     progress(f"loading {checkpoint.name}", 0, 1)
+
+    def on_start(stage: str, done: int, total: int) -> None:
+        progress(f"{checkpoint.name}: {stage}", done, total)
+
     # first: what cannot be served is known at once
-    with closing(start_executor(engine_options, checkpoint)) as executor:
+    with closing(start_executor(engine_options, checkpoint, on_start)) as executor:
         facts = executor.facts
         sections: list[Section] = []
 
@@ -158,13 +162,13 @@ def _engine_options(options: Mapping[str, Any], config: ModelConfig, effort: Eff
     given = EngineOptions(**options)
     dtype = resolve_dtype(given.dtype, config.dtype, resolve_device(given.device))
     number_bytes = bytes_per_number(resolve_kv_dtype(given.kv_cache_dtype, dtype), config.head_dim)
-    pages_per_sequence = -(-wanted // given.page_size)
-    num_pages = (BATCH + 1) * pages_per_sequence
+    num_tokens = (BATCH + 1) * -(-wanted // given.page_size) * given.page_size
+    held_heads = max(config.num_kv_heads, given.tensor_parallel_size)  # of all ranks: several may hold the same one
     return EngineOptions(
         **options,
         max_model_len=wanted,
         max_num_seqs=BATCH + 1,
-        kv_cache_bytes=num_pages * given.page_size * config.kv_bytes_per_token(number_bytes),
+        kv_cache_bytes=num_tokens * replace(config, num_kv_heads=held_heads).kv_bytes_per_token(number_bytes),
         exact_activations=True,  # what rounding costs is no error of an engine: transformers does not round
     )
 

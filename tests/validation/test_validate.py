@@ -9,9 +9,11 @@ import pytest
 
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.errors import ConfigError, ModelNotFoundError
+from cascade_llm.loader.resolve import open_checkpoint
+from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.validation.engine_check import EngineLoad
 from cascade_llm.validation.report import Check, Section, ValidationReport
-from cascade_llm.validation.validate import QUICK, Effort, validate
+from cascade_llm.validation.validate import QUICK, Effort, _engine_options, validate
 from tests.engine.tiny_llm import save_tiny
 from tests.validation.faults import ForgetsALevel, install
 
@@ -63,6 +65,18 @@ def test_progress_is_told(folder: Path) -> None:
     validate(folder, OPTIONS, effort=EFFORT, progress=lambda what, done, total: told.append(what))
     assert "cascade on, warm cache" in told
     assert "transformers in float32" in told
+
+
+def test_the_pool_holds_heads_that_several_ranks_have(folder: Path) -> None:
+    """The model has 2 KV heads: each of 6 ranks holds a whole one."""
+    checkpoint = open_checkpoint(folder)
+    config = model_config_from_hf(checkpoint.hf_config())
+    pools = [
+        _engine_options({**OPTIONS, "tensor_parallel_size": count}, config, EFFORT).kv_cache_bytes or 0
+        for count in (1, 2, 6)
+    ]
+    assert pools[0] == pools[1] > 0
+    assert pools[2] == 3 * pools[0]
 
 
 def test_options_that_validation_sets_are_refused(folder: Path) -> None:
