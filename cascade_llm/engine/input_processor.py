@@ -65,11 +65,14 @@ class InputProcessor:
     ) -> ReadPrompt:
         """A conversation through a chat template; `arguments` are those of `Tokenizer.apply_chat_template`."""
         tokenizer = self._require_tokenizer("a conversation")
-        text = tokenizer.apply_chat_template(messages, **arguments)
-        if params.split_special_tokens:
-            ids = tokenizer.encode_chat(messages, split_special_tokens=True, **arguments)
-        else:
-            ids = tokenizer.encode(text, add_special_tokens=False)
+        try:
+            text = tokenizer.apply_chat_template(messages, **arguments)
+            if params.split_special_tokens:
+                ids = tokenizer.encode_chat(messages, split_special_tokens=True, **arguments)
+            else:
+                ids = tokenizer.encode(text, add_special_tokens=False)
+        except RecursionError:
+            raise PromptError("the conversation or its tools are nested too deeply: flatten them") from None
         return self._checked(text, ids, params)
 
     def check(self, params: object, priority: object) -> None:

@@ -15,6 +15,7 @@ import pytest
 from tests.server.conftest import PATIENCE_S, RunningServer, started
 from tests.server.speaking_model import save_speaking
 from tests.server.test_event_schema import data_validator, stream
+from tests.server.test_hostile_bodies import deep
 
 SAID = "I look. "
 ANSWER = SAID + '<tool_call>{"name":"weather", "arguments": {"city":"Rome"}}'
@@ -145,6 +146,9 @@ def test_the_template_gets_tools_calls_and_results(speaking: RunningServer) -> N
         (CHAT, {"tools": [{"type": "function"}]}, "tools.0"),
         (CHAT, {"tools": ["weather"]}, "tools.0"),
         (CHAT, {"tools": [{"type": "function", "function": {"name": "\udfff"}}]}, "surrogate"),
+        (CHAT, {"tools": [{**FUNCTION, "more": deep(900)}]}, "nested too deeply"),
+        (CHAT, {"messages": [{**ASK[0], "more": deep(900)}]}, "nested too deeply"),
+        (MESSAGES, {"tools": [{**TOOL, "input_schema": {"more": deep(900)}}]}, "nested too deeply"),
         (CHAT, {"messages": [*ASK, {"role": "assistant", "tool_calls": "f"}]}, "messages.1.tool_calls"),
         (CHAT, {"messages": [*ASK, {"role": "assistant", "tool_calls": [{}]}]}, "messages.1.tool_calls.0"),
         (
