@@ -120,7 +120,18 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, kv_number_bytes: float) -> int:
         """K and V of one token over all layers, where each number takes so many bytes with its share of a scale."""
-        return round(2 * self.num_layers * self.num_kv_heads * self.head_dim * kv_number_bytes)
+        return self.kv_bytes_of_layers(self.num_layers, kv_number_bytes)
+
+    def kv_bytes_of_layers(self, num_layers: int, kv_number_bytes: float) -> int:
+        """The same of some of the layers."""
+        return round(2 * num_layers * self.num_kv_heads * self.head_dim * kv_number_bytes)
+
+    @property
+    def layers_of_kinds(self) -> tuple[int, ...]:
+        """How many layers are of each attention kind."""
+        if not self.layer_kinds:
+            return (self.num_layers,)
+        return tuple(self.layer_kinds.count(kind) for kind in range(len(self.attention_kinds)))
 
 
 def kinds_of_layers(windows: Sequence[int | None]) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
@@ -130,6 +141,13 @@ def kinds_of_layers(windows: Sequence[int | None]) -> tuple[tuple[int | None, ..
     """
     kinds = tuple(sorted(set(windows), key=lambda window_len: (window_len is not None, -(window_len or 0))))
     return kinds, tuple(kinds.index(window_len) for window_len in windows) if len(kinds) > 1 else ()
+
+
+def window_pages_needed(window_len: int, page_size: int, max_model_len: int, max_num_new: int) -> int:
+    """Pages that one sequence may hold in the pool of a window: as far as `max_num_new` new tokens reach back, with a
+    page that both ends cut, one behind, and one that a run of decode steps does not give up at once."""
+    reached = -(-(window_len + max_num_new - 1) // page_size) + 3
+    return min(-(-max_model_len // page_size), reached)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +202,9 @@ class SchedulerConfig:
     """The window of each attention kind, the widest first; None reads all earlier tokens."""
     layer_kinds: tuple[int, ...] = ()
     """[layers] the kind of each layer; empty: all of the first."""
+    window_pages: tuple[int, ...] = ()
+    """Pages of the pool that each kind after the first has of its own; empty where all kinds have their pages in one
+    pool, as they must where the first has a window."""
 
     def __post_init__(self) -> None:
         for name in ("page_size", "total_pages", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
@@ -211,6 +232,28 @@ class SchedulerConfig:
                 f"{self.max_model_len} needs {needed}: give more memory (kv_cache_bytes, gpu_memory_utilization) or "
                 f"set max_model_len to {self.total_pages * self.page_size} or less"
             )
+        if self.window_pages and (kinds[0] is not None or len(self.window_pages) != len(kinds) - 1):
+            raise ConfigError(f"window_pages is {self.window_pages}: it must be one for each window of {kinds}")
+        for window_len, pages in self._windows_with_pools():
+            needed = window_pages_needed(window_len, self.page_size, self.max_model_len, 1)
+            if not needed <= pages <= self.total_pages:
+                raise ConfigError(
+                    f"the KV pool of the window of {window_len} has {pages} pages, it must have {needed} to "
+                    f"{self.total_pages}: give more memory (kv_cache_bytes, gpu_memory_utilization)"
+                )
+
+    @property
+    def most_rows_of_sequence(self) -> int:
+        """Rows that a step may have of one sequence, so that it fits all pools by itself."""
+        most = self.max_num_batched_tokens
+        for window_len, pages in self._windows_with_pools():
+            while window_pages_needed(window_len, self.page_size, self.max_model_len, most) > pages:
+                most -= 1
+        return most
+
+    def _windows_with_pools(self) -> list[tuple[int, int]]:
+        pools = zip(self.attention_kinds[1:], self.window_pages, strict=False)
+        return [(window_len, pages) for window_len, pages in pools if window_len is not None]
 
     @property
     def layers_of_kinds(self) -> tuple[int, ...]:

@@ -261,7 +261,8 @@ class LLM:
         """What the engine did since it started, and where its pages are.
 
         Bytes are of K and V over all layers; `kv_bytes_saved` is what one-level plans of the same steps would have
-        read beside. free_pages + held_pages + cached_pages = total_pages. With CUDA graphs, also how steps were run.
+        read beside. free_pages + held_pages + cached_pages = total_pages; the same with window_1024_ before it of the
+        pool that layers with a window of 1,024 tokens have of their own. With CUDA graphs, also how steps were run.
         """
         with self._lock:
             if not self._closed:
@@ -269,6 +270,9 @@ class LLM:
             scheduler = self._engine.scheduler
             counts = scheduler.counters.as_dict(self.facts.kv_bytes_per_token)
             counts.update(asdict(scheduler.page_counts))
+            windows = self.facts.model.attention_kinds[1:]
+            for window_len, pages in zip(windows, scheduler.window_page_counts, strict=False):
+                counts.update({f"window_{window_len}_{name}": count for name, count in asdict(pages).items()})
             counts["running_sequences"] = scheduler.num_running
             counts["waiting_sequences"] = scheduler.num_waiting
             return {**counts, **self._engine.executor.counters()}

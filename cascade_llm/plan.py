@@ -272,13 +272,16 @@ class Tier(IntEnum):
 
 
 class PageCopy(NamedTuple):
-    """A page to copy in every layer before the step's first write; all sources are read before a target is written."""
+    """A page to copy in every layer of its pool, before the step's first write; all sources are read before a target is
+    written."""
 
     source: int
     """Page id in the source's tier."""
     target: int
     source_tier: Tier = Tier.DEVICE
     target_tier: Tier = Tier.DEVICE
+    pool: int = 0
+    """The kind in whose layers it is copied, where kinds have pools of their own (`StepPlan.window_slots`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +342,10 @@ class StepPlan:
     """[rows] position of the token in its sequence, from 0."""
     slots: IntColumn
     """[rows] where the row's K/V are written: page id * page_size + offset."""
+    window_slots: tuple[IntColumn, ...] = ()
+    """The same for each kind after the first, where each has a pool of its own. Then the page ids of a kind's cascade
+    are places in that kind's pool, and what no window reaches has none. Empty: all kinds have their pages in one pool,
+    and all write at `slots`."""
     lane_rows: IntColumn = EMPTY
     """[lane inputs] rows whose token is on the device, in its lane."""
     lane_row_lanes: IntColumn = EMPTY
@@ -380,6 +387,10 @@ class StepPlan:
         """The plan of a layer's kind."""
         return self.cascades[self.layer_kinds[layer] if self.layer_kinds else 0]
 
+    def slots_of(self, kind: int) -> IntColumn:
+        """[rows] where the layers of a kind write."""
+        return self.window_slots[kind - 1] if kind and self.window_slots else self.slots
+
     @property
     def num_rows(self) -> int:
         """Query tokens of this step."""
@@ -391,15 +402,20 @@ class StepPlan:
         return len(self.sequence_lanes)
 
     def check(self, page_tables: Sequence[Sequence[int]] | None = None) -> None:
-        """Raise `PlanError` unless the plan is whole: columns, slots, samples, and the invariants of its cascades."""
+        """Raise `PlanError` unless the plan is whole: columns, slots, samples, and the invariants of its cascades.
+
+        page_tables: see `CascadePlan.check`; of the kinds that have no pool of their own
+        """
         if not self.cascades:
             raise PlanError("a step needs the cascade of an attention kind")
         windows = [cascade.window_len for cascade in self.cascades]
         shorter = all(b is not None and (a is None or b < a) for a, b in pairwise(windows))
         if not shorter or (windows[-1] is not None and windows[-1] < 1):
             raise PlanError(f"the kinds have windows {windows}: each must be shorter than the one before, 1 or more")
-        for cascade in self.cascades:
-            cascade.check(page_tables)
+        if self.window_slots and len(self.window_slots) != len(self.cascades) - 1:
+            raise PlanError(f"{len(self.window_slots)} window_slots for {len(self.cascades)} kinds: the first has none")
+        for kind, cascade in enumerate(self.cascades):
+            cascade.check(None if kind and self.window_slots else page_tables)
             if cascade.num_rows != self.num_rows:
                 raise PlanError(f"the cascade covers {cascade.num_rows} rows, the step has {self.num_rows}")
             if cascade.leaf.num_segments != self.num_sequences:
@@ -409,8 +425,8 @@ class StepPlan:
         self._check_columns()
         self._check_masks()
         self._check_lanes(self._check_drafts())
-        for cascade in self.cascades:
-            self._check_slots(cascade)
+        for kind, cascade in enumerate(self.cascades):
+            self._check_slots(cascade, self.slots_of(kind))
 
     def _check_columns(self) -> None:
         groups = (
@@ -433,6 +449,12 @@ class StepPlan:
             for name in row_columns:
                 if any(not 0 <= row < self.num_rows for row in getattr(self, name)):
                     raise PlanError(f"{name} names a row outside the step")
+        for column in self.window_slots:
+            _check_column("window_slots", column)
+            if len(column) != self.num_rows:
+                raise PlanError(f"window_slots has {len(column)} rows, the step {self.num_rows}")
+        if any(not 0 <= copy.pool <= len(self.window_slots) for copy in self.page_copies):
+            raise PlanError(f"a page copy names a pool, there are {1 + len(self.window_slots)}")
         for row, position in zip(self.sample_rows, self.sample_positions, strict=True):
             if position != self.positions[row] + 1:
                 raise PlanError(f"row {row} has position {self.positions[row]}, the token drawn from it {position}")
@@ -472,7 +494,7 @@ class StepPlan:
             ("two sequences of a step are in one lane", self.sequence_lanes),
             ("a lane is sampled twice in one step", [n for i, n in enumerate(self.sample_lanes) if i not in proposed]),
             ("two sequences enter one lane", [start.lane for start in self.lane_starts]),
-            ("a page is copied to twice", [(copy.target, copy.target_tier) for copy in self.page_copies]),
+            ("a page is copied to twice", [(copy.target, copy.target_tier, copy.pool) for copy in self.page_copies]),
         ):
             if len(set(lanes)) != len(lanes):
                 raise PlanError(what)
@@ -481,10 +503,10 @@ class StepPlan:
             if lane != own:
                 raise PlanError(f"row {row} takes its token from lane {lane}, its sequence is in lane {own}")
 
-    def _check_slots(self, cascade: CascadePlan) -> None:
+    def _check_slots(self, cascade: CascadePlan, slots: IntColumn) -> None:
         """Each row writes where its own leaf segment reads it last, at its position, and no slot is written twice."""
         leaf, page_size, window_len = cascade.leaf, cascade.page_size, cascade.window_len
-        if len(set(self.slots)) != self.num_rows:
+        if len(set(slots)) != self.num_rows:
             raise PlanError("two rows write one slot")
         for sequence, path in enumerate(cascade.paths()):
             rows, pages, met_len = leaf.rows(sequence), leaf.pages(sequence), cascade.path_len(path)
@@ -493,8 +515,8 @@ class StepPlan:
                 raise PlanError(f"sequence {sequence} meets {met_len} tokens, its window reaches further (exactness)")
             shared_len = unread_len + met_len - leaf.kv_len(sequence, page_size)
             for offset, row in enumerate(rows, start=leaf.kv_len(sequence, page_size) - len(rows)):
-                if self.slots[row] != pages[offset // page_size] * page_size + offset % page_size:
-                    raise PlanError(f"row {row} writes slot {self.slots[row]}, outside its place in its leaf segment")
+                if slots[row] != pages[offset // page_size] * page_size + offset % page_size:
+                    raise PlanError(f"row {row} writes slot {slots[row]}, outside its place in its leaf segment")
                 if unread_len < 0 or self.positions[row] != shared_len + offset:
                     raise PlanError(
                         f"row {row} has position {self.positions[row]}, but meets {shared_len + offset} earlier tokens"

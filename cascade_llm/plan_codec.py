@@ -18,7 +18,7 @@ import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -43,7 +43,8 @@ from cascade_llm.sampling_params import SamplingParams
 __all__ = ["PlanDecoder", "PlanEncoder", "decode_result", "encode_result", "is_result"]
 
 MAGIC, VERSION = b"CLLM", 1
-PLAN, RESULT = 1, 2
+PLAN, RESULT, PLAN_IN_POOLS = 1, 2, 3
+"""Kinds of messages; a plan in pools has `StepPlan.window_slots`, and the pools of its page copies, at its end."""
 MESSAGE = struct.Struct("<4sBBHQII")
 """Magic, version, kind, 0, number of the message, checksum (CRC-32) and length of the body."""
 MAX_KEPT = 4096
@@ -95,13 +96,22 @@ class PlanEncoder:
             _put_lane_start(body, start)
         body += COUNT.pack(len(plan.page_copies))
         for copy in plan.page_copies:
-            body += COPY.pack(*copy)
+            body += COPY.pack(*copy[:4])
         body += REPORT.pack(*[getattr(plan.report, name) for name in COUNTS])
         _put_text(body, plan.report.reason)
+        if plan.window_slots:
+            self._put_pools(body, plan)
         while len(self._numbers) > MAX_KEPT:
             self._forget(next(iter(self._numbers)))
         self._num_messages += 1
-        return _message(PLAN, self._num_messages, body)
+        return _message(PLAN_IN_POOLS if plan.window_slots else PLAN, self._num_messages, body)
+
+    def _put_pools(self, body: bytearray, plan: StepPlan) -> None:
+        """What pools of their own for kinds with windows add to a plan."""
+        body += COUNT.pack(len(plan.window_slots))
+        for slots in plan.window_slots:
+            self._put_column(body, slots)
+        body += bytes(copy.pool for copy in plan.page_copies)
 
     def _put_level(self, body: bytearray, level: CascadeLevel) -> None:
         if self._put_number(body, level):
@@ -140,11 +150,12 @@ class PlanDecoder:
 
     def decode(self, message: bytes) -> StepPlan:
         """The plan of the next message; `PlanError` for bytes that are damaged, cut off, foreign or out of order."""
-        number, body = _body(message, PLAN)
+        in_pools = message[5:6] == bytes([PLAN_IN_POOLS])
+        number, body = _body(message, PLAN_IN_POOLS if in_pools else PLAN)
         if number != self._num_messages + 1:
             raise PlanError(f"message {number} where {self._num_messages + 1} was to come: one was lost or repeated")
         reader = _PlanReader(body, self._kept, self._next_number, self._layer_kinds)
-        plan = reader.plan()
+        plan = reader.plan(in_pools=in_pools)
         for forgotten in reader.forgotten:
             del self._kept[forgotten]
         self._kept.update(reader.new)
@@ -207,7 +218,9 @@ def _body(message: bytes, kind: int) -> tuple[int, memoryview]:
     if version != VERSION or zero:
         raise PlanError(f"the message is of version {version}, this decoder reads version {VERSION}")
     if found != kind:
-        raise PlanError(f"the message is of kind {found}, not {kind} (plans {PLAN}, results {RESULT})")
+        raise PlanError(
+            f"the message is of kind {found}, not {kind} (plans {PLAN} and {PLAN_IN_POOLS}, results {RESULT})"
+        )
     body = memoryview(message)[MESSAGE.size :]
     if len(body) != length:
         raise PlanError(f"the message has {len(body)} bytes of {length}")
@@ -306,7 +319,7 @@ class _PlanReader(_Reader):
         self.new: dict[int, Kept] = {}
         self.forgotten: set[int] = set()
 
-    def plan(self) -> StepPlan:
+    def plan(self, *, in_pools: bool) -> StepPlan:
         """The plan, which is all that the body holds."""
         step_id = self.unpack(SIGNED, "step_id")[0]
         self.forgotten.update(self.array("Q", "forgotten numbers"))
@@ -327,10 +340,19 @@ class _PlanReader(_Reader):
             page_copies=tuple(self._page_copy() for _ in self.count("page_copies", COPY.size)),
             report=self._report(),
         )
+        if in_pools:
+            plan = self._with_pools(plan)
         self.end()
         if len(self._kept) + len(self.new) - len(self.forgotten) > 2 * MAX_KEPT:
             raise PlanError(f"the message brings more levels and columns than can be kept ({2 * MAX_KEPT})")
         return plan
+
+    def _with_pools(self, plan: StepPlan) -> StepPlan:
+        """The plan with what `PlanEncoder._put_pools` wrote."""
+        slots = tuple(self._column("window_slots") for _ in self.count("window_slots", NUMBER.size))
+        pools = self.take(len(plan.page_copies), "pools of page copies")
+        copies = tuple(copy._replace(pool=pool) for copy, pool in zip(plan.page_copies, pools, strict=True))
+        return replace(plan, window_slots=slots, page_copies=copies)
 
     def _cascade(self) -> CascadePlan:
         page_size, window_len, num_levels = self.unpack(CASCADE, "a cascade")

@@ -18,7 +18,7 @@ import zlib
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -79,6 +79,13 @@ class PlanFileHeader:
     """Of the KV pool: auto (as `dtype`) | float32 | bfloat16 | float16 | fp8_e4m3 | int8."""
     attention_soft_cap: float | None = None
     """Attention's scores s became cap * tanh(s / cap)."""
+    window_pages: list[int] = field(default_factory=list)
+    """Pages of the pools that attention kinds after the first had of their own; none where all kinds had one pool."""
+
+    @property
+    def pool_pages(self) -> tuple[int, ...]:
+        """Of all pools."""
+        return self.total_pages, *self.window_pages
 
     def to_json(self) -> dict[str, Any]:
         """The first frame's object."""
@@ -95,8 +102,9 @@ class PlanFileHeader:
                 f"format {given.get('version')!r} was written by cascade-llm {writer}, this one reads format "
                 f"{FORMAT_VERSION}: replay it with cascade-llm {writer}, or record it again with this one"
             )
-        names = [field.name for field in fields(cls) if field.name in given]
-        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in given]
+        names = [each.name for each in fields(cls) if each.name in given]
+        required = [each.name for each in fields(cls) if each.default is each.default_factory is MISSING]
+        missing = [name for name in required if name not in given]
         if missing:
             raise PlanError(f"the header lacks {', '.join(missing)}: record the file again")
         header = cls(**{name: given[name] for name in names})
@@ -120,19 +128,25 @@ class PlanFileHeader:
                 isinstance(value, float) and 0 < value < float("inf")
             ):
                 raise PlanError(f"the header's {name} is {value!r}, it must be a positive number")
+        pages: object = self.window_pages
+        if not isinstance(pages, list) or not all(type(n) is int and 1 <= n <= self.total_pages for n in pages):
+            raise PlanError(f"the header's window_pages is {pages!r}, it must be integers of 1 to total_pages")
         if not isinstance(self.token_ids, bool):
             raise PlanError(f"the header's token_ids is {self.token_ids!r}, it must be true or false")
 
-    def check_model(self, name: str, model: ModelConfig) -> None:
+    def check_model(self, model_name: str, model: ModelConfig) -> None:
         """Raise `PlanError` unless a model has the recorded one's shape."""
         differing = [
-            f"{field} {getattr(self, field)} (here {getattr(model, field)})"
-            for field in MODEL_FIELDS
-            if getattr(self, field) != getattr(model, field)
+            f"{name} {getattr(self, name)} (here {getattr(model, name)})"
+            for name in MODEL_FIELDS
+            if getattr(self, name) != getattr(model, name)
         ]
+        num_windows = len(model.attention_kinds) - 1
+        if len(self.window_pages) not in (0, num_windows):
+            differing.append(f"pools for {len(self.window_pages)} windows (here {num_windows})")
         if differing:
             raise PlanError(
-                f"the steps were recorded with {self.model}, which has {', '.join(differing)}, not with {name}: "
+                f"the steps were recorded with {self.model}, which has {', '.join(differing)}, not with {model_name}: "
                 f"give the model that they were recorded with, or leave the model out to replay attention alone"
             )
 
@@ -401,12 +415,14 @@ class _PlanLimits:
     def check(self, plan: StepPlan) -> None:
         """Raise `PlanError` where a plan leaves the pool, the lanes, the context, the layers or the vocabulary."""
         header = self._header
-        for cascade in plan.cascades:
-            self._check_pages(cascade)
+        if len(plan.window_slots) != len(header.window_pages):
+            raise PlanError(f"{len(plan.window_slots)} window_slots, there were {len(header.window_pages)} such pools")
+        for kind, cascade in enumerate(plan.cascades):
+            self._check_pages(cascade, kind if plan.window_slots else 0)
         for copy in plan.page_copies:
             for page, tier in ((copy.source, copy.source_tier), (copy.target, copy.target_tier)):
-                if page < 0 or (tier is Tier.DEVICE and page >= header.total_pages):
-                    raise PlanError(f"it copies page {copy.source} to {copy.target}, {self._pool}")
+                if page < 0 or (tier is Tier.DEVICE and page >= self._pages(copy.pool)):
+                    raise PlanError(f"it copies page {copy.source} to {copy.target}, {self._pool(copy.pool)}")
         if any(position >= header.max_model_len for position in plan.positions):
             raise PlanError(f"a position is beyond max_model_len {header.max_model_len}")
         if plan.layer_kinds and len(plan.layer_kinds) != header.num_layers:
@@ -425,21 +441,23 @@ class _PlanLimits:
         if wrong is not None:
             raise PlanError(f"{what} has the token id {wrong!r}, {self._vocabulary}")
 
-    @property
-    def _pool(self) -> str:
-        return f"the pool has {self._header.total_pages} pages"
+    def _pages(self, kind: int) -> int:
+        return self._header.window_pages[kind - 1] if kind else self._header.total_pages
+
+    def _pool(self, kind: int) -> str:
+        return f"the pool has {self._pages(kind)} pages"
 
     @property
     def _vocabulary(self) -> str:
         return f"the vocabulary has {self._header.vocab_size}"
 
-    def _check_pages(self, cascade: CascadePlan) -> None:
+    def _check_pages(self, cascade: CascadePlan, kind: int) -> None:
         if cascade.page_size != self._header.page_size:
             raise PlanError(f"its page_size is {cascade.page_size}, the header's {self._header.page_size}")
         for depth, level in enumerate(cascade.levels):
             largest = max(level.kv_page_indices, default=0)
-            if largest >= self._header.total_pages:
-                raise PlanError(f"level {depth} reads page {largest}, {self._pool}")
+            if largest >= self._pages(kind):
+                raise PlanError(f"level {depth} reads page {largest}, {self._pool(kind)}")
 
     def _check_lanes(self, plan: StepPlan) -> None:
         for start in plan.lane_starts:

@@ -58,6 +58,7 @@ def full_step() -> StepPlan:
         step,
         cascades=(step.cascade, windowed),
         layer_kinds=(0, 1, 1),
+        window_slots=(step.slots,),
         sample_rows=int_column([0, 1, 2]),
         sample_lanes=int_column([10, 10, 10]),
         sample_positions=int_column([5, 6, 7]),
@@ -70,7 +71,7 @@ def full_step() -> StepPlan:
         prompt_logprob_token_ids=int_column([4]),
         prompt_logprob_counts=int_column([2]),
         lane_starts=(LANE_START,),
-        page_copies=(PageCopy(1, 2), PageCopy(2**40, 9, Tier.REMOTE, Tier.HOST)),
+        page_copies=(PageCopy(1, 2), PageCopy(2**40, 9, Tier.REMOTE, Tier.HOST), PageCopy(3, 2, pool=1)),
         report=replace(step.report, num_levels=2, reason="none"),
     )
 
@@ -87,6 +88,7 @@ def plain(plan: StepPlan) -> dict[str, Any]:
         (c.page_size, c.window_len, [[getattr(level, n).tolist() for n in LEVEL_COLUMNS] for level in c.levels])
         for c in plan.cascades
     ]
+    values["window_slots"] = [slots.tolist() for slots in plan.window_slots]
     values["token_bitmasks"] = [words.tolist() for words in plan.token_bitmasks]
     values["lane_starts"] = [
         replace(s, prompt_token_ids=list(s.prompt_token_ids), output_token_ids=list(s.output_token_ids))

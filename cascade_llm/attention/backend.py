@@ -141,6 +141,11 @@ class AttentionBackend(ABC):
     def preferred_layout(device: torch.device) -> KVLayout:
         """The pool's layout that this backend reads fastest on that kind of device."""
 
+    def num_slots(self, plan: CascadePlan) -> int:
+        """Tokens that a layer's pool holds in the layers that read by a plan."""
+        has_pools = len(self.kv_cache.kind_pages) > 1
+        return self.kv_cache.num_slots_of(self.spec.window_lens.index(plan.window_len) if has_pools else 0)
+
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """Store k and v, both [rows, num_kv_heads, head_dim], at `slots` [rows] of type `slot_dtype`."""
         self.kv_cache.write(layer, k, v, slots)
@@ -157,7 +162,7 @@ class StepAttention:
         self,
         prepared: Sequence[PreparedAttention],
         backend: AttentionBackend,
-        slots: torch.Tensor,
+        slots: Sequence[torch.Tensor],
         layer_kinds: Sequence[int] = (),
     ) -> None:
         """Join what a step's layers share.
@@ -165,17 +170,20 @@ class StepAttention:
         Args:
             prepared: one per attention kind
             backend: that prepared them
-            slots: [rows] of the backend's `slot_dtype`, where the rows' K/V go
+            slots: [rows] of the backend's `slot_dtype`, where the rows' K/V go: one for each attention kind, or one for
+                all of them
             layer_kinds: [layers] index into `prepared`; empty: all layers the first
         """
-        self._prepared, self._backend, self._slots, self._kinds = prepared, backend, slots, layer_kinds
+        self._prepared, self._backend, self._kinds = prepared, backend, layer_kinds
+        self._slots = slots if len(slots) == len(prepared) else [slots[0]] * len(prepared)
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `Attention`."""
-        self._backend.write(layer, k, v, self._slots)
-        out, lse = self._prepared[self._kinds[layer] if self._kinds else 0].attend(layer, q)
+        kind = self._kinds[layer] if self._kinds else 0
+        self._backend.write(layer, k, v, self._slots[kind])
+        out, lse = self._prepared[kind].attend(layer, q)
         return out if sinks is None else apply_sinks(out, lse, sinks)
 
 

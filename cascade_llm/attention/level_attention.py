@@ -26,12 +26,18 @@ class LevelAttention:
         level: CascadeLevel,
         spec: AttentionSpec,
         kv_cache: PagedKVCache,
+        num_slots: int,
         workspace: Workspace,
         blocking: Blocking,
         *,
         leaf_of: CascadePlan | None = None,
     ) -> None:
-        """`leaf_of`: the plan whose leaf the level is, so that its rows are masked; None for a shared level."""
+        """Batch the segments.
+
+        Args:
+            num_slots: of a layer's pool, in the layers that read by the plan
+            leaf_of: the plan whose leaf the level is, so that its rows are masked; None for a shared level
+        """
         self._num_rows = level.num_rows
         pages = column_tensor(level.kv_page_indices).to(spec.device, torch.int64)
         self._batches = []
@@ -45,7 +51,7 @@ class LevelAttention:
                 causal=leaf_of is not None,
                 max_rows_per_block=max(1, blocking.scores_per_block // scores_per_row),
             )
-            self._batches.append(_BatchAttention(batch, spec, kv_cache, workspace))
+            self._batches.append(_BatchAttention(batch, spec, kv_cache, num_slots, workspace))
 
     @property
     def is_empty(self) -> bool:
@@ -84,10 +90,12 @@ class LevelAttention:
 
 
 class _BatchAttention:
-    def __init__(self, batch: SegmentBatch, spec: AttentionSpec, kv_cache: PagedKVCache, workspace: Workspace) -> None:
+    def __init__(
+        self, batch: SegmentBatch, spec: AttentionSpec, kv_cache: PagedKVCache, num_slots: int, workspace: Workspace
+    ) -> None:
         self.batch, self._spec, self._kv_cache, self._workspace = batch, spec, kv_cache, workspace
         heads = torch.arange(spec.num_kv_heads, device=batch.slots.device)
-        slots = torch.stack((batch.slots, batch.slots + kv_cache.num_slots)).unsqueeze(2)
+        slots = torch.stack((batch.slots, batch.slots + num_slots)).unsqueeze(2)
         # [2 (K, V), segments, num_kv_heads, kv_len]: the pool's vectors of head_dim in the order the products want
         self._vectors = (slots * spec.num_kv_heads + heads[:, None]).flatten()
         self._kept: dict[int, torch.Tensor] | None = None

@@ -66,12 +66,14 @@ class TorchAttentionBackend(AttentionBackend):
                 levels[level] = before[level]
                 kept_bytes += levels[level].keep_gathered(self._max_kept_bytes - kept_bytes)
             else:
-                levels[level] = self._level(level)
+                levels[level] = self._level(level, plan)
         self._levels[plan.window_len] = levels
-        return _PreparedTorchAttention(self._level(plan.leaf, leaf_of=plan), levels.values())
+        return _PreparedTorchAttention(self._level(plan.leaf, plan), levels.values())
 
-    def _level(self, level: CascadeLevel, leaf_of: CascadePlan | None = None) -> LevelAttention:
-        return LevelAttention(level, self.spec, self.kv_cache, self._workspace, self.blocking, leaf_of=leaf_of)
+    def _level(self, level: CascadeLevel, plan: CascadePlan) -> LevelAttention:
+        leaf_of = plan if level is plan.leaf else None
+        memory = self.kv_cache, self.num_slots(plan), self._workspace
+        return LevelAttention(level, self.spec, *memory, self.blocking, leaf_of=leaf_of)
 
 
 class _PreparedTorchAttention(PreparedAttention):

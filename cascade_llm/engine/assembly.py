@@ -114,6 +114,7 @@ def build_scheduler(
         cache_salt=cache_salt,
         attention_kinds=facts.model.attention_kinds,
         layer_kinds=facts.model.layer_kinds,
+        window_pages=facts.window_pages,
     )
     return FlashInferScheduler(config, costs)
 
@@ -154,6 +155,7 @@ def _begin_recording(
         dtype=str(facts.dtype).removeprefix("torch."),
         page_size=options.page_size,
         total_pages=facts.total_pages,
+        window_pages=list(facts.window_pages),
         max_model_len=facts.max_model_len,
         max_num_seqs=options.max_num_seqs,
         token_ids=options.record_token_ids,

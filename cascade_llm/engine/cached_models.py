@@ -23,6 +23,7 @@ from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.weights.dense import Dense
 from cascade_llm.worker.memory import pool_pages
+from cascade_llm.worker.pool_sizes import PoolShape
 
 Support = Mapping[tuple[str, str], TypeSupport]
 """By container and type."""
@@ -156,8 +157,8 @@ def _weights_bytes(config: ModelConfig, checkpoint: Checkpoint, container: str, 
 
 def _pool_bytes(config: ModelConfig) -> int:
     options, device = EngineOptions(), resolve_device("auto")
-    page_bytes = config.kv_bytes_per_token(_dtype(config).itemsize) * options.page_size
-    return pool_pages(options, max_context_len(config), page_bytes, device, Ranks()) * page_bytes
+    pools = PoolShape.of(options, config, max_context_len(config), _dtype(config).itemsize)
+    return pools.num_bytes(pool_pages(options, pools, device, Ranks()))
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:

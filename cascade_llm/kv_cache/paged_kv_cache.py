@@ -1,4 +1,7 @@
-"""Where every byte of K and V lies: one pool of pages per layer, in FlashInfer's layouts."""
+"""Where every byte of K and V lies: one pool of pages per layer, in FlashInfer's layouts.
+
+Layers of an attention kind with a window may have fewer pages than the others: their page ids are of their own.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class PagedKVCache:
         self,
         *,
         num_layers: int,
-        num_pages: int,
+        num_pages: int | Sequence[int],
         page_size: int,
         num_kv_heads: int,
         head_dim: int,
@@ -48,20 +51,32 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         layout: KVLayout = "NHD",
         scales: Sequence[KVScale] | None = None,
+        layer_kinds: Sequence[int] = (),
     ) -> None:
-        """`scales`: one per layer, for pages of 8-bit floats; default 1."""
-        self.num_pages, self.page_size = num_pages, page_size
+        """Set the memory aside.
+
+        Args:
+            num_pages: of every layer, or one number for each attention kind, the first the largest
+            scales: one per layer, for pages of 8-bit floats; default 1
+            layer_kinds: [layers] the kind of each layer, where kinds have pages of their own
+        """
+        self.kind_pages = (num_pages,) if isinstance(num_pages, int) else tuple(num_pages)
+        """Pages in the layers of each attention kind; one number where all layers have the same."""
+        assert self.kind_pages[0] == max(self.kind_pages)
+        self._layer_kinds = list(layer_kinds) if len(self.kind_pages) > 1 else [0] * num_layers
+        self.page_size = page_size
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.dtype, self.device, self.layout = dtype, torch.device(device), layout
         self.scales = [KVScale()] * num_layers if scales is None else list(scales)
         assert len(self.scales) == num_layers
         assert dtype == torch.float8_e4m3fn or set(self.scales) <= {KVScale()}
         inner = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
-        shape = (2, num_pages, *inner, head_dim)
-        self._layers = [_zeros(shape, dtype, self.device) for _ in range(num_layers)]
+        shapes = [(2, self.kind_pages[kind], *inner, head_dim) for kind in self._layer_kinds]
+        assert len(shapes) == num_layers
+        self._layers = [_zeros(shape, dtype, self.device) for shape in shapes]
         self._vector_scales: list[torch.Tensor] = []
         if has_vector_scales(dtype):
-            self._vector_scales = [_zeros(shape[:-1], torch.float32, self.device) for _ in range(num_layers)]
+            self._vector_scales = [_zeros(shape[:-1], torch.float32, self.device) for shape in shapes]
 
     @property
     def num_layers(self) -> int:
@@ -69,9 +84,18 @@ class PagedKVCache:
         return len(self._layers)
 
     @property
+    def num_pages(self) -> int:
+        """Of the layers that have the most."""
+        return self.kind_pages[0]
+
+    @property
     def num_slots(self) -> int:
-        """Tokens that the pool of a layer holds."""
+        """Tokens that the pool of a layer holds, of those that have the most pages."""
         return self.num_pages * self.page_size
+
+    def num_slots_of(self, kind: int) -> int:
+        """Tokens that the pool of a layer of an attention kind holds."""
+        return self.kind_pages[kind] * self.page_size
 
     @property
     def num_bytes(self) -> int:
@@ -82,8 +106,9 @@ class PagedKVCache:
         """K and V of one layer, the pool itself.
 
         Returns:
-            [2, num_pages, page_size, num_kv_heads, head_dim] for NHD, [2, num_pages, num_kv_heads, page_size,
-            head_dim] for HND; `k, v = layer(i)` gives two contiguous tensors, FlashInfer's tuple `paged_kv_cache`
+            [2, pages, page_size, num_kv_heads, head_dim] for NHD, [2, pages, num_kv_heads, page_size, head_dim] for
+            HND, with as many pages as the layer's kind has; `k, v = layer(i)` gives two contiguous tensors,
+            FlashInfer's tuple `paged_kv_cache`
         """
         return self._layers[index]
 
@@ -128,7 +153,7 @@ class PagedKVCache:
     def copy_pages(
         self, copies: Sequence[PageCopy], upload: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> None:
-        """Copy whole pages in every layer; all sources are read before any target is written.
+        """Copy whole pages in every layer of their pool; all sources are read before any target is written.
 
         upload: brings page ids [2, copies] to the device without waiting for it; default a plain copy, which waits
         """
@@ -136,10 +161,13 @@ class PagedKVCache:
             return
         if any(copy.source_tier or copy.target_tier for copy in copies):
             raise PlanError("a plan copies pages of another tier than the device, and this pool has no other")
-        pages = torch.tensor([[copy.source for copy in copies], [copy.target for copy in copies]])
-        source, target = pages.to(self.device) if upload is None else upload(pages)
-        for pool in map(_bytes_of, (*self._layers, *self._vector_scales)):
-            pool[:, target] = pool[:, source]
+        for kind in sorted({copy.pool for copy in copies}):
+            pairs = torch.tensor([[copy.source, copy.target] for copy in copies if copy.pool == kind]).T.contiguous()
+            source, target = pairs.to(self.device) if upload is None else upload(pairs)
+            own = [layer for layer, layer_kind in enumerate(self._layer_kinds) if layer_kind == kind]
+            for pools in (self._layers, self._vector_scales):
+                for pool in [_bytes_of(pools[layer]) for layer in own if pools]:
+                    pool[:, target] = pool[:, source]
 
     def _put(self, pool: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Rows [rows, num_kv_heads, ...] to their slots of a pool [num_pages, ...] of K or V, or of their scales."""

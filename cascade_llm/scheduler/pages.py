@@ -1,4 +1,4 @@
-"""The pages of the pool: which are free, who owns the others, and the table of each sequence."""
+"""The page table of each sequence: where its pages come from, who else has them, and where they go."""
 
 from __future__ import annotations
 
@@ -9,86 +9,18 @@ from collections.abc import Callable, Iterable
 
 from cascade_llm.metrics import PageCounts
 from cascade_llm.plan import PageCopy
+from cascade_llm.scheduler.page_allocator import PageAllocator
 from cascade_llm.scheduler.prefix_cache import PrefixCache, PrefixMatch
 from cascade_llm.scheduler.sequence import Sequence
 from cascade_llm.scheduler.sessions import SessionLimits, Sessions
+from cascade_llm.scheduler.window_pool import WindowPool
 
-__all__ = ["PageAllocator", "PageTables"]
+__all__ = ["PageTables"]
 
 STRIDES_PER_WINDOW = 8
 """A sequence gives up what windows have left behind in as many parts of the widest."""
 PLANNED_AHEAD = 2
 """Pages that plans may still name when windows have left them behind: a run of decode steps keeps its first pages."""
-
-
-class PageAllocator:
-    """Page ids 0 to total_pages - 1 with reference counts.
-
-    An owner is a sequence (one reference for each table that holds the page as its own) or the prefix cache (one
-    reference for each page of the tree). A page is free when it has no owner. Pages are handed out in the order in
-    which they were freed, so that a long prompt tends to get consecutive ids.
-
-    Eight bytes a page, however many are free: owners, and a ring of free ids.
-    """
-
-    def __init__(self, total_pages: int) -> None:
-        self.total_pages = total_pages
-        self.num_free = total_pages
-        """Pages without an owner."""
-        self._ring = array("i", range(total_pages))
-        self._first_free = 0
-        self._num_owners = array("i", bytes(4 * total_pages))
-
-    def allocate(self, count: int) -> array[int]:
-        """Take `count` free pages, one owner each. The caller has made sure that there are so many."""
-        assert count <= self.num_free, f"{count} pages wanted, {self.num_free} free"
-        stop = self._first_free + count
-        pages = self._ring[self._first_free : stop]
-        if stop > self.total_pages:
-            pages.extend(self._ring[: stop - self.total_pages])
-        self._first_free = stop % self.total_pages
-        self.num_free -= count
-        for page in pages:
-            self._num_owners[page] = 1
-        return pages
-
-    def add_owner(self, pages: Iterable[int]) -> None:
-        """One more owner for each of these pages."""
-        for page in pages:
-            assert self._num_owners[page] > 0, f"page {page} is free"
-            self._num_owners[page] += 1
-
-    def remove_owner(self, pages: Iterable[int]) -> None:
-        """One owner less for each of these pages; without any a page is free at once.
-
-        A step in flight may still touch it: later steps run after it on the same stream, so reuse is safe.
-        """
-        num_owners, freed = self._num_owners, array("i")
-        for page in pages:
-            owners = num_owners[page] - 1
-            assert owners >= 0, f"page {page} is free already"
-            num_owners[page] = owners
-            if owners == 0:
-                freed.append(page)
-        self._append_free(freed)
-
-    def num_owners(self, page: int) -> int:
-        """Owners of a page; 0 for a free one."""
-        return self._num_owners[page]
-
-    def shared(self, pages: array[int], first: int) -> list[int]:
-        """Which of `pages`, from index `first` on, have several owners."""
-        num_owners = self._num_owners
-        return [index for index in range(first, len(pages)) if num_owners[pages[index]] > 1]
-
-    def _append_free(self, pages: array[int]) -> None:
-        """Put pages at the end of the ring, which has room: it holds every page."""
-        start = (self._first_free + self.num_free) % self.total_pages
-        until_wrap = self.total_pages - start
-        self._ring[start : start + len(pages)] = pages[:until_wrap]
-        if len(pages) > until_wrap:
-            self._ring[: len(pages) - until_wrap] = pages[until_wrap:]
-        self.num_free += len(pages)
 
 
 class PageTables:
@@ -98,6 +30,9 @@ class PageTables:
 
     A table starts with the pages on the path to the sequence's tail, which the prefix cache owns; the rest are the
     sequence's own. An own page with several owners (after a fork) is copied before it is written.
+
+    Where kinds with windows have pools of their own, each page has a place there too while a window reaches it: what a
+    table takes, shares and gives back, it takes, shares and gives back in all pools (`WindowPool`).
     """
 
     def __init__(
@@ -107,6 +42,7 @@ class PageTables:
         *,
         keep_unheld: bool,
         window_len: int | None = None,
+        window_pools: tuple[WindowPool, ...] = (),
         session_limits: SessionLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -117,13 +53,15 @@ class PageTables:
             page_size: tokens per page
             keep_unheld: whether pages that no sequence holds stay for later requests (prefix caching)
             window_len: of the attention kind that reads most: pages that it has left behind are not held
+            window_pools: of the other kinds, where they have any
             session_limits: what sessions may hold
             clock: seconds, from any start; for how long sessions live
         """
         self.page_size, self._window_len = page_size, window_len
+        self.window_pools = window_pools
         self.allocator = PageAllocator(total_pages)
         self.cache = PrefixCache(page_size, window_len)
-        self.sessions = Sessions(self.cache, total_pages, session_limits or SessionLimits(), clock)
+        self.sessions = Sessions(self.cache, total_pages, session_limits or SessionLimits(), clock, window_pools)
         self._keep_unheld = keep_unheld
 
     @property
@@ -139,15 +77,37 @@ class PageTables:
         if sequence.reports_prompt and sequence.num_prompt_logprobs < sequence.prompt_len - 1:
             last = sequence.num_prompt_logprobs  # a page holds no logits, and those of this token on are to be reported
         max_pages = last // self.page_size
-        return self.cache.match(sequence.token_ids, sequence.keys, max_pages)
+        match = self.cache.match(sequence.token_ids, sequence.keys, max_pages)
+        return self._served(match) if self.window_pools and match.num_pages else match
+
+    def _served(self, match: PrefixMatch) -> PrefixMatch:
+        """The part of a match behind which every kind has the pages that its window reaches."""
+        pages, num_pages = self.cache.pages_between(match.node, 0), match.num_pages
+        while (fewer := min(pool.served_pages(pages, num_pages) for pool in self.window_pools)) < num_pages:
+            num_pages = fewer
+        node = match.node
+        while node.parent is not None and node.start >= num_pages:
+            node = node.parent
+        return PrefixMatch(node, num_pages)
 
     def can_admit(self, sequence: Sequence, match: PrefixMatch, num_new: int, reserve: int) -> bool:
         """Whether `num_new` tokens behind the match fit, with `reserve` pages left over; sessions would be given up."""
         needed = self._num_pages(match.num_pages * self.page_size + num_new) - match.num_pages
+        if not all(self._has_places(pool, match, needed + reserve) for pool in self.window_pools):
+            return False
         room = self.allocator.num_free + self.cache.num_cached_pages
         if needed + reserve + match.num_pages <= room:  # whoever holds the match: nothing has to be counted
             return True
         return needed + reserve + self._num_available(match) <= room + self.sessions.num_pages_alone
+
+    def _has_places(self, pool: WindowPool, match: PrefixMatch, num_places: int) -> bool:
+        """Whether so many places are left in a window's pool once what it reaches of the match is held."""
+        first = pool.first_read_page(match.num_pages * self.page_size)
+        room = pool.num_free + pool.num_cached
+        if num_places + match.num_pages - first <= room:
+            return True
+        reached = self.cache.pages_between(match.node, first)[: match.num_pages - first]
+        return num_places + pool.num_unused(reached) <= room + pool.num_session_places_alone
 
     def admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         """Start the table of a sequence with the matched pages, held."""
@@ -157,12 +117,16 @@ class PageTables:
         for node in reversed(list(self.cache.held_path(tail, held_from))):
             pages.extend(node.pages)
         sequence.tail, sequence.held_from, sequence.pages = tail, held_from, pages
+        sequence.window_starts = [pool.first_read_page(len(pages) * self.page_size) for pool in self.window_pools]
+        for pool, start in self._windows_of(sequence):
+            pool.hold(pages[start:])
 
     def reserve(self, sequence: Sequence, end_len: int) -> list[PageCopy] | None:
         """Make the table hold `end_len` tokens, of which those from `planned_len` on will be written.
 
         Returns the copies to make first, or None, with nothing changed, when there is no room.
         """
+        self._follow_windows(sequence)
         shared = self.allocator.shared(sequence.pages, sequence.planned_len // self.page_size)
         num_more = max(0, -(-end_len // self.page_size) - len(sequence.pages))
         if not shared and not num_more:
@@ -171,18 +135,21 @@ class PageTables:
             return None
         copies = []
         for index in shared:
-            (target,) = self.allocator.allocate(1)
-            copies.append(PageCopy(sequence.pages[index], target))
-            self.allocator.remove_owner([sequence.pages[index]])
+            source, (target,) = sequence.pages[index], self._take(1)
+            copies.append(PageCopy(source, target))
+            for kind, pool in enumerate(self.window_pools, start=1):
+                copies.append(PageCopy(pool.places[source], pool.places[target], pool=kind))
+                pool.release([source])
+            self._give_back([source])
             sequence.pages[index] = target
-        sequence.pages.extend(self.allocator.allocate(num_more))
+        sequence.pages.extend(self._take(num_more))
         return copies
 
     def extend(self, sequences: list[Sequence]) -> array[int] | None:
         """One more page for each of these, all or none of them; returns the pages, or None when there is no room."""
         if not self._make_room(len(sequences)):
             return None
-        pages = self.allocator.allocate(len(sequences))
+        pages = self._take(len(sequences))
         for sequence, page in zip(sequences, pages, strict=True):
             sequence.pages.append(page)
         return pages
@@ -190,7 +157,9 @@ class PageTables:
     def truncate(self, sequence: Sequence, num_tokens: int) -> None:
         """Give back the pages behind the first `num_tokens` tokens, which are the sequence's own."""
         num_pages = self._num_pages(num_tokens)
-        self.allocator.remove_owner(sequence.pages[num_pages:])
+        for pool in self.window_pools:
+            pool.release(sequence.pages[num_pages:])
+        self._give_back(sequence.pages[num_pages:])
         del sequence.pages[num_pages:]
 
     def publish_planned(self, sequence: Sequence, known_len: int) -> None:
@@ -216,7 +185,10 @@ class PageTables:
         if end > start:
             sequence.tail, adopted = self.cache.adopt(tail, sequence.token_ids, sequence.keys, end, sequence.held_from)
             if adopted:
-                self.allocator.remove_owner(sequence.pages[start : start + len(adopted)])
+                own = sequence.pages[start : start + len(adopted)]
+                for pool, window_start in self._windows_of(sequence):
+                    pool.merge(own, adopted, window_start - start)
+                self._give_back(own)
                 sequence.pages[start : start + len(adopted)] = adopted
             if self._window_len is not None and self._fill_hollow(sequence, end):
                 self.publish_committed(sequence, known_len)  # what is behind it may be there
@@ -250,7 +222,10 @@ class PageTables:
         assert parent.tail is not None
         self.cache.hold_again(parent.tail, parent.held_from)
         child.tail, child.held_from, child.pages = parent.tail, parent.held_from, parent.pages[:]
+        child.window_starts = parent.window_starts[:]
         self.allocator.add_owner(child.pages[parent.tail.end :])
+        for pool, start in self._windows_of(child):
+            pool.hold(child.pages[start:])
 
     def release(self, sequence: Sequence) -> None:
         """Take the table back. Published pages stay in the tree, cached, where that is wanted."""
@@ -259,17 +234,21 @@ class PageTables:
 
     def _let_go(self, sequence: Sequence) -> None:
         assert sequence.tail is not None
-        self.allocator.remove_owner(sequence.pages[sequence.tail.end :])
+        for pool, start in self._windows_of(sequence):
+            pool.release(sequence.pages[start:])
+        self._give_back(sequence.pages[sequence.tail.end :])
         self.cache.release(sequence.tail, sequence.held_from)
         sequence.tail, sequence.held_from, sequence.pages = None, 0, array("i")
 
     def discard(self, sequence: Sequence) -> None:
         """Take the table back and drop its path from the tree, as far up as nothing else uses it."""
-        tail = sequence.tail
+        tail, windows = sequence.tail, [(pool, sequence.pages[start:]) for pool, start in self._windows_of(sequence)]
         assert tail is not None
         self._let_go(sequence)
+        for pool, pages in windows:
+            pool.drop_unheld([page for page in pages if pool.places[page] >= 0])
         if self._keep_unheld:
-            self.allocator.remove_owner(self.cache.drop(tail))
+            self._give_back(self.cache.drop(tail))
         self._trim(sequence)
 
     def _trim(self, sequence: Sequence) -> None:
@@ -287,7 +266,7 @@ class PageTables:
             return
         while (excess := self.num_left_pages(tenant) - budget) > 0:
             evicted = self.cache.evict_of(tenant, excess)
-            self.allocator.remove_owner(evicted)
+            self._give_back(evicted)
             if not evicted:
                 self.sessions.drop_oldest_of(tenant)
 
@@ -308,7 +287,33 @@ class PageTables:
 
     def evict(self, count: int) -> None:
         """Free `count` cached pages, the least recently used."""
-        self.allocator.remove_owner(self.cache.evict(count))
+        self._give_back(self.cache.evict(count))
+
+    def _windows_of(self, sequence: Sequence) -> list[tuple[WindowPool, int]]:
+        """Each window's pool, and the page from which on the sequence holds its table there."""
+        return list(zip(self.window_pools, sequence.window_starts, strict=True)) if self.window_pools else []
+
+    def _follow_windows(self, sequence: Sequence) -> None:
+        """Release in each window's pool what no row from `planned_len` on reaches. A step in flight may still read it:
+        who gets the place writes to it in a later step."""
+        for index, (pool, start) in enumerate(self._windows_of(sequence)):
+            first = pool.first_held_page(sequence.planned_len)
+            if first > start:
+                pool.release(sequence.pages[start:first])
+                sequence.window_starts[index] = first
+
+    def _take(self, count: int) -> array[int]:
+        """Free pages with one owner each, and places in all windows' pools; room has been made."""
+        pages = self.allocator.allocate(count)
+        for pool in self.window_pools:
+            pool.take(pages)
+        return pages
+
+    def _give_back(self, pages: Iterable[int]) -> None:
+        """One owner less for each of these pages; those that have none then are free in all pools."""
+        freed = self.allocator.remove_owner(pages)
+        for pool in self.window_pools:
+            pool.forget(freed)
 
     def _check_budgets(self, sequences: Iterable[Sequence]) -> None:
         used = {page for sequence in sequences for page in sequence.pages[sequence.held_from :]}
@@ -329,6 +334,7 @@ class PageTables:
             for page in node.pages:
                 assert page not in owners, f"page {page} is in the tree twice"
                 owners[page] = 1
+        sequences = list(sequences)
         for sequence in sequences:
             assert sequence.tail is not None
             holds.append((sequence.tail, sequence.held_from))
@@ -346,6 +352,9 @@ class PageTables:
         assert Counter({node: node.num_tails for node in nodes}) == tails, "a hold has no holder"
         held_nodes = Counter(node for hold in holds for node in self.cache.held_path(*hold))
         assert Counter({node: node.num_holds for node in nodes}) == held_nodes, "a node is held otherwise than counted"
+        for index, pool in enumerate(self.window_pools):
+            reached = [page for sequence in sequences for page in sequence.pages[sequence.window_starts[index] :]]
+            pool.check(reached, owners)
 
     def _append(self, sequence: Sequence, end: int) -> None:
         """Hand own pages up to page `end` to the tree, as far as forks do not own them too."""
@@ -362,14 +371,25 @@ class PageTables:
 
     def _make_room(self, count: int) -> bool:
         missing = count - self.allocator.num_free
-        if missing > self.cache.num_cached_pages:
-            if missing > self.cache.num_cached_pages + self.sessions.num_pages_alone:
+        if not self._has_room(count):
+            alone = missing <= self.cache.num_cached_pages + self.sessions.num_pages_alone
+            if not alone or any(
+                count > pool.num_free + pool.num_cached + pool.num_session_places_alone for pool in self.window_pools
+            ):
                 return False
-            while missing > self.cache.num_cached_pages:
+            while not self._has_room(count):
                 self.sessions.drop_oldest()
         if missing > 0:
             self.evict(missing)
+        for pool in self.window_pools:
+            pool.make_room(count)
         return True
+
+    def _has_room(self, count: int) -> bool:
+        """Whether so many pages are free or cached, in every pool."""
+        return count <= self.allocator.num_free + self.cache.num_cached_pages and all(
+            count <= pool.num_free + pool.num_cached for pool in self.window_pools
+        )
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)

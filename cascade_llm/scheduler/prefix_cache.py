@@ -233,7 +233,7 @@ class PrefixCache:
         if node is not tail:
             self.version += 1
             self._move_hold(tail, node, held_from)
-        return node, self._pages_between(node, tail.end)
+        return node, self.pages_between(node, tail.end)
 
     def fill(
         self, tail: RadixNode, token_ids: array[int], keys: PageKeys, pages: array[int], held_from: int
@@ -367,6 +367,19 @@ class PrefixCache:
             yield node
             node = node.parent
 
+    def pages_between(self, node: RadixNode, start: int) -> array[int]:
+        """The pages on the path to `node` from page `start` on; those of hollow nodes are left out."""
+        runs = []
+        current: RadixNode = node
+        while current.end > start:
+            runs.append(current.pages[max(0, start - current.start) :])
+            assert current.parent is not None
+            current = current.parent
+        pages = array("i")
+        for run in reversed(runs):
+            pages.extend(run)
+        return pages
+
     def _add_hold(self, tail: RadixNode, held_from: int) -> None:
         tail.num_tails += 1
         for node in self.held_path(tail, held_from):
@@ -457,16 +470,3 @@ class PrefixCache:
             node = node.parent
             if node.pages or node.num_tails:
                 break
-
-    def _pages_between(self, node: RadixNode, start: int) -> array[int]:
-        """The pages on the path to `node` from page `start` on."""
-        runs = []
-        current: RadixNode = node
-        while current.end > start:
-            runs.append(current.pages[max(0, start - current.start) :])
-            assert current.parent is not None
-            current = current.parent
-        pages = array("i")
-        for run in reversed(runs):
-            pages.extend(run)
-        return pages

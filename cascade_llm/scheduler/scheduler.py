@@ -31,6 +31,7 @@ from cascade_llm.scheduler.sessions import SessionLimits, SessionName, Sessions
 from cascade_llm.scheduler.sharing import SharingLedger
 from cascade_llm.scheduler.step import DecodeRun, InFlightStep, LanePool, StepDraft, build_step_plan, is_decode
 from cascade_llm.scheduler.waiting import Turns, WaitingQueue
+from cascade_llm.scheduler.window_pool import window_pools
 
 __all__ = ["Drafter", "FlashInferScheduler", "SequenceUpdate"]
 
@@ -79,6 +80,7 @@ class FlashInferScheduler:
             config.page_size,
             keep_unheld=config.enable_prefix_caching,
             window_len=config.attention_kinds[0],
+            window_pools=window_pools(config),
             session_limits=self._session_limits,
             clock=self._clock,
         )
@@ -89,10 +91,12 @@ class FlashInferScheduler:
             self._tables.cache.root,
             config.attention_kinds,
             config.layers_of_kinds,
+            [pool.places for pool in self._tables.window_pools],
         )
         self._waiting = WaitingQueue(self._turns)
         self._running: list[Sequence] = []  # by precedence
         self._lanes = LanePool(config.max_num_seqs)
+        self._most_rows = config.most_rows_of_sequence
         self._sharing = SharingLedger()
         self._in_flight: deque[InFlightStep] = deque()
         self._decode_run: DecodeRun | None = None
@@ -125,6 +129,11 @@ class FlashInferScheduler:
     def page_counts(self) -> PageCounts:
         """Where the pages of the pool are."""
         return self._tables.counts
+
+    @property
+    def window_page_counts(self) -> list[PageCounts]:
+        """The same for the pools that kinds with windows have of their own."""
+        return [pool.counts for pool in self._tables.window_pools]
 
     def add(self, request: Request) -> None:
         """Queue a request. Its prompt fits the context: the caller has checked."""
@@ -230,10 +239,10 @@ class FlashInferScheduler:
             return None
         cascade = self._planner.plan(draft.rows)
         rows = [draft.rows[i] for i in cascade.order]
-        self.counters.copied_pages += len(draft.page_copies)
+        self.counters.copied_pages += sum(1 for copy in draft.page_copies if not copy.pool)
         self.counters.moved_pages += len(self._tier_copies)
         draft.page_copies, self._tier_copies = self._tier_copies + draft.page_copies, []
-        plan = build_step_plan(self._next_step_id, draft, rows, cascade, self.config)
+        plan = build_step_plan(self._next_step_id, draft, rows, cascade, self.config, self._tables)
         sequences, version = [row.sequence for row in rows], self._tables.cache.version
         if not is_decode(rows):
             return InFlightStep(plan, sequences, version, rows)
@@ -253,13 +262,13 @@ class FlashInferScheduler:
         while unplanned:
             sequence = unplanned.popleft()
             total_len = sequence.total_len
-            num_new = min(total_len - sequence.planned_len, draft.budget - len(unplanned))
+            num_new = min(total_len - sequence.planned_len, draft.budget - len(unplanned), self._most_rows)
             if num_new <= 0 or total_len >= sequence.max_len:  # the tokens in flight are the last that it may have
                 continue
             if sequence.num_unresolved and (drafter is not None or sequence.mask is not None):
                 continue  # what comes next depends on tokens that are not known yet
             if drafter is not None:
-                drafts = self._propose(drafter, sequence, draft.budget - len(unplanned) - 1)
+                drafts = self._propose(drafter, sequence, min(draft.budget - len(unplanned), self._most_rows) - 1)
                 if drafts and self._plan_sequence(draft, sequence, 1 + len(drafts), drafts):
                     continue
             while not self._plan_sequence(draft, sequence, num_new):
@@ -309,7 +318,7 @@ class FlashInferScheduler:
         if (sequence := self._waiting.first()) is None:
             return None
         match = self._tables.match(sequence)
-        num_new = min(len(sequence.token_ids) - match.num_pages * self.config.page_size, budget)
+        num_new = min(len(sequence.token_ids) - match.num_pages * self.config.page_size, budget, self._most_rows)
         fits = self._tables.can_admit(sequence, match, num_new, reserve=len(self._running))
         return (sequence, match, num_new) if fits else None
 

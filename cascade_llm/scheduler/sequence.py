@@ -125,6 +125,7 @@ class Sequence:
         "status",
         "tail",
         "token_ids",
+        "window_starts",
     )
 
     def __init__(
@@ -151,6 +152,8 @@ class Sequence:
         self.tail: RadixNode | None = None
         self.held_from = 0
         """Pages before were given up, as windows have left them behind: their entries in `pages` mean nothing."""
+        self.window_starts: list[int] = []
+        """In the pool of each kind with a window: it holds its pages from this one on; see `WindowPool`."""
         self.num_cached_tokens = 0
         """Prompt tokens found in the prefix cache when it was first admitted."""
         self.lane = 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cascade_llm.scheduler.prefix_cache import PrefixCache, RadixNode
+from cascade_llm.scheduler.window_pool import WindowPool
 
 __all__ = ["MOST_SESSIONS", "SessionInfo", "SessionLimits", "SessionName", "SessionUse", "Sessions"]
 
@@ -68,14 +69,24 @@ class _Session(NamedTuple):
     held_from: int
     """see `PrefixCache.hold`"""
     used_s: float
+    places: list[list[int]]
+    """in each window's pool, of the pages that the next turn reads"""
 
 
 class Sessions:
     """The holds of all sessions, in the order in which they were used."""
 
-    def __init__(self, cache: PrefixCache, total_pages: int, limits: SessionLimits, clock: Callable[[], float]) -> None:
-        """`clock`: seconds, from any start."""
+    def __init__(
+        self,
+        cache: PrefixCache,
+        total_pages: int,
+        limits: SessionLimits,
+        clock: Callable[[], float],
+        window_pools: tuple[WindowPool, ...] = (),
+    ) -> None:
+        """`clock`: seconds, from any start; `window_pools`: of the kinds that have pools of their own."""
         self._cache, self._total_pages, self._clock = cache, total_pages, clock
+        self._window_pools = window_pools
         self._limits = limits
         self._by_name: OrderedDict[SessionName, _Session] = OrderedDict()
         self._holds: Mapping[RadixNode, int] = {}
@@ -154,8 +165,9 @@ class Sessions:
         one beyond the tenant's.
         """
         self._cache.hold_again(tail, held_from)
+        places = [self._hold_window(pool, tail) for pool in self._window_pools]
         self.drop(name)
-        self._by_name[name] = _Session(tail, held_from, self._clock())
+        self._by_name[name] = _Session(tail, held_from, self._clock(), places)
         own_budget = self.tenant_budget(name.tenant)
         if not 0 < tail.end - held_from <= (self.budget if own_budget is None else min(self.budget, own_budget)):
             self.drop(name)
@@ -176,6 +188,8 @@ class Sessions:
         session = self._by_name.pop(name, None)
         if session is not None:
             self._cache.release(session.tail, session.held_from)
+            for pool, places in zip(self._window_pools, session.places, strict=True):
+                pool.release_session(places)
         return session is not None
 
     def drop_oldest(self) -> None:
@@ -213,11 +227,22 @@ class Sessions:
         own = [(item.tail, item.held_from) for name, item in self._by_name.items() if name.tenant == tenant]
         return sum(len(node.pages) for node in {node for path in own for node in self._cache.held_path(*path)})
 
+    @property
+    def _is_beyond_budget(self) -> bool:
+        return self.num_pages > self.budget or any(
+            pool.num_session_places > self._limits.share * pool.counts.total_pages for pool in self._window_pools
+        )
+
+    def _hold_window(self, pool: WindowPool, tail: RadixNode) -> list[int]:
+        """Hold what the row behind the path to `tail` reads; returns the places."""
+        first = pool.first_read_page(tail.end * self._cache.page_size)
+        return pool.hold_for_session(self._cache.pages_between(tail, first))
+
     def _touch(self, name: SessionName) -> None:
         self._by_name[name] = self._by_name[name]._replace(used_s=self._clock())
         self._by_name.move_to_end(name)
 
     def _fit(self) -> None:
         self.expire()
-        while self._by_name and (len(self._by_name) > MOST_SESSIONS or self.num_pages > self.budget):
+        while self._by_name and (len(self._by_name) > MOST_SESSIONS or self._is_beyond_budget):
             self.drop_oldest()

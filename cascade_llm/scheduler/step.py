@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -73,7 +74,12 @@ class StepDraft:
 
 
 def build_step_plan(
-    step_id: int, draft: StepDraft, rows: list[PlannedRows], cascade: PlannedCascade, config: SchedulerConfig
+    step_id: int,
+    draft: StepDraft,
+    rows: list[PlannedRows],
+    cascade: PlannedCascade,
+    config: SchedulerConfig,
+    tables: PageTables,
 ) -> StepPlan:
     """Write the columns over `rows`, which are the draft's in the order of the cascade plan."""
     return StepPlan(
@@ -83,6 +89,7 @@ def build_step_plan(
         sequence_lanes=int_column([row.sequence.lane for row in rows]),
         sequence_epochs=int_column([row.sequence.epoch for row in rows]),
         **_row_columns(rows, config.page_size),
+        window_slots=tuple(_slots_in(rows, pool.places, config.page_size) for pool in tables.window_pools),
         **_sample_columns(rows),
         **(_prompt_logprob_columns(rows) if draft.reports_prompts else {}),
         lane_starts=tuple(draft.lane_starts),
@@ -176,6 +183,17 @@ def _mask_columns(masks: dict[int, IntColumn], num_samples: int) -> dict[str, An
     return {"sample_mask_rows": int_column(rows), "token_bitmasks": tuple(table.values())}
 
 
+def _slots_in(rows: list[PlannedRows], places: array[int], page_size: int) -> IntColumn:
+    """Where each row's K/V go in the pool that has the pages at these places."""
+    slots = array("i")
+    for sequence, start, num_new, _, _ in rows:
+        first, end = start // page_size, -(-(start + num_new) // page_size)
+        own = array("i", [places[page] for page in sequence.pages[first:end]])
+        skipped = first * page_size
+        _extend_slots(slots, own, start - skipped, start + num_new - skipped, page_size)
+    return int_column(slots)
+
+
 def _extend_slots(slots: array[int], pages: array[int], start: int, end: int, page_size: int) -> None:
     for page in range(start // page_size, -(-end // page_size)):
         first = pages[page] * page_size
@@ -205,7 +223,18 @@ class InFlightStep:
 
 def is_decode(rows: list[PlannedRows]) -> bool:
     """Whether every sequence computes one row, behind its prompt, and draws one token."""
-    return all(num_new == 1 and start_len >= sequence.prompt_len for sequence, start_len, num_new, _, _ in rows)
+    return all(
+        num_new == 1 and start_len >= sequence.prompt_len and samples  # else it recomputes, after a preemption
+        for sequence, start_len, num_new, samples, _ in rows
+    )
+
+
+def _slots_after(slots: IntColumn, begin_page: list[int], places: Iterable[int], page_size: int) -> IntColumn:
+    """The slots of the next step. `places`: of the pages that the rows `begin_page` begin."""
+    following = [slot + 1 for slot in slots]
+    for row, place in zip(begin_page, places, strict=True):
+        following[row] = place * page_size
+    return int_column(following)
 
 
 class DecodeRun:
@@ -240,9 +269,11 @@ class DecodeRun:
     def _next_plan(self, step_id: int, begin_page: list[int], pages: array[int]) -> StepPlan:
         last, sequences, size = self._last.plan, self._last.sequences, self._tables.page_size
         cascade = self._planner.plan_next(list(zip(begin_page, pages, strict=True)))
-        slots = [slot + 1 for slot in last.slots]
-        for row, page in zip(begin_page, pages, strict=True):
-            slots[row] = page * size
+        slots = _slots_after(last.slots, begin_page, pages, size)
+        window_slots = tuple(
+            _slots_after(column, begin_page, [pool.places[page] for page in pages], size)
+            for column, pool in zip(last.window_slots, self._tables.window_pools, strict=True)
+        )
         on_device = sequences[0].num_unresolved > 0  # the last tokens are drawn by a step in flight
         tokens = [0] * len(sequences) if on_device else [sequence.token_ids[-1] for sequence in sequences]
         return StepPlan(
@@ -251,7 +282,8 @@ class DecodeRun:
             layer_kinds=last.layer_kinds,
             token_ids=int_column(tokens),
             positions=last.sample_positions,
-            slots=int_column(slots),
+            slots=slots,
+            window_slots=window_slots,
             lane_rows=last.sample_rows if on_device else EMPTY,
             lane_row_lanes=last.sequence_lanes if on_device else EMPTY,
             sequence_lanes=last.sequence_lanes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ PREFIX = "cascade_llm_"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 GAUGES = frozenset(("running_sequences", "waiting_sequences", "session_pages"))
 PAGES = ("free", "held", "cached")
+WINDOW_PAGES = re.compile(r"window_\d+_(total|free|held|cached|session)_pages")
 
 
 class ServerMetrics:
@@ -58,6 +60,13 @@ class _EngineMetrics:
             if (count := stats.pop(f"{state}_pages", None)) is not None:
                 pages.add_metric([state], count)
         yield pages
+        window_pages = GaugeMetricFamily(
+            f"{PREFIX}window_pages", "Pages of the pools of layers with a window, by state.", labels=["window", "state"]
+        )
+        for name in [name for name in stats if WINDOW_PAGES.fullmatch(name)]:
+            _, window_len, state, _ = name.split("_")
+            window_pages.add_metric([window_len, state], stats.pop(name))
+        yield window_pages
         reasons = CounterMetricFamily(
             f"{PREFIX}unshared_steps", "Steps that shared nothing, by reason.", labels=["reason"]
         )

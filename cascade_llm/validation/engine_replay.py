@@ -87,7 +87,8 @@ def replay_engine(
         kv_dtype = resolve_kv_dtype(header.kv_cache_dtype, dtype)
         progress(f"loading {checkpoint.name}", 0, 0)
         bytes_per_token = config.kv_bytes_per_token(bytes_per_number(kv_dtype, config.head_dim))
-        runner, facts = build_worker(_options(options, header, bytes_per_token), checkpoint)
+        engine_options = _options(options, header, bytes_per_token)
+        runner, facts = build_worker(engine_options, checkpoint, pool_pages=header.pool_pages)
         replay, num_steps = _Replay(runner), 0
         for step in islice(reader, max_steps):
             progress(f"{reader.path.name}, frame {step.frame}", num_steps, 0)

@@ -23,7 +23,7 @@ from cascade_llm.device.start_errors import is_out_of_memory
 from cascade_llm.device.stream import DeviceStream, Graph
 from cascade_llm.errors import CapacityError
 from cascade_llm.models.decoder import Decoder
-from cascade_llm.plan import CascadeLevel, CascadePlan, StepPlan, StepResult, int_column
+from cascade_llm.plan import CascadeLevel, CascadePlan, IntColumn, StepPlan, StepResult, int_column
 from cascade_llm.sampling.lanes import LaneState, Needs
 from cascade_llm.tiling import max_tiles
 from cascade_llm.worker.graph_sampling import GraphCounters, SamplingGraphs, report_len
@@ -100,10 +100,11 @@ class CudaGraphs:
         self._most_tiles = max_tiles(self._num_processors, backend.spec.num_kv_heads)
         self._row_counts = sorted({shape.rows for shape in self._all_shapes})
         max_segments = max((capacity for shape in self._all_shapes for capacity in shape.capacities), default=0)
-        kinds, padding = (
-            decoder.config.attention_kinds,
-            Padding(pool.num_pages - 1, pool.page_size, lanes.num_lanes - 1, lanes.no_lane),
-        )
+        kinds = decoder.config.attention_kinds
+        kind_pages = pool.kind_pages if len(pool.kind_pages) > 1 else pool.kind_pages * len(kinds)
+        self._paddings = [
+            Padding(pages - 1, pool.page_size, lanes.num_lanes - 1, lanes.no_lane) for pages in kind_pages
+        ]
         self._shared = [
             [SharedColumns(max_segments, pool.num_pages, lanes.device) for _ in range(max_shared_levels)] for _ in kinds
         ]
@@ -113,7 +114,7 @@ class CudaGraphs:
             max_leaf_pages=max_rows * -(-max_model_len // pool.page_size),
             shared_len=len(kinds) * max_shared_levels * (3 * (max_segments + 1) + pool.num_pages),
             num_logprobs=report_len(lanes.vocab_size),
-            padding=padding,
+            padding=self._paddings[0],
         )
         self._windows = [
             None
@@ -121,7 +122,7 @@ class CudaGraphs:
             else WindowBuffers(
                 self._stream, window_len, max_rows=max_rows, max_model_len=max_model_len, padding=padding
             )
-            for window_len in kinds
+            for window_len, padding in zip(kinds, self._paddings, strict=True)
         ]
         self._logits = torch.zeros(max_rows, lanes.vocab_size, dtype=decoder.dtype, device=lanes.device)
         self.counters = GraphCounters()
@@ -204,19 +205,23 @@ class CudaGraphs:
         if window is None:
             attention.plan_leaf(host.leaf_columns(rows), None)
         else:
-            written = window.write(None, rows, host.place)
+            written = window.write(None, None, rows, host.place)
             window.send(written, host.place)
             attention.plan_leaf(written.leaf, None)
             if has_edge:
                 attention.plan_edge(window.edge_columns(rows))
         for position, capacity in enumerate(shape.capacities):
-            attention.plan_shared(position, None, host.stand_in_columns(rows, capacity))
+            attention.plan_shared(position, None, host.stand_in_columns(rows, capacity, self._paddings[kind].page))
         return attention
 
     def _forward(self, attentions: Sequence[GraphAttention], rows: int) -> None:
         """What a forward graph holds: from the columns in the buffers to logits in fixed memory."""
         columns, kinds = self._buffers.columns, self._decoder.config.layer_kinds
-        step = StepAttention(attentions, self._backend, columns.slots[:rows], kinds)
+        slots = [
+            columns.slots[:rows] if window is None or not kind else window.slots(rows)
+            for kind, window in enumerate(self._windows)
+        ]
+        step = StepAttention(attentions, self._backend, slots, kinds)
         hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
         self._decoder.write_logits(hidden, self._logits[:rows])
 
@@ -241,19 +246,25 @@ class CudaGraphs:
         num_leaf_pages = host.write_step(plan, shape.rows)
         self._buffers.send(host, num_leaf_pages)
         for kind, cascade in enumerate(plan.cascades):
-            self._plan_kind(kind, cascade, captured, shape, host)
+            self._plan_kind(kind, cascade, plan.slots_of(kind), captured, shape, host)
         captured.forward.replay()
         return self._sampled(plan, shape.rows, needs, host)
 
     def _plan_kind(
-        self, kind: int, plan: CascadePlan, captured: _CapturedShape, shape: GraphShape, host: HostBuffers
+        self,
+        kind: int,
+        plan: CascadePlan,
+        slots: IntColumn,
+        captured: _CapturedShape,
+        shape: GraphShape,
+        host: HostBuffers,
     ) -> None:
         """Bring one attention kind's columns to the device, and plan what changed."""
         attention, window = captured.attentions[kind], self._windows[kind]
         if window is None:
             attention.plan_leaf(host.leaf_columns(shape.rows), plan.leaf.kv_page_indptr)
         else:
-            written = window.write(plan, shape.rows, host.place)
+            written = window.write(plan, slots, shape.rows, host.place)
             window.send(written, host.place)
             attention.plan_leaf(written.leaf, written.follows)
         missing = len(shape.capacities) - len(plan.shared_levels)

@@ -13,6 +13,7 @@ from cascade_llm.device.ranks import Ranks
 from cascade_llm.device.start_errors import memory_for
 from cascade_llm.errors import CapacityError
 from cascade_llm.models.decoder import Decoder
+from cascade_llm.worker.pool_sizes import PoolShape
 
 __all__ = ["available_bytes", "check_sizes", "pool_pages", "step_bytes"]
 
@@ -42,7 +43,7 @@ def check_sizes(
     options: EngineOptions,
     model: ModelConfig,
     dtype: torch.dtype,
-    kv_bytes: int,
+    sequence_bytes: int,
     max_len: int,
     ranks: Ranks,
     file_bytes: int = 0,
@@ -50,7 +51,7 @@ def check_sizes(
     """Compare what must be held in any case with the free memory, before anything is built.
 
     Args:
-        kv_bytes: of a token, over all layers, on this rank
+        sequence_bytes: K and V of the longest sequence, over all layers, on this rank
         max_len: tokens of the longest sequence
         ranks: that share the weights
         file_bytes: what the weights take in their files, perhaps in fewer bits; 0 where there are none
@@ -71,7 +72,7 @@ def check_sizes(
             f"{model.vocab_size:,}",
             "take a smaller model, or end what else holds memory",
         ),
-        (max_len * kv_bytes, f"K and V of one sequence of max_model_len {max_len:,}", "set a smaller max_model_len"),
+        (sequence_bytes, f"K and V of one sequence of max_model_len {max_len:,}", "set a smaller max_model_len"),
         (max_len * model.head_dim * 4, f"the rotary table of max_model_len {max_len:,}", "set a smaller max_model_len"),
         (
             options.max_num_seqs * LANE_BYTES,
@@ -104,26 +105,22 @@ def step_bytes(decoder: Decoder, options: EngineOptions, *, has_graphs: bool) ->
 
 def pool_pages(
     options: EngineOptions,
-    max_model_len: int,
-    bytes_per_page: int,
+    shape: PoolShape,
     device: torch.device,
     ranks: Ranks,
     reserved_bytes: int = 0,
-) -> int:
-    """Pages of the KV pool: what `kv_cache_bytes` says, else what the sequences could need and the memory gives.
+) -> tuple[int, ...]:
+    """Pages of the KV pool, or of the pools of several attention kinds: what `kv_cache_bytes` says, else what the
+    sequences could need and the memory gives.
 
     On the CPU the memory gives a quarter of what is free; on CUDA the share that `gpu_memory_utilization` names, less
     `reserved_bytes`, which steps need for themselves. Every rank holds a share of each page, and the one that has room
-    for the fewest decides.
-
-    Args:
-        bytes_per_page: on this rank
+    for the fewest decides. Between several pools `PoolShape` shares out; where the longest sequence does not fit then,
+    those of windows get no more than one sequence needs.
 
     Raises:
         CapacityError: not one sequence of `max_model_len` fits; says which number to change
     """
-    pages_per_sequence = -(-max_model_len // options.page_size)
-    wanted = options.max_num_seqs * pages_per_sequence
     free_bytes = available_bytes_of_rank(device, ranks)
     if options.kv_cache_bytes is not None:
         pool_bytes, cure = options.kv_cache_bytes // ranks.count, "raise kv_cache_bytes"
@@ -131,20 +128,22 @@ def pool_pages(
         share = options.gpu_memory_utilization if device.type == "cuda" else 0.25
         pool_bytes = max(0, int(free_bytes * share) - reserved_bytes)
         cure = "raise gpu_memory_utilization" if device.type == "cuda" else "give kv_cache_bytes"
-    pages = min(wanted, pool_bytes // bytes_per_page)
-    if pages < pages_per_sequence:
-        needed = pages_per_sequence * bytes_per_page
+    total, lean = ranks.least(shape.most(pool_bytes), device), False
+    if total < shape.pages_per_sequence and shape.windows:
+        total, lean = ranks.least(shape.most(pool_bytes, lean=True), device), True
+    if total < shape.pages_per_sequence:
         raise CapacityError(
-            f"the KV pool of {pool_bytes:,} bytes holds {pages * options.page_size:,} tokens, one sequence of "
-            f"max_model_len {max_model_len:,} needs {needed:,} bytes: {cure}, or set max_model_len to "
-            f"{pages * options.page_size:,} or less"
+            f"the KV pool of {pool_bytes:,} bytes holds {total * options.page_size:,} tokens, one sequence of "
+            f"max_model_len {shape.max_model_len:,} needs {shape.bytes_per_sequence:,} bytes: {cure}, or set "
+            f"max_model_len to {total * options.page_size:,} or less"
         )
-    if pages * bytes_per_page > free_bytes:
+    pages = shape.with_windows(total, lean=lean)
+    if shape.num_bytes(pages) > free_bytes:
         raise CapacityError(
-            f"kv_cache_bytes asks for {pages * bytes_per_page:,} bytes, {free_bytes:,} are free: lower it, or "
+            f"kv_cache_bytes asks for {shape.num_bytes(pages):,} bytes, {free_bytes:,} are free: lower it, or "
             "max_num_seqs or max_model_len"
         )
-    return ranks.least(pages, device)
+    return pages
 
 
 def _cgroup_rooms(root: Path) -> list[int]:

@@ -158,7 +158,7 @@ class ModelRunner:
         if len(plan.lane_rows):
             token_ids[self._index(plan.lane_rows)] = self._lanes.last_tokens[self._index(plan.lane_row_lanes)]
         prepared = [self.backend.prepare(cascade) for cascade in plan.cascades]
-        slots = self._index(plan.slots).to(self.backend.slot_dtype)
+        slots = [self._index(column).to(self.backend.slot_dtype) for column in (plan.slots, *plan.window_slots)]
         attention = StepAttention(prepared, self.backend, slots, plan.layer_kinds)
         positions = self._index(plan.positions)
         if self.graphs is not None and (hidden := self.graphs.forward(token_ids, positions, attention)) is not None:

@@ -95,7 +95,7 @@ class ProcessExecutor(Executor):
         self._is_ready = True
         first = self._facts[0]
         assert first is not None
-        assert all(facts is not None and facts.total_pages == first.total_pages for facts in self._facts)
+        assert all(facts is not None and facts.pool_pages == first.pool_pages for facts in self._facts)
         self.facts = first
 
     def submit(self, plan: StepPlan) -> PendingStep:

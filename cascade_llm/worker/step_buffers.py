@@ -146,12 +146,12 @@ class HostBuffers:
             self._put(level.kv_last_page_len.tolist() + [0] * (capacity - own)),
         )
 
-    def stand_in_columns(self, rows: int, capacity: int) -> LevelColumns:
-        """Write a shared level to capture with: all rows over the padding page."""
+    def stand_in_columns(self, rows: int, capacity: int, page: int) -> LevelColumns:
+        """Write a shared level to capture with: all rows over the padding page of the level's kind."""
         return LevelColumns(
             self._put([0] + [rows] * capacity),
             self._put([0] + [1] * capacity),
-            self._put([self._padding.page]),
+            self._put([page]),
             self._put([self._padding.page_size] + [0] * (capacity - 1)),
         )
 

@@ -52,37 +52,49 @@ class WindowBuffers:
         self.window_len, self._stream, self._padding, self._max_rows = window_len, stream, padding, max_rows
         size = padding.page_size
         num_pages = min(-(-max_model_len // size), window_len // size + SPARE_PAGES)
-        self._lengths = (max_rows + 1, max_rows, max_rows + 1, max_rows, max_rows * size, max_rows * num_pages)
+        row_lengths = (max_rows, max_rows + 1, max_rows, max_rows + 1, max_rows)
+        self._lengths = (*row_lengths, max_rows * size, max_rows * num_pages)
         length = sum(map(aligned, self._lengths))
         self._block = torch.zeros(length, dtype=torch.int32, device=stream.device)
         self._hosts = [stream.pinned(length, torch.int32) for _ in range(NUM_HOSTS)]
 
     def leaf_buffers(self, rows: int) -> LevelBuffers:
         """The leaf's columns of a graph with that many rows."""
-        indptr, last_page_len, _, _, _, indices = self._cut(self._block)
+        _, indptr, last_page_len, _, _, _, indices = self._cut(self._block)
         return LevelBuffers(self._row_indptr(rows), indptr[: rows + 1], indices, last_page_len[:rows])
 
     def edge_buffers(self, rows: int) -> LevelBuffers:
         """The edge's columns of a graph with that many rows: a segment per row."""
-        _, _, indptr, last_page_len, indices, _ = self._cut(self._block)
+        _, _, _, indptr, last_page_len, indices, _ = self._cut(self._block)
         return LevelBuffers(self._row_indptr(rows), indptr[: rows + 1], indices, last_page_len[:rows])
 
     def edge_columns(self, rows: int) -> LevelColumns:
         """An edge of nothing, for its kernel's plan, which holds for all lengths."""
         row_indptr = torch.arange(rows + 1, dtype=torch.int32)
         nothing = torch.zeros(rows + 1, dtype=torch.int32)
-        return LevelColumns(row_indptr, nothing, self._cut(self._block)[4][:0], nothing[:rows])
+        return LevelColumns(row_indptr, nothing, self._cut(self._block)[5][:0], nothing[:rows])
 
-    def write(self, plan: CascadePlan | None, rows: int, place: int) -> WindowColumns:
+    def slots(self, rows: int) -> torch.Tensor:
+        """[rows] where the rows of a graph write in the layers of the kind."""
+        return self._cut(self._block)[0][:rows]
+
+    def write(self, plan: CascadePlan | None, slots: IntColumn | None, rows: int, place: int) -> WindowColumns:
         """Write a decode plan's leaf into host buffers, padded to `rows`; without a plan, padding alone.
 
-        place: which of the host buffers
+        Args:
+            plan: of the kind
+            slots: of its rows
+            rows: of the graph
+            place: which of the host buffers
         """
-        leaf_indptr, leaf_last, edge_indptr, edge_last, edge_indices, leaf_indices = self._cut(self._hosts[place])
+        own_slots, leaf_indptr, leaf_last, edge_indptr, edge_last, edge_indices, leaf_indices = self._cut(
+            self._hosts[place]
+        )
         count = num_pages = num_tokens = 0
         follows: IntColumn | None = None
         edge_indptr[0] = leaf_indptr[0] = 0
-        if plan is not None:
+        if plan is not None and slots is not None:
+            own_slots[: plan.num_rows] = column_tensor(slots)
             cut = cut_leaf(plan)
             leaf, count = cut.rest if cut else _columns_of(plan), plan.num_rows
             follows = plan.leaf.kv_last_page_len if cut else plan.leaf.kv_page_indptr
@@ -96,6 +108,7 @@ class WindowBuffers:
             else:
                 edge_indptr[: count + 1] = edge_last[:count] = 0
         num_padding = rows - count
+        own_slots[count:rows] = self._padding.page * self._padding.page_size
         leaf_indptr[count + 1 : rows + 1] = torch.arange(num_pages + 1, num_pages + num_padding + 1)
         leaf_last[count:rows], edge_last[count:rows] = 1, 0
         leaf_indices[num_pages : num_pages + num_padding] = self._padding.page
@@ -114,8 +127,8 @@ class WindowBuffers:
         return torch.arange(rows + 1, dtype=torch.int32, device=self._stream.device)
 
     def _cut(self, block: torch.Tensor) -> list[torch.Tensor]:
-        """The columns of a block: of the leaf `indptr` and `last_page_len`, of the edge the same and its slots, and the
-        leaf's page indices."""
+        """The columns of a block: the rows' slots, of the leaf `indptr` and `last_page_len`, of the edge the same and
+        its slots, and the leaf's page indices."""
         columns, begin = [], 0
         for length in self._lengths:
             columns.append(block[begin : begin + length])

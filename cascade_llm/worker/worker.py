@@ -29,10 +29,12 @@ from cascade_llm.sampling.lane_tables import UsageCounts
 from cascade_llm.sampling.lanes import LaneState
 from cascade_llm.weights.format import WeightOptions
 from cascade_llm.weights.select import describe_weights
+from cascade_llm.worker import memory
 from cascade_llm.worker.cuda_graphs import CaptureReport, CudaGraphs
 from cascade_llm.worker.graph_shapes import GraphShape, graph_shapes
-from cascade_llm.worker.memory import available_bytes, check_sizes, pool_pages, step_bytes
+from cascade_llm.worker.memory import available_bytes, check_sizes, step_bytes
 from cascade_llm.worker.model_runner import ModelRunner
+from cascade_llm.worker.pool_sizes import PoolShape
 from cascade_llm.worker.start_progress import CAPTURING, OnStart, told_tensors
 
 __all__ = ["WorkerFacts", "build_worker"]
@@ -49,8 +51,11 @@ class WorkerFacts:
     model: ModelConfig
     attention: AttentionSpec
     total_pages: int
+    """Of the pool of the first attention kind, or of all kinds."""
     max_model_len: int
     backend: BackendChoice
+    window_pages: tuple[int, ...] = ()
+    """Of the pools of their own that the other kinds have; empty where all kinds have one."""
     capture: CaptureReport | None = None
     """What capturing graphs took; None where there are none."""
 
@@ -70,6 +75,11 @@ class WorkerFacts:
         return self.attention.page_dtype
 
     @property
+    def pool_pages(self) -> tuple[int, ...]:
+        """Of all pools."""
+        return self.total_pages, *self.window_pages
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token over all layers."""
         return self.model.kv_bytes_per_token(self.attention.kv_number_bytes)
@@ -82,6 +92,7 @@ def build_worker(
     ranks: Ranks | None = None,
     platform: GpuPlatform | None = None,
     on_start: OnStart | None = None,
+    pool_pages: tuple[int, ...] | None = None,
 ) -> tuple[ModelRunner, WorkerFacts]:
     """Load the weights, size the KV pool, choose the backend, capture graphs.
 
@@ -91,6 +102,7 @@ def build_worker(
         ranks: that share the model; default this one alone
         platform: the GPU and FlashInfer, taken without asking; default the CUDA device where FlashInfer can serve
         on_start: told how far loading and capturing are
+        pool_pages: of each pool, whatever the memory; default what `memory.pool_pages` says
     """
     ranks = ranks or Ranks()
     model = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
@@ -99,8 +111,9 @@ def build_worker(
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     max_model_len = _max_model_len(options, model)
     spec = AttentionSpec.for_model(model, dtype, device, kv_dtype, ranks)
-    kv_bytes = replace(model, num_kv_heads=spec.num_kv_heads).kv_bytes_per_token(spec.kv_number_bytes)
-    check_sizes(options, model, dtype, kv_bytes, max_model_len, ranks, checkpoint.num_bytes)
+    own_part = replace(model, num_kv_heads=spec.num_kv_heads)
+    pools = PoolShape.of(options, own_part, max_model_len, spec.kv_number_bytes)
+    check_sizes(options, model, dtype, pools.least_bytes, max_model_len, ranks, checkpoint.num_bytes)
     choice, platform = _backend_choice(options, spec, platform)
     with torch.inference_mode(), thread_limit(options.num_threads), compiled_kernels(), memory_for(BESIDE_THE_POOL):
         decoder, scales = _decoder(options, checkpoint, model, dtype, device, max_model_len, ranks, platform, on_start)
@@ -118,9 +131,10 @@ def build_worker(
             reserved += float_workspace_bytes(spec, platform.num_processors, shapes)
         if has_graphs:
             reserved += UsageCounts.bytes_needed(num_lanes, model.vocab_size, max_model_len)
-        total_pages = pool_pages(options, max_model_len, kv_bytes * options.page_size, device, ranks, reserved)
+        total_pages, *window_pages = pool_pages or memory.pool_pages(options, pools, device, ranks, reserved)
         layout = choice.backend.preferred_layout(device)
-        kv_cache = _kv_cache(options, spec, kv_dtype, device, total_pages + padding, layout, scales)
+        kind_pages = [pages + padding for pages in (total_pages, *window_pages)]
+        kv_cache = _kv_cache(options, model, spec, kind_pages, layout, scales)
         lanes = LaneState(
             num_lanes,
             model.vocab_size,
@@ -153,6 +167,7 @@ def build_worker(
         model=model,
         attention=spec,
         total_pages=total_pages,
+        window_pages=tuple(window_pages),
         max_model_len=max_model_len,
         backend=choice,
         capture=report,
@@ -230,28 +245,29 @@ def _tell_weights(decoder: Decoder, num_huge: int) -> None:
 
 def _kv_cache(
     options: EngineOptions,
+    model: ModelConfig,
     spec: AttentionSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    num_pages: int,
+    kind_pages: list[int],
     layout: KVLayout,
     scales: list[KVScale] | None,
 ) -> PagedKVCache:
-    """The pool; memory that was free a moment ago may have gone to another process."""
+    """The pools; memory that was free a moment ago may have gone to another process."""
+    pages = " + ".join(f"{count:,}" for count in kind_pages)
     with memory_for(
-        f"the KV pool of {num_pages:,} pages: another process has taken memory since it was measured; lower "
+        f"the KV pool of {pages} pages: another process has taken memory since it was measured; lower "
         "gpu_memory_utilization, or give kv_cache_bytes"
     ):
         return PagedKVCache(
             num_layers=spec.num_layers,
-            num_pages=num_pages,
+            num_pages=kind_pages,
             page_size=options.page_size,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            dtype=dtype,
-            device=device,
+            dtype=spec.page_dtype,
+            device=spec.device,
             layout=layout,
             scales=scales,
+            layer_kinds=model.layer_kinds,
         )
 
 

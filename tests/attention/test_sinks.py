@@ -51,7 +51,7 @@ def test_equals_a_softmax_with_one_more_key(name: str, dtype: torch.dtype, seed:
     no_slots = torch.empty(0, dtype=backend.slot_dtype)
     for plan in (case.plan, single_level(case)):
         expected, _ = reference_attention(plan, kv_cache, 0, q, backend.spec.sm_scale, sinks=sinks)
-        attention = StepAttention([backend.prepare(plan)], backend, no_slots)
+        attention = StepAttention([backend.prepare(plan)], backend, [no_slots])
         assert worst(attention(0, q, k, k, sinks), expected) < TOLERANCE[dtype]
 
 

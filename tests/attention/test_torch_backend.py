@@ -233,7 +233,7 @@ def test_each_layer_reads_by_the_plan_of_its_kind(seed: int) -> None:
     q = random_q(backend, full.num_rows)
     prepared = [backend.prepare(plan) for plan in (full, windowed)]
     slots = torch.empty(0, dtype=torch.int64)
-    attention = StepAttention(prepared, backend, slots, kinds)
+    attention = StepAttention(prepared, backend, [slots], kinds)
     no_rows = q.new_empty(0, kv_cache.num_kv_heads, kv_cache.head_dim)
     for layer, kind in enumerate(kinds):
         plan = (full, windowed)[kind]

@@ -9,6 +9,7 @@ whatever was there.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class FlashInferDouble:
         self.num_runs = 0
         self.published_pages: frozenset[int] = frozenset()
         self._own_slots: frozenset[int] | None = None
+        self._appends_of_others: dict[int, tuple[set[int], set[int]]] = {}
         self._variants: set[tuple[Any, ...]] = set()
         self._workspaces: dict[int, DoubleStream] = {}
 
@@ -61,12 +63,21 @@ class FlashInferDouble:
         """A GPU made of doubles."""
         return GpuPlatform(self.ops(), self.stream, self.num_sm, ARCH)
 
-    def expect_appends(self, published_pages: set[int], own_slots: set[int] | None = None) -> None:
-        """From here on in the stream appends touch no published page, and no slot but these; None: any other."""
+    def expect_appends(
+        self,
+        published_pages: set[int],
+        own_slots: set[int] | None = None,
+        others: Mapping[int, tuple[set[int], set[int]]] | None = None,
+    ) -> None:
+        """From here on in the stream appends touch no published page, and no slot but these; None: any other.
+
+        others: the same for the layers, by the address of their K, whose pages have ids of their own
+        """
         pages, slots = frozenset(published_pages), None if own_slots is None else frozenset(own_slots)
 
         def expect() -> None:
             self.published_pages, self._own_slots = pages, slots
+            self._appends_of_others = dict(others or {})
 
         self.stream.enqueue(expect, [])
 
@@ -145,7 +156,7 @@ class FlashInferDouble:
             if bool((entry < 0).any()) or bool((entry >= len(kv_indices)).any()):
                 raise DoubleError("append outside the page table")
             pages, offsets = kv_indices[entry.long()].long(), (positions % page_size).long()
-            self._check_append(pages.tolist(), (pages * page_size + offsets).tolist())
+            self._check_append(k_cache.data_ptr(), pages.tolist(), (pages * page_size + offsets).tolist())
             for cache, rows in ((k_cache, append_key), (v_cache, append_value)):
                 if cache.dtype.itemsize == 1:
                     cache.view(torch.uint8)[pages, offsets] = rows.view(torch.uint8)
@@ -155,11 +166,15 @@ class FlashInferDouble:
         table = [batch_indices, kv_indices, kv_indptr, kv_last_page_len]
         self.stream.launch(run, [append_key, append_value, positions, *table, k_cache, v_cache])
 
-    def _check_append(self, pages: list[int], slots: list[int]) -> None:
-        published = self.published_pages.intersection(pages)
+    def _check_append(self, address: int, pages: list[int], slots: list[int]) -> None:
+        published_pages: Set[int] = self.published_pages
+        own_slots: Set[int] | None = self._own_slots
+        if address in self._appends_of_others:
+            published_pages, own_slots = self._appends_of_others[address]
+        published = published_pages.intersection(pages)
         if published:
             raise DoubleError(f"append to published pages {sorted(published)[:4]}")
-        strange = set() if self._own_slots is None else set(slots) - self._own_slots
+        strange = set() if own_slots is None else set(slots) - own_slots
         if strange:
             raise DoubleError(f"append to slots {sorted(strange)[:4]}, which no row of the step owns")
 

@@ -47,12 +47,18 @@ def watch_published_pages(llm: LLM, double: FlashInferDouble) -> None:
         return watched
 
     def submit_watched(plan: StepPlan) -> Callable[[], StepResult]:
-        copied_to = published & {copy.target for copy in plan.page_copies}
+        copied_to = published & {copy.target for copy in plan.page_copies if not copy.pool}
         if copied_to:
             raise DoubleError(f"copies to published pages {sorted(copied_to)}")
         pool = runner.kv_cache
         padding = range((pool.num_pages - 1) * pool.page_size, pool.num_slots)
-        double.expect_appends(published, {*plan.slots, *padding})
+        others = dict[int, tuple[set[int], set[int]]]()
+        for kind, (slots, windows) in enumerate(zip(plan.window_slots, scheduler._tables.window_pools, strict=True), 1):
+            padding_of = range((pool.kind_pages[kind] - 1) * pool.page_size, pool.kind_pages[kind] * pool.page_size)
+            expected = {windows.places[page] for page in published} - {-1}, {*slots, *padding_of}
+            layers = [layer for layer, own in enumerate(plan.layer_kinds) if own == kind]
+            others.update({pool.layer(layer).data_ptr(): expected for layer in layers})
+        double.expect_appends(published, {*plan.slots, *padding}, others)
         return submit(plan)
 
     scheduler.schedule = schedule_watched  # type: ignore[method-assign]

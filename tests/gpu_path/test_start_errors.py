@@ -18,6 +18,7 @@ from cascade_llm.errors import BackendError, CapacityError, CascadeError, Config
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.worker import memory, worker
 from cascade_llm.worker.graph_sampling import NO_MEMORY
+from cascade_llm.worker.pool_sizes import PoolShape
 from tests.engine.tiny_llm import random_forest, save_tiny, tiny_llm
 from tests.gpu_path.gpu_engine import SHAPE, double_gpu, gpu_llm, graphs_of
 
@@ -173,8 +174,11 @@ def test_no_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch, part: str, words
 def test_no_memory_for_one_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1 << 20)
     options = EngineOptions(page_size=16, gpu_memory_utilization=0.5)
+    shape = PoolShape(
+        page_size=16, max_model_len=64, max_num_seqs=256, max_num_batched_tokens=8192, page_bytes=(1 << 17,)
+    )
     with pytest.raises(CapacityError, match=r"one sequence of max_model_len 64 needs 524,288 bytes.*gpu_memory_util"):
-        memory.pool_pages(options, 64, 1 << 17, torch.device("cuda"), Ranks(), reserved_bytes=1 << 18)
+        memory.pool_pages(options, shape, torch.device("cuda"), Ranks(), reserved_bytes=1 << 18)
 
 
 def test_no_memory_for_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None:

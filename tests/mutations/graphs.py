@@ -88,7 +88,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     original = HostBuffers.stand_in_columns
     patch.setattr(
-        HostBuffers, "stand_in_columns", lambda self, rows, capacity: original(self, max(1, rows - 1), capacity)
+        HostBuffers,
+        "stand_in_columns",
+        lambda self, rows, capacity, page: original(self, max(1, rows - 1), capacity, page),
     )
 
 
@@ -272,7 +274,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     def leave_in_pool(self: CudaGraphs, attentions: Any, rows: int) -> None:
         columns = self._buffers.columns
-        step = StepAttention(attentions, self._backend, columns.slots[:rows])
+        step = StepAttention(attentions, self._backend, [columns.slots[:rows]])
         hidden = self._decoder.forward(self._input_tokens(rows), columns.positions[:rows], step)
         logits = self._decoder.logits(hidden)
         self._logits = torch.nn.functional.pad(logits, (0, 0, 0, len(self._logits) - rows))

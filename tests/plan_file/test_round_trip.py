@@ -70,11 +70,11 @@ def test_without_token_ids_the_users_words_are_left_out(tmp_path: Path) -> None:
 def test_samples_behind_what_was_accepted_mean_nothing(tmp_path: Path) -> None:
     """Three samples of a draft of two tokens, of which one was accepted; the third is left over."""
     step = full_step()
-    with_prompt = header(page_size=4, num_layers=3, vocab_size=64)
+    with_prompt = header(page_size=4, num_layers=3, vocab_size=64, window_pages=[8])
     writer = PlanFileWriter(tmp_path / "plans.gz", token_ids=True)
     writer.begin(with_prompt)
     start = replace(step.lane_starts[0], lane=10, epoch=1)
-    copies = (PageCopy(1, 2), PageCopy(2**40, 9, Tier.REMOTE, Tier.HOST))
+    copies = (PageCopy(1, 2), PageCopy(2**40, 9, Tier.REMOTE, Tier.HOST), PageCopy(3, 2, pool=1))
     writer.write_step(replace(step, lane_starts=(start,), page_copies=copies))
     logprob = TokenLogprob(4, -1.0, 1, ())
     writer.write_result(StepResult(step_id=7, token_ids=[3, 9, -1], accepted_counts=[1], prompt_logprobs=[logprob]))

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from cascade_llm.config import CascadeConfig, SchedulerConfig
+from cascade_llm.config import CascadeConfig, SchedulerConfig, window_pages_needed
 from cascade_llm.plan import StepPlan
 from cascade_llm.scheduler.cascade.choice import SegmentCosts, TokensRead
 from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
@@ -125,9 +125,18 @@ def random_engine(
         kinds = KINDS[seed // 3 % len(KINDS)]
         layer_kinds = tuple(i % len(kinds) for i in range(5))
         config = replace(config, attention_kinds=kinds, layer_kinds=layer_kinds)
+        if kinds[0] is None and seed % 2:
+            config = replace(config, window_pages=random_window_pages(rng, config))
     return SimulatedEngine(
         config, costs=costs, lag=lag, vocab_size=vocab_size, drafts=all_features and seed % 5 == 0, clock=clock
     ), rng
+
+
+def random_window_pages(rng: random.Random, config: SchedulerConfig) -> tuple[int, ...]:
+    """Pools of their own for kinds with windows: of what one sequence needs, or more."""
+    size, longest, most_rows = config.page_size, config.max_model_len, rng.choice((1, 3, 8, 100))
+    needed = [window_pages_needed(window or 0, size, longest, most_rows) for window in config.attention_kinds[1:]]
+    return tuple(min(config.total_pages, pages + rng.choice((0, 0, 1, 4, 12))) for pages in needed)
 
 
 class RandomLoad:

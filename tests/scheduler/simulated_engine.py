@@ -131,7 +131,9 @@ class SimulatedDevice:
     def __init__(self, config: SchedulerConfig, requests: Mapping[int, Request], vocab_size: int) -> None:
         """`requests`: by their seed, which is how a lane knows whose it is."""
         self._config, self._requests, self._vocab_size = config, requests, vocab_size
-        self._slots: list[Text | None] = [None] * (config.total_pages * config.page_size)
+        self._pools: list[list[Text | None]] = [
+            [None] * (pages * config.page_size) for pages in (config.total_pages, *config.window_pages)
+        ]
         self._other_tiers: dict[tuple[Tier, int], list[Text | None]] = {}
         self._lanes: dict[int, _Lane] = {}
 
@@ -163,14 +165,15 @@ class SimulatedDevice:
         return result
 
     def page(self, page: int) -> list[Text | None]:
-        """What the slots of a page stand for."""
+        """What the slots of a page of the first pool stand for."""
         size = self._config.page_size
-        return self._slots[page * size : (page + 1) * size]
+        return self._pools[0][page * size : (page + 1) * size]
 
     def ruin(self, plan: StepPlan) -> None:
         """A step that raised: nothing in the slots that it was to fill can be used."""
-        for slot in plan.slots:
-            self._slots[slot] = None
+        for slots, pool in zip((plan.slots, *plan.window_slots), self._pools, strict=True):
+            for slot in slots:
+                pool[slot] = None
 
     def _enter_lane(self, start: LaneStart) -> None:
         request = self._requests[start.seed]
@@ -185,14 +188,14 @@ class SimulatedDevice:
         sources = [
             self._other_tiers[copy.source_tier, copy.source]
             if copy.source_tier
-            else self._slots[copy.source * size : (copy.source + 1) * size]
+            else self._pools[copy.pool][copy.source * size : (copy.source + 1) * size]
             for copy in plan.page_copies
         ]
         for copy, texts in zip(plan.page_copies, sources, strict=True):
             if copy.target_tier:
                 self._other_tiers[copy.target_tier, copy.target] = texts
             else:
-                self._slots[copy.target * size : (copy.target + 1) * size] = texts
+                self._pools[copy.pool][copy.target * size : (copy.target + 1) * size] = texts
 
     def _write_rows(self, plan: StepPlan) -> None:
         from_lane = set(plan.lane_rows)
@@ -205,7 +208,8 @@ class SimulatedDevice:
                     assert position == len(lane.token_ids) - 1, "a lane holds its last token only"
                 elif position < len(lane.token_ids):
                     assert plan.token_ids[row] == lane.token_ids[position]
-                self._slots[plan.slots[row]] = (*lane.owner, texts[position])
+                for slots, pool in zip((plan.slots, *plan.window_slots), self._pools, strict=True):
+                    pool[slots[row]] = (*lane.owner, texts[position])
 
     def _row_texts(self, plan: StepPlan, rows: range, lane: _Lane) -> list[int]:
         """A sequence's texts, up to those of its proposed tokens."""
@@ -219,7 +223,8 @@ class SimulatedDevice:
 
     def _check_reads(self, plan: StepPlan) -> None:
         size = self._config.page_size
-        for cascade in plan.cascades:
+        for kind, cascade in enumerate(plan.cascades):
+            pool = self._pools[kind if plan.window_slots else 0]
             for (sequence, rows, lane), path in zip(self._sequences(plan), cascade.paths(), strict=True):
                 zipped = zip(cascade.shared_levels, path, strict=False)
                 shared = [page for level, segment in zipped for page in level.pages(segment)]
@@ -228,12 +233,12 @@ class SimulatedDevice:
                 assert num_read == end or cascade.window_len is not None
                 first = end - num_read
                 texts, owner = self._row_texts(plan, rows, lane)[:end], lane.owner
-                met = self._met(texts, owner, first, shared, own, 0)
+                met = self._met(pool, texts, owner, first, shared, own, 0)
                 if cascade.window_len is not None:  # the shared pages may lie between those of the leaf
                     reached = max(first, plan.positions[rows[0]] + 1 - cascade.window_len)
                     inside = max(0, end - cascade.window_len)
                     met = any(
-                        self._met(texts, owner, first, shared, own, cut, skip=reached - first)
+                        self._met(pool, texts, owner, first, shared, own, cut, skip=reached - first)
                         and (not shared or first + cut * size >= inside)
                         for cut in range(len(own))
                     )
@@ -241,6 +246,7 @@ class SimulatedDevice:
 
     def _met(
         self,
+        pool: list[Text | None],
         texts: list[int],
         owner: tuple[str, bytes],
         first: int,
@@ -254,7 +260,7 @@ class SimulatedDevice:
         size = self._config.page_size
         pages = [*own[:cut], *shared, *own[cut:]]
         expected = [(*owner, text) for text in texts[first + skip :]]
-        slots = [text for page in pages for text in self._slots[page * size : (page + 1) * size]]
+        slots = [text for page in pages for text in pool[page * size : (page + 1) * size]]
         return slots[skip:][: len(expected)] == expected
 
     def _sample(self, plan: StepPlan, sample: int) -> int:
@@ -419,9 +425,9 @@ class SimulatedEngine:
         """Assert that no page, lane or sequence is lost."""
         self.scheduler.check()
         counts = self.scheduler.page_counts
-        assert counts.free_pages + counts.held_pages + counts.cached_pages == counts.total_pages
-        if not self.scheduler.num_running:
-            assert counts.held_pages == counts.session_pages
+        for each in (counts, *self.scheduler.window_page_counts):
+            assert each.free_pages + each.held_pages + each.cached_pages == each.total_pages
+            assert self.scheduler.num_running or each.held_pages == each.session_pages
 
     def draft(self, sequence: Sequence, most: int) -> list[int]:
         """Proposals for the fuzz, a pure function of the text: none, or some right tokens and perhaps a wrong one."""

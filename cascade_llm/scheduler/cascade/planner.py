@@ -96,6 +96,7 @@ class CascadePlanner:
         root: RadixNode,
         kinds: Iterable[int | None] = (None,),
         layers_of_kinds: Iterable[int] = (1,),
+        places_of_windows: Iterable[array[int]] = (),
     ) -> None:
         """Begin with nothing kept.
 
@@ -106,6 +107,8 @@ class CascadePlanner:
             root: of the prefix tree
             kinds: the window of each attention kind, the kind that reads most first; None reads all earlier tokens
             layers_of_kinds: how many layers are of each kind
+            places_of_windows: for each kind with a window the places of pages in its pool, which the scheduler
+                changes; empty where all kinds have one pool
         """
         self._page_size = page_size
         self._max_shared_levels = config.max_shared_levels
@@ -116,8 +119,11 @@ class CascadePlanner:
         self._balancer: LevelBalancer | None = None
         if self._reach is None and isinstance(costs, CostModel) and costs.is_tiled and costs.costs.measured:
             self._balancer = LevelBalancer(costs, page_size, self._max_shared_levels)
+        windows = [window_len for window_len in kinds if window_len is not None]
+        places_of_kinds: list[array[int] | None] = [*places_of_windows] or [None] * len(windows)
         self._windows = [
-            WindowPlanner(page_size, window_len, self._costs) for window_len in kinds if window_len is not None
+            WindowPlanner(page_size, window_len, self._costs, places)
+            for window_len, places in zip(windows, places_of_kinds, strict=True)
         ]
         self._layers_of_kinds = tuple(layers_of_kinds)
         self._root = root
@@ -156,7 +162,9 @@ class CascadePlanner:
         for segment, _ in new_pages:
             lens[segment] = 1
         last_page_len, num_more = int_column(lens), len(lens)
-        plans = [_next_plan(plan, last_page_len, new_pages) for plan in last.plans]
+        pages_of_kinds = [] if self._reach is not None else [new_pages]
+        pages_of_kinds += [window.placed(new_pages) for window in self._windows]
+        plans = [_next_plan(*each, last_page_len) for each in zip(last.plans, pages_of_kinds, strict=True)]
         return self._planned(layout, plans, [kv_len + num_more for kv_len in last.kv_lens])
 
     def num_steps_left(self, positions: Iterable[int]) -> int:
@@ -267,7 +275,7 @@ def _tokens_in_common(forest: Run, page_size: int) -> tuple[int, int]:
     return page_size * common, page_size * (read - common)
 
 
-def _next_plan(plan: CascadePlan, last_page_len: IntColumn, new_pages: list[tuple[int, int]]) -> CascadePlan:
+def _next_plan(plan: CascadePlan, new_pages: list[tuple[int, int]], last_page_len: IntColumn) -> CascadePlan:
     """A plan with a token more in each leaf segment."""
     leaf = plan.leaf
     page_indptr, page_indices = leaf.kv_page_indptr, leaf.kv_page_indices

@@ -17,7 +17,8 @@ steps.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import accumulate, groupby
 
 from cascade_llm.plan import CascadeLevel, CascadePlan, IntColumn, int_column
@@ -35,9 +36,16 @@ cut pages row by row. A step with so many rows of one sequence computes them for
 class WindowPlanner:
     """Plans one kind; its shared levels last while the placement does and every segment is inside the windows."""
 
-    def __init__(self, page_size: int, window_len: int, costs: SegmentCosts) -> None:
-        """`costs`: what segments cost, and so whether what a window leaves of one is still worth sharing."""
-        self.window_len, self._costs = window_len, costs
+    def __init__(self, page_size: int, window_len: int, costs: SegmentCosts, places: array[int] | None = None) -> None:
+        """Begin with nothing kept.
+
+        Args:
+            page_size: tokens per page
+            window_len: what the kind reads
+            costs: what segments cost, and so whether what a window leaves of one is still worth sharing
+            places: of the pages in the kind's own pool; None where it has none
+        """
+        self.window_len, self._costs, self._places = window_len, costs, places
         self._page_size = page_size
         self._placement: Placement | None = None
         self.segments: list[list[Segment]] = []
@@ -73,8 +81,17 @@ class WindowPlanner:
             else:
                 indices.extend(sequence.pages[first:end])
             page_indptr.append(len(indices))
-        leaf = CascadeLevel(qo_indptr, int_column(page_indptr), int_column(indices), kv_last_page_len)
+        leaf = CascadeLevel(qo_indptr, int_column(page_indptr), self._placed_column(indices), kv_last_page_len)
         return CascadePlan((*self._levels, leaf), self._page_size, self.window_len)
+
+    def placed(self, new_pages: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """(leaf segment, page) with the page's place in the kind's pool."""
+        places = self._places
+        return new_pages if places is None else [(segment, places[page]) for segment, page in new_pages]
+
+    def _placed_column(self, pages: Iterable[int]) -> IntColumn:
+        """The places of pages in the kind's pool."""
+        return int_column(pages if self._places is None else map(self._places.__getitem__, pages))
 
     def unread_len(self, rows: list[PlannedRows]) -> int:
         """Tokens of all sequences that lie in pages which no row of theirs reaches."""
@@ -125,7 +142,10 @@ class WindowPlanner:
             self.segments.append([cut for cut, _ in kept])
             above = levels[-1].qo_indptr.tolist() if levels else []
             tables = [row.sequence.pages for row in rows]
-            levels.append(level_columns(self.segments[-1], above, first_rows[-1], tables, size))
+            level = level_columns(self.segments[-1], above, first_rows[-1], tables, size)
+            if self._places is not None:
+                level = replace(level, kv_page_indices=self._placed_column(level.kv_page_indices))
+            levels.append(level)
         self._levels, self._holes, self._max_lens = tuple(levels), holes, max_lens
 
     def _gain_s(self, segment: Segment, num_new: list[int]) -> float:
