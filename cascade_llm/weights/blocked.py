@@ -22,12 +22,12 @@ from cascade_llm.weights.onednn import OneDNN
 
 __all__ = ["Blocked"]
 
-FEW_ROWS, LONG_INPUT = 64, 4096
-"""With more rows than the one and more inputs than the other, oneDNN is as fast or faster: a block of weights is then
-more than the second-level cache holds beside the rows."""
+FEW_ROWS = 64
+LONG_INPUTS = {64: 4096, 32: 2048}
+"""Outputs that lie together in oneDNN's layouts, the one for AVX512-BF16 and the one for AMX. With more than `FEW_ROWS`
+rows and more inputs than this, oneDNN is as fast or faster: a block of weights is then more than the second-level cache
+holds beside the rows."""
 OUTPUT_MULTIPLE = 64
-BLOCK_LENS = (64, 32)
-"""Outputs that lie together in oneDNN's layouts, the one for AVX512-BF16 and the one for AMX."""
 INPUT_MULTIPLE = 4
 
 
@@ -45,7 +45,7 @@ class Blocked(WeightFormat):
         self._kernel = kernel
         address: int = torch.ops.mkldnn.data_ptr(self._onednn.packed)
         self._address = address
-        self._block_len = next((length for length in BLOCK_LENS if is_blocked(address, values, length)), None)
+        self._block_len = next((length for length in LONG_INPUTS if is_blocked(address, values, length)), None)
 
     @staticmethod
     def reasons_against(spec: MatrixSpec) -> list[str]:
@@ -64,8 +64,9 @@ class Blocked(WeightFormat):
 
     def serves(self, num_rows: int) -> bool:
         """Whether our kernel multiplies so many rows, and not oneDNN."""
-        is_for_kernel = num_rows <= FEW_ROWS or self._in_features <= LONG_INPUT
-        return self._block_len is not None and num_rows > 0 and is_for_kernel
+        if self._block_len is None or num_rows == 0:
+            return False
+        return num_rows <= FEW_ROWS or self._in_features <= LONG_INPUTS[self._block_len]
 
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None

@@ -118,7 +118,6 @@ def test_a_row_does_not_depend_on_how_many_there_are() -> None:
 
 
 def test_long_inputs_of_many_rows_are_left_to_onednn() -> None:
-    weights = torch.randn(64, 4096).bfloat16(), torch.randn(64, 4160).bfloat16()
-    short, long = (blocked(weight) for weight in weights)
+    short, longest = (blocked(torch.randn(64, inputs).bfloat16()) for inputs in (2048, 4160))
     assert [short.serves(rows) for rows in (0, 1, 64, 65, 5000)] == [False, True, True, True, True]
-    assert [long.serves(rows) for rows in (0, 1, 64, 65, 5000)] == [False, True, True, False, False]
+    assert [longest.serves(rows) for rows in (0, 1, 64, 65, 5000)] == [False, True, True, False, False]
