@@ -86,6 +86,61 @@ def test_markup_in_questions_and_answers_stays_text(browser: Browser) -> None:
     assert browser.run("window.hurt ?? null") is None
 
 
+MARKDOWN = """## A list
+1. **bold** and *italic*, `a < b`
+   - inner ~~gone~~
+2. snake_case_name, 2 * 3 * 4, \\*plain\\*
+
+> quoted
+
+| a | b |
+| --- | --- |
+| 1 | [here](https://example.org/x) |
+
+[no](javascript:alert(1)) https://example.org/y.
+
+```python
+if a < b: **no**
+```"""
+DRAWN = """<h5>A list</h5>\
+<ol start="1"><li><strong>bold</strong> and <em>italic</em>, <code>a &lt; b</code><ul><li>inner \
+<del>gone</del></li></ul></li><li>snake_case_name, 2 * 3 * 4, *plain*</li></ol><blockquote><p>quoted</p></blockquote>\
+<div class="table"><table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>LINK-x">here</a></td></tr></table></div>\
+<p>[no](javascript:alert(1)) LINK-y">https://example.org/y</a>.</p>\
+<pre tabindex="0" aria-label="Code: python"><code>if a &lt; b: **no**</code></pre>"""
+
+
+def test_markdown_becomes_elements_piece_by_piece(browser: Browser) -> None:
+    pieces = [MARKDOWN[first : first + 7] for first in range(0, len(MARKDOWN), 7)]
+    events = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    browser.answer_instead("/v1/chat/completions", f"{body}data: [DONE]\n\n")
+    ask(browser, MARKDOWN)
+    browser.wait_for("document.querySelector('#stop').disabled && document.querySelectorAll('.message').length === 2")
+    drawn = browser.run(f"{LAST_ANSWER}.querySelector('.text').innerHTML")
+    link = '<a href="https://example.org/{}" target="_blank" rel="noopener noreferrer nofollow'
+    assert drawn == DRAWN.replace("LINK-x", link.format("x")).replace("LINK-y", link.format("y"))
+    assert browser.run("document.querySelector('.message.user .text').textContent") == MARKDOWN.strip()
+
+
+HOSTILE = {
+    "marks": "*_~`[" * 4000,
+    "brackets": "[" * 20000 + "](x",
+    "deep quotes": ">" * 20000,
+    "deep lists": "\n".join(" " * level + "- x" for level in range(2000)),
+    "open emphasis": "**a *b " * 4000,
+    "ticks": " ".join("`" * size for size in range(1, 200)),
+}
+
+
+def test_no_markdown_holds_the_page_up_or_loses_text(browser: Browser) -> None:
+    show = """const {{ MarkdownView }} = await import("/page/markdown.js"), holder = document.createElement("div");
+        new MarkdownView(holder).show({}); return holder.textContent.length;"""
+    for name, text in HOSTILE.items():
+        num_kept = browser.run(f"(async () => {{ {show.format(json.dumps(text))} }})()")
+        assert num_kept > 0, name
+
+
 @pytest.mark.parametrize("width", [390, 800, 1280])
 def test_nothing_is_wider_than_the_window_and_all_is_labelled(browser: Browser, width: int) -> None:
     ask(browser, "word" * 200, max_tokens=4)

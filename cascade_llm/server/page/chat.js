@@ -1,6 +1,7 @@
 // The chat: questions, answers as they come, and branches.
 // @ts-check
 import { Conversations, title } from "./conversations.js";
+import { MarkdownView } from "./markdown.js";
 import { ask, element, eventData } from "./server.js";
 
 /** @typedef {import("./conversations.js").Conversation} Conversation */
@@ -17,8 +18,10 @@ export class Chat {
     this.conversations = new Conversations();
     /** Answers under way. @type {Map<Conversation, AbortController>} */
     this.running = new Map();
-    /** Text of the shown answer that is under way. @type {Map<Message, Text>} */
-    this.growing = new Map();
+    /** The answers that are shown. @type {Map<Message, MarkdownView>} */
+    this.shown = new Map();
+    /** Of these, what has grown since the last frame. @type {Set<Message>} */
+    this.grown = new Set();
     at("ask").addEventListener("submit", (/** @type {Event} */ event) => { event.preventDefault(); this.send(); });
     question.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -87,7 +90,6 @@ export class Chat {
       else message.wrong = String(/** @type {Error} */ (error).message);
     }
     this.running.delete(conversation);
-    this.growing.delete(message);
     this.conversations.save();
     this.drawList();
     if (conversation === this.conversations.current) {
@@ -117,10 +119,14 @@ export class Chat {
   /** @param {Message} message @param {string} text */
   grow(message, text) {
     message.content += text;
-    const shown = this.growing.get(message);
-    if (!shown) return;
+    if (!this.grown.size) requestAnimationFrame(() => this.drawGrown());
+    this.grown.add(message);
+  }
+
+  drawGrown() {
     const wasAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_END_PX;
-    shown.appendData(text);
+    for (const message of this.grown) this.shown.get(message)?.show(message.content);
+    this.grown.clear();
     if (wasAtEnd) log.scrollTop = log.scrollHeight;
   }
 
@@ -149,7 +155,7 @@ export class Chat {
   }
 
   drawMessages() {
-    this.growing.clear();
+    this.shown.clear();
     const hadFocus = log !== document.activeElement && log.contains(document.activeElement);
     const { current } = this.conversations;
     const drawn = current.messages.map((message, place) => this.drawMessage(current, message, place));
@@ -161,9 +167,13 @@ export class Chat {
   /** @param {Conversation} conversation @param {Message} message @param {number} place */
   drawMessage(conversation, message, place) {
     const article = element("article", `message ${message.role}`), who = message.role === "user" ? "You" : "Answer";
-    const text = element("div", "text"), node = document.createTextNode(message.content);
-    text.append(node);
-    this.growing.set(message, node);
+    const text = element("div", "text");
+    if (message.role === "user") text.append(message.content);
+    else {
+      const view = new MarkdownView(text);
+      view.show(message.content);
+      this.shown.set(message, view);
+    }
     const footer = element("footer");
     if (message.note) footer.append(element("span", "note", message.note));
     if (message.wrong) footer.append(element("span", "wrong", message.wrong));
