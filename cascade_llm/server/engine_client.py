@@ -228,8 +228,7 @@ class EngineClient:
 
     def _send(self, command: Command) -> None:
         assert self._commands is not None
-        # as the socket's queue has no end, this never waits
-        self._commands.send(encode(command), flags=zmq.NOBLOCK)
+        self._commands.send(encode(command))  # waits in the socket, whose queue has no end, until the process listens
 
     async def _look_after(self) -> None:
         while True:

@@ -14,12 +14,14 @@ from typing import Any
 
 import psutil
 import pytest
+import zmq
+import zmq.asyncio
 
 from cascade_llm import SamplingParams
 from cascade_llm.errors import EngineClosedError, WorkerError
 from cascade_llm.scheduler.sequence import Request
 from cascade_llm.server.engine_client import Answers, EngineClient, EngineStatus
-from cascade_llm.server.messages import given_params
+from cascade_llm.server.messages import Abort, decode_command, given_params
 from tests.engine.tiny_llm import save_tiny, tiny_llm
 
 OPTIONS = {"dtype": "float32", "page_size": 4, "max_num_seqs": 16, "num_threads": 1}
@@ -135,6 +137,25 @@ def test_the_death_of_the_engine_answers_all_and_it_is_started_again(tiny: Path)
         assert ended == [True]
 
     with_client(tiny, body, restarts=1, first_pause_s=0.01, on_end=lambda: ended.append(True))
+
+
+def test_a_command_waits_for_a_process_that_listens_late(tmp_path: Path) -> None:
+    async def run() -> None:
+        client, context = EngineClient("model", {}), zmq.asyncio.Context()
+        try:
+            sender, listener = context.socket(zmq.PUSH), context.socket(zmq.PULL)
+            sender.bind(f"ipc://{tmp_path}/commands")
+            client._commands = sender
+            client._send(Abort(["one"]))
+            client._send(Abort(["two"]))
+            await asyncio.sleep(0.05)
+            listener.connect(f"ipc://{tmp_path}/commands")
+            received = [await asyncio.wait_for(listener.recv(), PATIENCE_S) for _ in range(2)]
+            assert [decode_command(message) for message in received] == [Abort(["one"]), Abort(["two"])]
+        finally:
+            context.destroy(linger=0)
+
+    asyncio.run(run())
 
 
 def test_a_model_that_cannot_be_loaded_is_not_tried_again() -> None:
