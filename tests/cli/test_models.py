@@ -57,7 +57,8 @@ def test_env_models(run: Run) -> None:
     rows = json.loads(run("env", "--models", "--json").stdout)
     text = run("env", "--models").stdout
     for name, architecture in ARCHITECTURES.items():
-        assert any(line.split()[:2] == [name, architecture.hf_class] for line in text.splitlines())
+        words = next(line.split() for line in text.splitlines() if line.split()[:1] == [name])
+        assert words[1].rstrip(";") == architecture.hf_class
     for row in rows:
         assert f"{row['container']}" in text
         assert any(line.split()[:2] == [row["container"], row["type"]] for line in text.splitlines()), row["type"]

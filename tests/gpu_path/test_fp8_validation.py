@@ -109,8 +109,8 @@ def test_a_replay_of_the_engine_has_the_recorded_pages(
     assert header.kv_cache_dtype == "fp8_e4m3"
     found = []
 
-    def build(*arguments: Any) -> Any:
-        found.append(build_worker(*arguments, platform=double_gpu().platform()))
+    def build(*arguments: Any, **options: Any) -> Any:
+        found.append(build_worker(*arguments, **options, platform=double_gpu().platform()))
         return found[-1]
 
     monkeypatch.setattr(engine_replay, "build_worker", build)
