@@ -119,7 +119,9 @@ def bytes_read(model: PreTrainedModel, source: Path, index: int, count: int) -> 
     return counter.num_bytes
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    "name", [name if name == "gptq" else pytest.param(name, marks=pytest.mark.slow) for name in SOURCES]
+)
 def test_a_rank_reads_its_own_slices(name: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """Norms and scales are read by all ranks, and one row of a matrix where a format asks for its layout."""
     model = tiny_model("llama", **SIZES)
