@@ -3,8 +3,6 @@
  * Tiles 0 to 3 hold sums, 4 a piece of the left matrix, 5 to 7 pieces of the right one in turn: four sums are what
  * covers the time that one product takes. Both matrices lie as words, pairs of bfloat16, as native_attention.c packs
  * them. As in VDPBF16PS, a subnormal number counts as zero.
- *
- * gcc's intrinsics do not tell it that a tile is read from memory, hence the barriers.
  */
 #ifndef CASCADE_NATIVE_AMX_H
 #define CASCADE_NATIVE_AMX_H
@@ -14,20 +12,15 @@
 enum { AMX_ROWS = 16 };
 
 #if defined(PAIRS) && defined(__AMX_TILE__) && defined(__AMX_BF16__)
-enum { HAS_AMX = 1 };
+#include "tiles.h"
 
-#define BARRIER __asm__ volatile("" ::: "memory")
+enum { HAS_AMX = 1 };
 
 /* For this thread, before its first product; afterwards close_amx, so that the system need not save them. */
 static void open_amx(void) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } shapes = {.palette = 1};
-    for (int i = 0; i < 8; i++) shapes.row_bytes[i] = 64, shapes.rows[i] = AMX_ROWS;
-    __asm__ volatile("" ::"r"(&shapes) : "memory");
-    _tile_loadconfig(&shapes);
+    tile_shapes shapes = {0};
+    shape_tiles(&shapes, 0, 7, AMX_ROWS, TILE_ROW_BYTES);
+    configure_tiles(&shapes);
 }
 
 static void close_amx(void) { _tile_release(); }
@@ -61,14 +54,14 @@ INLINE void amx_columns(const int n, float *c, long c_stride, const float *a, lo
 /* The same for any multiple of 16 columns. */
 INLINE void amx_product(float *c, long c_stride, const float *a, long a_stride, const float *b, long b_stride,
                          long depth, long width) {
-    BARRIER;
+    written_for_tiles();
     long column = 0;
     for (; column + 64 <= width; column += 64)
         amx_columns(4, c + column, c_stride, a, a_stride, b + column, b_stride, depth);
     if (width - column == 16) amx_columns(1, c + column, c_stride, a, a_stride, b + column, b_stride, depth);
     if (width - column == 32) amx_columns(2, c + column, c_stride, a, a_stride, b + column, b_stride, depth);
     if (width - column == 48) amx_columns(3, c + column, c_stride, a, a_stride, b + column, b_stride, depth);
-    BARRIER;
+    written_for_tiles(); /* nor that a store of one writes it */
 }
 
 #else
