@@ -135,7 +135,7 @@ FAMILIES: Mapping[str, Family] = {
         EXPERTS | {"head_dim": 16},
         {
             "all": {"norm_topk_prob": True, "num_experts_per_tok": 5},
-            "windows": {"use_sliding_window": True, "sliding_window": 15},
+            "windows": {"use_sliding_window": True, "sliding_window": 24},
         },
     ),
     "mistral": Family(
@@ -148,7 +148,7 @@ FAMILIES: Mapping[str, Family] = {
         MixtralConfig,
         MixtralForCausalLM,
         {"num_local_experts": 5, "num_experts_per_tok": 2},
-        {"window, all": {"sliding_window": 7, "num_experts_per_tok": 5}},
+        {"window, all": {"sliding_window": 24, "num_experts_per_tok": 5}},
     ),
     "phi3": Family(
         Phi3Config,
