@@ -18,7 +18,7 @@ import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -42,9 +42,9 @@ from cascade_llm.sampling_params import SamplingParams
 
 __all__ = ["PlanDecoder", "PlanEncoder", "decode_result", "encode_result", "is_result"]
 
-MAGIC, VERSION = b"CLLM", 1
-PLAN, RESULT, PLAN_IN_POOLS = 1, 2, 3
-"""Kinds of messages; a plan in pools has `StepPlan.window_slots`, and the pools of its page copies, at its end."""
+MAGIC, VERSION = b"CLLM", 2
+PLAN, RESULT = 1, 2
+"""Kinds of messages."""
 MESSAGE = struct.Struct("<4sBBHQII")
 """Magic, version, kind, 0, number of the message, checksum (CRC-32) and length of the body."""
 MAX_KEPT = 4096
@@ -55,7 +55,7 @@ STEP_COLUMNS = tuple(field.name for field in fields(StepPlan) if field.type == "
 COUNTS = ("num_levels", "num_groups", "grouped_rows", "kv_tokens_read", "kv_tokens_one_level")
 NO_TEXT = 2**32 - 1
 COUNT, NUMBER, SIGNED = (struct.Struct(f"<{code}") for code in "IQq")
-CASCADE, LANE, COPY, REPORT = (struct.Struct(f"<{codes}") for codes in ("IqI", "qqqq", "qqBB", "5q"))
+CASCADE, LANE, COPY, REPORT = (struct.Struct(f"<{codes}") for codes in ("IqI", "qqqq", "qqBBB", "5q"))
 LOGPROB, TOP = struct.Struct("<qdqI"), struct.Struct("<qd")
 
 Kept = CascadeLevel | IntColumn
@@ -88,30 +88,22 @@ class PlanEncoder:
                 self._put_level(body, level)
         for name in STEP_COLUMNS:
             self._put_column(body, getattr(plan, name))
-        body += COUNT.pack(len(plan.token_bitmasks))
-        for words in plan.token_bitmasks:
-            self._put_column(body, words)
+        for columns in (plan.window_slots, plan.token_bitmasks):
+            body += COUNT.pack(len(columns))
+            for column in columns:
+                self._put_column(body, column)
         body += COUNT.pack(len(plan.lane_starts))
         for start in plan.lane_starts:
             _put_lane_start(body, start)
         body += COUNT.pack(len(plan.page_copies))
         for copy in plan.page_copies:
-            body += COPY.pack(*copy[:4])
+            body += COPY.pack(*copy)
         body += REPORT.pack(*[getattr(plan.report, name) for name in COUNTS])
         _put_text(body, plan.report.reason)
-        if plan.window_slots:
-            self._put_pools(body, plan)
         while len(self._numbers) > MAX_KEPT:
             self._forget(next(iter(self._numbers)))
         self._num_messages += 1
-        return _message(PLAN_IN_POOLS if plan.window_slots else PLAN, self._num_messages, body)
-
-    def _put_pools(self, body: bytearray, plan: StepPlan) -> None:
-        """What pools of their own for kinds with windows add to a plan."""
-        body += COUNT.pack(len(plan.window_slots))
-        for slots in plan.window_slots:
-            self._put_column(body, slots)
-        body += bytes(copy.pool for copy in plan.page_copies)
+        return _message(PLAN, self._num_messages, body)
 
     def _put_level(self, body: bytearray, level: CascadeLevel) -> None:
         if self._put_number(body, level):
@@ -150,12 +142,11 @@ class PlanDecoder:
 
     def decode(self, message: bytes) -> StepPlan:
         """The plan of the next message; `PlanError` for bytes that are damaged, cut off, foreign or out of order."""
-        in_pools = message[5:6] == bytes([PLAN_IN_POOLS])
-        number, body = _body(message, PLAN_IN_POOLS if in_pools else PLAN)
+        number, body = _body(message, PLAN)
         if number != self._num_messages + 1:
             raise PlanError(f"message {number} where {self._num_messages + 1} was to come: one was lost or repeated")
         reader = _PlanReader(body, self._kept, self._next_number, self._layer_kinds)
-        plan = reader.plan(in_pools=in_pools)
+        plan = reader.plan()
         for forgotten in reader.forgotten:
             del self._kept[forgotten]
         self._kept.update(reader.new)
@@ -218,9 +209,7 @@ def _body(message: bytes, kind: int) -> tuple[int, memoryview]:
     if version != VERSION or zero:
         raise PlanError(f"the message is of version {version}, this decoder reads version {VERSION}")
     if found != kind:
-        raise PlanError(
-            f"the message is of kind {found}, not {kind} (plans {PLAN} and {PLAN_IN_POOLS}, results {RESULT})"
-        )
+        raise PlanError(f"the message is of kind {found}, not {kind} (plans {PLAN}, results {RESULT})")
     body = memoryview(message)[MESSAGE.size :]
     if len(body) != length:
         raise PlanError(f"the message has {len(body)} bytes of {length}")
@@ -319,7 +308,7 @@ class _PlanReader(_Reader):
         self.new: dict[int, Kept] = {}
         self.forgotten: set[int] = set()
 
-    def plan(self, *, in_pools: bool) -> StepPlan:
+    def plan(self) -> StepPlan:
         """The plan, which is all that the body holds."""
         step_id = self.unpack(SIGNED, "step_id")[0]
         self.forgotten.update(self.array("Q", "forgotten numbers"))
@@ -335,24 +324,16 @@ class _PlanReader(_Reader):
             cascades=cascades,
             layer_kinds=layer_kinds,
             **columns,
-            token_bitmasks=tuple(self._column("token_bitmasks") for _ in self.count("token_bitmasks", NUMBER.size)),
+            window_slots=self._columns("window_slots"),
+            token_bitmasks=self._columns("token_bitmasks"),
             lane_starts=tuple(self._lane_start() for _ in self.count("lane_starts", LANE.size)),
             page_copies=tuple(self._page_copy() for _ in self.count("page_copies", COPY.size)),
             report=self._report(),
         )
-        if in_pools:
-            plan = self._with_pools(plan)
         self.end()
         if len(self._kept) + len(self.new) - len(self.forgotten) > 2 * MAX_KEPT:
             raise PlanError(f"the message brings more levels and columns than can be kept ({2 * MAX_KEPT})")
         return plan
-
-    def _with_pools(self, plan: StepPlan) -> StepPlan:
-        """The plan with what `PlanEncoder._put_pools` wrote."""
-        slots = tuple(self._column("window_slots") for _ in self.count("window_slots", NUMBER.size))
-        pools = self.take(len(plan.page_copies), "pools of page copies")
-        copies = tuple(copy._replace(pool=pool) for copy, pool in zip(plan.page_copies, pools, strict=True))
-        return replace(plan, window_slots=slots, page_copies=copies)
 
     def _cascade(self) -> CascadePlan:
         page_size, window_len, num_levels = self.unpack(CASCADE, "a cascade")
@@ -366,6 +347,9 @@ class _PlanReader(_Reader):
         if not isinstance(kept, CascadeLevel):
             raise PlanError(f"number {number} stands for a column, not for a level")
         return kept
+
+    def _columns(self, what: str) -> tuple[IntColumn, ...]:
+        return tuple(self._column(what) for _ in self.count(what, NUMBER.size))
 
     def _column(self, what: str) -> IntColumn:
         number, kept = self._number(what)
@@ -408,7 +392,7 @@ class _PlanReader(_Reader):
         return CascadeReport(**counts, reason=self.text("report"))
 
     def _page_copy(self) -> PageCopy:
-        source, target, *tiers = self.unpack(COPY, "a page copy")
-        if max(tiers) >= len(Tier):
-            raise PlanError(f"a page copy names tier {max(tiers)}, there are {len(Tier)}")
-        return PageCopy(source, target, *map(Tier, tiers))
+        source, target, source_tier, target_tier, pool = self.unpack(COPY, "a page copy")
+        if max(source_tier, target_tier) >= len(Tier):
+            raise PlanError(f"a page copy names tier {max(source_tier, target_tier)}, there are {len(Tier)}")
+        return PageCopy(source, target, Tier(source_tier), Tier(target_tier), pool)

@@ -18,7 +18,7 @@ import zlib
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,7 +31,7 @@ from cascade_llm.plan_codec import PlanDecoder, PlanEncoder, decode_result, enco
 __all__ = ["PlanFileHeader", "PlanFileReader", "PlanFileWriter", "RecordedStep"]
 
 FORMAT = "cascade-llm step plans"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Grows when an older reader would misread a file."""
 MAGIC = b"cascade-llm step plans\n"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -48,13 +48,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", *DTYPES, "fp8_e4m3", "int8")
 MODEL_FIELDS = ("num_layers", "num_qo_heads", "num_kv_heads", "head_dim", "vocab_size")
 """Fields that belong to the model and are called the same in its configuration."""
-INTEGERS = (*MODEL_FIELDS, "page_size", "total_pages", "max_model_len", "max_num_seqs")
+INTEGERS = (*MODEL_FIELDS, "page_size", "max_model_len", "max_num_seqs")
 """Fields that must be integers, 1 or larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFileHeader:
-    """Model, pool and limits of the engine whose steps were recorded."""
+    """Model, pools and limits of the engine whose steps were recorded."""
 
     cascade_llm: str
     """The package's version."""
@@ -69,23 +69,17 @@ class PlanFileHeader:
     dtype: str
     """Of the computation: float32 | bfloat16 | float16."""
     page_size: int
-    total_pages: int
+    pool_pages: list[int]
+    """Pages of the pool of all attention kinds, or of the pool of each kind; none has more than the first."""
     max_model_len: int
     max_num_seqs: int
     """Lanes."""
     token_ids: bool
     """Whether token ids were recorded, those that were sampled and the users' stop strings with them."""
-    kv_cache_dtype: str = "auto"
+    kv_cache_dtype: str
     """Of the KV pool: auto (as `dtype`) | float32 | bfloat16 | float16 | fp8_e4m3 | int8."""
-    attention_soft_cap: float | None = None
+    attention_soft_cap: float | None
     """Attention's scores s became cap * tanh(s / cap)."""
-    window_pages: list[int] = field(default_factory=list)
-    """Pages of the pools that attention kinds after the first had of their own; none where all kinds had one pool."""
-
-    @property
-    def pool_pages(self) -> tuple[int, ...]:
-        """Of all pools."""
-        return self.total_pages, *self.window_pages
 
     def to_json(self) -> dict[str, Any]:
         """The first frame's object."""
@@ -102,9 +96,8 @@ class PlanFileHeader:
                 f"format {given.get('version')!r} was written by cascade-llm {writer}, this one reads format "
                 f"{FORMAT_VERSION}: replay it with cascade-llm {writer}, or record it again with this one"
             )
-        names = [each.name for each in fields(cls) if each.name in given]
-        required = [each.name for each in fields(cls) if each.default is each.default_factory is MISSING]
-        missing = [name for name in required if name not in given]
+        names = [each.name for each in fields(cls)]
+        missing = [name for name in names if name not in given]
         if missing:
             raise PlanError(f"the header lacks {', '.join(missing)}: record the file again")
         header = cls(**{name: given[name] for name in names})
@@ -128,9 +121,11 @@ class PlanFileHeader:
                 isinstance(value, float) and 0 < value < float("inf")
             ):
                 raise PlanError(f"the header's {name} is {value!r}, it must be a positive number")
-        pages: object = self.window_pages
-        if not isinstance(pages, list) or not all(type(n) is int and 1 <= n <= self.total_pages for n in pages):
-            raise PlanError(f"the header's window_pages is {pages!r}, it must be integers of 1 to total_pages")
+        pages: object = self.pool_pages
+        if not isinstance(pages, list) or not pages or not all(type(n) is int and 1 <= n <= pages[0] for n in pages):
+            raise PlanError(
+                f"the header's pool_pages is {pages!r}, it must be integers of 1 or more, none larger than the first"
+            )
         if not isinstance(self.token_ids, bool):
             raise PlanError(f"the header's token_ids is {self.token_ids!r}, it must be true or false")
 
@@ -141,9 +136,9 @@ class PlanFileHeader:
             for name in MODEL_FIELDS
             if getattr(self, name) != getattr(model, name)
         ]
-        num_windows = len(model.attention_kinds) - 1
-        if len(self.window_pages) not in (0, num_windows):
-            differing.append(f"pools for {len(self.window_pages)} windows (here {num_windows})")
+        num_pools, num_kinds = len(self.pool_pages), len(model.attention_kinds)
+        if num_pools not in (1, num_kinds):
+            differing.append(f"{num_pools} pools (here {num_kinds} attention kinds)")
         if differing:
             raise PlanError(
                 f"the steps were recorded with {self.model}, which has {', '.join(differing)}, not with {model_name}: "
@@ -415,13 +410,13 @@ class _PlanLimits:
     def check(self, plan: StepPlan) -> None:
         """Raise `PlanError` where a plan leaves the pool, the lanes, the context, the layers or the vocabulary."""
         header = self._header
-        if len(plan.window_slots) != len(header.window_pages):
-            raise PlanError(f"{len(plan.window_slots)} window_slots, there were {len(header.window_pages)} such pools")
+        if 1 + len(plan.window_slots) != len(header.pool_pages):
+            raise PlanError(f"it writes to {1 + len(plan.window_slots)} pools, there were {len(header.pool_pages)}")
         for kind, cascade in enumerate(plan.cascades):
             self._check_pages(cascade, kind if plan.window_slots else 0)
         for copy in plan.page_copies:
             for page, tier in ((copy.source, copy.source_tier), (copy.target, copy.target_tier)):
-                if page < 0 or (tier is Tier.DEVICE and page >= self._pages(copy.pool)):
+                if page < 0 or (tier is Tier.DEVICE and page >= header.pool_pages[copy.pool]):
                     raise PlanError(f"it copies page {copy.source} to {copy.target}, {self._pool(copy.pool)}")
         if any(position >= header.max_model_len for position in plan.positions):
             raise PlanError(f"a position is beyond max_model_len {header.max_model_len}")
@@ -441,23 +436,20 @@ class _PlanLimits:
         if wrong is not None:
             raise PlanError(f"{what} has the token id {wrong!r}, {self._vocabulary}")
 
-    def _pages(self, kind: int) -> int:
-        return self._header.window_pages[kind - 1] if kind else self._header.total_pages
-
-    def _pool(self, kind: int) -> str:
-        return f"the pool has {self._pages(kind)} pages"
+    def _pool(self, number: int) -> str:
+        return f"the pool has {self._header.pool_pages[number]} pages"
 
     @property
     def _vocabulary(self) -> str:
         return f"the vocabulary has {self._header.vocab_size}"
 
-    def _check_pages(self, cascade: CascadePlan, kind: int) -> None:
+    def _check_pages(self, cascade: CascadePlan, pool: int) -> None:
         if cascade.page_size != self._header.page_size:
             raise PlanError(f"its page_size is {cascade.page_size}, the header's {self._header.page_size}")
         for depth, level in enumerate(cascade.levels):
             largest = max(level.kv_page_indices, default=0)
-            if largest >= self._pages(kind):
-                raise PlanError(f"level {depth} reads page {largest}, {self._pool(kind)}")
+            if largest >= self._header.pool_pages[pool]:
+                raise PlanError(f"level {depth} reads page {largest}, {self._pool(pool)}")
 
     def _check_lanes(self, plan: StepPlan) -> None:
         for start in plan.lane_starts:

@@ -244,7 +244,7 @@ def test_foreign_bytes(message: bytes) -> None:
 def test_another_version() -> None:
     message = bytearray(PlanEncoder().encode(full_step()))
     message[4] = 9
-    with pytest.raises(PlanError, match="of version 9, this decoder reads version 1"):
+    with pytest.raises(PlanError, match="of version 9, this decoder reads version 2"):
         PlanDecoder().decode(bytes(message))
 
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from cascade_llm.config import EngineOptions
-from cascade_llm.device.devices import DTYPES, resolve_kv_dtype
+from cascade_llm.device.devices import DTYPES
 from cascade_llm.errors import PlanError
-from cascade_llm.kv_cache.page_dtypes import bytes_per_number
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.plan import StepPlan, int_column
@@ -84,11 +83,8 @@ def replay_engine(
         config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
         header.check_model(checkpoint.name, config)
         dtype = DTYPES[header.dtype]
-        kv_dtype = resolve_kv_dtype(header.kv_cache_dtype, dtype)
         progress(f"loading {checkpoint.name}", 0, 0)
-        bytes_per_token = config.kv_bytes_per_token(bytes_per_number(kv_dtype, config.head_dim))
-        engine_options = _options(options, header, bytes_per_token)
-        runner, facts = build_worker(engine_options, checkpoint, pool_pages=header.pool_pages)
+        runner, facts = build_worker(_options(options, header), checkpoint, pool_pages=tuple(header.pool_pages))
         replay, num_steps = _Replay(runner), 0
         for step in islice(reader, max_steps):
             progress(f"{reader.path.name}, frame {step.frame}", num_steps, 0)
@@ -101,14 +97,13 @@ def replay_engine(
         return [check, *truncation_check(reader)]
 
 
-def _options(options: Mapping[str, Any], header: PlanFileHeader, kv_bytes_per_token: int) -> EngineOptions:
+def _options(options: Mapping[str, Any], header: PlanFileHeader) -> EngineOptions:
     return EngineOptions(
         **{**options, "dtype": header.dtype, "kv_cache_dtype": header.kv_cache_dtype},
         page_size=header.page_size,
         max_model_len=header.max_model_len,
         max_num_seqs=header.max_num_seqs,
         max_num_batched_tokens=max(8192, header.max_num_seqs),
-        kv_cache_bytes=header.total_pages * header.page_size * kv_bytes_per_token,
     )
 
 

@@ -1,6 +1,7 @@
 """Recorded step plans, run again: attention on random K/V, on every backend that can run here.
 
-The pool has the recorded size and dtype, one layer of it, because page addresses are part of what a recording is for.
+The pool has the recorded size and dtype, one layer of it, because page addresses are part of what a recording is for;
+of several pools that of the first kind serves for all kinds, and none has more pages.
 Its K/V stay as they are while the steps go by, so what a backend keeps of a level that lasts is right or shows.
 """
 
@@ -113,7 +114,8 @@ def _random_pool(
     header: PlanFileHeader, spec: AttentionSpec, backend: type[AttentionBackend], seed: int
 ) -> PagedKVCache:
     """One layer of the recorded pool, every slot filled: the same numbers whatever the layout."""
-    num_slots = header.total_pages * header.page_size
+    num_pages = header.pool_pages[0]
+    num_slots = num_pages * header.page_size
     num_bytes = 2 * num_slots * spec.num_kv_heads * spec.head_dim * (spec.dtype.itemsize + spec.kv_number_bytes)
     free_bytes = available_bytes(spec.device)
     if num_bytes > free_bytes:
@@ -123,7 +125,7 @@ def _random_pool(
         )
     kv_cache = PagedKVCache(
         num_layers=1,
-        num_pages=header.total_pages,
+        num_pages=num_pages,
         page_size=header.page_size,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,

@@ -24,10 +24,12 @@ HEADER: dict[str, Any] = {
     "sm_scale": 0.25,
     "dtype": "float32",
     "page_size": 4,
-    "total_pages": 400,
+    "pool_pages": [400],
     "max_model_len": 128,
     "max_num_seqs": 16,
     "token_ids": True,
+    "kv_cache_dtype": "auto",
+    "attention_soft_cap": None,
 }
 
 

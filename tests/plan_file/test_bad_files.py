@@ -124,7 +124,7 @@ def test_a_small_file_cannot_become_a_large_message(recording: Path, monkeypatch
 def test_a_file_of_the_format_before_says_what_wrote_it(tmp_path: Path) -> None:
     line = {"format": "cascade-llm step plans", "version": 1, **HEADER}
     (tmp_path / "plans.gz").write_bytes(gzip.compress(json.dumps(line).encode() + b"\n{}\n"))
-    with pytest.raises(PlanError, match=r"format 1 was written by cascade-llm 0\.1\.0, this one reads format 2"):
+    with pytest.raises(PlanError, match=r"format 1 was written by cascade-llm 0\.1\.0, this one reads format 3"):
         PlanFileReader(tmp_path / "plans.gz")
 
 
@@ -144,7 +144,10 @@ def test_another_version_says_which_one_to_use(recording: Path) -> None:
     ("name", "value", "words"),
     [
         ("page_size", 0, "page_size is 0"),
-        ("total_pages", "many", "total_pages is 'many'"),
+        ("pool_pages", "many", "pool_pages is 'many'"),
+        ("pool_pages", [], r"pool_pages is \[\]"),
+        ("pool_pages", [9, 10], r"pool_pages is \[9, 10\].*none larger than the first"),
+        ("pool_pages", [True], r"pool_pages is \[True\]"),
         ("max_num_seqs", True, "max_num_seqs is True"),
         ("num_kv_heads", 3, "4 query heads cannot be shared out over 3"),
         ("dtype", "int8", "dtype is 'int8'"),
@@ -283,14 +286,15 @@ def test_a_result_twice(recording: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "words"),
     [
-        ({"total_pages": 3}, "the pool has 3 pages"),
+        ({"pool_pages": [3]}, "the pool has 3 pages"),
+        ({"pool_pages": [400, 8]}, "it writes to 1 pools, there were 2"),
         ({"max_num_seqs": 1}, "there are 1"),
         ({"max_model_len": 4}, "beyond max_model_len 4"),
         ({"vocab_size": 2}, "the vocabulary has 2"),
         ({"page_size": 8}, "its page_size is 4, the header's 8"),
     ],
 )
-def test_a_plan_beyond_the_header_is_refused(recording: Path, limit: dict[str, int], words: str) -> None:
+def test_a_plan_beyond_the_header_is_refused(recording: Path, limit: dict[str, Any], words: str) -> None:
     edit(recording, 1, lambda line: line.update(limit))
     with pytest.raises(PlanError, match=rf"plans\.gz, frame \d+: .*{words}"):
         read(recording)

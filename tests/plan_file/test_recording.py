@@ -71,7 +71,7 @@ def test_the_header_says_what_the_engine_was(folder: Path, tmp_path: Path) -> No
         found = reader.header
     found.check_model("itself", llm.facts.model)
     assert (found.model, found.dtype, found.page_size) == (llm.model_name, "float32", 4)
-    assert (found.total_pages, found.max_model_len, found.max_num_seqs) == (llm.facts.total_pages, 64, 16)
+    assert (found.pool_pages, found.max_model_len, found.max_num_seqs) == ([llm.facts.total_pages], 64, 16)
     assert not found.token_ids
 
 

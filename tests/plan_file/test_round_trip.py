@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +18,13 @@ from tests.test_plan_codec import full_step, kept_objects, plain
 NUM_SEEDS, NUM_STEPS = 12, 25
 
 
-def generated(seed: int) -> tuple[list[StepPlan], dict[str, int]]:
+def generated(seed: int) -> tuple[list[StepPlan], dict[str, Any]]:
     import random
 
     config = random_config(random.Random(seed))
     plans = [plan for plan, _ in generated_steps(seed, NUM_STEPS, config=config)]
-    names = ("page_size", "total_pages", "max_model_len", "max_num_seqs")
-    return plans, {name: getattr(config, name) for name in names}
+    limits = {name: getattr(config, name) for name in ("page_size", "max_model_len", "max_num_seqs")}
+    return plans, {**limits, "pool_pages": [config.total_pages, *config.window_pages]}
 
 
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
@@ -70,7 +71,7 @@ def test_without_token_ids_the_users_words_are_left_out(tmp_path: Path) -> None:
 def test_samples_behind_what_was_accepted_mean_nothing(tmp_path: Path) -> None:
     """Three samples of a draft of two tokens, of which one was accepted; the third is left over."""
     step = full_step()
-    with_prompt = header(page_size=4, num_layers=3, vocab_size=64, window_pages=[8])
+    with_prompt = header(page_size=4, num_layers=3, vocab_size=64, pool_pages=[400, 8])
     writer = PlanFileWriter(tmp_path / "plans.gz", token_ids=True)
     writer.begin(with_prompt)
     start = replace(step.lane_starts[0], lane=10, epoch=1)

@@ -234,7 +234,7 @@ def test_a_file_without_steps(folder: Path, tmp_path: Path) -> None:
 
 def test_a_pool_too_large_for_this_machine(record: Callable[..., Path]) -> None:
     path = record()
-    edit(path, 1, lambda header: header.update(total_pages=2**40))
+    edit(path, 1, lambda header: header.update(pool_pages=[2**40]))
     with pytest.raises(CapacityError, match=r"one layer of the recorded pool takes .* are free"):
         replay(path, options=TORCH)
 
