@@ -16,7 +16,7 @@ from itertools import chain
 from types import CodeType
 from typing import Any, NoReturn
 
-from jinja2 import Environment, Template, TemplateError, meta, nodes
+from jinja2 import Environment, Template, TemplateError, UndefinedError, meta, nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import EvalContext
@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cascade_llm.errors import RequestError
 
-__all__ = ["ChatTemplate", "plain_messages"]
+__all__ = ["ChatTemplate", "plain_messages", "text_of"]
 
 MOST_STEPS = 1_000_000
 MOST_SECONDS = 2.0
@@ -39,6 +39,8 @@ LARGEST_SIZE = 1 << 24
 LARGEST_TOTAL = 1 << 28
 """The same of all texts and lists that a template makes."""
 CONTINUE_HERE = "\N{OBJECT REPLACEMENT CHARACTER}CONTINUE\N{OBJECT REPLACEMENT CHARACTER} "
+THOUGHT_NAMES = ("reasoning_content", "thinking", "reasoning")
+"""Of what an assistant thought, in messages: the first that is there counts."""
 WIDE_FIELD = re.compile(r"\d{7,}|\*|\{[^{}]*:[^{}]*\{")
 """A width of millions in a format, or one that an argument gives."""
 
@@ -75,6 +77,8 @@ class ChatTemplate:
             tree = environment.parse(source)
             self.names = meta.find_undeclared_variables(tree)
             """What it asks for: messages, tools, ..."""
+            self.reads_parts = any(_is_content(loop.iter) for loop in tree.find_all(nodes.For))
+            """Whether it goes through the content of a message part by part."""
             self._code: CodeType = environment.compile(source)
         except (TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise RequestError(f"the chat template is no Jinja template: {error}") from error
@@ -89,7 +93,7 @@ class ChatTemplate:
         """
         plain = [dict(message) for message in messages]
         if continue_final_message:
-            plain[-1]["content"] += CONTINUE_HERE
+            plain[-1]["content"] = _with_mark(plain[-1]["content"])
         try:
             text = self._render(plain, variables)
         except TemplateLimitError as error:
@@ -99,13 +103,13 @@ class ChatTemplate:
         return _cut_at_mark(text) if continue_final_message else text
 
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
-        """As the messages are; where a template cannot add a missing content to a text, with an empty one."""
+        """As the messages are; where a template takes contents for texts that are none, with texts."""
         try:
             return self._run({"messages": messages, **variables})
-        except TypeError:
-            if all(message.get("content") is not None for message in messages):
+        except (TypeError, UndefinedError):
+            if all(isinstance(message.get("content"), str) for message in messages):
                 raise
-            filled = [{**message, "content": message.get("content") or ""} for message in messages]
+            filled = [{**message, "content": text_of(message.get("content"))} for message in messages]
             return self._run({"messages": filled, **variables})
 
     def _run(self, variables: dict[str, Any]) -> str:
@@ -297,34 +301,66 @@ class _Environment(ImmutableSandboxedEnvironment):
         return "" if value is None else value
 
 
-def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates take them: contents as one string. Names the first that cannot be."""
+def plain_messages(messages: Sequence[Mapping[str, Any]], keeps_parts: bool = False) -> list[dict[str, Any]]:
+    """Messages as templates take them: contents as one string, or where these are kept as a list of parts.
+
+    What an assistant thought has both of the names that templates read. Names the first message that cannot be.
+    """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(f'messages is {messages!r}: give a list of {{"role": ..., "content": ...}}')
     if not messages:
         raise RequestError('messages is empty: give at least one {"role": "user", "content": ...}')
-    return [_plain_message(index, message) for index, message in enumerate(messages)]
+    return [_plain_message(index, message, keeps_parts) for index, message in enumerate(messages)]
 
 
-def _plain_message(index: int, message: object) -> dict[str, Any]:
+def _plain_message(index: int, message: object, keeps_parts: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f'messages[{index}] is {message!r}: give {{"role": ..., "content": ...}}')
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise RequestError(f'messages[{index}] has the role {role!r}: give "system", "user", "assistant" or "tool"')
+    thought = next((message[name] for name in THOUGHT_NAMES if message.get(name) is not None), None)
+    if thought is not None:
+        message = {"thinking": thought, **message, "reasoning_content": thought}
     if content is None and message.get("tool_calls"):
         return {**message, "content": None}
     if isinstance(content, list | tuple):
-        content = "".join(_text_part(index, part) for part in content)
-    if not isinstance(content, str):
+        content = [_checked_part(index, part) for part in content]
+        content = content if keeps_parts else text_of(content)
+    if not isinstance(content, str | list):
         raise RequestError(f"messages[{index}] has content of type {type(content).__name__}: give a string")
     return {**message, "content": content}
 
 
-def _text_part(index: int, part: object) -> str:
+def _checked_part(index: int, part: object) -> dict[str, Any]:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
+        return dict(part)
     raise RequestError(f'messages[{index}] has a part that is no text: give {{"type": "text", "text": ...}}')
+
+
+def text_of(content: str | Sequence[Mapping[str, Any]] | None) -> str:
+    """One string of a checked content; an empty one of none."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part["text"] for part in content)
+
+
+def _with_mark(content: Any) -> Any:
+    """A content that is not empty, and says where it ends."""
+    if isinstance(content, str):
+        return content + CONTINUE_HERE
+    return [*content[:-1], {**content[-1], "text": content[-1]["text"] + CONTINUE_HERE}]
+
+
+def _is_content(node: nodes.Node) -> bool:
+    """Whether an expression is what a message says: `message.content`, `message["content"]` or such a variable."""
+    while isinstance(node, nodes.Filter) and node.node is not None:
+        node = node.node
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+    return (isinstance(node, nodes.Getattr) and node.attr == "content") or (
+        isinstance(node, nodes.Name) and node.name == "content"
+    )
 
 
 def _cut_at_mark(text: str) -> str:

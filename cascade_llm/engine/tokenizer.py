@@ -19,7 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as BackendTokenizer
 
-from cascade_llm.engine.chat_template import ChatTemplate, plain_messages
+from cascade_llm.engine.chat_template import ChatTemplate, plain_messages, text_of
 from cascade_llm.errors import CascadeError, CheckpointError, PromptError, RequestError, UnsupportedModelError
 from cascade_llm.loader.gguf_file import GGUFFile
 from cascade_llm.loader.gguf_tokenizer import build_tokenizer
@@ -169,7 +169,8 @@ class Tokenizer:
         """A conversation as the model's own template writes it.
 
         Args:
-            messages: each with "role" and "content", a string or a list of {"type": "text", "text": ...}
+            messages: each with "role" and "content", a string or a list of {"type": "text", "text": ...}; the parts
+                of a list reach a template that reads parts, any other gets one text of all
             add_generation_prompt: end where the assistant's turn begins
             chat_template: another than the model's: its text, or the name of one of the model's
             continue_final_message: end where the last message's content does
@@ -177,10 +178,10 @@ class Tokenizer:
 
         Raises `RequestError` that names the message at fault, or when there is no template.
         """
-        plain = plain_messages(messages)
-        if continue_final_message and not plain[-1]["content"]:
-            raise RequestError("continue_final_message: the last message has no content to continue")
         template = self._template(chat_template, arguments.get("tools"))
+        plain = plain_messages(messages, keeps_parts=template.reads_parts)
+        if continue_final_message and not text_of(plain[-1]["content"]):
+            raise RequestError("continue_final_message: the last message has no content to continue")
         if unknown := sorted(arguments.keys() - template.names - TEMPLATE_ARGUMENTS):
             advice.warning("the chat template reads no %s: it has no effect", ", ".join(unknown))
         if arguments.get("tools") and "tools" not in template.names:
@@ -379,10 +380,20 @@ def _from_gguf(path: Path) -> Tokenizer:
         )
         if key in metadata
     }
-    template = metadata.get("tokenizer.chat_template")
-    if not isinstance(template, str | None):
-        raise CheckpointError(f"{path}: tokenizer.chat_template is a {type(template).__name__}, not a text")
-    return Tokenizer(backend, special, template)
+    return Tokenizer(backend, special, _gguf_templates(path, metadata))
+
+
+def _gguf_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Those of a GGUF file, by name: one, and others that a list names."""
+    names = metadata.get("tokenizer.chat_templates", [])
+    if not isinstance(names, list):
+        raise CheckpointError(f"{path}: tokenizer.chat_templates is a {type(names).__name__}, not a list of names")
+    keys = {str(name): f"tokenizer.chat_template.{name}" for name in names}
+    if metadata.get("tokenizer.chat_template") is not None:
+        keys["default"] = "tokenizer.chat_template"
+    if wrong := [key for key in keys.values() if not isinstance(metadata.get(key), str)]:
+        raise CheckpointError(f"{path}: {wrong[0]} is a {type(metadata.get(wrong[0])).__name__}, not a text")
+    return {name: metadata[key] for name, key in keys.items()}
 
 
 def _unreadable(text: object) -> str:

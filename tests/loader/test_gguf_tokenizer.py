@@ -49,9 +49,12 @@ MODEL_KEYS: dict[str, Any] = {
 }
 
 
-def tokenizer_file(folder: Path, architecture: str, keys: Mapping[str, Any]) -> Path:
+def tokenizer_file(
+    folder: Path, architecture: str, keys: Mapping[str, Any], other_keys: Mapping[str, Any] | None = None
+) -> Path:
+    """`keys` are those of tokenizer.ggml, `other_keys` whole names."""
     tensors = {"token_embd.weight": np.zeros((8, 8), np.float32)}
-    names = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+    names = {f"tokenizer.ggml.{name}": value for name, value in keys.items()} | dict(other_keys or {})
     return write_gguf(folder / "tiny.gguf", architecture, MODEL_KEYS, tensors, other_keys=names)
 
 

@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from cascade_llm.engine.chat_template import ChatTemplate
+from cascade_llm.errors import RequestError
+from cascade_llm.server.api_errors import api_error
 from tests.server.conftest import PATIENCE_S, RunningServer, StartServer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -97,6 +100,15 @@ def assert_error(answer: httpx.Response, *words: str) -> None:
     assert len(answer.text) < 2000
     for word in words:
         assert word in error["message"]
+
+
+def test_what_a_chat_template_refuses_is_the_client_s_error_in_the_template_s_words() -> None:
+    template = ChatTemplate("{{ raise_exception('the user speaks first') }}")
+    with pytest.raises(RequestError) as caught:
+        template.render(HELLO, False)
+    told = api_error(caught.value)
+    assert told.status == 400
+    assert str(told).endswith("the user speaks first")
 
 
 def assert_serves(server: RunningServer) -> None:
