@@ -13,13 +13,17 @@ from cascade_llm.device.cpu_levels import CpuLevel
 
 __all__ = [
     "BLOCKED",
-    "PACKED",
+    "PACKED_FLOATS",
+    "PACKED_INTEGERS",
+    "PACKED_LAYOUT",
+    "PACKED_PRODUCT",
     "PARALLEL",
     "SAMPLER",
     "SUPER_BLOCKS",
     "NativeUnit",
     "attention_unit",
     "ops_unit",
+    "packed_tiles_unit",
     "routing_unit",
     "row_major_unit",
     "units_of_wheel",
@@ -31,6 +35,10 @@ OTHER_PAGES = ("bfloat16", "float16", "float8", "int8")
 WHEEL_HEAD_DIMS: Mapping[int, tuple[str, ...]] = {64: OTHER_PAGES, 80: (), 96: (), 128: OTHER_PAGES, 256: ()}
 """Of the attention kernels in the wheel, and with which pages beside those of the element's own type; others are
 compiled when a model asks."""
+
+PACKED_INTEGERS = ("u2", "u3", "u4", "u5", "u6", "u8", "table")
+PACKED_FLOATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float32")
+"""Of packed matrices: `enum code` of packed.h, integers first."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +82,8 @@ class NativeUnit:
 
 PARALLEL = NativeUnit("device/parallel.c", ("cascade_parallel_for",))
 SAMPLER = NativeUnit("sampling/native_sampler.c", ("scratch_len", "sample_rows", "draw_rows"))
-PACKED = NativeUnit(
-    "weights/packed_product.c",
-    ("packed_product", "packed_stack_product", "packed_tile_bytes", "pack_tiles", "packed_rows"),
-)
+PACKED_LAYOUT = NativeUnit("weights/packed_layout.c", ("packed_tile_bytes", "pack_tiles", "packed_rows"))
+PACKED_PRODUCT = NativeUnit("weights/packed_product.c", ("packed_product", "packed_stack_product"))
 SUPER_BLOCKS = NativeUnit("weights/super_blocks.c", ("round_super_blocks",))
 BLOCKED = NativeUnit("weights/blocked.c", ("blocked_product",), flag="avx512_bf16")
 
@@ -97,6 +103,13 @@ def routing_unit(element: str) -> NativeUnit:
     return NativeUnit("layers/native_routing.c", ("route_rows", "combine_rows"), (element.upper(),), f"_{element}")
 
 
+def packed_tiles_unit(code: str, is_exact: bool) -> NativeUnit:
+    """Products of packed tiles, for one code of `PACKED_INTEGERS` or `PACKED_FLOATS`; those of floats are exact."""
+    exact = is_exact and code in PACKED_INTEGERS
+    macros = (f"CODE={code.upper()}", *(("EXACT",) if exact else ()))
+    return NativeUnit("weights/packed_tiles.c", ("packed_tiles",), macros, f"_{code}{'_exact' if exact else ''}")
+
+
 def row_major_unit(element: str) -> NativeUnit:
     """Products with rows of weights as they lie, for one element type of inputs."""
     return NativeUnit("weights/row_major.c", ("row_major_product",), (element.upper(),), f"_{element}")
@@ -110,7 +123,9 @@ def ops_unit(element: str) -> NativeUnit:
 
 def units_of_wheel() -> Iterator[NativeUnit]:
     """All that a library of the wheel holds, as far as its level has the instructions."""
-    yield from (PARALLEL, SAMPLER, PACKED, SUPER_BLOCKS, BLOCKED)
+    yield from (PARALLEL, SAMPLER, PACKED_LAYOUT, PACKED_PRODUCT, SUPER_BLOCKS, BLOCKED)
+    yield from (packed_tiles_unit(code, is_exact) for code in PACKED_INTEGERS for is_exact in (False, True))
+    yield from (packed_tiles_unit(code, is_exact=True) for code in PACKED_FLOATS)
     for element in ELEMENTS:
         yield ops_unit(element)
         yield routing_unit(element)

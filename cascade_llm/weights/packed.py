@@ -17,7 +17,14 @@ from cascade_llm.device.huge_pages import MemoryRange
 from cascade_llm.errors import CapacityError
 from cascade_llm.weights.codes import INTEGER_BITS, ROWS_TOGETHER, SUPER_LEN, CodeLayout, Codes
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
-from cascade_llm.weights.packed_kernels import CODE_NUMBERS, SCALE_NUMBERS, Piece, packed_kernels, reason_against_packed
+from cascade_llm.weights.packed_kernels import (
+    CODE_NUMBERS,
+    SCALE_NUMBERS,
+    Piece,
+    packed_kernels,
+    reason_against_packed,
+    tile_product,
+)
 
 __all__ = ["Packed", "codes_in"]
 
@@ -32,7 +39,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Packed(WeightFormat):
-    """Pieces of tiles, which `packed_product.c` multiplies."""
+    """Pieces of tiles, as `packed.h` has them."""
 
     name = "packed"
 
@@ -43,8 +50,8 @@ class Packed(WeightFormat):
         self._in_features, self._out_features = spec.in_features, spec.out_features
         self._dtype = spec.options.dtype
         self._is_bfloat16 = self._dtype == torch.bfloat16
-        self._is_exact = spec.options.exact_activations
-        packed = [_PackedPart(spec.rows_of(name).start, parts[name]) for name in spec.parts]
+        exact = spec.options.exact_activations
+        packed = [_PackedPart(spec.rows_of(name).start, parts[name], exact) for name in spec.parts]
         self.layouts = [part.layout for part in packed]
         """Of the parts."""
         self._tiles = [part.tiles for part in packed]
@@ -64,10 +71,9 @@ class Packed(WeightFormat):
         if spec.in_features % BLOCK_LEN:
             return [f"{spec.name} has {spec.in_features} inputs, which are no blocks of {BLOCK_LEN}"]
         for stored in parts.values():
-            if reason := _reason_against(stored, spec.in_features):
+            if reason := _reason_against(stored, spec.in_features, options.exact_activations):
                 return [reason]
-        reason = reason_against_packed()
-        return [] if reason is None else [reason]
+        return []
 
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
@@ -90,7 +96,6 @@ class Packed(WeightFormat):
                 in_features,
                 self._out_features,
                 self._is_bfloat16,
-                self._is_exact,
                 torch.get_num_threads(),
             )
             if failed:
@@ -141,11 +146,11 @@ class Packed(WeightFormat):
 class _PackedPart:
     """The tiles of one part, and what the kernels are told of them."""
 
-    def __init__(self, first_output: int, stored: StoredTensor) -> None:
+    def __init__(self, first_output: int, stored: StoredTensor, exact: bool) -> None:
         num_rows, in_features = stored.shape
         first = codes_in(stored, slice(0, 1))
         self.layout, self.input_order = first.layout, first.input_order
-        self.piece = _piece_of(self.layout, num_rows, in_features, first_output)
+        self.piece = _piece_of(self.layout, num_rows, in_features, first_output, exact)
         num_pairs = -(-num_rows // (2 * TILE_LEN))
         self.tiles = torch.empty(2 * num_pairs, self.piece.tile_bytes, dtype=torch.uint8)
         self.tiles[num_rows // TILE_LEN :] = 0  # the last pair may be half empty
@@ -182,11 +187,11 @@ def codes_in(stored: StoredTensor, rows: slice) -> Codes:
     return Codes(CodeLayout(str(values.dtype).removeprefix("torch."), group_len=None), values)
 
 
-def _reason_against(stored: StoredTensor, in_features: int) -> str | None:
+def _reason_against(stored: StoredTensor, in_features: int, exact: bool) -> str | None:
     if stored.codes is None and stored.decode is not None:
         return f"{stored.format} has no kernel: it is decoded as it is loaded"
     layout = codes_in(stored, slice(0, 1)).layout
-    code = "table" if layout.values else layout.code
+    code = _code_of(layout)
     if code not in CODE_NUMBERS:
         return f"there is no kernel for {code}"
     if (layout.group_len is None) == (code in SCALED_CODES):
@@ -197,19 +202,34 @@ def _reason_against(stored: StoredTensor, in_features: int) -> str | None:
     else:
         group_len = layout.group_len or BLOCK_LEN
         fits = group_len % BLOCK_LEN == 0 and in_features % group_len == 0
-    return None if fits else f"there is no kernel for groups of {layout.group_len} in {in_features} inputs of {code}"
+    if not fits:
+        return f"there is no kernel for groups of {layout.group_len} in {in_features} inputs of {code}"
+    return reason_against_packed(code, _is_exact(layout, exact))
 
 
-def _piece_of(layout: CodeLayout, num_rows: int, in_features: int, first_output: int) -> Piece:
+def _code_of(layout: CodeLayout) -> str:
+    """A key of `CODE_NUMBERS`, if there are kernels for it."""
+    return "table" if layout.values else layout.code
+
+
+def _is_exact(layout: CodeLayout, exact: bool) -> bool:
+    """Whether products leave the inputs as they are: where that is asked for, and where codes are floats."""
+    return exact or layout.code not in INTEGER_BITS
+
+
+def _piece_of(layout: CodeLayout, num_rows: int, in_features: int, first_output: int, exact: bool) -> Piece:
+    code, is_exact = _code_of(layout), _is_exact(layout, exact)
     super_len = SUPER_LEN if layout.scale == "sub" else layout.group_len or BLOCK_LEN
     piece = Piece(
+        multiply=tile_product(code, is_exact),
         num_outputs=num_rows,
         first_output=first_output,
         super_blocks=super_len // BLOCK_LEN,
-        code=CODE_NUMBERS["table" if layout.values else layout.code],
+        code=CODE_NUMBERS[code],
         scale=SCALE_NUMBERS[layout.scale if layout.group_len is not None else None],
         zero=layout.zero + (128 if layout.values else 0),
         has_minimum=layout.has_minimum,
+        is_exact=is_exact,
     )
     for index, value in enumerate(layout.values or ()):
         piece.values[index] = value + 128

@@ -1,4 +1,7 @@
-"""The compiled products of packed matrices: `packed_product.c`, and the structure that both sides share."""
+"""The compiled products of packed matrices, and the structures that both sides share; see `packed.h`.
+
+The products of a kind of code are a library of their own in a checkout, compiled when a matrix has that kind.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,27 @@ import functools
 from dataclasses import dataclass
 
 from cascade_llm.device.native_library import NativeFunction, native_functions
-from cascade_llm.device.native_units import PACKED
+from cascade_llm.device.native_units import (
+    PACKED_FLOATS,
+    PACKED_INTEGERS,
+    PACKED_LAYOUT,
+    PACKED_PRODUCT,
+    packed_tiles_unit,
+)
 from cascade_llm.errors import BackendError
 
-__all__ = ["CODE_NUMBERS", "SCALE_NUMBERS", "PackedKernels", "Piece", "packed_kernels", "reason_against_packed"]
+__all__ = [
+    "CODE_NUMBERS",
+    "SCALE_NUMBERS",
+    "PackedKernels",
+    "Piece",
+    "packed_kernels",
+    "reason_against_packed",
+    "tile_product",
+]
 
-TABLE = "table"
-CODES = ("u2", "u3", "u4", "u5", "u6", "u8", TABLE, "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float32")
-CODE_NUMBERS = {name: number for number, name in enumerate(CODES)}
-"""`enum code` of the C file; "table" is u4 with values."""
+CODE_NUMBERS = {name: number for number, name in enumerate((*PACKED_INTEGERS, *PACKED_FLOATS))}
+"""`enum code` of the header; "table" is u4 with values."""
 SCALE_NUMBERS = {None: 0, "float16": 1, "float32": 2, "sub": 3}
 """`enum scale`."""
 
@@ -23,10 +38,11 @@ _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
 class Piece(ctypes.Structure):
-    """`piece` of the C file: a part of a matrix whose codes are of one kind."""
+    """`piece` of the header: a part of a matrix whose codes are of one kind."""
 
     _fields_ = (
         ("data", _pointer),
+        ("multiply", _pointer),
         ("tile_bytes", _long),
         ("num_outputs", _long),
         ("first_output", _long),
@@ -35,13 +51,14 @@ class Piece(ctypes.Structure):
         ("scale", ctypes.c_int32),
         ("zero", ctypes.c_int32),
         ("has_minimum", ctypes.c_int32),
+        ("is_exact", ctypes.c_int32),
         ("values", ctypes.c_uint8 * 16),
     )
 
 
 @dataclass(frozen=True)
 class PackedKernels:
-    """The functions of the C file."""
+    """What is the same for all codes."""
 
     product: NativeFunction
     stack_product: NativeFunction
@@ -50,10 +67,11 @@ class PackedKernels:
     rows: NativeFunction
 
 
-def reason_against_packed() -> str | None:
-    """Why there are no kernels here, or None."""
+def reason_against_packed(code: str = PACKED_INTEGERS[0], is_exact: bool = False) -> str | None:
+    """Why there are no kernels here, or none for a code, or None; see `tile_product`."""
     try:
         packed_kernels()
+        tile_product(code, is_exact)
     except BackendError as error:
         return str(error)
     return None
@@ -66,10 +84,10 @@ def packed_kernels() -> PackedKernels:
     Raises:
         BackendError: there is none, and none can be compiled
     """
-    functions = native_functions(PACKED)
+    functions = {**native_functions(PACKED_LAYOUT), **native_functions(PACKED_PRODUCT)}
     piece = ctypes.POINTER(Piece)
     product, tile_bytes = functions["packed_product"], functions["packed_tile_bytes"]
-    product.argtypes = (_pointer, piece, _long, _pointer, _pointer, *[_long] * 3, *[_int] * 3)
+    product.argtypes = (_pointer, piece, _long, _pointer, _pointer, *[_long] * 3, *[_int] * 2)
     product.restype = _int
     stack_product = functions["packed_stack_product"]
     stack_product.argtypes = (
@@ -80,7 +98,7 @@ def packed_kernels() -> PackedKernels:
         _long,
         *[_pointer] * 2,
         *[_long] * 2,
-        *[_int] * 3,
+        *[_int] * 2,
     )
     stack_product.restype = _int
     tile_bytes.argtypes = (piece, _long)
@@ -91,3 +109,20 @@ def packed_kernels() -> PackedKernels:
     rows.argtypes = (piece, _pointer, _long, _long, _pointer, _int, _int)
     rows.restype = None
     return PackedKernels(product, stack_product, tile_bytes, pack_tiles, rows)
+
+
+@functools.cache
+def tile_product(code: str, is_exact: bool) -> int:
+    """The address of the products of one code, for `Piece.multiply`.
+
+    Args:
+        code: a key of `CODE_NUMBERS`
+        is_exact: whether inputs are left as they are
+
+    Raises:
+        BackendError: there is none, and none can be compiled
+    """
+    (function,) = native_functions(packed_tiles_unit(code, is_exact)).values()
+    address = ctypes.cast(function, _pointer).value
+    assert address is not None
+    return address

@@ -21,7 +21,7 @@ class PackedStack(NativeStack):
         """`matrices`: such as `holds` says yes to."""
         spec = matrices[0].spec
         pieces = [piece for matrix in matrices for piece in matrix.pieces or ()]
-        flags = spec.options.dtype == torch.bfloat16, spec.options.exact_activations
+        flags = (spec.options.dtype == torch.bfloat16,)
         super().__init__(spec, matrices, (Piece * len(pieces))(*pieces), packed_kernels().stack_product, flags)
 
     @staticmethod

@@ -2,9 +2,35 @@
  *
  * Every kind of code with random numbers: 7 rows of 512 inputs, 37 outputs. Prints one line for each that is wrong.
  */
-#include "packed_product.c"
-
+#include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "packed.h"
+
+int packed_product(const void *x, const piece *pieces, long num_pieces, const void *bias, void *y, long rows,
+                   long in_size, long y_stride, int is_bfloat16, int threads);
+long packed_tile_bytes(const piece *p, long in_size);
+void pack_tiles(const piece *p, const uint8_t *codes, const uint8_t *scales, const uint8_t *minima,
+                const uint8_t *sub_scales, const uint8_t *sub_minima, long rows, long in_size, uint8_t *tiles,
+                int threads);
+void packed_rows(const piece *p, const int64_t *ids, long count, long in_size, void *rows, int is_bfloat16, int threads);
+tile_product packed_tiles_u2, packed_tiles_u3, packed_tiles_u4, packed_tiles_u5, packed_tiles_u6, packed_tiles_u8;
+tile_product packed_tiles_u2_exact, packed_tiles_u3_exact, packed_tiles_u4_exact, packed_tiles_u5_exact;
+tile_product packed_tiles_u6_exact, packed_tiles_u8_exact, packed_tiles_table, packed_tiles_table_exact;
+tile_product packed_tiles_bfloat16, packed_tiles_float16, packed_tiles_float8_e4m3fn, packed_tiles_float8_e5m2;
+tile_product packed_tiles_float32;
+
+/* By code; the exact products behind. */
+static tile_product *const PRODUCTS[2][FLOAT32 + 1] = {
+    {packed_tiles_u2, packed_tiles_u3, packed_tiles_u4, packed_tiles_u5, packed_tiles_u6, packed_tiles_u8,
+     packed_tiles_table, packed_tiles_bfloat16, packed_tiles_float16, packed_tiles_float8_e4m3fn,
+     packed_tiles_float8_e5m2, packed_tiles_float32},
+    {packed_tiles_u2_exact, packed_tiles_u3_exact, packed_tiles_u4_exact, packed_tiles_u5_exact, packed_tiles_u6_exact,
+     packed_tiles_u8_exact, packed_tiles_table_exact, packed_tiles_bfloat16, packed_tiles_float16,
+     packed_tiles_float8_e4m3fn, packed_tiles_float8_e5m2, packed_tiles_float32},
+};
 
 enum { OUTPUTS = 37, INPUTS = 512, NUM_ROWS = 7 };
 
@@ -21,7 +47,7 @@ static const kind KINDS[] = {
     {"q6_k", U6, SUB, 32, 0, 8, 64},        {"groups of 128", U4, SCALE32, 0, 1, 4, 16},
     {"table", TABLE, SCALE16, 128, 0, 1, 16}, {"bfloat16", BFLOAT16, UNSCALED, 0, 0, 1, 0},
     {"float16", FLOAT16, UNSCALED, 0, 0, 1, 0}, {"float32", FLOAT32, UNSCALED, 0, 0, 1, 0},
-    {"e4m3", E4M3, SCALE32, 0, 0, 4, 0},    {"e5m2", E5M2, SCALE32, 0, 0, 4, 0},
+    {"e4m3", FLOAT8_E4M3FN, SCALE32, 0, 0, 4, 0},    {"e5m2", FLOAT8_E5M2, SCALE32, 0, 0, 4, 0},
 };
 
 static uint32_t state = 1;
@@ -46,14 +72,21 @@ static double random_code(const kind *k, const piece *p, uint8_t *at) {
     uint16_t bits;
     float value = uniform() - 0.5f;
     switch (k->code) {
-    case BFLOAT16: bits = to_bfloat16(value); memcpy(at, &bits, 2); return from_bfloat16(bits);
+    case BFLOAT16: {
+        uint32_t whole;
+        memcpy(&whole, &value, 4);
+        whole &= 0xffff0000;
+        memcpy(at, (uint8_t *)&whole + 2, 2);
+        memcpy(&value, &whole, 4);
+        return value;
+    }
     case FLOAT16: value = rounded_to_float16(value, &bits); memcpy(at, &bits, 2); return value;
     case FLOAT32: memcpy(at, &value, 4); return value;
-    case E5M2:
+    case FLOAT8_E5M2:
         if ((byte & 0x7c) == 0x7c) byte &= 0xbb;
         *at = byte;
         return of_float16((uint16_t)(byte << 8));
-    case E4M3: {
+    case FLOAT8_E4M3FN: {
         if ((byte & 0x7f) == 0x7f) byte ^= 1;
         *at = byte;
         int exponent = byte >> 3 & 15, digits = byte & 7;
@@ -108,7 +141,8 @@ static int is_wrong(const kind *k) {
     for (int i = 0; i < NUM_ROWS * INPUTS; i++) x[i] = uniform() - 0.5f;
     for (int is_exact = 0; is_exact < 2; is_exact++) {
         double worst = 0, largest = 0;
-        packed_product(x, &p, 1, 0, y, NUM_ROWS, INPUTS, OUTPUTS, 0, is_exact, 1);
+        p.multiply = PRODUCTS[is_exact][k->code], p.is_exact = is_exact || k->code >= BFLOAT16;
+        packed_product(x, &p, 1, 0, y, NUM_ROWS, INPUTS, OUTPUTS, 0, 1);
         for (int r = 0; r < NUM_ROWS; r++)
             for (int o = 0; o < OUTPUTS; o++) {
                 double sum = 0;

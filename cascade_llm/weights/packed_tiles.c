@@ -1,0 +1,318 @@
+/* Products of a pair of tiles, for one kind of code; packed_product.c calls them.
+ *
+ * Built for one code of packed.h, -DCODE=U4, and of integer codes also with -DEXACT. With quantized activations each
+ * row's 32 inputs become integers of -127 to 127 and a scale, as llama.cpp does, and sums within a block are exact. The
+ * exact way widens codes to float in registers. A row's arithmetic is the same whatever rows are beside it.
+ */
+#include "packed.h"
+
+#ifdef EXACT
+enum { IS_EXACT = 1 };
+#else
+enum { IS_EXACT = 0 };
+#endif
+
+enum { PAIR = 2 * PER_TILE /* vectors of two tiles, which the rows of one x meet together where registers are many */ };
+
+/* ---- what differs between processors ---- */
+
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+enum { SIGNED_CODES = 0, RESTARTS = 0 };
+typedef ints partial;
+INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
+    (void)is_signed;
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+}
+INLINE ints flush(ints sum, partial part) { (void)sum; return part; }
+
+#elif defined(__AVX2__)
+
+#if defined(__AVXVNNI__)
+enum { SIGNED_CODES = 0, RESTARTS = 0 };
+typedef ints partial;
+INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
+    (void)is_signed;
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, _mm256_set1_epi32(x));
+}
+INLINE ints flush(ints sum, partial part) { (void)sum; return part; }
+#else
+/* Products are summed in 16 bits as long as they fit, then in 32. Codes of 8 bits fill 16 bits at once, and are taken
+ * as signed: |w| times x with w's sign. */
+enum { SIGNED_CODES = 1, RESTARTS = 1 };
+typedef int16_t partial __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
+    __m256i row = _mm256_set1_epi32(x), weight = (__m256i)w;
+    if (is_signed) /* the sum is 0 */
+        return (partial)_mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(row, weight));
+    sum += (partial)_mm256_maddubs_epi16(weight, row);
+    __asm__("" : "+x"(sum)); /* GCC would keep all products, to add them in another order */
+    return sum;
+}
+INLINE ints flush(ints sum, partial part) {
+    sum += (ints)_mm256_madd_epi16((__m256i)part, _mm256_set1_epi16(1));
+    __asm__("" : "+x"(sum)); /* as above */
+    return sum;
+}
+#endif
+
+#else
+
+typedef ints partial;
+#if defined(__ARM_FEATURE_DOTPROD)
+enum { SIGNED_CODES = 1, RESTARTS = 0 };
+INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
+    (void)is_signed; /* unsigned codes are below 64 */
+    return (ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, vreinterpretq_s8_s32(vdupq_n_s32(x)));
+}
+#else
+enum { SIGNED_CODES = 0, RESTARTS = 0 };
+INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
+    (void)is_signed;
+    words lanes = (words)w;
+    for (int j = 0; j < STEP; j++) sum += (ints)(lanes >> 8 * j & 255) * (int8_t)(x >> 8 * j);
+    return sum;
+}
+#endif
+INLINE ints flush(ints sum, partial part) { (void)sum; return part; }
+
+#endif
+/* Steps whose products fit 16 bits together, at codes of that size times 127 twice. */
+INLINE int steps_in_16_bits(int code) {
+    switch (code) {
+    case U6: return 2;
+    case U5: return 4;
+    case U8: case TABLE: return 1;
+    default: return 8;
+    }
+}
+
+/* ---- the products: `vectors` of a pair of tiles from `v0` on, for rows `r0` to `r0 + rows`; all constants but r0 ---- */
+
+/* A block, or where halves have scales of their own the half of it: its sums of products times scales. */
+INLINE void integer_sums(const piece *p, int code, const cursor *c, const uint8_t *x, int half, int rows, int v0,
+                         int vectors, floats sums[ROWS][PAIR]) {
+    int is_signed = SIGNED_CODES && is_eight(code), halved = is_halved(code);
+    int zero = p->zero - (is_signed ? 128 : 0), first = 4 * half, last = halved ? first + 4 : STEPS;
+    const float *numbers = (const float *)(x + rows * BLOCK), *x_scales = numbers;
+    const int32_t *x_sums = (const int32_t *)numbers + rows * (halved ? 3 + half : 1);
+    const float *totals = numbers + rows * (halved ? 5 + half : 2);
+    ints whole[ROWS][PAIR];
+    partial part[ROWS][PAIR];
+    UNROLLED for (int r = 0; r < rows; r++) {
+        ints start = {};
+        if (zero) start = broadcast_int(x_sums[r]) * -zero;
+        UNROLLED for (int v = 0; v < vectors; v++) {
+            whole[r][v] = start;
+            if (RESTARTS) part[r][v] = (partial){};
+            else part[r][v] = (partial)start;
+        }
+    }
+    UNROLLED for (int s = first; s < last; s++) {
+        bytes w[PAIR];
+        UNROLLED for (int v = 0; v < vectors; v++) {
+            w[v] = step_codes(code, vector_planes(p, c, v0 + v), s, p->values);
+            if (is_signed) w[v] ^= 0x80;
+        }
+        UNROLLED for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, x + r * BLOCK + s * STEP, sizeof four);
+            UNROLLED for (int v = 0; v < vectors; v++) part[r][v] = dot(part[r][v], w[v], four, is_signed);
+        }
+        if (RESTARTS && ((s - first + 1) % steps_in_16_bits(code) == 0 || s + 1 == last))
+            UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) {
+                whole[r][v] = flush(whole[r][v], part[r][v]);
+                part[r][v] = (partial){};
+            }
+    }
+    UNROLLED for (int v = 0; v < vectors; v++) {
+        floats scale = scale_of(p, c, v0 + v, half);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            ints sum = RESTARTS ? whole[r][v] : flush(whole[r][v], part[r][v]);
+            sums[r][v] += __builtin_convertvector(sum, floats) * (scale * broadcast(x_scales[r]));
+        }
+        if (p->has_minimum) {
+            floats minimum = minimum_of(p, c, v0 + v, half);
+            UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += minimum * broadcast(totals[r]);
+        }
+    }
+}
+
+/* Ask for the same bytes of the next pair of tiles, of those tiles that vectors from `v0` on lie in: a tile is too short
+ * for the processor to see that memory is read in order. */
+INLINE void ask_for(const piece *p, const uint8_t *block, const uint8_t *end, int v0, int vectors) {
+    if (v0 % PER_TILE) return; /* asked by the tile's first vectors */
+    for (; block < end; block += 64)
+        UNROLLED for (int tile = v0 / PER_TILE; tile <= (v0 + vectors - 1) / PER_TILE; tile++)
+            __builtin_prefetch(block + (2 + tile) * p->tile_bytes);
+}
+
+INLINE void integer_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
+                         int vectors, int asks, floats out[ROWS][PAIR]) {
+    long blocks = t->in_size / BLOCK;
+    const uint8_t *x = t->integers + r0 * blocks * INTEGER_BYTES;
+    floats sums[ROWS][PAIR];
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sums[r][v] = (floats){};
+    cursor c = {tile};
+    for (long b = 0; b < blocks; b++, x += rows * INTEGER_BYTES) {
+        const uint8_t *block = c.next;
+        advance(p, code, &c);
+        if (asks) ask_for(p, block, c.next, v0, vectors);
+        integer_sums(p, code, &c, x, 0, rows, v0, vectors, sums);
+        if (is_halved(code)) integer_sums(p, code, &c, x, 1, rows, v0, vectors, sums);
+    }
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) out[r][v0 + v] = sums[r][v];
+}
+
+/* As `integer_sums`, with inputs as they are. */
+INLINE void exact_sums(const piece *p, int code, const cursor *c, const float *x, int half, int rows, int v0, int vectors,
+                       floats sums[ROWS][PAIR]) {
+    int halved = is_halved(code), first = 4 * half, last = halved ? first + 4 : STEPS;
+    const float *totals = x + rows * (BLOCK + (halved ? 1 + half : 0));
+    floats part[ROWS][PAIR];
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) part[r][v] = (floats){};
+    UNROLLED for (int s = first; s < last; s++) {
+        bytes w[PAIR];
+        UNROLLED for (int v = 0; v < vectors; v++) w[v] = step_codes(code, vector_planes(p, c, v0 + v), s, p->values);
+        UNROLLED for (int j = 0; j < STEP; j++) {
+            floats wide[PAIR];
+            UNROLLED for (int v = 0; v < vectors; v++)
+                wide[v] = __builtin_convertvector((ints)((words)w[v] >> 8 * j & 255) - p->zero, floats);
+            UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
+                part[r][v] += wide[v] * broadcast(x[r * BLOCK + s * STEP + j]);
+        }
+    }
+    UNROLLED for (int v = 0; v < vectors; v++) {
+        floats scale = scale_of(p, c, v0 + v, half);
+        UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += scale * part[r][v];
+        if (p->has_minimum) {
+            floats minimum = minimum_of(p, c, v0 + v, half);
+            UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += minimum * broadcast(totals[r]);
+        }
+    }
+}
+
+INLINE void exact_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
+                       int vectors, int asks, floats out[ROWS][PAIR]) {
+    long blocks = t->in_size / BLOCK;
+    const uint8_t *x = t->floats + r0 * blocks * FLOAT_BYTES;
+    floats sums[ROWS][PAIR];
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sums[r][v] = (floats){};
+    cursor c = {tile};
+    for (long b = 0; b < blocks; b++, x += rows * FLOAT_BYTES) {
+        const uint8_t *block = c.next;
+        advance(p, code, &c);
+        if (asks) ask_for(p, block, c.next, v0, vectors);
+        exact_sums(p, code, &c, (const float *)x, 0, rows, v0, vectors, sums);
+        if (is_halved(code)) exact_sums(p, code, &c, (const float *)x, 1, rows, v0, vectors, sums);
+    }
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) out[r][v0 + v] = sums[r][v];
+}
+
+INLINE void float_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
+                       int vectors, int asks, floats out[ROWS][PAIR]) {
+    long blocks = t->in_size / BLOCK;
+    const uint8_t *x = t->floats + r0 * blocks * FLOAT_BYTES;
+    int scaled = code == FLOAT8_E4M3FN || code == FLOAT8_E5M2, side_by_side = inputs_side_by_side(code);
+    floats sums[ROWS][PAIR], part[ROWS][PAIR];
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
+        sums[r][v] = part[r][v] = (floats){};
+    cursor c = {tile};
+    for (long b = 0; b < blocks; b++, x += rows * FLOAT_BYTES) {
+        const float *values = (const float *)x;
+        const uint8_t *block = c.next;
+        advance(p, code, &c);
+        if (asks) ask_for(p, block, c.next, v0, vectors);
+        /* unrolled further, GCC would move the sums between registers and memory */
+        _Pragma("GCC unroll 1") for (int i = 0; i < BLOCK; i += side_by_side) UNROLLED for (int j = 0; j < side_by_side; j++) {
+            floats w[PAIR];
+            UNROLLED for (int v = 0; v < vectors; v++)
+                w[v] = load_float_codes(code, float_codes_of(p, code, &c, v0 + v), i, j);
+            UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
+                part[r][v] += w[v] * broadcast(values[r * BLOCK + i + j]);
+        }
+        if (scaled)
+            UNROLLED for (int v = 0; v < vectors; v++) {
+                floats scale = scale_of(p, &c, v0 + v, 0) * code_factor(code);
+                UNROLLED for (int r = 0; r < rows; r++) {
+                    sums[r][v] += scale * part[r][v];
+                    part[r][v] = (floats){};
+                }
+            }
+    }
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
+        out[r][v0 + v] = scaled ? sums[r][v] : part[r][v];
+}
+
+/* ---- outputs ---- */
+
+/* The first `count` of the numbers at `x`, at most LANES of them. */
+INLINE floats load_first(int is_bfloat16, const uint8_t *x, long count) {
+    if (count >= LANES) return load_values(is_bfloat16, x);
+    uint8_t numbers[4 * LANES] = {0};
+    if (count > 0) memcpy(numbers, x, count * (is_bfloat16 ? 2 : 4));
+    return load_values(is_bfloat16, numbers);
+}
+
+INLINE void store_first(int is_bfloat16, uint8_t *x, long count, floats value) {
+    if (count >= LANES) {
+        store_values(is_bfloat16, x, value);
+    } else if (count > 0) {
+        uint8_t numbers[4 * LANES];
+        store_values(is_bfloat16, numbers, value);
+        memcpy(x, numbers, count * (is_bfloat16 ? 2 : 4));
+    }
+}
+
+INLINE void store_rows(const product *t, int is_bfloat16, long first, long count, long r0, int rows,
+                       const floats out[ROWS][PAIR]) {
+    const long width = is_bfloat16 ? 2 : 4;
+    const uint8_t *bias = t->bias ? (const uint8_t *)t->bias + width * first : 0;
+    uint8_t *y = (uint8_t *)t->y + width * (r0 * t->y_stride + first);
+    UNROLLED for (int v = 0; v < PAIR; v++) {
+        long left = count - LANES * v, at = width * LANES * v;
+        floats added = broadcast(-0.0f); /* leaves any number as it is */
+        if (bias) added = load_first(is_bfloat16, bias + at, left);
+        for (int r = 0; r < rows; r++)
+            store_first(is_bfloat16, y + width * r * t->y_stride + at, left, out[r][v] + added);
+    }
+}
+
+static __attribute__((noinline)) void store_outputs(const product *t, const piece *p, long tile, long r0, int rows,
+                                                    const floats out[ROWS][PAIR]) {
+    long first = p->first_output + tile * TILE, count = p->num_outputs - tile * TILE;
+    if (t->is_bfloat16) store_rows(t, 1, first, count, r0, rows, out);
+    else store_rows(t, 0, first, count, r0, rows, out);
+}
+
+/* ---- one tile for a block of rows ---- */
+
+INLINE void tile_of_rows(const product *t, const piece *p, int code, long tile, long r0, int rows, int asks) {
+    floats out[ROWS][PAIR];
+    const uint8_t *data = p->data + tile * p->tile_bytes;
+    /* at a time: what the registers hold beside the sums of these rows */
+    int vectors = LANES == 16 || rows <= 2 || code >= BFLOAT16 ? 2 : 1;
+    for (int v0 = 0; v0 < PAIR; v0 += vectors) {
+        if (code >= BFLOAT16) float_tile(t, p, code, data, r0, rows, v0, vectors, asks, out);
+        else if (IS_EXACT) exact_tile(t, p, code, data, r0, rows, v0, vectors, asks, out);
+        else integer_tile(t, p, code, data, r0, rows, v0, vectors, asks, out);
+    }
+    store_outputs(t, p, tile, r0, rows, out);
+}
+
+/* See `tile_product`. */
+void packed_tiles(const product *t, const piece *p, long tile, long first_group, long last_group) {
+    long groups = num_groups(t->rows);
+    for (long group = first_group; group < last_group && group < groups; group++) {
+        long first = first_row(t, group);
+        int asks = group == first_group; /* for the next pair of tiles */
+        switch (first_row(t, group + 1) - first) {
+        case 1: tile_of_rows(t, p, CODE, tile, first, 1, asks); break;
+        case 2: tile_of_rows(t, p, CODE, tile, first, 2, asks); break;
+        case 3: tile_of_rows(t, p, CODE, tile, first, 3, asks); break;
+        case 4: tile_of_rows(t, p, CODE, tile, first, 4, asks); break;
+        case 5: tile_of_rows(t, p, CODE, tile, first, 5, asks); break;
+        case 6: tile_of_rows(t, p, CODE, tile, first, 6, asks); break;
+        }
+    }
+}
