@@ -54,6 +54,9 @@ def test_native_kernels_serve_where_no_compiler_is(repo_root: Path, tmp_path: Pa
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", home, wheel)
     libraries = {path.stem for path in (home / "cascade_llm" / "device" / "libraries").iterdir()}
     assert libraries == {f"{architecture()}-{level.name}" for level in LEVELS[architecture()]}
+    for folder in ("server/page", "server"):  # with the page, and the dashboard
+        own = {path.name for path in (repo_root / "cascade_llm" / folder).iterdir() if path.is_file()}
+        assert own <= {path.name for path in (home / "cascade_llm" / folder).iterdir()}
     found = os.pathsep.join((str(home), sysconfig.get_path("purelib")))
     (tmp_path / "empty").mkdir()
     told = run(

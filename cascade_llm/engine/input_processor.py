@@ -22,6 +22,9 @@ advice = logging.getLogger("cascade_llm.advice")
 Prompt = str | Sequence[int]
 """A text, or token ids."""
 
+PLAIN_CHARACTERS = 16
+"""For each token of the context: a longer text is looked at from its beginning before all of it is tokenized."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReadPrompt:
@@ -54,6 +57,7 @@ class InputProcessor:
         """Token ids of a prompt. Raises `PromptError` for one that cannot be served, with the cure."""
         if isinstance(prompt, str):
             tokenizer = self._require_tokenizer("a text prompt")
+            self._refuse_far_too_long(prompt, tokenizer)
             ids = tokenizer.encode(prompt, split_special_tokens=params.split_special_tokens)
             return self._checked(prompt, ids, params)
         if isinstance(prompt, bytes | bytearray | memoryview) or not isinstance(prompt, Sequence):
@@ -67,6 +71,7 @@ class InputProcessor:
         tokenizer = self._require_tokenizer("a conversation")
         try:
             text = tokenizer.apply_chat_template(messages, **arguments)
+            self._refuse_far_too_long(text, tokenizer)
             if params.split_special_tokens:
                 ids = tokenizer.encode_chat(messages, split_special_tokens=True, **arguments)
             else:
@@ -154,6 +159,20 @@ class InputProcessor:
                 f"prompt_logprobs_start is {params.prompt_logprobs_start}: the prompt has {len(token_ids)} tokens"
             )
         return ReadPrompt(text, token_ids)
+
+    def _refuse_far_too_long(self, text: str, tokenizer: Tokenizer) -> None:
+        """Megabytes take many seconds to tokenize: where the beginning has twice the tokens that fit, it is enough.
+
+        Twice, because a beginning may be cut into a few more tokens than the same text within the whole.
+        """
+        size = PLAIN_CHARACTERS * self._max_model_len
+        while size < len(text):
+            if len(tokenizer.encode(text[:size])) > 2 * self._max_model_len:
+                raise PromptError(
+                    f"the prompt has {len(text)} characters, more than the context of max_model_len "
+                    f"{self._max_model_len} tokens holds: shorten it, or raise max_model_len if the model allows"
+                )
+            size *= 2
 
     def _require_tokenizer(self, what: str) -> Tokenizer:
         if self._tokenizer is None:

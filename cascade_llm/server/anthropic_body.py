@@ -6,7 +6,7 @@ from typing import Any
 
 from cascade_llm.server.anthropic_blocks import chat_tool_choice, chat_tools, chat_turns, text_blocks
 from cascade_llm.server.api_errors import ApiError
-from cascade_llm.server.schema import Body, ChatBody, SharingFields, TokenKey
+from cascade_llm.server.schema import Body, ChatBody, LogitBias, Objects, SharingFields, Texts
 
 __all__ = ["MessagesBody", "MessagesPrompt"]
 
@@ -32,8 +32,8 @@ SAME_FIELDS = (
 class MessagesPrompt(Body):
     """POST /v1/messages/count_tokens. Special tokens that texts spell out are plain text."""
 
-    messages: list[dict[str, Any]]
-    system: str | list[dict[str, Any]] | None = None
+    messages: Objects
+    system: str | Objects | None = None
     tools: list[Any] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
@@ -63,7 +63,7 @@ class MessagesBody(MessagesPrompt, SharingFields):
     """POST /v1/messages; fields that are not Anthropic's are those of `SamplingParams`."""
 
     max_tokens: int
-    stop_sequences: list[str] | None = None
+    stop_sequences: Texts | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -75,7 +75,7 @@ class MessagesBody(MessagesPrompt, SharingFields):
     seed: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    logit_bias: dict[TokenKey, float] | None = None
+    logit_bias: LogitBias | None = None
     priority: int | None = None
 
     def as_chat(self) -> ChatBody:

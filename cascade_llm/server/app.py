@@ -38,7 +38,7 @@ from cascade_llm.server.anthropic_form import MessagesForm
 from cascade_llm.server.api_errors import ApiError, api_error, unforeseen
 from cascade_llm.server.engine_client import EngineClient, EngineStatus
 from cascade_llm.server.event_schema import CHAT_EVENTS, COMPLETION_EVENTS, MESSAGE_EVENTS, event_stream
-from cascade_llm.server.guard import OPEN_PATHS, Application, Guard, OnEnd, RequestRecord
+from cascade_llm.server.guard import ENDLESS_PATH, OPEN_PATHS, Application, Guard, OnEnd, RequestRecord
 from cascade_llm.server.keys import KeyRing
 from cascade_llm.server.metrics import CONTENT_TYPE, ServerMetrics
 from cascade_llm.server.options import ServerOptions
@@ -354,7 +354,7 @@ def _add_paths(app: FastAPI, api: Api) -> None:
         app.get(path, response_model=None, responses={**error_answers(), **said})(probe)
     texts: dict[str, tuple[Any, str, Sequence[int]]] = {
         "/metrics": (api.metrics_text, "text/plain", (403,)),
-        "/v1/cascade/events": (api.sharing_events, "text/event-stream", (429,)),
+        ENDLESS_PATH: (api.sharing_events, "text/event-stream", (429,)),
     }
     for path, (answer, media_type, statuses) in texts.items():
         said = text_answers(media_type, *statuses)

@@ -15,7 +15,7 @@ from cascade_llm.server.api_errors import ApiError, unforeseen
 from cascade_llm.server.keys import KeyRing, Visitor
 from cascade_llm.server.metrics import ServerMetrics
 
-__all__ = ["OPEN_PATHS", "Guard", "OnEnd", "RequestRecord"]
+__all__ = ["ENDLESS_PATH", "OPEN_PATHS", "Guard", "OnEnd", "RequestRecord"]
 
 log = logging.getLogger("cascade_llm.server")
 
@@ -35,6 +35,8 @@ class OnEnd(Protocol):
 
 OPEN_PATHS = frozenset(("/health", "/ready"))
 """Asked without a key: they tell nothing but that."""
+ENDLESS_PATH = "/v1/cascade/events"
+"""Whose answer has no end, and so no HEAD."""
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 LEFT = 499
 """The status of a request whose client has left, as nginx writes it."""
@@ -120,7 +122,7 @@ class Guard:
             self._check_host(headers)
             record.visitor = self._visitor(scope["path"], headers)
             body = await self._read_body(headers, receive)
-            await self._application(scope, _replaying(body, receive), send_named)
+            await self._application(_got(scope), _replaying(body, receive), send_named)
         except ApiError as error:
             await _answer(error, scope, record, send_named)
         except asyncio.CancelledError:
@@ -194,6 +196,11 @@ class Guard:
         client = record.visitor.client.name
         details += f" key={client}" if client else ""
         log.info("%s %s %s %d %.3fs%s", record.request_id, scope["method"], path, status, record.age_s, details)
+
+
+def _got(scope: Scope) -> Scope:
+    """HEAD is answered as GET; the body is left out where it would be sent."""
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" and scope["path"] != ENDLESS_PATH else scope
 
 
 def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:

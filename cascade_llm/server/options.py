@@ -42,6 +42,8 @@ class ServerOptions:
     """Let the live view tell how shared prefixes begin; else it has lengths only."""
     strict: bool = False
     """Refuse unknown fields of a request instead of ignoring them."""
+    allow_chat_templates: bool = False
+    """Render conversations by a request's own chat_template, which runs in a sandbox, instead of refusing it."""
     restarts: int = 0
     """How often the engine process may be started again after it has died."""
     max_body_bytes: int = 8 << 20
@@ -57,7 +59,7 @@ class ServerOptions:
     session_ttl: float = 1800.0
     """Seconds that an unused session is held."""
     body_timeout: float = 30.0
-    """Seconds that a client has to send its body."""
+    """Seconds that a client has to send the headers of a request, and then its body."""
     request_timeout: float | None = None
     """Seconds after which a request is ended, whether it is whole or not."""
     step_timeout: float = 120.0

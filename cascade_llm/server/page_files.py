@@ -46,7 +46,7 @@ def add_page(app: FastAPI) -> None:
     folder = files("cascade_llm.server") / "page"
     for path, (name, media_type) in FILES.items():
         answer = _file((folder / name).read_bytes(), media_type)
-        app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(answer)
+        app.get(path, include_in_schema=False)(answer)
 
 
 def _file(content: bytes, media_type: str) -> Callable[[], Response]:

@@ -117,6 +117,8 @@ class RequestReader:
         arguments = _template_arguments(
             body.chat_template_kwargs, body.add_generation_prompt is not False, bool(body.continue_final_message), tools
         )
+        if body.chat_template is not None:
+            arguments["chat_template"] = body.chat_template
         read = self._input.read_chat(with_read_arguments(body.messages), arguments, sampling)
         self._check_length(read.token_ids)
         if asked is None:
@@ -206,9 +208,12 @@ class RequestReader:
         return self.tokenizer.decode(token_ids, skip_special_tokens=False) if self.tokenizer else ""
 
     def _refuse_unsupported(self, body: ChatBody) -> None:
-        if body.chat_template is not None:
+        if body.chat_template is not None and not self._options.allow_chat_templates:
             raise ApiError(
-                400, "chat_template: this server renders the model's own only", param="chat_template", code="forbidden"
+                400,
+                "chat_template: this server renders the model's own only, see --allow-chat-templates",
+                param="chat_template",
+                code="forbidden",
             )
         kind = (body.response_format or {}).get("type", "text")
         if kind != "text":

@@ -6,18 +6,17 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-import uvicorn
 
 from cascade_llm.errors import CascadeError, ConfigError, WorkerError
 from cascade_llm.scheduler.sessions import SessionLimits
 from cascade_llm.server.app import Api, build_application
 from cascade_llm.server.engine_client import EngineClient
 from cascade_llm.server.guard import RequestRecord
+from cascade_llm.server.http_server import ConnectionLimits, HttpServer, most_connections
 from cascade_llm.server.keys import KeyRing, read_keys
 from cascade_llm.server.messages import EngineFacts
 from cascade_llm.server.options import ServerOptions
@@ -85,15 +84,11 @@ class _Server:
             ),
         )
         self._api = Api(self._engine, options, keys)
-        config = uvicorn.Config(
+        self._http = HttpServer(
             build_application(self._api, _ignore if tracing is None else tracing.write),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            timeout_graceful_shutdown=int(options.drain_timeout + LAST_ANSWERS_S),
+            ConnectionLimits(head_timeout_s=options.body_timeout, most=most_connections()),
+            options.drain_timeout + LAST_ANSWERS_S,
         )
-        self._uvicorn = _Uvicorn(config)
         self._loading: asyncio.Task[None] | None = None
 
     async def run(self, listener: socket.socket, on_listening: Callable[[str], None]) -> None:
@@ -105,7 +100,7 @@ class _Server:
         importing = asyncio.create_task(asyncio.to_thread(import_module, "cascade_llm.server.reading"))
         on_listening(_url(self._options.host, listener.getsockname()[1]))
         try:
-            await self._uvicorn.serve(sockets=[listener])
+            await self._http.serve(sockets=[listener])
             failure = self._engine.failure
         finally:
             await self._engine.close()
@@ -117,7 +112,7 @@ class _Server:
 
     def _drain(self) -> None:
         """Take no more requests; a second call waits for none."""
-        self._uvicorn.force_exit = self._uvicorn.should_exit
+        self._http.force_exit = self._http.should_exit
         self._stop()
         log.info("draining: %d samples run or wait", self._engine.num_open_samples)
         asyncio.get_running_loop().call_later(
@@ -125,7 +120,7 @@ class _Server:
         )
 
     def _stop(self) -> None:
-        self._uvicorn.should_exit = True
+        self._http.should_exit = True
         self._api.close_feeds()
 
     def _load_reader(self, facts: EngineFacts) -> None:
@@ -152,15 +147,6 @@ class _Server:
 
 def _ignore(record: RequestRecord, headers: Mapping[str, str], method: str, path: str, status: int) -> None:
     """Where no spans are asked for."""
-
-
-class _Uvicorn(uvicorn.Server):
-    """Leaves signals to us."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Captures none."""
-        yield
 
 
 def _listen(options: ServerOptions) -> socket.socket:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from itertools import islice
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    Strict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic.json_schema import models_json_schema
 
 from cascade_llm.errors import nearest_name_hint
@@ -19,8 +29,10 @@ __all__ = [
     "CompletionBody",
     "DetokenizeBody",
     "GenerationBody",
+    "LogitBias",
+    "Objects",
     "SharingFields",
-    "TokenKey",
+    "Texts",
     "TokenizeBody",
     "answer_schemas",
     "read_body",
@@ -30,10 +42,49 @@ __all__ = [
 ]
 
 SESSION_ID = r"^[A-Za-z0-9._:-]{1,128}$"
-TokenKey = Annotated[int, Strict(False)]
-"""A token id as the name of a JSON object's member, which is always a text."""
+PART = 256
+"""Members of an object that are read at once."""
 NO_OBJECT = ("model_type", "model_attributes_type")
 PARAMETERS = tuple(field.name for field in fields(SamplingParams))
+
+
+class FirstFault:
+    """A list whose reading ends at its first wrong entry: pydantic would report millions, and all others would wait.
+
+    pydantic's own mark for that cannot stand in a union.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        """The list's schema, with that."""
+        return {**handler(source), "fail_fast": True}
+
+
+def _in_parts(value: object, read: ValidatorFunctionWrapHandler) -> object:
+    """An object, some members at a time: it ends at the first part that has a wrong one."""
+    if not isinstance(value, dict):
+        return read(value)
+    members = iter(value.items())
+    whole: dict[Any, Any] = {}
+    while part := dict(islice(members, PART)):
+        whole |= read(part)
+    return whole
+
+
+TokenKey = Annotated[int, Strict(False)]
+"""A token id as the name of a JSON object's member, which is always a text."""
+Texts = Annotated[list[str], FirstFault()]
+TokenIds = Annotated[list[int], FirstFault()]
+Prompts = Annotated[list[TokenIds], FirstFault()]
+Objects = Annotated[list[dict[str, Any]], FirstFault()]
+LogitBias = Annotated[dict[TokenKey, float], WrapValidator(_in_parts)]
+KINDS: Mapping[str, str] = {
+    "str": "a text",
+    "list[int]": "token ids",
+    "list[str]": "a list of texts",
+    "list[list[int]]": "lists of token ids",
+    "list[dict[str,any]]": "a list of blocks",
+}
+"""What a field of several kinds takes, in words, by pydantic's names."""
 
 
 class Answer(BaseModel):
@@ -91,11 +142,11 @@ class GenerationBody(Body, SharingFields):
     top_p: float | None = None
     n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     max_tokens: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[TokenKey, float] | None = None
+    logit_bias: LogitBias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -105,7 +156,7 @@ class GenerationBody(Body, SharingFields):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: TokenIds | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     priority: int | None = Field(None, description="Lower runs earlier.")
@@ -120,7 +171,7 @@ class GenerationBody(Body, SharingFields):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+    prompt: str | TokenIds | Texts | Prompts = Field(
         description="A text, token ids, or a list of either: one prompt each."
     )
     echo: bool | None = Field(None, description="The answer begins with the prompt.")
@@ -133,14 +184,14 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions. Special tokens that a message spells out are plain text."""
 
-    messages: list[dict[str, Any]] = Field(description='Each {"role": ..., "content": text or parts of it}.')
+    messages: Objects = Field(description='Each {"role": ..., "content": text or parts of it}.')
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, description="Go on with the last message.")
     chat_template_kwargs: dict[str, Any] | None = None
-    chat_template: str | None = Field(None, description="Refused: the model's own serves.")
+    chat_template: str | None = Field(None, description="Instead of the model's own, where the server allows it.")
     tools: list[Any] | None = Field(None, description="Functions that the model may call, where its template has them.")
     tool_choice: Any = Field(None, description='"auto" or "none".')
     parallel_tool_calls: bool | None = Field(None, description="false: only the first call of an answer counts.")
@@ -151,7 +202,7 @@ class TokenizeBody(Body):
     """POST /tokenize: a text, or messages."""
 
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Objects | None = None
     tools: list[Any] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -161,7 +212,7 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: TokenIds
 
 
 BodyKind = TypeVar("BodyKind", bound=Body)
@@ -178,9 +229,15 @@ def read_body(kind: type[BodyKind], value: object) -> BodyKind:
 def wrong_body(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """What a client is told of pydantic's findings: the first."""
     first = errors[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-    if not place and first["type"] in NO_OBJECT:
+    parts = [str(part) for part in first["loc"] if part != "body"]
+    if not parts and first["type"] in NO_OBJECT:
         return ApiError(400, "the body is no JSON object: send one, with the header Content-Type: application/json")
+    if len(parts) > 1 and parts[1] in KINDS:
+        kinds = [error["loc"][error["loc"].index(parts[0]) + 1] for error in errors if parts[0] in error["loc"]]
+        names = [KINDS[kind] for kind in dict.fromkeys(kinds) if kind in KINDS]
+        message = f"{parts[0]} must be {', '.join(names[:-1])} or {names[-1]}"
+        return ApiError(400, message, code="invalid_type", param=parts[0])
+    place = ".".join(parts)[:200]
     return ApiError(400, f"{place or 'the body'}: {first['msg']}", code="invalid_type", param=place or None)
 
 

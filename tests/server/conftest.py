@@ -18,8 +18,10 @@ from tests.cli.conftest import environment, process_args, run, run_process, tiny
 
 __all__ = ["environment", "run", "run_process", "started", "tiny_folder"]
 
-PATIENCE_S = 300.0
-"""For what takes seconds where nobody else computes."""
+PATIENCE_S = 60.0
+"""For what takes a second where nobody else computes."""
+START_S = 240.0
+"""For a process that imports torch and loads a model, beside others that do so."""
 Result = TypeVar("Result")
 
 
@@ -31,7 +33,7 @@ class RunningServer:
         self._lines: list[str] = []
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
-        (self.url,) = self.wait_for(lambda: re.findall(r"listening on (\S+)", self.log))[:1]
+        (self.url,) = self.wait_for(lambda: re.findall(r"listening on (\S+)", self.log), START_S)[:1]
 
     @property
     def log(self) -> str:
@@ -50,7 +52,7 @@ class RunningServer:
         return status
 
     def wait_until_ready(self) -> None:
-        self.wait_for(lambda: self.get("/ready").status_code == 200)
+        self.wait_for(lambda: self.get("/ready").status_code == 200, START_S)
 
     def metric(self, name: str, **headers: str) -> float:
         text = self.get("/metrics", **headers).text
@@ -58,8 +60,8 @@ class RunningServer:
         assert found is not None, name
         return float(found[1])
 
-    def wait_for(self, ask: Callable[[], Result]) -> Result:
-        end = time.monotonic() + PATIENCE_S
+    def wait_for(self, ask: Callable[[], Result], patience_s: float = PATIENCE_S) -> Result:
+        end = time.monotonic() + patience_s
         while not (result := ask()):
             assert self.process.poll() is None or "listening" not in self.log, self.log
             assert time.monotonic() < end, self.log

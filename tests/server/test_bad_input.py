@@ -147,8 +147,18 @@ def test_paths_and_methods_that_are_not_there(server: RunningServer) -> None:
 
 def test_unknown_fields_are_ignored_or_refused(server: RunningServer, start_server: StartServer) -> None:
     assert server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 1, "best_off": 2}).status_code == 200
-    strict = start_server("--strict", "--max-body-bytes", "4000", "--max-output-len", "5", "--max-prompt-len", "9")
+    limits = ("--max-body-bytes", "4000", "--max-output-len", "5", "--max-prompt-len", "9")
+    strict = start_server("--strict", "--allow-chat-templates", *limits)
     strict.wait_until_ready()
+    own = {"messages": HELLO, "chat_template": "{{ messages[0].content }}!", "max_tokens": 1}
+    told = strict.post(CHAT, own)
+    assert told.status_code == 200, told.text
+    bare = strict.post(COMPLETIONS, {"prompt": "hello!", "max_tokens": 1})
+    assert told.json()["usage"]["prompt_tokens"] == bare.json()["usage"]["prompt_tokens"]
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    assert_error(strict.post(CHAT, {**own, "chat_template": endless}), "was stopped")
+    assert_error(strict.post(CHAT, {**own, "chat_template": "{{ messages"}), "no Jinja template")
+    assert_error(strict.post(CHAT, {**own, "chat_template": "{{ ''.__class__.__mro__ }}"}), "refuses")
     assert_error(strict.post(COMPLETIONS, {"prompt": "a", "best_off": 2}), "best_off", "'best_of'")
     assert_error(strict.post(COMPLETIONS, {"prompt": "a", "stream_options": {"x": 1}}), "'x'")
     too_large = strict.post(COMPLETIONS, {"prompt": "a" * 4000})
@@ -190,7 +200,7 @@ def test_a_client_that_leaves_frees_its_pages(server: RunningServer) -> None:
 
 
 def test_a_full_queue_is_told_and_a_slow_reader_stalls_nobody(server: RunningServer) -> None:
-    body = {"prompt": "slow", "max_tokens": 490, "stream": True, "ignore_eos": True, "n": 16, "logprobs": 5}
+    body = {"prompt": "slow", "max_tokens": 300, "stream": True, "ignore_eos": True, "n": 16, "logprobs": 5}
     with _connection(server) as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.sendall(_post(json.dumps(body)))

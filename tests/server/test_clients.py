@@ -122,6 +122,18 @@ def test_samples_seeds_and_stops(client: openai.OpenAI, llm: LLM) -> None:
     assert by_token.choices[0].model_extra == {"token_ids": expected.outputs[0].token_ids[:3]}
 
 
+def test_every_sample_of_a_chat_has_its_log_probabilities(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "messages": MESSAGES, "n": 3, "seed": 5, "logprobs": True, "top_logprobs": 1}
+    answer = client.chat.completions.create(**asked, max_tokens=4, extra_body={"ignore_eos": True})
+    whole = [[item.logprob for item in choice.logprobs.content] for choice in answer.choices]
+    assert [len(logprobs) for logprobs in whole] == [4] * 3
+    pieces: list[list[float]] = [[], [], []]
+    for piece in client.chat.completions.create(**asked, max_tokens=4, extra_body={"ignore_eos": True}, stream=True):
+        (choice,) = piece.choices
+        pieces[choice.index] += [item.logprob for item in choice.logprobs.content]
+    assert [pytest.approx(logprobs, abs=1e-4) for logprobs in whole] == pieces
+
+
 def test_a_last_message_is_continued(client: openai.OpenAI, llm: LLM) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": "The quick"}]
     (expected,) = llm.chat([messages], GREEDY, add_generation_prompt=False, continue_final_message=True)

@@ -12,10 +12,19 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cascade_llm.server.answer_schema import AnthropicErrorAnswer, ErrorAnswer
 from cascade_llm.server.anthropic_body import MessagesBody
-from cascade_llm.server.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from cascade_llm.server.api_errors import ApiError
+from cascade_llm.server.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    read_body,
+    wrong_body,
+)
 from tests.server.conftest import PATIENCE_S, RunningServer
 
 SECRET = "plover-xyzzy"
@@ -101,6 +110,43 @@ def test_nested_and_duplicated(server: RunningServer, client: httpx.Client, path
     assert_answered(client, path, b'{"prompt": 1, "prompt": "a", "tokens": [], "messages": 3}')
     assert SECRET not in server.log
     assert server.get("/ready").status_code == 200
+
+
+MANY = 5000
+MANY_FAULTS: list[Any] = [
+    *([fault] * MANY for fault in (None, 1.5, [1.5] * 2, {"a": 1})),
+    *([right] * MANY + [fault] for right, fault in ((1, "a"), ("a", 1), ([1], [None] * MANY))),
+    *({f"{name}{i}": value for i in range(MANY)} for name, value in (("x", 1), ("", "a"))),
+]
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_body_has_few_faults_however_many_values_are_wrong(path: str) -> None:
+    kind, right = BODIES[path]
+    for name in kind.model_fields:
+        for value in MANY_FAULTS:
+            errors = faults(kind, {**right, name: value})
+            assert len(errors) < MANY / 8, name  # each costs time in the server's loop
+            assert not errors or wrong_body(errors).message.startswith(name)
+
+
+def faults(kind: Any, value: object) -> list[Any]:
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        return list(error.errors())
+    return []
+
+
+def test_a_list_of_several_kinds_says_which() -> None:
+    for value in ([1.5], ["a", 1], [[1], "a"], {}, None):
+        with pytest.raises(ApiError, match="prompt must be a text, token ids, a list of texts or lists of token ids"):
+            read_body(CompletionBody, {"prompt": value})
+    assert len(read_body(CompletionBody, {"prompt": "a", "logit_bias": dict.fromkeys("123", 1)}).logit_bias or ()) == 3
+    every = {str(i): i / 8 for i in range(1000)}
+    assert read_body(CompletionBody, {"prompt": "a", "logit_bias": every}).logit_bias == {
+        int(name): bias for name, bias in every.items()
+    }
 
 
 def test_a_body_of_a_hundred_megabytes_is_not_read(server: RunningServer) -> None:

@@ -64,10 +64,13 @@ def test_keys(start_server: StartServer, tmp_path: Path) -> None:
 
 
 def test_sigterm_lets_requests_end(start_server: StartServer) -> None:
-    server = start_server()
+    server = start_server("--step-timeout", "0.0005")  # every step takes longer
     server.wait_until_ready()
     engine = engine_of(server)
+    assert server.get("/health").json() == {"status": "ok"}
     thread, lines = begin_stream(server)
+    stalled = server.wait_for(lambda: next((h for h in [server.get("/health")] if h.status_code == 503), None))
+    assert stalled.json()["status"] == "stalled"
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
     thread.join(PATIENCE_S)

@@ -56,11 +56,21 @@ def test_chat_branches_and_the_live_view(browser: Browser) -> None:
     assert "with a prefix in common" in browser.run("document.querySelector('#sharing-state').textContent")
     browser.run("document.querySelector('#stop').click()")
     assert wait_until_answered(browser) == "stopped"
+    beside = "[...document.querySelectorAll('.beside .message')]"
+    assert browser.run(f"{beside}.map(one => one.ariaCurrent)") == ["true", "false", "false", "false"]
+    assert all(browser.run(f"{beside}.map(one => one.querySelector('.text').textContent)"))
+    go_on = f"[...{beside}.at(2).querySelectorAll('button')].at(-1)"
+    assert browser.run(f"{go_on}.textContent") == "Go on with this"
+    browser.run(f"{go_on}.click()")
+    assert browser.run(f"{beside}.map(one => one.ariaCurrent)") == ["false", "false", "true", "false"]
     assert browser.run("document.querySelectorAll('#conversation-list ul button').length") == 3
     ask(browser, "And again?", max_tokens=8)
     assert "prompt tokens cached" in wait_until_answered(browser)
     num_messages = "document.querySelectorAll('.message').length"
     assert browser.run(num_messages) == 4
+    browser.run("document.querySelectorAll('#conversation-list button')[0].click()")
+    assert browser.run(f"{beside}.length") == 3  # those that have not gone on
+    browser.run("document.querySelectorAll('#conversation-list button')[2].click()")
     browser.run("document.querySelector('.message.assistant footer button').click()")
     assert browser.run(num_messages) == 2
     assert browser.run("document.querySelectorAll('#conversation-list ul button').length") == 4

@@ -63,7 +63,9 @@ export class Chat {
     const numAnswers = Number(at("answers").value), before = conversation.messages.length;
     const asked = [conversation];
     for (let i = 1; i < numAnswers; i += 1) asked.push(this.conversations.branch(conversation, before));
+    const together = numAnswers > 1 ? crypto.randomUUID() : undefined;
     for (const one of asked) {
+      one.question = together;
       one.messages.push({ role: "user", content: text });
       this.answer(one);
     }
@@ -92,8 +94,9 @@ export class Chat {
     this.running.delete(conversation);
     this.conversations.save();
     this.drawList();
-    if (conversation === this.conversations.current) {
-      this.drawMessages();
+    const isCurrent = conversation === this.conversations.current;
+    if (isCurrent || this.conversations.beside(this.conversations.current).includes(conversation)) this.drawMessages();
+    if (isCurrent) {
       this.say(message.wrong ? `Error: ${message.wrong}` : `Answer ${message.note === "stopped" ? "stopped" : "complete"}.`);
     }
   }
@@ -157,11 +160,27 @@ export class Chat {
   drawMessages() {
     this.shown.clear();
     const hadFocus = log !== document.activeElement && log.contains(document.activeElement);
-    const { current } = this.conversations;
-    const drawn = current.messages.map((message, place) => this.drawMessage(current, message, place));
+    const { current } = this.conversations, beside = this.conversations.beside(current);
+    const drawn = current.messages.map((message, place) => (
+      beside.length > 1 && place === current.messages.length - 1 ? this.drawBeside(beside, place) : this.drawMessage(current, message, place)
+    ));
     const hint = "Several answers to one question, or branches of one conversation, share their beginning: the server reads it once for all of them. See it under “What the running sequences share”.";
     log.replaceChildren(...(drawn.length ? drawn : [element("p", "", hint)]));
     if (hadFocus) log.focus();
+  }
+
+  /** Several answers to one question. @param {Conversation[]} conversations @param {number} place */
+  drawBeside(conversations, place) {
+    const columns = element("div", "beside");
+    columns.setAttribute("role", "group");
+    columns.setAttribute("aria-label", "Answers to the same question");
+    columns.tabIndex = 0;
+    columns.append(...conversations.map((one) => {
+      const article = this.drawMessage(one, one.messages[place], place);
+      article.setAttribute("aria-current", String(one === this.conversations.current));
+      return article;
+    }));
+    return columns;
   }
 
   /** @param {Conversation} conversation @param {Message} message @param {number} place */
@@ -197,6 +216,7 @@ export class Chat {
         this.answer(branch);
         this.show(branch);
       });
+      if (conversation !== this.conversations.current) offer("Go on with this", () => { this.show(conversation); question.focus(); });
     }
     article.append(element("h3", "", who), text, footer);
     return article;

@@ -3,7 +3,8 @@
 
 /**
  * @typedef {{role: "user" | "assistant", content: string, note?: string, wrong?: string}} Message
- * @typedef {{id: string, parent: string | null, system: string, messages: Message[]}} Conversation
+ * @typedef {{id: string, parent: string | null, system: string, messages: Message[], question?: string}} Conversation
+ *   `question` names the last one, where it was asked for several answers at once.
  */
 
 const PLACE = "cascade-llm.conversations";
@@ -41,6 +42,12 @@ export class Conversations {
   childrenOf(id) {
     const ids = new Set(this.all.map((one) => one.id));
     return this.all.filter((one) => (one.parent !== null && ids.has(one.parent) ? one.parent : null) === id);
+  }
+
+  /** A conversation, and those that were asked the same question with it and have not gone on. @param {Conversation} one */
+  beside(one) {
+    const { question, messages: { length } } = one;
+    return question ? this.all.filter((other) => other.question === question && other.messages.length === length) : [one];
   }
 
   save() {
