@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from reprlib import repr as short_repr
 from typing import Any
 
@@ -117,6 +117,11 @@ class ModelConfig:
     def rope_of(self, layer: int) -> RopeConfig | None:
         """What a layer rotates by; None where it rotates nothing."""
         return self.layer_ropes[layer] if self.layer_ropes else self.rope
+
+    def kv_bytes_of_ranks(self, kv_number_bytes: float, num_ranks: int) -> int:
+        """K and V of one token over all layers and ranks: where there are more ranks than KV heads, each holds one."""
+        held = max(self.num_kv_heads, num_ranks)
+        return replace(self, num_kv_heads=held).kv_bytes_per_token(kv_number_bytes)
 
     def kv_bytes_per_token(self, kv_number_bytes: float) -> int:
         """K and V of one token over all layers, where each number takes so many bytes with its share of a scale."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 NUMBER_BYTES = 2
 """bfloat16, of weights, pages and exchanges."""
 COUNTS = (1, 2, 4, 8)
+HELD_GB = 72
+"""Of 80, what weights and pages may take: the default of gpu_memory_utilization."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class Shape:
         layer = self.attention_weights + self.experts * self.expert_weights
         return self.layers * layer + 2 * self.vocab * self.hidden
 
+    def kv_bytes_per_token(self, ranks: int) -> int:
+        """Of the heads that one rank holds, over all layers."""
+        return self.layers * 2 * max(1, self.kv_heads // ranks) * self.head_dim * NUMBER_BYTES
+
     def experts_met(self, rows: int) -> float:
         """How many experts rows that choose at random meet."""
         return self.experts * (1 - (1 - self.chosen / self.experts) ** rows)
@@ -86,6 +92,11 @@ class Load:
     sequences: int
     shared: int
     own: int
+
+    @property
+    def stored_tokens(self) -> int:
+        """In the pool, with cascade attention and without."""
+        return self.shared + self.sequences * self.own
 
 
 LOADS = (Load(1, 0, 2256), Load(64, 2000, 256), Load(256, 2000, 256))
@@ -114,8 +125,7 @@ def step(shape: Shape, load: Load, ranks: int, machine: Machine, *, with_cascade
     head = shape.vocab * shape.hidden
     weights_s = machine.seconds((read + head) * NUMBER_BYTES / ranks, 2 * rows * (used + head) / ranks)
     tokens = load.sequences * load.own + (load.shared if with_cascade else load.sequences * load.shared)
-    kv_heads = max(1, shape.kv_heads // ranks)
-    kv_bytes = shape.layers * tokens * 2 * kv_heads * shape.head_dim * NUMBER_BYTES
+    kv_bytes = tokens * shape.kv_bytes_per_token(ranks)
     pairs = load.sequences * (load.own + load.shared)
     flops = shape.layers * pairs * 4 * shape.qo_heads // ranks * shape.head_dim
     if ranks == 1:
@@ -134,7 +144,9 @@ def step(shape: Shape, load: Load, ranks: int, machine: Machine, *, with_cascade
 def print_table() -> None:
     """All shapes, loads and numbers of ranks."""
     machine = Machine()
-    print("| model | sequences x (shared + own) | ranks | weights GB a rank | weights ms | attention ms |", end="")
+    print(
+        "| model | sequences x (shared + own) | ranks | weights + pages GB a rank | weights ms | attention ms |", end=""
+    )
     print(" exchanges ms | step ms | tokens/s | without cascade |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for shape in SHAPES:
@@ -143,11 +155,12 @@ def print_table() -> None:
                 found = step(shape, load, ranks, machine)
                 off = step(shape, load, ranks, machine, with_cascade=False)
                 held = shape.weights * NUMBER_BYTES / ranks / 1e9
+                pages = load.stored_tokens * shape.kv_bytes_per_token(ranks) / 1e9
                 cells = (
                     shape.name,
                     f"{load.sequences} x ({load.shared:,} + {load.own:,})",
                     str(ranks),
-                    f"{held:.1f}" + (" (does not fit)" if held > 72 else ""),
+                    f"{held:.1f} + {pages:.1f}" + (" (does not fit)" if held + pages > HELD_GB else ""),
                     f"{found.weights_s * 1e3:.2f}",
                     f"{found.attention_s * 1e3:.2f}",
                     f"{(found.latency_s + found.link_s) * 1e3:.2f}",

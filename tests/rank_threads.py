@@ -14,11 +14,15 @@ from cascade_llm.device.ranks import Ranks, join_ranks
 T = TypeVar("T")
 
 
-def in_ranks(count: int, folder: Path, work: Callable[[Ranks], T]) -> list[T]:
+Join = Callable[[int, int, Path, torch.device], Ranks]
+"""As `join_ranks`."""
+
+
+def in_ranks(count: int, folder: Path, work: Callable[[Ranks], T], join: Join = join_ranks) -> list[T]:
     """What `work` returns on each of `count` ranks, in order; they meet in an empty folder."""
 
     def run(index: int) -> T:
-        ranks = join_ranks(index, count, folder / "ranks", torch.device("cpu"))
+        ranks = join(index, count, folder / "ranks", torch.device("cpu"))
         try:
             return work(ranks)
         finally:

@@ -145,7 +145,7 @@ def options_for(model: BenchModel, *loads: Load) -> dict[str, Any]:
     """
     checked = EngineOptions(**model.options)
     number_bytes = bytes_per_number(model.kv_dtype, model.config.head_dim)
-    page_bytes = model.config.kv_bytes_per_token(number_bytes) * checked.page_size
+    page_bytes = model.config.kv_bytes_of_ranks(number_bytes, checked.tensor_parallel_size) * checked.page_size
     lanes = min(max(load.num_sequences for load in loads), DEFAULT_LANES)
     options: dict[str, Any] = {
         "max_model_len": max(load.longest for load in loads),

@@ -71,7 +71,7 @@ def demo_conversations() -> list[list[dict[str, str]]]:
 
 @click.command(cls=SectionedCommand)
 @click.option("--repeat", type=click.IntRange(min=1), default=2, show_default=True, help="Runs per engine.")
-@engine_options(only=("dtype", "num_threads"))
+@engine_options(only=("dtype", "num_threads", "tensor_parallel_size"))
 def demo(repeat: int, **arguments: Any) -> None:
     """Ask 24 questions on one long system prompt, with cascade attention on and off; about a minute."""
     start_s = time.perf_counter()

@@ -13,6 +13,7 @@ from cascade_llm.device.cpu_levels import CpuLevel
 
 __all__ = [
     "BLOCKED",
+    "EXCHANGE",
     "PACKED_FLOATS",
     "PACKED_INTEGERS",
     "PACKED_LAYOUT",
@@ -81,6 +82,7 @@ class NativeUnit:
 
 
 PARALLEL = NativeUnit("device/parallel.c", ("cascade_parallel_for",))
+EXCHANGE = NativeUnit("device/exchange.c", ("rank_tell", "rank_wait"))
 SAMPLER = NativeUnit("sampling/native_sampler.c", ("scratch_len", "sample_rows", "draw_rows"))
 PACKED_LAYOUT = NativeUnit("weights/packed_layout.c", ("packed_tile_bytes", "pack_tiles", "packed_rows"))
 PACKED_PRODUCT = NativeUnit("weights/packed_product.c", ("packed_product", "packed_stack_product"))
@@ -123,7 +125,7 @@ def ops_unit(element: str) -> NativeUnit:
 
 def units_of_wheel() -> Iterator[NativeUnit]:
     """All that a library of the wheel holds, as far as its level has the instructions."""
-    yield from (PARALLEL, SAMPLER, PACKED_LAYOUT, PACKED_PRODUCT, SUPER_BLOCKS, BLOCKED)
+    yield from (PARALLEL, EXCHANGE, SAMPLER, PACKED_LAYOUT, PACKED_PRODUCT, SUPER_BLOCKS, BLOCKED)
     yield from (packed_tiles_unit(code, is_exact) for code in PACKED_INTEGERS for is_exact in (False, True))
     yield from (packed_tiles_unit(code, is_exact=True) for code in PACKED_FLOATS)
     for element in ELEMENTS:

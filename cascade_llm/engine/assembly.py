@@ -20,7 +20,7 @@ from cascade_llm.scheduler.cascade.choice import SegmentCosts
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.worker.executor import Executor, LocalExecutor
 from cascade_llm.worker.process_executor import ProcessExecutor
-from cascade_llm.worker.rank_options import check_ranks
+from cascade_llm.worker.rank_options import check_ranks, options_of_rank
 from cascade_llm.worker.start_progress import OnStart
 from cascade_llm.worker.worker import WorkerFacts, build_worker
 
@@ -60,7 +60,8 @@ def assemble(model: str | os.PathLike[str], options: EngineOptions, *, on_start:
         executor = start_executor(options, checkpoint, on_start)
         resources.callback(executor.close)
         facts = executor.facts
-        costs, cost_source = choose_cost_model(facts.attention, facts.backend.name, num_threads=options.num_threads)
+        num_threads = options_of_rank(options, 0).num_threads
+        costs, cost_source = choose_cost_model(facts.attention, facts.backend.name, num_threads=num_threads)
         scheduler = build_scheduler(
             facts,
             costs,

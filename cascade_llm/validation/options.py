@@ -10,6 +10,7 @@ OPTIONS = (
     "device",
     "num_threads",
     "tensor_parallel_size",
+    "rank_timeout_s",
     "attention_backend",
     "page_size",
     "cascade_max_levels",

@@ -13,6 +13,7 @@ import torch
 
 from cascade_llm.engine.assembly import build_scheduler
 from cascade_llm.engine.engine import Engine
+from cascade_llm.engine.requests import RequestState
 from cascade_llm.errors import UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.outputs import TokenLogprob
@@ -55,8 +56,7 @@ def check_transformers(
     if facts.kv_dtype.itemsize == 1:
         note = "pages of 8 bits round K and V, transformers has none such: validate once without kv_cache_dtype"
         return [Check(name="against transformers", passed=None, note=note)]
-    progress("greedy tokens by the engine", 0, 3)
-    ours = _continue_greedily(executor, prompts, page_size, num_new)
+    ours = _continue_greedily(executor, prompts, page_size, num_new, progress)
     try:
         progress("transformers in float32", 1, 3)
         truth = _read(checkpoint, torch.float32, facts.device, prompts, ours)
@@ -80,7 +80,7 @@ def check_transformers(
 
 
 def _continue_greedily(
-    executor: Executor, prompts: Sequence[Sequence[int]], page_size: int, num_new: int
+    executor: Executor, prompts: Sequence[Sequence[int]], page_size: int, num_new: int, progress: Progress
 ) -> list[Report]:
     """What the whole engine chose and reported for each prompt, the prompts being one batch."""
     scheduler = build_scheduler(
@@ -93,11 +93,16 @@ def _continue_greedily(
         for index, prompt in enumerate(prompts)
     ]
     while engine.has_unfinished:
+        progress("greedy tokens by the engine", sum(map(_num_tokens, states)), num_new * len(states))
         engine.step()
     for state in states:
         if state.output.error is not None:
             raise state.output.error
     return [state.output.outputs[0].logprobs or [] for state in states]
+
+
+def _num_tokens(state: RequestState) -> int:
+    return len(state.output.outputs[0].token_ids)
 
 
 def _read(

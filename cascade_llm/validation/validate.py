@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -163,12 +163,11 @@ def _engine_options(options: Mapping[str, Any], config: ModelConfig, effort: Eff
     dtype = resolve_dtype(given.dtype, config.dtype, resolve_device(given.device))
     number_bytes = bytes_per_number(resolve_kv_dtype(given.kv_cache_dtype, dtype), config.head_dim)
     num_tokens = (BATCH + 1) * -(-wanted // given.page_size) * given.page_size
-    held_heads = max(config.num_kv_heads, given.tensor_parallel_size)  # of all ranks: several may hold the same one
     return EngineOptions(
         **options,
         max_model_len=wanted,
         max_num_seqs=BATCH + 1,
-        kv_cache_bytes=num_tokens * replace(config, num_kv_heads=held_heads).kv_bytes_per_token(number_bytes),
+        kv_cache_bytes=num_tokens * config.kv_bytes_of_ranks(number_bytes, given.tensor_parallel_size),
         exact_activations=True,  # what rounding costs is no error of an engine: transformers does not round
     )
 

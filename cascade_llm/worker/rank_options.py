@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -13,12 +14,23 @@ from cascade_llm.errors import ConfigError
 
 __all__ = ["check_ranks", "options_of_rank"]
 
+log = logging.getLogger("cascade_llm")
+
 
 def check_ranks(options: EngineOptions, model: ModelConfig) -> None:
-    """Raise `ConfigError` where the model or the machine cannot be shared by so many ranks."""
+    """Raise `ConfigError` where the model or the machine cannot be shared by so many ranks; warn of those on a CPU."""
     count = options.tensor_parallel_size
     HeadShares.check(model, count)
-    if count == 1 or resolve_device(options.device).type != "cuda":
+    if count == 1:
+        return
+    if resolve_device(options.device).type != "cuda":
+        log.warning(
+            "%d ranks on one CPU have %d threads each and wait for each other more than %d times a step: one rank with "
+            "all threads (tensor_parallel_size 1) is faster, unless the machine has several memory nodes",
+            count,
+            options_of_rank(options, 0).num_threads,
+            2 * model.num_layers,
+        )
         return
     if ":" in options.device:
         raise ConfigError(

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,7 +22,7 @@ from cascade_llm import __version__
 from cascade_llm.config import EngineOptions
 from cascade_llm.device.devices import resolve_device
 from cascade_llm.device.ranks import Ranks, join_ranks
-from cascade_llm.errors import CascadeError, WorkerError
+from cascade_llm.errors import CascadeError, RankError, WorkerError
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.plan import StepResult
 from cascade_llm.plan_codec import PlanDecoder, encode_result
@@ -80,10 +81,12 @@ def run_rank(connection: Connection, setup: RankSetup) -> None:
         )
     except Exception as error:
         line.tell(FAILED, Failure(None, _as_ours(error)))
+        line.ranks.close()  # who waits for this rank hears that it has left
         return
     line.tell(READY, facts)
     _Loop(line, runner).run(plans)
-    ranks.least(0, device)  # a connection that closes would break what another rank is still reading
+    with suppress(RankError):  # another has left already
+        ranks.least(0, device)  # a connection that closes would break what another rank is still reading
     ranks.close()
 
 

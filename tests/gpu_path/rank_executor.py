@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 import torch
 
 from cascade_llm.config import EngineOptions
-from cascade_llm.device.ranks import join_ranks
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.plan import StepPlan, StepResult
 from cascade_llm.worker.executor import Executor, PendingStep
@@ -18,6 +17,7 @@ from cascade_llm.worker.model_runner import ModelRunner
 from cascade_llm.worker.rank_options import options_of_rank
 from cascade_llm.worker.start_progress import OnStart
 from cascade_llm.worker.worker import WorkerFacts, build_worker
+from tests.gpu_path.gloo_ranks import join_by_gloo
 from tests.gpu_path.gpu_engine import double_gpu
 
 __all__ = ["RankThreads"]
@@ -36,7 +36,7 @@ class RankThreads(Executor):
         self._threads = [ThreadPoolExecutor(1) for _ in range(count)]
 
         def start(index: int) -> tuple[ModelRunner, WorkerFacts]:
-            ranks = join_ranks(index, count, Path(self._folder.name) / "ranks", CPU)
+            ranks = join_by_gloo(index, count, Path(self._folder.name) / "ranks", CPU)
             platform = double_gpu(exact=False).platform()
             checkpoint = open_checkpoint(model, load_format=options.load_format)
             return build_worker(options_of_rank(options, index), checkpoint, ranks=ranks, platform=platform)

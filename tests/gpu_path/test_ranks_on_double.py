@@ -14,6 +14,7 @@ from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.plan import StepPlan, StepResult
 from cascade_llm.worker.worker import build_worker
 from tests.engine.tiny_llm import save_tiny
+from tests.gpu_path.gloo_ranks import join_by_gloo
 from tests.gpu_path.gpu_engine import OPTIONS, SHAPE, double_gpu, gpu_llm
 from tests.rank_threads import in_ranks
 
@@ -51,7 +52,7 @@ def test_two_ranks_replay_the_tokens_of_one(tmp_path: Path) -> None:
         assert runner.graphs is not None
         return [runner.submit(plan)() for plan in plans], runner.graphs.counters.as_dict()
 
-    (found, counts), (others, other_counts) = in_ranks(2, tmp_path, replay)
+    (found, counts), (others, other_counts) = in_ranks(2, tmp_path, replay, join_by_gloo)
     assert [result.token_ids for result in found] == [expected[result.step_id].token_ids for result in found]
     assert all(len(result.token_ids) == 0 for result in others)
     assert counts["graph_steps"] == other_counts["graph_steps"] > 0

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from cascade_llm.device.ranks import Ranks
+from cascade_llm.device.torch_exchange import TorchExchange
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.loading import load_weights
 from tests.loader.gguf_files import write_model
@@ -112,7 +113,7 @@ SOURCES: dict[str, Callable[[PreTrainedModel, Path], Path]] = {
 def bytes_read(model: PreTrainedModel, source: Path, index: int, count: int) -> int:
     """By one rank, while it fills its decoder."""
     checkpoint = open_checkpoint(source)
-    ranks = Ranks(index, count, object()) if count > 1 else Ranks()
+    ranks = Ranks(index, count, TorchExchange(None)) if count > 1 else Ranks()
     decoder = empty_decoder(model, torch.bfloat16, ranks=ranks)  # in no type of the files: values are converted
     with torch.inference_mode(), BytesRead(source) as counter:
         load_weights(decoder, checkpoint.stored_tensors())

@@ -10,6 +10,7 @@ import torch
 
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.device.ranks import Ranks
+from cascade_llm.device.torch_exchange import TorchExchange
 from cascade_llm.errors import ConfigError
 from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.loading import init_dummy
@@ -68,4 +69,4 @@ def test_heads_that_cannot_be_shared_are_refused(heads: tuple[int, int], count: 
     fields = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": 8}
     config = model_config_from_hf({**hf_config_of(tiny_model("llama")), **fields})
     with pytest.raises(ConfigError, match=f"over {count} ranks; this model takes {works}$"):
-        AttentionSpec.for_model(config, torch.float32, torch.device("cpu"), ranks=Ranks(0, count, object()))
+        AttentionSpec.for_model(config, torch.float32, torch.device("cpu"), ranks=Ranks(0, count, TorchExchange(None)))

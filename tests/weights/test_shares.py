@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cascade_llm.device.ranks import Ranks, Share
+from cascade_llm.device.torch_exchange import TorchExchange
 from cascade_llm.loader.quantized.grid import integer_grid, stored_matrix
 from cascade_llm.loader.stored_types import stored_types
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightOptions
@@ -71,7 +72,7 @@ def test_inputs_out_of_order_are_decoded() -> None:
 
 def test_shares_cover_a_dimension_once() -> None:
     for total, unit, count in [(97, 1, 3), (151936, 64, 7), (100, 64, 2), (8, 1, 8)]:
-        shares = [Ranks(index, count, object()).share(total, unit) for index in range(count)]
+        shares = [Ranks(index, count, TorchExchange(None)).share(total, unit) for index in range(count)]
         assert [share.first for share in shares[1:]] == [share.slice.stop for share in shares[:-1]]
         assert (shares[0].first, shares[-1].slice.stop) == (0, total)
         assert max(share.size for share in shares) - min(share.size for share in shares) <= unit

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cascade_llm import LLM, SamplingParams
+from cascade_llm import LLM, SamplingParams, __version__
 from cascade_llm.config import EngineOptions
 from cascade_llm.errors import CapacityError, CheckpointError, ConfigError, GenerationError, WorkerError
 from cascade_llm.worker.process_executor import ProcessExecutor
+from cascade_llm.worker.rank_process import CLOSE, FAILED, RankSetup, run_rank
 from cascade_llm.worker.rank_watch import Pulse, RankWatch
 from tests.engine.tiny_llm import assert_equal_outputs, save_tiny, tiny_llm
 from tests.worker.rank_processes import LONG, PARAMS, PROMPTS, is_gone, pids_of
@@ -70,22 +74,27 @@ def test_three_ranks_without_lag_preempt_as_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize(
     ("architecture", "fields", "options"),
     [
         ("mistral", {"sliding_window": 24}, {}),
+        ("gemma3_text", {"sliding_window": 12}, {}),
+        ("gemma3_text", {"sliding_window": 12}, {"enable_cascade_attention": False}),
         ("qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, {}),
         ("llama", {"hidden_size": 96, "head_dim": 32, "intermediate_size": 128}, {"quantization": "q8_0"}),
     ],
 )
-def test_windows_experts_and_quantized_weights(
-    architecture: str, fields: dict[str, int], options: dict[str, str], tmp_path: Path
+def test_windows_pools_experts_and_quantized_weights(
+    architecture: str, fields: dict[str, int], options: dict[str, Any], count: int, tmp_path: Path
 ) -> None:
-    folder = save_tiny(tmp_path, architecture, **fields)
+    folder = save_tiny(tmp_path, architecture, **fields, **({"num_key_value_heads": 3} if count == 3 else {}))
     with tiny_llm(folder, exact_activations=True, **options) as local:
         expected = local.generate(PROMPTS, PARAMS)
-    with tiny_llm(folder, exact_activations=True, tensor_parallel_size=2, **options) as llm:
+    with tiny_llm(folder, exact_activations=True, tensor_parallel_size=count, **options) as llm:
         assert_equal_outputs(llm.generate(PROMPTS, PARAMS), expected)
+        assert len(llm.facts.pool_pages) == (2 if architecture == "gemma3_text" else 1)
+        assert llm.facts.pool_pages == local.facts.pool_pages
 
 
 @pytest.mark.slow
@@ -118,6 +127,20 @@ def test_a_rank_that_is_killed_while_it_loads_ends_the_start(tiny: Path) -> None
 def test_what_a_start_refuses_names_the_rank(tiny: Path) -> None:
     with pytest.raises(CapacityError, match=r"rank [01]: the KV pool of 50 bytes holds"):
         tiny_llm(tiny, tensor_parallel_size=2, kv_cache_bytes=100)
+
+
+def test_a_rank_of_another_version_is_refused_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    setup = RankSetup(
+        model="/no/model", options=EngineOptions(), index=0, count=1, meeting_point=Path("none"), version="0.0.1"
+    )
+    ours.send_bytes(CLOSE)
+    run_rank(theirs, setup)
+    message = ours.recv_bytes()
+    assert message[:1] == FAILED
+    said = str(pickle.loads(message[1:]).error)
+    assert said.startswith(f"the engine is cascade-llm 0.0.1, this rank runs {__version__}: the package was changed")
 
 
 def test_heads_are_checked_before_a_rank_starts(tiny: Path) -> None:
