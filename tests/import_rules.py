@@ -8,6 +8,7 @@ rule can be shown to fail on a made-up source. Every import counts, wherever it 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -115,9 +116,16 @@ def imports_of(sources: Mapping[str, str]) -> list[Import]:
     homes = front_door(sources)
     found = []
     for module, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in _importing(source):
             found.extend(Import(module, target, node.lineno) for target in _targets(node, sources, homes))
     return found
+
+
+@functools.cache
+def _importing(source: str) -> tuple[ast.AST, ...]:
+    """What may import, of a source; all rules ask for that of the same ones."""
+    kinds = ast.Import | ast.ImportFrom | ast.Call
+    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
 
 
 def _targets(node: ast.AST, sources: Mapping[str, str], homes: Mapping[str, str]) -> Iterator[str]:
@@ -142,7 +150,7 @@ def relative_imports(sources: Mapping[str, str]) -> list[str]:
     return [
         f"{module}:{node.lineno} imports relatively: write the whole name"
         for module, source in sources.items()
-        for node in ast.walk(ast.parse(source))
+        for node in _importing(source)
         if isinstance(node, ast.ImportFrom) and node.level
     ]
 

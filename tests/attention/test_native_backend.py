@@ -139,9 +139,17 @@ def test_long_loads(
     assert_right(backend, plan, random_q(backend, plan.num_rows))
 
 
+OFTEN = {(torch.bfloat16, 2), (torch.float32, 80), (torch.bfloat16, 256)}
+"""Head sizes in `make test`: each dtype of each is a library that takes more than a second to compile."""
+HEADS = [
+    pytest.param(dtype, head_dim, marks=() if (dtype, head_dim) in OFTEN else pytest.mark.slow)
+    for dtype in (torch.float32, torch.bfloat16)
+    for head_dim in (2, 80, 256)
+]
+
+
 @pytest.mark.parametrize("group_size", [1, 5, 16, 100])
-@pytest.mark.parametrize("head_dim", [2, 80, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "head_dim"), HEADS)
 def test_shapes(dtype: torch.dtype, head_dim: int, group_size: int) -> None:
     plan, num_pages = long_plan([[(5, 144)]], [(1, 20), (3, 140), (1, 1)], None, page_size=16)
     kv_cache = pool(num_pages, 16, 2, head_dim, dtype)

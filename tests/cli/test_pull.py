@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,14 @@ from tests.loader.hub_server import GATED, PRIVATE, HubServer, Repository, files
 from tests.models.checkpoints import tiny_model
 
 Pull = Callable[..., "subprocess.CompletedProcess[str]"]
+PullEach = Callable[..., "list[subprocess.CompletedProcess[str]]"]
+EACH = """
+import json, sys
+from click.testing import CliRunner
+from cascade_llm.cli.main import cli
+done = [(args, CliRunner().invoke(cli, args)) for args in json.loads(sys.argv[1])]
+print(json.dumps([[args, result.exit_code, result.stdout, result.stderr] for args, result in done]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +61,24 @@ def add(hub: HubServer, name: str, files: dict[str, bytes], **facts: object) -> 
     repository = hub.repositories[name] = Repository(**facts)  # type: ignore[arg-type]
     repository.commit(files)
     return repository
+
+
+@pytest.fixture
+def pull_each(hub: HubServer, tmp_path: Path, repo_root: Path, environment: dict[str, str]) -> PullEach:
+    """Several pulls one after another in one process: starting one takes as long as the pull."""
+
+    def run(*commands: Sequence[str], **changes: str) -> list[subprocess.CompletedProcess[str]]:
+        done = subprocess.run(
+            [sys.executable, "-c", EACH, json.dumps([["pull", *args] for args in commands])],
+            cwd=repo_root,
+            env={**environment, **hub.environment(tmp_path), **changes},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return [subprocess.CompletedProcess(*each) for each in json.loads(done.stdout)]
+
+    return run
 
 
 def failed(done: subprocess.CompletedProcess[str]) -> str:
@@ -148,29 +174,36 @@ def test_ctrl_c_ends_a_download_in_the_middle_of_a_file(
     assert hub.sent < 60 << 20
 
 
-def test_a_revision_in_the_name_or_beside_it(hub: HubServer, pull: Pull, tiny_files: dict[str, bytes]) -> None:
+def test_a_revision_in_the_name_or_beside_it(hub: HubServer, pull_each: PullEach, tiny_files: dict[str, bytes]) -> None:
     repository = add(hub, "org/tiny", tiny_files)
     old = repository.commit({**tiny_files, "generation_config.json": b"{}"}, "v1")
-    for args in (["org/tiny@v1"], ["org/tiny", "--revision", "v1"], [f"org/tiny@{old}"]):
-        assert pull(*args).stdout.strip().endswith(old)
-    assert not pull("org/tiny").stdout.strip().endswith(old)
-    message = failed(pull("org/tiny@v2"))
-    assert "org/tiny@v2: it has no revision 'v2'" in message
-    assert "names a revision" in failed(pull("org/tiny@v1", "--revision", "v2"))
+    *found, newest, unknown, two = pull_each(
+        ["org/tiny@v1"],
+        ["org/tiny", "--revision", "v1"],
+        [f"org/tiny@{old}"],
+        ["org/tiny"],
+        ["org/tiny@v2"],
+        ["org/tiny@v1", "--revision", "v2"],
+    )
+    assert all(done.stdout.strip().endswith(old) for done in found)
+    assert newest.returncode == 0
+    assert not newest.stdout.strip().endswith(old)
+    assert "org/tiny@v2: it has no revision 'v2'" in failed(unknown)
+    assert "names a revision" in failed(two)
 
 
 def test_a_cache_without_refs_names_what_it_holds(
-    hub: HubServer, pull: Pull, tiny_files: dict[str, bytes], tmp_path: Path
+    hub: HubServer, pull: Pull, pull_each: PullEach, tiny_files: dict[str, bytes], tmp_path: Path
 ) -> None:
     commit = add(hub, "org/tiny", tiny_files).commit(tiny_files)
     assert pull("org/tiny").returncode == 0
     (tmp_path / "huggingface" / "models--org--tiny" / "refs" / "main").unlink()
-    message = failed(pull("org/tiny", HF_HUB_OFFLINE="1"))
-    assert f"it holds other revisions, name one: org/tiny@{commit}" in message
-    assert pull(f"org/tiny@{commit}", HF_HUB_OFFLINE="1").returncode == 0
+    unnamed, named = pull_each(["org/tiny"], [f"org/tiny@{commit}"], HF_HUB_OFFLINE="1")
+    assert f"it holds other revisions, name one: org/tiny@{commit}" in failed(unnamed)
+    assert named.returncode == 0
 
 
-def test_gguf_files_are_named(hub: HubServer, pull: Pull, tmp_path: Path) -> None:
+def test_gguf_files_are_named(hub: HubServer, pull_each: PullEach, tmp_path: Path) -> None:
     content = write_model(tmp_path / "tiny.gguf", tiny_model("llama")).read_bytes()
     add(
         hub,
@@ -182,42 +215,47 @@ def test_gguf_files_are_named(hub: HubServer, pull: Pull, tmp_path: Path) -> Non
             "README.md": b"",
         },
     )
-    message = failed(pull("org/tiny-GGUF"))
-    assert "name one: org/tiny-GGUF:Q4/tiny-00001-of-00002.gguf, org/tiny-GGUF:tiny-Q8_0.gguf" in message
-    done = pull("org/tiny-GGUF:tiny-Q8_0.gguf")
-    assert Path(done.stdout.strip()).read_bytes() == content
-    done = pull("ms://org/tiny-GGUF:Q4/tiny-00002-of-00002.gguf")
-    assert Path(done.stdout.strip()).name == "tiny-00001-of-00002.gguf"
-    assert len(list(Path(done.stdout.strip()).parent.glob("*.gguf"))) == 2
-    assert "has no file other.gguf; it holds" in failed(pull("org/tiny-GGUF:other.gguf"))
-    assert pull("org/tiny-GGUF", "--include", "*Q8*").returncode == 0
+    unnamed, whole, part, unknown, included = pull_each(
+        ["org/tiny-GGUF"],
+        ["org/tiny-GGUF:tiny-Q8_0.gguf"],
+        ["ms://org/tiny-GGUF:Q4/tiny-00002-of-00002.gguf"],
+        ["org/tiny-GGUF:other.gguf"],
+        ["org/tiny-GGUF", "--include", "*Q8*"],
+    )
+    assert "name one: org/tiny-GGUF:Q4/tiny-00001-of-00002.gguf, org/tiny-GGUF:tiny-Q8_0.gguf" in failed(unnamed)
+    assert Path(whole.stdout.strip()).read_bytes() == content
+    assert Path(part.stdout.strip()).name == "tiny-00001-of-00002.gguf"
+    assert len(list(Path(part.stdout.strip()).parent.glob("*.gguf"))) == 2
+    assert "has no file other.gguf; it holds" in failed(unknown)
+    assert included.returncode == 0
 
 
-def test_pickles_are_refused_before_they_are_fetched(hub: HubServer, pull: Pull, tiny_files: dict[str, bytes]) -> None:
+def test_pickles_are_refused_before_they_are_fetched(
+    hub: HubServer, pull_each: PullEach, tiny_files: dict[str, bytes]
+) -> None:
     add(hub, "org/pickled", {"config.json": tiny_files["config.json"], "pytorch_model.bin": b"0"})
-    message = failed(pull("org/pickled"))
-    assert "pytorch_model.bin alone, a format that runs code" in message
-    assert "save_pretrained" in message
     add(hub, "org/both", {"config.json": b"{}", "pytorch_model.bin": b"0", "model.safetensors": b"0"})
-    assert "no file that is read matches *.bin" in failed(pull("org/both", "--include", "*.bin"))
+    pickled, both = pull_each(["org/pickled"], ["org/both", "--include", "*.bin"])
+    assert "pytorch_model.bin alone, a format that runs code" in failed(pickled)
+    assert "save_pretrained" in failed(pickled)
+    assert "no file that is read matches *.bin" in failed(both)
     assert hub.fetched() == []
 
 
-@SOURCES
-def test_a_gated_repository_says_what_to_do(
-    hub: HubServer, pull: Pull, tiny_files: dict[str, bytes], prefix: str
-) -> None:
+def test_a_gated_repository_says_what_to_do(hub: HubServer, pull_each: PullEach, tiny_files: dict[str, bytes]) -> None:
     add(hub, "org/gated", tiny_files, refused=GATED)
-    message = failed(pull(prefix + "org/gated"))
-    assert "gated: ask for access on http" in message
-    assert ("HF_TOKEN" if prefix == "hf://" else "MODELSCOPE_API_TOKEN") in message
+    done = pull_each(["hf://org/gated"], ["ms://org/gated"])
+    for each, variable in zip(done, ("HF_TOKEN", "MODELSCOPE_API_TOKEN"), strict=True):
+        assert "gated: ask for access on http" in failed(each)
+        assert variable in failed(each)
 
 
-def test_unknown_and_private_repositories(hub: HubServer, pull: Pull, tiny_files: dict[str, bytes]) -> None:
+def test_unknown_and_private_repositories(hub: HubServer, pull_each: PullEach, tiny_files: dict[str, bytes]) -> None:
     add(hub, "org/private", tiny_files, refused=PRIVATE)
-    for name in ("org/private", "org/none"):
-        assert "no such repository, or it is private: check the spelling" in failed(pull(name))
-    assert "no such repository, or it has no revision 'v1'" in failed(pull("ms://org/none@v1"))
+    *hidden, unknown = pull_each(["org/private"], ["org/none"], ["ms://org/none@v1"])
+    for done in hidden:
+        assert "no such repository, or it is private: check the spelling" in failed(done)
+    assert "no such repository, or it has no revision 'v1'" in failed(unknown)
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_fetched(
@@ -242,9 +280,10 @@ def test_a_large_model_that_is_not_implemented_is_told_before_its_weights_are_fe
     assert hub.fetched()[0] == "config.json"
 
 
-@pytest.mark.parametrize("name", ["../x/y", "/etc/passwd", "smollm2", "org/name:../x.gguf", "hf://..", "org/../name"])
-def test_what_is_no_name_of_a_hub(hub: HubServer, pull: Pull, name: str) -> None:
-    assert "is no model of a hub: write ORG/NAME" in failed(pull(name))
+def test_what_is_no_name_of_a_hub(hub: HubServer, pull_each: PullEach) -> None:
+    names = ["../x/y", "/etc/passwd", "smollm2", "org/name:../x.gguf", "hf://..", "org/../name"]
+    for done in pull_each(*([name] for name in names)):
+        assert "is no model of a hub: write ORG/NAME" in failed(done), done.args
     assert hub.requests == []
 
 

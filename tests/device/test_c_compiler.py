@@ -186,7 +186,7 @@ def test_a_compiler_that_computes_may_take_longer_than_it_may_wait(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler_that(
-        monkeypatch, tmp_path / "bin", f'#!/bin/sh\n{COMPUTES.format(loops=800_000)}exec {GCC} "$@"\n'.encode()
+        monkeypatch, tmp_path / "bin", f'#!/bin/sh\n{COMPUTES.format(loops=400_000)}exec {GCC} "$@"\n'.encode()
     )
     hold_to(monkeypatch, Patience(idle_s=0.2, computing_s=60))
     assert answer(source) == 42

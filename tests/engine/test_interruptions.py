@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,6 +46,9 @@ def small_llm(tiny: Path, **options: Any) -> LLM:
         tiny,
         **{"max_model_len": 96, "max_num_seqs": 5, "kv_cache_bytes": NUM_PAGES * 4 * 128, "debug": False, **options},
     )
+
+
+KINDS_AND_LAGS = list(product((Injected, KeyboardInterrupt), (0, 1)))
 
 
 class RaiseAt:
@@ -98,27 +102,31 @@ def assert_as_fresh(llm: LLM, expected: list[list[int]]) -> None:
     assert stats["held_pages"] == stats["waiting_sequences"] == stats["running_sequences"] == 0
 
 
-def sweep(tiny: Path, expected: list[list[int]], kind: type[BaseException], points: Callable[[int], range]) -> None:
-    for lag in (0, 1):
-        with small_llm(tiny, schedule_lag=lag) as llm:
-            counting = RaiseAt(kind, -1)
-            run_batch(llm, counting)
-            assert llm.stats()["preemptions"] > 0
+def sweep(
+    tiny: Path, expected: list[list[int]], kind: type[BaseException], lag: int, points: Callable[[int], range]
+) -> None:
+    with small_llm(tiny, schedule_lag=lag) as llm:
+        counting = RaiseAt(kind, -1)
+        run_batch(llm, counting)
+        assert llm.stats()["preemptions"] > 0
+        assert_as_fresh(llm, expected)
+        for at in points(counting.num_calls):
+            run_batch(llm, RaiseAt(kind, at))
             assert_as_fresh(llm, expected)
-            for at in points(counting.num_calls):
-                run_batch(llm, RaiseAt(kind, at))
-                assert_as_fresh(llm, expected)
 
 
-@pytest.mark.parametrize("kind", [Injected, KeyboardInterrupt])
-def test_raising_in_the_middle_of_calls(tiny: Path, expected: list[list[int]], kind: type[BaseException]) -> None:
-    sweep(tiny, expected, kind, lambda num_calls: range(1, num_calls, max(1, num_calls // 60)))
+@pytest.mark.parametrize(("turn", "kind", "lag"), [(i, *pair) for i, pair in enumerate(KINDS_AND_LAGS)])
+def test_raising_in_the_middle_of_calls(
+    tiny: Path, expected: list[list[int]], turn: int, kind: type[BaseException], lag: int
+) -> None:
+    """In sixty calls, evenly spread: each of the four takes every fourth of them."""
+    sweep(tiny, expected, kind, lag, lambda num_calls: range(1 + turn * num_calls // 60, num_calls, num_calls // 15))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Injected, KeyboardInterrupt])
-def test_raising_in_every_call(tiny: Path, expected: list[list[int]], kind: type[BaseException]) -> None:
-    sweep(tiny, expected, kind, lambda num_calls: range(1, num_calls))
+@pytest.mark.parametrize(("kind", "lag"), KINDS_AND_LAGS)
+def test_raising_in_every_call(tiny: Path, expected: list[list[int]], kind: type[BaseException], lag: int) -> None:
+    sweep(tiny, expected, kind, lag, lambda num_calls: range(1, num_calls))
 
 
 def test_waiting_requests_keep_their_place(tiny: Path, expected: list[list[int]]) -> None:

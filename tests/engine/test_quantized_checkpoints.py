@@ -14,24 +14,13 @@ from safetensors.torch import save_file
 
 from cascade_llm import SamplingParams
 from tests.engine.tiny_llm import assert_equal_outputs, tiny_llm
-from tests.loader.quantized_files import (
-    Written,
-    awq,
-    float_quantized,
-    fp8,
-    gptq,
-    int_quantized,
-    pack_quantized,
-)
+from tests.loader.quantized_files import WRITERS, Written, gptq, pack_quantized
 from tests.models.checkpoints import tiny_model
 
 FORMATS: dict[str, Callable[..., Written]] = {
+    **WRITERS,
     "gptq": partial(gptq, group_size=16, act_order=True),
-    "awq": awq,
     "pack-quantized": partial(pack_quantized, group_size=16, symmetric=False),
-    "int-quantized": int_quantized,
-    "float-quantized": float_quantized,
-    "fp8": fp8,
 }
 
 

@@ -47,6 +47,7 @@ def test_reads_what_gguf_s_own_reader_reads(tmp_path: Path) -> None:
         assert file.data(ours).tobytes() == theirs.data.tobytes()
 
 
+@pytest.mark.slow
 def test_smollm2_s_header_is_what_gguf_s_own_reader_reads() -> None:
     path = open_checkpoint("smollm2").tokenizer_source
     assert path is not None

@@ -21,15 +21,7 @@ from cascade_llm.device.torch_exchange import TorchExchange
 from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.loading import load_weights
 from tests.loader.gguf_files import write_model
-from tests.loader.quantized_files import (
-    Written,
-    awq,
-    float_quantized,
-    fp8,
-    gptq,
-    int_quantized,
-    pack_quantized,
-)
+from tests.loader.quantized_files import WRITERS, Written, fp8, gptq, pack_quantized
 from tests.models.checkpoints import empty_decoder, tiny_model
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32, "vocab_size": 128}
@@ -44,6 +36,7 @@ class BytesRead(TorchDispatchMode):
         super().__init__()
         self.num_bytes = 0
         self._files = str(path.resolve())
+        self._mapped: list[range] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = function(*args, **(kwargs or {}))
@@ -57,11 +50,10 @@ class BytesRead(TorchDispatchMode):
         return found
 
     def _is_of_a_file(self, address: int) -> bool:
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            first, end = (int(number, 16) for number in line.split()[0].split("-"))
-            if first <= address < end:
-                return self._files in line
-        return False
+        if not self._mapped:  # they stay mapped as long as this counts
+            lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if self._files in line]
+            self._mapped = [range(*(int(number, 16) for number in line.split()[0].split("-"))) for line in lines]
+        return any(address in span for span in self._mapped)
 
 
 def plain_tensors(tree: Any) -> list[torch.Tensor]:
@@ -99,12 +91,9 @@ def gguf_file(kind: GGMLQuantizationType, model: PreTrainedModel, folder: Path) 
 
 SOURCES: dict[str, Callable[[PreTrainedModel, Path], Path]] = {
     "plain": plain_folder,
-    "gptq": partial(quantized_folder, gptq),
+    **{name: partial(quantized_folder, writer) for name, writer in WRITERS.items()},
     "gptq, 8 bits": partial(quantized_folder, partial(gptq, bits=8)),
-    "awq": partial(quantized_folder, awq),
     "pack-quantized": partial(quantized_folder, partial(pack_quantized, symmetric=False)),
-    "int-quantized": partial(quantized_folder, int_quantized),
-    "float-quantized": partial(quantized_folder, float_quantized),
     "fp8": partial(quantized_folder, partial(fp8, block=(32, 32))),
     "GGUF F16": partial(gguf_file, GGMLQuantizationType.F16),
 }

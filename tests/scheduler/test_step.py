@@ -59,10 +59,11 @@ FITS_BESIDE_DECODING = (357, 428)
 """Loads with a prompt that fits into the tokens that decoding leaves of a step, and would not into a whole one."""
 
 
+@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 60), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("lag", [0, 1])
-def test_plans_are_those_decided_anew(lag: int) -> None:
+def test_plans_are_those_decided_anew(lag: int, seeds: range) -> None:
     num_continued = num_plans = 0
-    for seed in (*range(60), *FITS_BESIDE_DECODING):
+    for seed in (*seeds, *FITS_BESIDE_DECODING):
         engine, rng = random_engine(seed, lag=lag)
         twin, twin_rng = random_engine(seed, lag=lag)
         load, twin_load = RandomLoad(rng, engine.config), RandomLoad(twin_rng, twin.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,18 +31,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="module")
+def recorded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Record a run over a forest of prompts, each that is asked for once, and return the file."""
+    known: dict[str, Path] = {}
+
+    def run(params: SamplingParams, **options: Any) -> Path:
+        name = repr((params, options))
+        if name not in known:
+            known[name] = tmp_path_factory.mktemp("recorded") / "plans.gz"
+            with tiny_llm(folder, record_plans=known[name], **options) as llm:
+                llm.generate(random_forest(0, NUM_PROMPTS, 97, 40), params)
+                assert llm.stats()["cascade_steps"] > 0
+        return known[name]
+
+    return run
+
+
 @pytest.fixture
-def record(folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Record a run over a forest of prompts, and return the file."""
+def record(recorded: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """The file of such a run, for one test."""
 
     def run(params: SamplingParams | None = None, **options: Any) -> Path:
-        path = tmp_path / "plans.gz"
         params = params or SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
         options = {"record_token_ids": True, "max_num_seqs": 8, "max_model_len": 64, **TORCH, **options}
-        with tiny_llm(folder, record_plans=path, **options) as llm:
-            llm.generate(random_forest(0, NUM_PROMPTS, 97, 40), params)
-            assert llm.stats()["cascade_steps"] > 0
-        return path
+        return Path(shutil.copy(recorded(params, **options), tmp_path))
 
     return run
 
