@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import save_file
 
 from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
@@ -28,6 +28,10 @@ from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64}
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
 FP8 = {"num_bits": 8, "type": "float"}
+FP4 = {"num_bits": 4, "type": "float"}
+NVFP4 = {**FP4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn}
+MXFP4 = {**FP4, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
+NVFP4_NAME = "nvfp4-pack-quantized"
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "w4a16": ("pack-quantized", INT4),
     "w4a16-asymmetric": ("pack-quantized", {**INT4, "symmetric": False}),
@@ -37,6 +41,8 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-asymmetric": ("int-quantized", {**INT8, "symmetric": False}),
     "fp8": ("float-quantized", {**FP8, "strategy": "tensor"}),
     "fp8-dynamic": ("float-quantized", {**FP8, "strategy": "channel"}),
+    "nvfp4": (NVFP4_NAME, NVFP4),
+    "mxfp4": ("mxfp4-pack-quantized", MXFP4),
     "fp8-block": ("float-quantized", {**FP8, "strategy": "block", "block_structure": [128, 128]}),
 }
 
@@ -66,8 +72,10 @@ def quantize(source: Path, target: Path, stored_as: str, arguments: dict[str, An
         if not name.endswith("_proj.weight"):
             tensors[name] = tensor.clone()
             continue
-        scales, zeros = calculate_qparams(*ends(tensor, arguments), weights)
-        state = compressor.compress({"weight": tensor, "weight_scale": scales, "weight_zero_point": zeros}, scheme)
+        of_all = generate_gparam(*tensor.aminmax()) if stored_as == NVFP4_NAME else None
+        scales, zeros = calculate_qparams(*ends(tensor, arguments), weights, of_all)
+        parts = {"weight": tensor, "weight_scale": scales, "weight_zero_point": zeros, "weight_global_scale": of_all}
+        state = compressor.compress({name: part for name, part in parts.items() if part is not None}, scheme)
         layer = name.removesuffix(".weight")
         tensors.update({f"{layer}.{suffix}": part.contiguous() for suffix, part in state.items()})
         values[name] = compressor.decompress(dict(state), scheme)["weight"]

@@ -27,7 +27,7 @@ __all__ = ["DummyCheckpoint", "HuggingFaceCheckpoint", "read_json", "write_hf_fo
 log = logging.getLogger("cascade_llm")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-OLDER_CONFIG = "quantize_config.json"
+OLDER_CONFIG, MODELOPT_CONFIG = "quantize_config.json", "hf_quant_config.json"
 SHARD_BYTES = 2 << 30
 ADAPTER = "adapter_config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -57,8 +57,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         if self._hf_config.get("tie_word_embeddings") is True:
             self._settle_head()
         self.bytes_by_type = _bytes_by_type(self._names_per_file)
-        if (self.folder / OLDER_CONFIG).is_file() and not self._hf_config.get("quantization_config"):
-            self._take_older_config()
+        if not self._hf_config.get("quantization_config"):
+            self._take_config_beside()
         self._quantized = quantized_format(self._hf_config)
         if self._quantized is not None:
             check_quantized(self._quantized, self._homes())
@@ -81,11 +81,14 @@ class HuggingFaceCheckpoint(Checkpoint):
                 yield name, StoredTensor.plain(file.tensor(name), partial(file.release, name))
                 file.release(name)
 
-    def _take_older_config(self) -> None:
-        """Older tools for GPTQ tell bits and groups in a file of their own; it counts where codes are there."""
-        if any(name.endswith(".qweight") for names in self._names_per_file.values() for name in names):
-            older = {"quant_method": "gptq", **read_json(self.folder / OLDER_CONFIG)}
-            self._hf_config = {**self._hf_config, "quantization_config": older}
+    def _take_config_beside(self) -> None:
+        """modelopt, and older tools for GPTQ, tell bits and groups in a file of their own; it counts where codes are
+        there."""
+        suffixes = {name.rpartition(".")[2] for names in self._names_per_file.values() for name in names}
+        for file, method, suffix in ((OLDER_CONFIG, "gptq", "qweight"), (MODELOPT_CONFIG, "modelopt", "weight_scale")):
+            if suffix in suffixes and (self.folder / file).is_file():
+                found = {"quant_method": method, **read_json(self.folder / file)}
+                self._hf_config = {**self._hf_config, "quantization_config": found}
 
     def _homes(self) -> dict[str, SafetensorsFile]:
         """The file of every tensor: those of a quantized matrix may lie in several."""

@@ -51,8 +51,9 @@ class CodeLayout:
     """How scales and minima are stored: "float16" or "float32", both exact as they come, or "sub": an integer of 8 bits
     times the float16 super-scale of its `SUPER_LEN` inputs."""
     has_minimum: bool = False
-    values: tuple[int, ...] | None = None
-    """What a code of 4 bits stands for, 16 integers of -128 to 127; None where a code is its own value."""
+    values: tuple[float, ...] | None = None
+    """What a code of 4 bits stands for, 16 numbers; kernels take integers of -128 to 127. None where a code is its own
+    value."""
 
     @property
     def bits(self) -> int:

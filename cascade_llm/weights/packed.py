@@ -34,6 +34,8 @@ CHUNK_LEN = 1 << 20
 """Weights that stand as codes at a time, while a matrix is packed."""
 SCALED_CODES = (*INTEGER_BITS, "table", "float8_e4m3fn", "float8_e5m2")
 """Codes that have scales; the other floats have none."""
+TABLE_VALUES = range(-128, 128)
+"""What the 16 numbers of a table may be."""
 DTYPES = (torch.float32, torch.bfloat16)
 """Of the inputs and outputs of a product."""
 
@@ -191,6 +193,8 @@ def _reason_against(stored: StoredTensor, in_features: int, exact: bool) -> str 
     if stored.codes is None and stored.decode is not None:
         return f"{stored.format} has no kernel: it is decoded as it is loaded"
     layout = codes_in(stored, slice(0, 1)).layout
+    if any(value not in TABLE_VALUES for value in layout.values or ()):
+        return "there is no kernel for a table of fractions"
     code = _code_of(layout)
     if code not in CODE_NUMBERS:
         return f"there is no kernel for {code}"
@@ -232,7 +236,7 @@ def _piece_of(layout: CodeLayout, num_rows: int, in_features: int, first_output:
         is_exact=is_exact,
     )
     for index, value in enumerate(layout.values or ()):
-        piece.values[index] = value + 128
+        piece.values[index] = int(value) + 128
     piece.tile_bytes = packed_kernels().tile_bytes(piece, in_features)
     return piece
 

@@ -15,12 +15,15 @@ from safetensors.torch import save_file
 from cascade_llm import SamplingParams
 from tests.engine.tiny_llm import assert_equal_outputs, tiny_llm
 from tests.loader.quantized_files import WRITERS, Written, gptq, pack_quantized
+from tests.loader.table_files import TABLE_WRITERS, bnb4
 from tests.models.checkpoints import tiny_model
 
 FORMATS: dict[str, Callable[..., Written]] = {
     **WRITERS,
     "gptq": partial(gptq, group_size=16, act_order=True),
     "pack-quantized": partial(pack_quantized, group_size=16, symmetric=False),
+    **TABLE_WRITERS,
+    "bnb4": partial(bnb4, nested=True),
 }
 
 
@@ -50,12 +53,13 @@ def save_twins(folder: Path, architecture: str, writer: Callable[..., Written], 
 @pytest.mark.parametrize("name", FORMATS)
 def test_tokens_are_those_of_the_dequantized_checkpoint(tmp_path: Path, name: str) -> None:
     architecture = {"awq": "qwen2", "fp8": "qwen3"}.get(name, "llama")
-    folders = save_twins(tmp_path, architecture, FORMATS[name])
+    sizes = {"hidden_size": 96, "intermediate_size": 160} if name == "mxfp4" else {}  # groups of 32
+    folders = save_twins(tmp_path, architecture, FORMATS[name], **sizes)
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=2)
     prompts = [[5, 6, 7, 8], torch.arange(3, 20).tolist()]
     outputs = []
     for folder in folders:
-        with tiny_llm(folder, max_model_len=64) as llm:
+        with tiny_llm(folder, max_model_len=64, exact_activations=True) as llm:
             outputs.append(llm.generate(prompts, params))
     assert len({token for output in outputs[1] for token in output.outputs[0].token_ids}) > 1
     assert_equal_outputs(*outputs)

@@ -22,6 +22,7 @@ from cascade_llm.loader.resolve import open_checkpoint
 from cascade_llm.models.loading import load_weights
 from tests.loader.gguf_files import write_model
 from tests.loader.quantized_files import WRITERS, Written, fp8, gptq, pack_quantized
+from tests.loader.table_files import bnb4, nvfp4
 from tests.models.checkpoints import empty_decoder, tiny_model
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32, "vocab_size": 128}
@@ -95,6 +96,8 @@ SOURCES: dict[str, Callable[[PreTrainedModel, Path], Path]] = {
     "gptq, 8 bits": partial(quantized_folder, partial(gptq, bits=8)),
     "pack-quantized": partial(quantized_folder, partial(pack_quantized, symmetric=False)),
     "fp8": partial(quantized_folder, partial(fp8, block=(32, 32))),
+    "nvfp4": partial(quantized_folder, nvfp4),
+    "bitsandbytes nf4": partial(quantized_folder, bnb4),
     "GGUF F16": partial(gguf_file, GGMLQuantizationType.F16),
 }
 

@@ -4,6 +4,9 @@
                       weight_zero_point [out * bits / 32, groups] int32, weight_g_idx [in] int32
     int-quantized     weight [out, in] int8, weight_scale, weight_zero_point int8
     float-quantized   weight [out, in] float8_e4m3fn, weight_scale, for a channel, a block or all
+    nvfp4-pack-quantized, mxfp4-pack-quantized
+                      weight_packed [out, in / 2] uint8, weight_scale, see `e2m1`; NVFP4 has a weight_global_scale [1]
+                      float32, which its scales are divided by
 
 Integers are signed there; they are read as unsigned ones, zero points with them.
 """
@@ -13,11 +16,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as short_repr
 from typing import Any
 
 import torch
 
 from cascade_llm.errors import CheckpointError
+from cascade_llm.loader.quantized.e2m1 import e2m1_codes, mxfp4_grid, nvfp4_grid
 from cascade_llm.loader.quantized.format import MatrixFormat, names_of, number_of, unpacked_words, unsupported, words_of
 from cascade_llm.loader.quantized.fp8 import DTYPE, block_scales, block_shape, float_grid
 from cascade_llm.loader.quantized.gptq import grouped
@@ -26,7 +31,16 @@ from cascade_llm.loader.quantized.parts import SCALE_DTYPES, MatrixParts
 
 __all__ = ["CompressedTensors"]
 
-KINDS = {"pack-quantized": "int", "int-quantized": "int", "float-quantized": "float", "naive-quantized": None}
+NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+E2M1_GROUPS = {NVFP4: ("tensor_group", 16), MXFP4: ("group", 32)}
+"""Formats of floats of 4 bits: the strategy, and the inputs of a group."""
+KINDS = {
+    "pack-quantized": "int",
+    "int-quantized": "int",
+    "float-quantized": "float",
+    "naive-quantized": None,
+    **dict.fromkeys(E2M1_GROUPS, "float"),
+}
 """Formats that are read, and the type of number that is in them."""
 INSTEAD = f"choose a checkpoint in {', '.join(KINDS)}"
 STRATEGIES = ("tensor", "channel", "group", "block")
@@ -36,7 +50,8 @@ STRATEGIES = ("tensor", "channel", "group", "block")
 class Scheme:
     """How the weights of one group of layers are stored."""
 
-    is_packed: bool
+    stored_as: str
+    """A key of `KINDS`."""
     is_float: bool
     bits: int
     is_symmetric: bool
@@ -45,6 +60,11 @@ class Scheme:
     """Of "group"."""
     block: tuple[int, int]
     """Of "block"."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether integers lie in words."""
+        return self.stored_as == "pack-quantized"
 
     def scale_block(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns that share a scale."""
@@ -57,8 +77,11 @@ class CompressedTensors(MatrixFormat):
 
     method = "compressed-tensors"
     markers = ("weight_packed", "weight_scale")
-    suffixes = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-    unread = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+    suffixes = (
+        *("weight_packed", "weight", "weight_scale", "weight_global_scale"),
+        *("weight_zero_point", "weight_shape", "weight_g_idx"),
+    )
+    unread = ("input_scale", "input_global_scale", "input_zero_point", "output_scale", "output_zero_point")
     coded_types = ("I8", "F8_E4M3", "F8_E5M2")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -76,6 +99,7 @@ class CompressedTensors(MatrixFormat):
             (names_of(group, "targets"), _scheme(group, group.get("format") or config.get("format")))
             for group in groups.values()
         ]
+        self.input_bits = min((bits for group in groups.values() if (bits := _input_bits(group))), default=None)
         self._ignored = names_of(config, "ignore")
         for entry in (*self._ignored, *(target for targets, _ in self._groups for target in targets)):
             _check_pattern(entry)
@@ -84,9 +108,18 @@ class CompressedTensors(MatrixFormat):
         """See `QuantizedFormat`."""
         return any(_matches(name, entry) for entry in self._ignored)
 
+    def kind(self, parts: MatrixParts) -> str:
+        """See `MatrixFormat`."""
+        return self._scheme_of(parts).stored_as
+
     def grid(self, parts: MatrixParts) -> Grid:
         """See `QuantizedFormat`."""
         scheme = self._scheme_of(parts)
+        if scheme.stored_as == NVFP4:
+            factor = 1 / parts.number("weight_global_scale").double()
+            return nvfp4_grid(parts, "weight_packed", "weight_scale", factor, "weight_global_scale")
+        if scheme.stored_as == MXFP4:
+            return mxfp4_grid(parts, "weight_packed", "weight_scale")
         shape = _shape(parts, scheme)
         block = scheme.scale_block(shape)
         if scheme.is_float:
@@ -105,6 +138,8 @@ class CompressedTensors(MatrixFormat):
     def codes(self, parts: MatrixParts, rows: slice, inputs: slice) -> torch.Tensor:
         """See `MatrixFormat`."""
         scheme = self._scheme_of(parts)
+        if scheme.stored_as in E2M1_GROUPS:
+            return e2m1_codes(parts, "weight_packed", rows, inputs)
         if scheme.is_packed:
             words, own = words_of(inputs, 32 // scheme.bits)
             return unpacked_words(parts.tensor("weight_packed", (torch.int32,))[rows, words], scheme.bits)[:, own]
@@ -131,6 +166,8 @@ def _scheme(group: Mapping[str, Any], stored_as: object) -> Scheme:
     if not isinstance(weights, Mapping):
         raise CheckpointError("config.json: quantization_config: a group of config_groups has no object weights")
     kind, bits = weights.get("type", "int"), number_of(weights, "num_bits")
+    if stored_as in E2M1_GROUPS:
+        return _e2m1_scheme(weights, stored_as)
     is_packed = stored_as == "pack-quantized"
     if kind not in ("int", "float") or KINDS[stored_as] not in (None, kind):
         raise unsupported(f"type={kind!r} in {stored_as}", INSTEAD)
@@ -144,7 +181,24 @@ def _scheme(group: Mapping[str, Any], stored_as: object) -> Scheme:
         raise unsupported(f"group_size={group_len}", "group sizes are positive")
     block = block_shape(weights.get("block_structure"), "block_structure") if strategy == "block" else (1, 1)
     symmetric = weights.get("symmetric", True) is not False
-    return Scheme(is_packed, kind == "float", bits, symmetric, strategy, group_len, block)
+    return Scheme(stored_as, kind == "float", bits, symmetric, strategy, group_len, block)
+
+
+def _e2m1_scheme(weights: Mapping[str, Any], stored_as: str) -> Scheme:
+    strategy, group_len = E2M1_GROUPS[stored_as]
+    wanted = {"type": "float", "num_bits": 4, "strategy": strategy, "group_size": group_len, "symmetric": True}
+    for field, value in wanted.items():
+        found = weights.get(field, True if field == "symmetric" else None)
+        if found != value and not (field == "strategy" and found is None):
+            raise unsupported(f"{field}={short_repr(found)} in {stored_as}", f"weights with {field}={value!r} are read")
+    return Scheme(stored_as, True, 4, True, strategy, group_len, (1, group_len))
+
+
+def _input_bits(group: Mapping[str, Any]) -> int | None:
+    """Below 8, which products may round inputs to."""
+    inputs = group.get("input_activations")
+    bits = inputs.get("num_bits") if isinstance(inputs, Mapping) else None
+    return bits if isinstance(bits, int) and 0 < bits < 8 else None
 
 
 def _implied_strategy(group_size: object) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
+from cascade_llm.loader.quantized.e2m1 import E2M1, MXFP4_LEN, NVFP4_LEN
 from cascade_llm.loader.quantized.fp8 import DTYPE
 from cascade_llm.loader.quantized.grid import Grid, integer_grid, stored_matrix
 from cascade_llm.weights.codes import CodeLayout
@@ -15,6 +17,9 @@ __all__ = ["quantized_examples"]
 
 GROUP_LEN = 128
 """The most usual one."""
+NF4_LEN = 64
+NF4 = CodeLayout("u4", 0, NF4_LEN, "float32", values=tuple(place / 15 for place in range(-7, 9)))
+"""With a table of fractions, as NF4 has one."""
 SCALE = 0.01
 
 
@@ -27,8 +32,11 @@ def quantized_examples(rows: int, inputs: int) -> Iterator[tuple[str, float, Sto
     yield "W8A8", 8 + 16 / inputs, _integers(rows, inputs, 8, inputs, torch.bfloat16)
     layout = CodeLayout("float8_e4m3fn", 0, GROUP_LEN, "float32")
     grid = Grid((rows, inputs), layout, torch.full((rows, inputs // GROUP_LEN), SCALE))
-    ones = torch.ones(rows, inputs).to(DTYPE)
-    yield "FP8", 8 + 32 / GROUP_LEN**2, stored_matrix("fp8", grid, lambda some, part: ones[some, part])
+    yield "FP8", 8 + 32 / GROUP_LEN**2, _ones(grid, DTYPE)
+    yield "NVFP4", 4 + 8 / NVFP4_LEN, _table(rows, inputs, replace(E2M1, group_len=NVFP4_LEN))
+    yield "MXFP4", 4 + 8 / MXFP4_LEN, _table(rows, inputs, E2M1)
+    yield "bitsandbytes NF4", 4 + 32 / NF4_LEN, _table(rows, inputs, NF4)
+    yield "bitsandbytes int8", 8 + 32 / inputs, _integers(rows, inputs, 8, inputs, torch.float32)
 
 
 def _integers(
@@ -37,6 +45,14 @@ def _integers(
     """Codes of 1, which are not in the middle."""
     scales = torch.full((rows, inputs // group_len), SCALE, dtype=dtype)
     zeros = None if zero is None else torch.full_like(scales, zero)
-    grid = integer_grid((rows, inputs), bits, group_len, scales, zeros)
-    ones = torch.ones(rows, inputs, dtype=torch.uint8)
-    return stored_matrix("integers", grid, lambda some, part: ones[some, part])
+    return _ones(integer_grid((rows, inputs), bits, group_len, scales, zeros), torch.uint8)
+
+
+def _table(rows: int, inputs: int, layout: CodeLayout) -> StoredTensor:
+    assert layout.group_len is not None
+    return _ones(Grid((rows, inputs), layout, torch.full((rows, inputs // layout.group_len), SCALE)), torch.uint8)
+
+
+def _ones(grid: Grid, dtype: torch.dtype) -> StoredTensor:
+    ones = torch.ones(grid.shape).to(dtype)
+    return stored_matrix(grid.layout.code, grid, lambda some, part: ones[some, part])

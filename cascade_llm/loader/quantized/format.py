@@ -38,13 +38,15 @@ class QuantizedFormat(ABC):
     method: str
     """`quant_method`."""
     markers: tuple[str, ...]
-    """Suffixes of tensors that only a quantized matrix has."""
+    """Suffixes of tensors that only a quantized matrix has; they may have dots."""
     suffixes: tuple[str, ...]
     """Of all that is read of one."""
     unread: tuple[str, ...] = ()
     """Suffixes of what concerns activations alone."""
     coded_types: tuple[str, ...] = ()
     """Types, in safetensors' words, that a "NAME.weight" has only where it is quantized."""
+    input_bits: int | None = None
+    """What the configuration rounds activations to, where a user would expect that it is done: it is not."""
 
     @abstractmethod
     def is_ignored(self, name: str) -> bool:
@@ -74,6 +76,10 @@ class MatrixFormat(QuantizedFormat):
     def codes(self, parts: MatrixParts, rows: slice, inputs: slice) -> torch.Tensor:
         """See `CodeReader`; nothing else is read."""
 
+    def kind(self, parts: MatrixParts) -> str:
+        """What messages call the matrix's format."""
+        return self.method
+
     def check(self, parts: MatrixParts) -> None:
         """See `QuantizedFormat`."""
         self.grid(parts)
@@ -88,7 +94,7 @@ class MatrixFormat(QuantizedFormat):
 
     def read(self, parts: MatrixParts) -> StoredTensor:
         """A matrix [out, in]; scales and zero points are read, codes are not yet."""
-        stored = stored_matrix(self.method, self.grid(parts), partial(self.codes, parts))
+        stored = stored_matrix(self.kind(parts), self.grid(parts), partial(self.codes, parts))
         return replace(stored, release=partial(parts.release, self.suffixes))
 
 

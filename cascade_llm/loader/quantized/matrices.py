@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 from cascade_llm.errors import CheckpointError
@@ -39,8 +39,13 @@ def check_quantized(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsF
         parts = MatrixParts(name, homes)
         quantized.check(parts)
         parts.release(quantized.suffixes)
-    if any(_suffix(name) in quantized.unread for name in homes):
+    if any(_is_one_of(quantized.unread, name) for name in homes):
         log.info("the checkpoint rounds activations by scales of its own: they are not read")
+    if quantized.input_bits is not None:
+        log.info(
+            "config.json: quantization_config rounds activations to %d bits: here only its weights are rounded so",
+            quantized.input_bits,
+        )
 
 
 def quantized_shapes(
@@ -76,7 +81,7 @@ def _in_order(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]) 
     for name in homes:
         owner = owners.get(name)
         if owner is None:
-            if _suffix(name) not in quantized.unread:
+            if not _is_one_of(quantized.unread, name):
                 yield name, None
         elif owner not in done:
             done.add(owner)
@@ -85,15 +90,16 @@ def _in_order(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]) 
 
 def _owners(quantized: QuantizedFormat, homes: Mapping[str, SafetensorsFile]) -> dict[str, str]:
     """The quantized layer of each tensor that belongs to one."""
-    layers = {
-        name.rpartition(".")[0]
-        for name, file in homes.items()
-        if _suffix(name) in quantized.markers
-        or (_suffix(name) == WEIGHT and file.type_name(name) in quantized.coded_types)
-    }
-    owned = ((name, *name.rpartition(".")[::2]) for name in homes)
-    return {name: layer for name, layer, suffix in owned if layer in layers and suffix in quantized.suffixes}
+    layers = {_layer(quantized.markers, name) for name in homes}
+    layers |= {_layer((WEIGHT,), name) for name, file in homes.items() if file.type_name(name) in quantized.coded_types}
+    owned = ((name, _layer(quantized.suffixes, name)) for name in homes)
+    return {name: layer for name, layer in owned if layer is not None and layer in layers}
 
 
-def _suffix(name: str) -> str:
-    return name.rpartition(".")[2]
+def _layer(suffixes: Iterable[str], name: str) -> str | None:
+    """What stands before the suffix of a tensor's name; None where it has none of these."""
+    return next((name[: -len(suffix) - 1] for suffix in suffixes if name.endswith(f".{suffix}")), None)
+
+
+def _is_one_of(suffixes: Iterable[str], name: str) -> bool:
+    return _layer(suffixes, name) is not None

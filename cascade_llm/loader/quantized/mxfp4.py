@@ -17,20 +17,16 @@ from typing import Any
 
 import torch
 
-from cascade_llm.loader.gguf_codes import MXFP4_VALUES
+from cascade_llm.loader.quantized.e2m1 import E2M1, exponent_scales, scales_of_exponents
 from cascade_llm.loader.quantized.format import QuantizedFormat
 from cascade_llm.loader.quantized.grid import unpaired
 from cascade_llm.loader.quantized.parts import MatrixParts
-from cascade_llm.weights.codes import CodeLayout, Codes
+from cascade_llm.weights.codes import Codes
 from cascade_llm.weights.format import StoredTensor, Unread
 
 __all__ = ["MXFP4"]
 
-LAYOUT = CodeLayout("u4", scale="float32", values=MXFP4_VALUES)
 BLOCK_LEN, BLOCK_BYTES = 32, 16
-BIAS_OF_HALVES = 128
-"""Of an exponent: the table's values are twice the numbers."""
-NAN_SCALE = 255
 STACKS: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """The parts whose outputs alternate in each tensor."""
 
@@ -52,12 +48,10 @@ class MXFP4(QuantizedFormat):
     def check(self, parts: MatrixParts) -> None:
         """See `QuantizedFormat`."""
         for name in STACKS:
-            blocks, scales = parts.shape(f"{name}_blocks"), parts.shape(f"{name}_scales")
+            blocks = parts.shape(f"{name}_blocks")
             if len(blocks) != 4 or blocks[3] != BLOCK_BYTES or 0 in blocks or blocks[1] % len(STACKS[name]):
                 raise parts.error(f"{name}_blocks", f"has shape {list(blocks)}, not [experts, outputs, blocks, 16]")
-            found = parts.tensor(f"{name}_scales", (torch.uint8,), blocks[:3], f": {name}_blocks has {list(blocks)}")
-            if scales and (found == NAN_SCALE).any():
-                raise parts.error(f"{name}_scales", "has scales that are no numbers")
+            exponent_scales(parts, f"{name}_scales", blocks[:3], f": {name}_blocks has {list(blocks)}")
             parts.tensor(f"{name}_blocks", (torch.uint8,))
 
     def shapes(self, parts: MatrixParts) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -122,7 +116,7 @@ def _codes(rows: torch.Tensor) -> Codes:
     """Of rows, uint8 [rows, 17 * blocks]."""
     num_blocks = rows.shape[1] // (BLOCK_BYTES + 1)
     blocks, scales = rows[:, : num_blocks * BLOCK_BYTES], rows[:, num_blocks * BLOCK_BYTES :]
-    return Codes(LAYOUT, unpaired(blocks), torch.exp2(scales.float() - BIAS_OF_HALVES))
+    return Codes(E2M1, unpaired(blocks), scales_of_exponents(scales))
 
 
 def _decoded(rows: torch.Tensor) -> torch.Tensor:

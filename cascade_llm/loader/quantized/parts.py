@@ -49,12 +49,20 @@ class MatrixParts:
     def scales(self, suffix: str, shape: Sequence[int], why: str = "") -> torch.Tensor:
         """As `tensor`; every one must be positive and finite."""
         scales = self.tensor(suffix, SCALE_DTYPES, shape, why)
-        wrong = ~((scales > 0) & scales.isfinite())
-        if wrong.any():
-            raise self.error(
-                suffix, f"has {int(wrong.sum())} scales such as {float(scales[wrong][0])}; all must be positive"
-            )
+        self._refuse_scales(suffix, scales, ~((scales > 0) & scales.isfinite()), "positive")
         return scales
+
+    def scales_or_zeros(
+        self, suffix: str, dtypes: Sequence[torch.dtype], shape: Sequence[int], why: str = ""
+    ) -> torch.Tensor:
+        """As `scales`, float32; one may be 0, which is what its group's weights then are."""
+        scales = self.tensor(suffix, dtypes, shape, why).float()
+        self._refuse_scales(suffix, scales, ~((scales >= 0) & scales.isfinite()), "positive or 0")
+        return scales
+
+    def number(self, suffix: str) -> torch.Tensor:
+        """One positive number, float32 [1]."""
+        return self.scales(suffix, () if self.shape(suffix) == () else (1,)).float().view(1)
 
     def release(self, suffixes: Sequence[str]) -> None:
         """Give back the memory that reading them has brought in."""
@@ -66,6 +74,12 @@ class MatrixParts:
         """That names the tensor and its file."""
         full = f"{self.name}.{suffix}"
         return CheckpointError(f"{self._homes[full].path}: tensor {full} {problem}: {CURE}")
+
+    def _refuse_scales(self, suffix: str, scales: torch.Tensor, wrong: torch.Tensor, must_be: str) -> None:
+        if wrong.any():
+            raise self.error(
+                suffix, f"has {int(wrong.sum())} scales such as {float(scales[wrong][0])}; all must be {must_be}"
+            )
 
     def _check_dtype(self, suffix: str, dtypes: Sequence[torch.dtype]) -> None:
         found = self._home(suffix).type_name(f"{self.name}.{suffix}")

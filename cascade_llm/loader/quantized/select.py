@@ -8,10 +8,12 @@ from typing import Any
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.quantized.awq import AWQ
+from cascade_llm.loader.quantized.bitsandbytes import METHOD, bits_and_bytes
 from cascade_llm.loader.quantized.compressed_tensors import CompressedTensors
 from cascade_llm.loader.quantized.format import QuantizedFormat
 from cascade_llm.loader.quantized.fp8 import FP8
 from cascade_llm.loader.quantized.gptq import GPTQ
+from cascade_llm.loader.quantized.modelopt import ModelOpt
 from cascade_llm.loader.quantized.mxfp4 import MXFP4
 
 __all__ = ["QUANTIZED_FORMATS", "quantized_format"]
@@ -22,6 +24,8 @@ QUANTIZED_FORMATS: Mapping[str, Callable[[Mapping[str, Any]], QuantizedFormat]] 
     CompressedTensors.method: CompressedTensors,
     FP8.method: FP8,
     MXFP4.method: MXFP4,
+    ModelOpt.method: ModelOpt,
+    METHOD: bits_and_bytes,
 }
 """By `quant_method`."""
 

@@ -29,6 +29,7 @@ from tests.loader.quantized_files import (
     packed,
     save_folder,
 )
+from tests.loader.table_files import TABLE_WRITERS
 
 NAN = float("nan")
 
@@ -46,8 +47,7 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "modelopt"}, "modelopt"),
+        ({"quant_method": "aqlm"}, "aqlm"),
         ({"quant_method": []}, "[]"),
         ({**CT, "format": []}, "format=[]"),
         ({}, ""),
@@ -59,7 +59,7 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
         ({**AWQ, "bits": 8}, "bits=8"),
         ({**AWQ, "version": "gemv"}, "version='gemv'"),
         ({**AWQ, "group_size": -2}, "group_size=-2"),
-        ({**CT, "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
+        ({**CT, "format": "mxfp6-pack-quantized"}, "mxfp6-pack-quantized"),
         ({**CT, "format": "marlin-24"}, "marlin-24"),
         ({**CT, **group(num_bits=3)}, "num_bits=3"),
         ({**CT, **group(strategy="tensor_group")}, "tensor_group"),
@@ -273,7 +273,7 @@ ODD_FIELDS: list[Any] = [None, -1, 0, 2**70, True, "x", [], {}, [1], {"a": 1}, {
 
 @settings(max_examples=150, deadline=None)
 @given(
-    method=st.sampled_from(list(WRITERS)),
+    method=st.sampled_from([*WRITERS, *TABLE_WRITERS]),
     which=st.integers(0, 9),
     tensor=st.one_of(st.none(), st.integers(0, len(ODD_TENSORS) - 1)),
     field=st.integers(0, 9),
@@ -282,7 +282,7 @@ ODD_FIELDS: list[Any] = [None, -1, 0, 2**70, True, "x", [], {}, [1], {"a": 1}, {
 def test_whatever_stands_in_a_folder_is_read_or_is_an_error_of_the_model(
     method: str, which: int, tensor: int | None, field: int, value: int | None
 ) -> None:
-    written = WRITERS[method]()
+    written = {**WRITERS, **TABLE_WRITERS}[method]()
     tensors, config = dict(written.tensors), json.loads(json.dumps(written.config))
     if tensor is not None:
         tensors[sorted(tensors)[which % len(tensors)]] = ODD_TENSORS[tensor]

@@ -26,6 +26,7 @@ from tests.loader.quantized_files import (
     pack_quantized,
     save_folder,
 )
+from tests.loader.table_files import TABLE_WRITERS
 
 
 def stored_of(folder: Path) -> StoredTensor:
@@ -157,9 +158,9 @@ def test_inputs_are_ordered_by_their_groups(writer: Any) -> None:
     assert sorted(codes.input_order.tolist()) == list(range(64))
 
 
-@pytest.mark.parametrize("method", WRITERS)
+@pytest.mark.parametrize("method", [*WRITERS, *TABLE_WRITERS])
 def test_the_parts_of_a_matrix_may_lie_in_several_files(method: str, tmp_path: Path) -> None:
-    written = WRITERS[method]()
+    written = {**WRITERS, **TABLE_WRITERS}[method]()
     weight_map = {}
     for number, (suffix, tensor) in enumerate(written.tensors.items()):
         file = f"model-{number}.safetensors"
