@@ -42,7 +42,7 @@ LONGEST_ANSWER_S = 240.0
 MOST_BODY_BYTES = 200_000
 POOL_BYTES = 128 << 20
 """Small, so that all of its pages have been written soon, and what grows then is something else."""
-PREFIXES, PREFIX_LEN, OWN_LEN, LONG_LEN = 8, 192, 24, 256
+PREFIXES, PREFIX_LEN, OWN_LEN, LONG_LEN, CONTEXT_LEN = 8, 192, 24, 256, 512
 SHARE_OF_LEAVERS = 0.3
 KINDS = {"streams": 80, "reads slowly": 5, "is no JSON": 5, "is too large": 5, "has a wrong key": 5}
 """Of a hundred requests."""
@@ -67,8 +67,8 @@ class Server:
 
     def __init__(self, model: str, *options: str) -> None:
         flags = ("--port", "0", "--log-level", "warning", "--api-key", KEY, f"--max-body-bytes={MOST_BODY_BYTES}")
-        pool = f"--kv-cache-bytes={POOL_BYTES}"
-        command = [sys.executable, "-c", CODE, "serve", model, *flags, pool, *options]
+        pool = (f"--kv-cache-bytes={POOL_BYTES}", f"--max-model-len={CONTEXT_LEN}")
+        command = [sys.executable, "-c", CODE, "serve", model, *flags, *pool, *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         self.port = int(self.process.stderr.readline().rsplit(":", 1)[1])

@@ -11,6 +11,7 @@ __all__ = ["Bars", "Chart", "Lines", "Span", "Spans", "Stacks", "draw_charts"]
 
 COLORS = ("#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#6d597a", "#b56576", "#355070", "#adb5bd")
 PALE_COLORS = ("#ced4da", "#eef1f4")
+LINE_STYLES = ("-", "--", ":")
 PANEL_INCHES = (5.2, 3.8)
 WIDE_PANEL_INCHES = (10.4, 5.7)
 SPAN_FONT_SIZE = 7
@@ -41,6 +42,8 @@ class Lines:
     y_label: str
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     """By label: x and y."""
+    curves_per_color: int = 1
+    """Neighbours that belong together: of one color, told apart by their dashes."""
     log_x: bool = False
     log_y: bool = False
     mark: float | None = None
@@ -136,7 +139,9 @@ def _draw_bars(axes: Any, chart: Bars) -> None:
 
 def _draw_lines(axes: Any, chart: Lines) -> None:
     for index, (label, (xs, ys)) in enumerate(chart.curves.items()):
-        axes.plot(xs, ys, marker="o", markersize=3, label=label, color=COLORS[index % len(COLORS)])
+        group, place = divmod(index, chart.curves_per_color)
+        color, style = COLORS[group % len(COLORS)], LINE_STYLES[place]
+        axes.plot(xs, ys, marker="o", markersize=3, label=label, color=color, linestyle=style)
     if chart.mark is not None:
         axes.axhline(chart.mark, color="#333333", linestyle="--", linewidth=1)
     axes.set_xlabel(chart.x_label)

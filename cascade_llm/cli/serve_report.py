@@ -18,6 +18,8 @@ from cascade_llm.cli.throughput_report import load_line, setting_lines
 __all__ = ["print_sweep", "sweep_charts", "sweep_title"]
 
 SHOWN = (("ttft", 50), ("ttft", 99), ("itl", 50), ("itl", 99))
+DRAWN = (50, 99)
+"""Percentiles."""
 
 
 def print_sweep(sweep: ServeSweep) -> None:
@@ -53,11 +55,13 @@ def sweep_charts(sweep: ServeSweep) -> Sequence[Chart]:
     for quantity, meaning in QUANTITIES.items():
         curves = {}
         for server in measured[0].runs:
-            for percentile in (50, 99):
+            for percentile in DRAWN:
                 spreads = [summary_spread(report.runs.get(server, []), quantity, percentile) for report in measured]
                 points = [(rate, s.median * 1e3) for rate, s in zip(rates, spreads, strict=True) if s is not None]
                 curves[f"{server}, p{percentile}"] = ([x for x, _ in points], [y for _, y in points])
-        drawn.append(Lines(title=meaning, x_label=label, y_label="ms", curves=curves, log_y=True))
+        drawn.append(
+            Lines(title=meaning, x_label=label, y_label="ms", curves=curves, curves_per_color=len(DRAWN), log_y=True)
+        )
     if sweep.slo is not None:
         good = {
             server: (rates, [_goodput(report.runs.get(server, [])) or 0.0 for report in measured])
