@@ -55,7 +55,7 @@ static inline float inverse_rms(float sum_of_squares, long size, float eps) {
 }
 
 /* Elements from which a second thread pays for its start; the exponential costs more per element. */
-enum { PARALLEL_FROM = 65536, PARALLEL_FROM_EXPONENTIAL = 16384 };
+enum { PARALLEL_FROM = 16384, PARALLEL_FROM_EXPONENTIAL = 6144 };
 
 /* ---- rms_norm ---- */
 

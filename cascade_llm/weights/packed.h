@@ -95,6 +95,7 @@ struct product {
     const void *bias;
     void *y;
     int is_bfloat16; /* of bias and y, and of x */
+    int has_halves;  /* whether sums of halves of blocks are wanted: a code has scales for these */
 };
 
 static inline long num_groups(long rows) { return (rows + ROWS - 1) / ROWS; }

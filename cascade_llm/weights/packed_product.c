@@ -83,7 +83,7 @@ static void prepare_row(const product *t, long row, int r, int rows, uint8_t *in
             numbers[r] = scale;
             ((int32_t *)numbers)[rows + r] = sums[0] + sums[1];
             numbers[2 * rows + r] = scale * (float)(sums[0] + sums[1]);
-            for (int half = 0; half < 2; half++) {
+            for (int half = 0; half < 2 && t->has_halves; half++) {
                 ((int32_t *)numbers)[(3 + half) * rows + r] = sums[half];
                 numbers[(5 + half) * rows + r] = scale * (float)sums[half];
             }
@@ -120,6 +120,7 @@ enum {
     PASS_BYTES = 512 << 10,
     CHUNKS_PER_THREAD = 4, /* of many rows, so that a delayed thread is helped */
     FEW_GROUPS = 4,        /* of rows: up to here memory is waited for, and a thread's tiles should lie together */
+    PREPARE_FROM = 4096    /* values of rows: what another core wrote comes slowly, so all that multiply prepare */
 };
 
 /* Groups of rows of some products, which take no tile together. */
@@ -155,14 +156,15 @@ static void prepare(void *product_, long group) { prepare_group(product_, group)
 
 /* What the inputs of products are prepared as. */
 typedef struct {
-    int quantizes, widens;
+    int quantizes, widens, has_halves;
 } forms;
 
 static forms forms_of(const piece *pieces, long num_pieces) {
-    forms f = {0, 0};
+    forms f = {0};
     for (long i = 0; i < num_pieces; i++) {
         if (pieces[i].is_exact) f.widens = 1;
         else f.quantizes = 1;
+        f.has_halves |= is_halved(pieces[i].code);
     }
     return f;
 }
@@ -172,6 +174,7 @@ static uint8_t *group_memory(product *t, forms f, long rows) {
     long blocks = t->in_size / BLOCK;
     size_t size = rows * blocks * (f.quantizes * INTEGER_BYTES + f.widens * FLOAT_BYTES);
     uint8_t *memory = aligned_alloc(64, (size + 63) / 64 * 64);
+    t->has_halves = f.has_halves;
     t->integers = f.quantizes ? memory : 0;
     t->floats = f.widens ? memory + f.quantizes * rows * blocks * INTEGER_BYTES : 0;
     return memory;
@@ -192,7 +195,7 @@ int packed_product(const void *x, const piece *pieces, long num_pieces, const vo
     uint8_t *memory = group_memory(&t, f, rows);
     if (!memory) return 1;
     long groups = num_groups(rows), at_once = groups_at_once(&t, f);
-    parallel_for(prepare, &t, groups, rows * in_size > SPREAD_FROM ? threads : 1);
+    parallel_for(prepare, &t, groups, rows * in_size >= PREPARE_FROM ? threads : 1);
     for (long group = 0; group < groups; group += at_once)
         multiply_groups(&t, group, group + at_once < groups ? group + at_once : groups, threads);
     free(memory);
@@ -239,7 +242,7 @@ int packed_stack_product(const void *x, const int64_t *sources, const piece *pie
     product *products = malloc((matrices + rows / most_rows) * sizeof *products);
     if (memory && products) {
         long count = stack_products(&whole, pieces_each, ends, matrices, most_rows, products);
-        parallel_for(prepare_product, products, count, rows * in_size > SPREAD_FROM ? threads : 1);
+        parallel_for(prepare_product, products, count, rows * in_size >= PREPARE_FROM ? threads : 1);
         long pairs = 0;
         for (long i = 0; i < count; i++) pairs += pairs_of(products + i);
         long chunks = threads > 1 ? threads * CHUNKS_PER_THREAD : 1;
