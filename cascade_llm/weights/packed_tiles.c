@@ -138,17 +138,31 @@ INLINE void integer_sums(const piece *p, int code, const cursor *c, const uint8_
     }
 }
 
+/* Groups of rows that meet a pair of tiles take turns in asking for the lines of the next pair, so that memory is read all
+ * the while; a group whose index is beyond the count asks for nothing. */
+typedef struct {
+    int index, count;
+} turn;
+enum { MOST_TURNS = 8 };
+
+INLINE void ask_for_line(const piece *p, const uint8_t *line, int v0, int vectors) {
+    UNROLLED for (int tile = v0 / PER_TILE; tile <= (v0 + vectors - 1) / PER_TILE; tile++)
+        __builtin_prefetch(line + (2 + tile) * p->tile_bytes);
+}
+
 /* Ask for the same bytes of the next pair of tiles, of those tiles that vectors from `v0` on lie in: a tile is too short
  * for the processor to see that memory is read in order. */
-INLINE void ask_for(const piece *p, const uint8_t *block, const uint8_t *end, int v0, int vectors) {
+INLINE void ask_for(const piece *p, const uint8_t *block, const uint8_t *end, int v0, int vectors, turn asks) {
     if (v0 % PER_TILE) return; /* asked by the tile's first vectors */
-    for (; block < end; block += 64)
-        UNROLLED for (int tile = v0 / PER_TILE; tile <= (v0 + vectors - 1) / PER_TILE; tile++)
-            __builtin_prefetch(block + (2 + tile) * p->tile_bytes);
+    if (asks.count == 1) { /* a step that is no variable */
+        for (; block < end; block += 64) ask_for_line(p, block, v0, vectors);
+    } else {
+        for (block += 64 * asks.index; block < end; block += 64 * asks.count) ask_for_line(p, block, v0, vectors);
+    }
 }
 
 INLINE void integer_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
-                         int vectors, int asks, floats out[ROWS][PAIR]) {
+                         int vectors, turn asks, floats out[ROWS][PAIR]) {
     long blocks = t->in_size / BLOCK;
     const uint8_t *x = t->integers + r0 * blocks * INTEGER_BYTES;
     floats sums[ROWS][PAIR];
@@ -157,7 +171,7 @@ INLINE void integer_tile(const product *t, const piece *p, int code, const uint8
     for (long b = 0; b < blocks; b++, x += rows * INTEGER_BYTES) {
         const uint8_t *block = c.next;
         advance(p, code, &c);
-        if (asks) ask_for(p, block, c.next, v0, vectors);
+        if (asks.index < asks.count) ask_for(p, block, c.next, v0, vectors, asks);
         integer_sums(p, code, &c, x, 0, rows, v0, vectors, sums);
         if (is_halved(code)) integer_sums(p, code, &c, x, 1, rows, v0, vectors, sums);
     }
@@ -193,7 +207,7 @@ INLINE void exact_sums(const piece *p, int code, const cursor *c, const float *x
 }
 
 INLINE void exact_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
-                       int vectors, int asks, floats out[ROWS][PAIR]) {
+                       int vectors, turn asks, floats out[ROWS][PAIR]) {
     long blocks = t->in_size / BLOCK;
     const uint8_t *x = t->floats + r0 * blocks * FLOAT_BYTES;
     floats sums[ROWS][PAIR];
@@ -202,7 +216,7 @@ INLINE void exact_tile(const product *t, const piece *p, int code, const uint8_t
     for (long b = 0; b < blocks; b++, x += rows * FLOAT_BYTES) {
         const uint8_t *block = c.next;
         advance(p, code, &c);
-        if (asks) ask_for(p, block, c.next, v0, vectors);
+        if (asks.index < asks.count) ask_for(p, block, c.next, v0, vectors, asks);
         exact_sums(p, code, &c, (const float *)x, 0, rows, v0, vectors, sums);
         if (is_halved(code)) exact_sums(p, code, &c, (const float *)x, 1, rows, v0, vectors, sums);
     }
@@ -210,7 +224,7 @@ INLINE void exact_tile(const product *t, const piece *p, int code, const uint8_t
 }
 
 INLINE void float_tile(const product *t, const piece *p, int code, const uint8_t *tile, long r0, int rows, int v0,
-                       int vectors, int asks, floats out[ROWS][PAIR]) {
+                       int vectors, turn asks, floats out[ROWS][PAIR]) {
     long blocks = t->in_size / BLOCK;
     const uint8_t *x = t->floats + r0 * blocks * FLOAT_BYTES;
     int scaled = code == FLOAT8_E4M3FN || code == FLOAT8_E5M2, side_by_side = inputs_side_by_side(code);
@@ -222,7 +236,7 @@ INLINE void float_tile(const product *t, const piece *p, int code, const uint8_t
         const float *values = (const float *)x;
         const uint8_t *block = c.next;
         advance(p, code, &c);
-        if (asks) ask_for(p, block, c.next, v0, vectors);
+        if (asks.index < asks.count) ask_for(p, block, c.next, v0, vectors, asks);
         /* unrolled further, GCC would move the sums between registers and memory */
         _Pragma("GCC unroll 1") for (int i = 0; i < BLOCK; i += side_by_side) UNROLLED for (int j = 0; j < side_by_side; j++) {
             floats w[PAIR];
@@ -287,7 +301,7 @@ static __attribute__((noinline)) void store_outputs(const product *t, const piec
 
 /* ---- one tile for a block of rows ---- */
 
-INLINE void tile_of_rows(const product *t, const piece *p, int code, long tile, long r0, int rows, int asks) {
+INLINE void tile_of_rows(const product *t, const piece *p, int code, long tile, long r0, int rows, turn asks) {
     floats out[ROWS][PAIR];
     const uint8_t *data = p->data + tile * p->tile_bytes;
     /* at a time: what the registers hold beside the sums of these rows */
@@ -302,10 +316,11 @@ INLINE void tile_of_rows(const product *t, const piece *p, int code, long tile, 
 
 /* See `tile_product`. */
 void packed_tiles(const product *t, const piece *p, long tile, long first_group, long last_group) {
-    long groups = num_groups(t->rows);
-    for (long group = first_group; group < last_group && group < groups; group++) {
+    long end = num_groups(t->rows) < last_group ? num_groups(t->rows) : last_group;
+    int turns = end - first_group < MOST_TURNS ? (int)(end - first_group) : MOST_TURNS;
+    for (long group = first_group; group < end; group++) {
         long first = first_row(t, group);
-        int asks = group == first_group; /* for the next pair of tiles */
+        turn asks = {(int)(group - first_group), turns};
         switch (first_row(t, group + 1) - first) {
         case 1: tile_of_rows(t, p, CODE, tile, first, 1, asks); break;
         case 2: tile_of_rows(t, p, CODE, tile, first, 2, asks); break;
