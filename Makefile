@@ -5,6 +5,8 @@ VENV := .venv
 FLASHINFER_VENV := .venv-flashinfer
 RECIPE := scripts/make_venv pyproject.toml constraints.txt
 BIN := $(VENV)/bin
+TYPESCRIPT := typescript@7.0.2
+TSC := .typescript/node_modules/.bin/tsc
 
 # `make test LEVEL=avx2` holds the package's native code, and torch with its oneDNN, to that level of processor.
 ifdef LEVEL
@@ -19,7 +21,7 @@ ONEDNN_ISA_amx := AVX512_CORE_AMX
 export ONEDNN_MAX_CPU_ISA := $(or $(ONEDNN_ISA_$(LEVEL)),DEFAULT)
 endif
 
-.PHONY: help demo test test-slow check format venv flashinfer-signatures clean clean-venv
+.PHONY: help demo test test-slow check check-page typescript format venv flashinfer-signatures clean clean-venv
 
 help:
 	@echo "make demo                   a first look: a small real model on this machine, prefixes shared"
@@ -27,6 +29,7 @@ help:
 	@echo "make test LEVEL=avx2        the same, held to a lower level of processor"
 	@echo "make test-slow              the tests that take longer"
 	@echo "make check                  ruff, mypy and the import rules; changes nothing"
+	@echo "make check-page             types of the server's page, by TypeScript, which npm brings; changes nothing"
 	@echo "make format                 let ruff mend what it can"
 	@echo "make venv                   only the virtual environment, $(VENV)"
 	@echo "make flashinfer-signatures  compare FlashInfer's signatures with the committed ones, in $(FLASHINFER_VENV)"
@@ -56,6 +59,15 @@ check: venv
 	$(BIN)/mypy scripts benchmarks
 	$(BIN)/python -m pytest tests/test_imports.py
 
+typescript: $(TSC)
+
+$(TSC): Makefile
+	@npm install --prefix .typescript --no-save --no-audit --no-fund --loglevel error $(TYPESCRIPT)
+	@touch $(TSC)
+
+check-page: typescript
+	$(TSC) --project tsconfig.json
+
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -68,4 +80,4 @@ clean:
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv:
-	rm -rf $(VENV) $(FLASHINFER_VENV)
+	rm -rf $(VENV) $(FLASHINFER_VENV) .typescript

@@ -118,10 +118,9 @@ class ModelConfig:
         """What a layer rotates by; None where it rotates nothing."""
         return self.layer_ropes[layer] if self.layer_ropes else self.rope
 
-    def kv_bytes_of_ranks(self, kv_number_bytes: float, num_ranks: int) -> int:
-        """K and V of one token over all layers and ranks: where there are more ranks than KV heads, each holds one."""
-        held = max(self.num_kv_heads, num_ranks)
-        return replace(self, num_kv_heads=held).kv_bytes_per_token(kv_number_bytes)
+    def held_by_ranks(self, num_ranks: int) -> ModelConfig:
+        """With the KV heads of all ranks together: where there are more ranks than KV heads, each holds one."""
+        return replace(self, num_kv_heads=max(self.num_kv_heads, num_ranks))
 
     def kv_bytes_per_token(self, kv_number_bytes: float) -> int:
         """K and V of one token over all layers, where each number takes so many bytes with its share of a scale."""

@@ -269,10 +269,9 @@ class LLM:
                 self._engine.settle()
             scheduler = self._engine.scheduler
             counts = scheduler.counters.as_dict(self.facts.kv_bytes_per_token)
-            counts.update(asdict(scheduler.page_counts))
-            windows = self.facts.model.attention_kinds[1:]
-            for window_len, pages in zip(windows, scheduler.window_page_counts, strict=False):
-                counts.update({f"window_{window_len}_{name}": count for name, count in asdict(pages).items()})
+            for number, (window_len, pages) in enumerate(scheduler.pools):
+                prefix = f"window_{window_len}_" if number else ""
+                counts.update({f"{prefix}{name}": count for name, count in asdict(pages).items()})
             counts["running_sequences"] = scheduler.num_running
             counts["waiting_sequences"] = scheduler.num_waiting
             return {**counts, **self._engine.executor.counters()}

@@ -69,7 +69,7 @@ def held(shape: PoolShape, pages: tuple[int, ...], num_sequences: int) -> tuple[
         if plan is None:
             break
         if plan.num_rows == num_sequences:
-            found = [counts.held_pages for counts in (scheduler.page_counts, *scheduler.window_page_counts)]
+            found = [counts.held_pages for _, counts in scheduler.pools]
         scheduler.commit(plan, StepResult(step_id=plan.step_id, token_ids=[1] * len(plan.sample_rows)))
     return found, scheduler.counters.preemptions
 

@@ -26,6 +26,7 @@ from cascade_llm.models.architectures import model_config_from_hf
 from cascade_llm.models.decoder import head_options
 from cascade_llm.weights.format import StoredTensor, WeightOptions
 from cascade_llm.worker.memory import available_bytes
+from cascade_llm.worker.pool_sizes import PoolShape
 
 __all__ = ["BenchModel", "open_model", "options_for"]
 
@@ -139,13 +140,13 @@ def open_model(model: str, options: Mapping[str, Any]) -> BenchModel:
 def options_for(model: BenchModel, *loads: Load) -> dict[str, Any]:
     """The user's options; context, lanes and pool are the largest that a load needs, where they are not given.
 
-    Every engine gets a pool of the same size, whatever memory the one before has left.
+    Every engine gets pools of the same size, whatever memory the one before has left. Where kinds with windows have
+    pools of their own, each is asked for as large as the first: how far it can be smaller depends on what is shared.
 
     Raises `CapacityError` where the given pool does not hold the longest sequence.
     """
     checked = EngineOptions(**model.options)
     number_bytes = bytes_per_number(model.kv_dtype, model.config.head_dim)
-    page_bytes = model.config.kv_bytes_of_ranks(number_bytes, checked.tensor_parallel_size) * checked.page_size
     lanes = min(max(load.num_sequences for load in loads), DEFAULT_LANES)
     options: dict[str, Any] = {
         "max_model_len": max(load.longest for load in loads),
@@ -153,9 +154,11 @@ def options_for(model: BenchModel, *loads: Load) -> dict[str, Any]:
         "max_num_batched_tokens": max(checked.max_num_batched_tokens, lanes),
         **model.options,
     }
-    longest_bytes = -(-options["max_model_len"] // checked.page_size) * page_bytes
+    held = model.config.held_by_ranks(checked.tensor_parallel_size)
+    shape = PoolShape.of(EngineOptions(**options), held, options["max_model_len"], number_bytes)
+    longest_bytes = shape.bytes_per_sequence
     if checked.kv_cache_bytes is None and model.device.type == "cpu":
-        wanted = max(load.pool_pages(checked.page_size) for load in loads) * page_bytes
+        wanted = max(load.pool_pages(checked.page_size) for load in loads) * sum(shape.page_bytes)
         given = int(available_bytes(model.device) * POOL_SHARE)
         options["kv_cache_bytes"] = min(max(wanted, longest_bytes), given)
     if (pool := options.get("kv_cache_bytes")) is not None and pool < longest_bytes:

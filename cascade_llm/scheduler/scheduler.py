@@ -127,13 +127,14 @@ class FlashInferScheduler:
 
     @property
     def page_counts(self) -> PageCounts:
-        """Where the pages of the pool are."""
+        """Where the pages of the first pool are."""
         return self._tables.counts
 
     @property
-    def window_page_counts(self) -> list[PageCounts]:
-        """The same for the pools that kinds with windows have of their own."""
-        return [pool.counts for pool in self._tables.window_pools]
+    def pools(self) -> list[tuple[int | None, PageCounts]]:
+        """Of each pool the window of its kind and where its pages are; the first is all kinds', or the first kind's."""
+        windows = [(pool.window_len, pool.counts) for pool in self._tables.window_pools]
+        return [(self.config.attention_kinds[0], self.page_counts), *windows]
 
     def add(self, request: Request) -> None:
         """Queue a request. Its prompt fits the context: the caller has checked."""

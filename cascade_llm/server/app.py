@@ -43,7 +43,7 @@ from cascade_llm.server.keys import KeyRing
 from cascade_llm.server.metrics import CONTENT_TYPE, ServerMetrics
 from cascade_llm.server.options import ServerOptions
 from cascade_llm.server.page_files import PAGE_PATHS, add_page
-from cascade_llm.server.published import Answers, answers, error_answers, openapi_document, text_answers
+from cascade_llm.server.published import Answers, answers, error_answers, openapi_document, other_answers
 from cascade_llm.server.quotas import RATE_HEADERS, QuotaKeeper
 from cascade_llm.server.schema import (
     Body,
@@ -58,6 +58,7 @@ from cascade_llm.server.schema import (
 )
 from cascade_llm.server.session_paths import add_session_paths
 from cascade_llm.server.sharing_feed import SharingFeed, SharingResponse
+from cascade_llm.server.sharing_schema import SHARING_EVENTS
 from cascade_llm.server.tracing import asked_attributes
 
 if TYPE_CHECKING:  # imports torch: see `run`
@@ -213,7 +214,8 @@ class Api:
             "sharing" if tokenizer is None else "sharing_with_tokens", ASKED_FOR_S, tenant=tenant
         )
         if tokenizer is not None:
-            _add_texts(told["last_step"], tokenizer)
+            for kind in (told["last_step"] or {}).get("kinds", ()):
+                _add_texts(kind, tokenizer)
         return {"engine": status, **told}
 
     async def tokenize(self, body: TokenizeBody) -> Tokenized:
@@ -352,12 +354,12 @@ def _add_paths(app: FastAPI, api: Api) -> None:
     for path, (probe, form) in probes.items():
         said: Answers = {status: {"model": form} for status in (200, 503)}
         app.get(path, response_model=None, responses={**error_answers(), **said})(probe)
-    texts: dict[str, tuple[Any, str, Sequence[int]]] = {
-        "/metrics": (api.metrics_text, "text/plain", (403,)),
-        ENDLESS_PATH: (api.sharing_events, "text/event-stream", (429,)),
+    events = event_stream(SHARING_EVENTS, has_names=True)
+    others: dict[str, tuple[Any, Answers]] = {
+        "/metrics": (api.metrics_text, other_answers("text/plain", {"schema": {"type": "string"}}, 403)),
+        ENDLESS_PATH: (api.sharing_events, other_answers("text/event-stream", events, 429)),
     }
-    for path, (answer, media_type, statuses) in texts.items():
-        said = text_answers(media_type, *statuses)
+    for path, (answer, said) in others.items():
         app.get(path, response_model=None, response_class=Response, responses=said)(answer)
     if api.options.page:
         add_page(app)
@@ -430,9 +432,9 @@ def _tokenizer(reader: RequestReader) -> Any:
     return reader.tokenizer
 
 
-def _add_texts(node: dict[str, Any] | None, tokenizer: Any) -> None:
-    """Write the token ids of a step's shared runs as text."""
-    for run in (node or {}).get("runs", ()):
+def _add_texts(node: dict[str, Any], tokenizer: Any) -> None:
+    """Write the token ids of shared runs as text."""
+    for run in node["runs"]:
         if (ids := run.pop("token_ids", None)) is not None:
             run["text"] = tokenizer.decode(ids, skip_special_tokens=False)
         _add_texts(run, tokenizer)

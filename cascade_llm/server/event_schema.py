@@ -1,4 +1,4 @@
-"""The events of streamed answers, as /openapi.json publishes them; what the answers' forms write fits them."""
+"""The events of streams, as /openapi.json publishes them; what the answers' forms write fits them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cascade_llm.server.answer_schema import (
     Usage,
 )
 from cascade_llm.server.schema import Answer, answer_schemas
+from cascade_llm.server.sharing_schema import SHARING_EVENTS
 
 __all__ = ["CHAT_EVENTS", "COMPLETION_EVENTS", "DONE", "MESSAGE_EVENTS", "event_schemas", "event_stream"]
 
@@ -193,7 +194,7 @@ MESSAGE_EVENTS: Sequence[type[Answer]] = (
 def event_stream(kinds: Sequence[type[Answer]], *, has_names: bool) -> Mapping[str, Any]:
     """The media type of a stream, each of whose events has one of these as its data.
 
-    `has_names`: events are named by their type, else the last has `DONE` as its data. The form is that of OpenAPI 3.2,
+    `has_names`: each event has a name, else the last has `DONE` as its data. The form is that of OpenAPI 3.2,
     in which a stream has an `itemSchema`; earlier readers see a text.
     """
     references = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in kinds]
@@ -207,11 +208,11 @@ def event_stream(kinds: Sequence[type[Answer]], *, has_names: bool) -> Mapping[s
         "properties": {"data": data, **({"event": {"type": "string"}} if has_names else {})},
         "required": ["event", "data"] if has_names else ["data"],
     }
-    told = "Server-sent events, where stream is true." + ("" if has_names else f" The data of the last is {DONE}.")
+    told = "Server-sent events." + ("" if has_names else f" The data of the last is {DONE}.")
     return {"schema": {"type": "string"}, "itemSchema": item, "description": told}
 
 
 def event_schemas() -> Mapping[str, Any]:
     """The schemas of all events by name, and of what they have, for the document's components."""
-    kinds = dict.fromkeys((*COMPLETION_EVENTS, *CHAT_EVENTS, *MESSAGE_EVENTS))
+    kinds = dict.fromkeys((*COMPLETION_EVENTS, *CHAT_EVENTS, *MESSAGE_EVENTS, *SHARING_EVENTS))
     return answer_schemas(list(kinds))

@@ -14,9 +14,9 @@ __all__ = ["CONTENT_TYPE", "ServerMetrics"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "cascade_llm_"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-GAUGES = frozenset(("running_sequences", "waiting_sequences", "session_pages"))
-PAGES = ("free", "held", "cached")
-WINDOW_PAGES = re.compile(r"window_\d+_(total|free|held|cached|session)_pages")
+GAUGES = frozenset(("running_sequences", "waiting_sequences"))
+POOL_PAGES = re.compile(r"(?:window_(?P<window>\d+)_)?(?P<state>total|free|held|cached|session)_pages")
+"""Counts of `LLM.stats()` that say where the pages of a pool are."""
 
 
 class ServerMetrics:
@@ -55,18 +55,7 @@ class _EngineMetrics:
         """What the registry asks for."""
         yield GaugeMetricFamily(f"{PREFIX}engine_up", "Whether the engine answers.", float(self.stats is not None))
         stats = dict(self.stats or {})
-        pages = GaugeMetricFamily(f"{PREFIX}pages", "Pages of the pool by state.", labels=["state"])
-        for state in PAGES:
-            if (count := stats.pop(f"{state}_pages", None)) is not None:
-                pages.add_metric([state], count)
-        yield pages
-        window_pages = GaugeMetricFamily(
-            f"{PREFIX}window_pages", "Pages of the pools of layers with a window, by state.", labels=["window", "state"]
-        )
-        for name in [name for name in stats if WINDOW_PAGES.fullmatch(name)]:
-            _, window_len, state, _ = name.split("_")
-            window_pages.add_metric([window_len, state], stats.pop(name))
-        yield window_pages
+        yield from _pool_pages(stats)
         reasons = CounterMetricFamily(
             f"{PREFIX}unshared_steps", "Steps that shared nothing, by reason.", labels=["reason"]
         )
@@ -74,11 +63,23 @@ class _EngineMetrics:
             reasons.add_metric([reason], count)
         yield reasons
         yield from _tenant_pages(stats.pop("tenants", None) or {})
-        stats.pop("total_pages", None)
         for name, value in stats.items():
             if isinstance(value, int):
                 form = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
                 yield form(f"{PREFIX}{name}", name.replace("_", " ") + ".", value)
+
+
+def _pool_pages(stats: dict[str, Any]) -> Iterable[Metric]:
+    """Of all pools, taken out of `stats`; a pool that layers with a window have of their own is labelled with that."""
+    pages = Metric(f"{PREFIX}pages", "Pages of a KV pool by state.", "gauge")
+    sessions = Metric(f"{PREFIX}session_pages", "Pages that sessions hold, part of the held ones.", "gauge")
+    for name, found in [(name, found) for name in stats if (found := POOL_PAGES.fullmatch(name))]:
+        count, labels = stats.pop(name), {"window": found["window"]} if found["window"] else {}
+        if found["state"] == "session":
+            sessions.add_sample(sessions.name, labels, count)
+        elif found["state"] != "total":
+            pages.add_sample(pages.name, {"state": found["state"], **labels}, count)
+    return pages, sessions
 
 
 def _tenant_pages(tenants: Mapping[str, Mapping[str, int]]) -> Iterable[Metric]:

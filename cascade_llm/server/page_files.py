@@ -16,6 +16,7 @@ FILES: Mapping[str, tuple[str, str]] = {
     "/page/chat.js": ("chat.js", "text/javascript"),
     "/page/conversations.js": ("conversations.js", "text/javascript"),
     "/page/sharing.js": ("sharing.js", "text/javascript"),
+    "/page/elements.js": ("elements.js", "text/javascript"),
     "/page/markdown.js": ("markdown.js", "text/javascript"),
     "/page/server.js": ("server.js", "text/javascript"),
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),

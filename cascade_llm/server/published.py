@@ -12,7 +12,7 @@ from cascade_llm.server.answer_schema import ErrorAnswer
 from cascade_llm.server.event_schema import event_schemas
 from cascade_llm.server.schema import Answer
 
-__all__ = ["Answers", "answers", "error_answers", "openapi_document", "text_answers"]
+__all__ = ["Answers", "answers", "error_answers", "openapi_document", "other_answers"]
 
 Answers = dict[int | str, dict[str, Any]]
 """By status, as FastAPI's `responses` takes them."""
@@ -44,13 +44,14 @@ def answers(
     model: type[Answer], events: Mapping[str, Any], *statuses: int, form: type[Answer] = ErrorAnswer
 ) -> Answers:
     """What a path answers that generates: whole or as events (see `event_stream`), and its errors."""
-    whole = {"model": model, "description": "The answer.", "content": {"text/event-stream": dict(events)}}
+    told = "The answer; events where stream is true."
+    whole = {"model": model, "description": told, "content": {"text/event-stream": dict(events)}}
     return {200: whole, **error_answers(*statuses, form=form)}
 
 
-def text_answers(media_type: str, *statuses: int) -> Answers:
-    """What a path answers that is no JSON, and its errors."""
-    return {200: {"content": {media_type: {"schema": {"type": "string"}}}}, **error_answers(*statuses)}
+def other_answers(media_type: str, content: Mapping[str, Any], *statuses: int) -> Answers:
+    """What a path answers that is no JSON, with its schema, and its errors."""
+    return {200: {"content": {media_type: dict(content)}}, **error_answers(*statuses)}
 
 
 def openapi_document(app: FastAPI, *, open_paths: Collection[str], has_keys: bool) -> dict[str, Any]:

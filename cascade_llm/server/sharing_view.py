@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cascade_llm.plan import CascadePlan, StepPlan
@@ -16,7 +18,7 @@ __all__ = ["SharedRun", "SharingView", "shared_runs"]
 
 COUNTERS = (
     *("running_sequences", "waiting_sequences", "steps", "cascade_steps", "generated_tokens", "cached_tokens"),
-    *("kv_bytes_read", "kv_bytes_saved", "total_pages", "free_pages", "held_pages", "cached_pages"),
+    *("kv_bytes_read", "kv_bytes_saved"),
 )
 """What is told of `LLM.stats()`."""
 MOST_SHOWN_TOKENS = 48
@@ -28,7 +30,7 @@ class SharedRun(NamedTuple):
 
     level: int
     start_len: int
-    """Tokens before it."""
+    """Tokens before it that are shared too."""
     num_tokens: int
     num_sequences: int
     sequence: int
@@ -76,6 +78,39 @@ def shared_runs(plan: CascadePlan, among: Container[int] | None = None) -> tuple
     return inside(0, 0, plan.num_rows, 0)
 
 
+class _Kind(NamedTuple):
+    """What the layers of one attention kind share in a step."""
+
+    window_len: int | None
+    num_layers: int
+    width: int
+    """Bytes of K and V of a token, in these layers."""
+    runs: list[SharedRun]
+    own_lens: list[int]
+
+    def as_dict(self, tokens: Mapping[int, list[int]]) -> dict[str, Any]:
+        """`tokens`: all of those leaf segments whose shared runs are told as token ids. Where in a sequence a windowed
+        kind shares is not in a plan, so there lengths are all that is told."""
+        shown = tokens if self.window_len is None else {}
+        runs = [self._run_as_dict(run, shown) for run in self.runs]
+        return {"window_len": self.window_len, "num_layers": self.num_layers, "runs": runs, "own_lens": self.own_lens}
+
+    def _run_as_dict(self, run: SharedRun, tokens: Mapping[int, list[int]]) -> dict[str, Any]:
+        described: dict[str, Any] = {
+            "level": run.level,
+            "start_len": run.start_len,
+            "num_tokens": run.num_tokens,
+            "num_sequences": run.num_sequences,
+            "kv_bytes_saved": self.width * run.num_tokens * (run.num_sequences - 1),
+            "runs": [self._run_as_dict(inner, tokens) for inner in run.runs],
+            "own_lens": run.own_lens,
+        }
+        if run.sequence in tokens:
+            end = run.start_len + min(run.num_tokens, MOST_SHOWN_TOKENS)
+            described["token_ids"] = tokens[run.sequence][run.start_len : end]
+        return described
+
+
 class SharingView:
     """Remembers the last plan: all that a step costs where nobody asks."""
 
@@ -88,7 +123,7 @@ class SharingView:
         self._plan = event.plan
 
     def describe(self, tenant: str | None = None, *, with_tokens: bool) -> dict[str, Any]:
-        """Counters, and the last step; for the loop, between two steps.
+        """Counters, pools and the last step; for the loop, between two steps.
 
         Args:
             tenant: whose sequences are told of, as long as they run, and nothing else; None is all
@@ -96,9 +131,12 @@ class SharingView:
         """
         if tenant is not None:
             return self._of_tenant(tenant, with_tokens)
-        stats = self._llm.stats()
-        last_step = None if self._plan is None else self._step(self._plan, with_tokens)
-        return {**{name: stats[name] for name in COUNTERS}, "last_step": last_step}
+        stats, pools = self._llm.stats(), self._llm.engine.scheduler.pools
+        return {
+            **{name: stats[name] for name in COUNTERS},
+            "pools": [{"window_len": window_len, **asdict(counts)} for window_len, counts in pools],
+            "last_step": None if self._plan is None else self._step(self._plan, with_tokens),
+        }
 
     def _of_tenant(self, tenant: str, with_tokens: bool) -> dict[str, Any]:
         own = [s for s in self._llm.engine.scheduler.sequences() if s.request.client.tenant == tenant]
@@ -113,37 +151,45 @@ class SharingView:
 
     def _part(self, plan: StepPlan, among: set[int], with_tokens: bool) -> dict[str, Any]:
         """As `_step` says it, of some sequences: what they read and save as if they were alone."""
-        width = self._llm.facts.kv_bytes_per_token
-        runs, own_lens = shared_runs(plan.cascade, among)
-        tokens = self._tokens(plan) if with_tokens else {}
+        kinds, tokens = self._kinds(plan, among), self._tokens(plan) if with_tokens else {}
+        runs = [run for kind in kinds for run in kind.runs]
         return {
             "step_id": plan.step_id,
             "num_sequences": len(among),
             "num_levels": 1 + max(map(_depth, runs), default=0),
-            "num_groups": sum(map(_num_runs, runs)),
-            "kv_bytes_read": width * (sum(own_lens) + sum(map(_tokens_read, runs))),
-            "kv_bytes_saved": width * sum(map(_tokens_saved, runs)),
+            "num_groups": sum(map(_num_runs, kinds[0].runs)),
+            "kv_bytes_read": sum(kind.width * (sum(kind.own_lens) + _tokens_read(kind.runs)) for kind in kinds),
+            "kv_bytes_saved": sum(kind.width * _tokens_saved(kind.runs) for kind in kinds),
             "reason": None if runs else "no prefix of these requests is read together",
-            "runs": [_as_dict(run, width, tokens) for run in runs],
-            "own_lens": own_lens,
+            "kinds": [kind.as_dict(tokens) for kind in kinds],
         }
 
     def _step(self, plan: StepPlan, with_tokens: bool) -> dict[str, Any]:
         report, width = plan.report, self._llm.facts.kv_bytes_per_token
-        runs, own_lens = shared_runs(plan.cascade)
         tokens = self._tokens(plan) if with_tokens else {}
         return {
             "step_id": plan.step_id,
-            "num_rows": plan.num_rows,
             "num_sequences": plan.num_sequences,
             "num_levels": report.num_levels,
             "num_groups": report.num_groups,
             "kv_bytes_read": report.kv_tokens_read * width,
             "kv_bytes_saved": report.kv_tokens_saved * width,
             "reason": report.reason,
-            "runs": [_as_dict(run, width, tokens) for run in runs],
-            "own_lens": own_lens,
+            "kinds": [kind.as_dict(tokens) for kind in self._kinds(plan)],
         }
+
+    def _kinds(self, plan: StepPlan, among: Container[int] | None = None) -> list[_Kind]:
+        facts = self._llm.facts
+        num_layers = Counter(plan.layer_kinds) if plan.layer_kinds else {0: facts.model.num_layers}
+        return [
+            _Kind(
+                cascade.window_len,
+                num_layers[kind],
+                facts.model.kv_bytes_of_layers(num_layers[kind], facts.attention.kv_number_bytes),
+                *shared_runs(cascade, among),
+            )
+            for kind, cascade in enumerate(plan.cascades)
+        ]
 
     def _tokens(self, plan: StepPlan) -> Mapping[int, list[int]]:
         """Of the leaf segments whose sequences still run, all tokens."""
@@ -160,25 +206,9 @@ def _num_runs(run: SharedRun) -> int:
     return 1 + sum(map(_num_runs, run.runs))
 
 
-def _tokens_read(run: SharedRun) -> int:
-    return run.num_tokens + sum(run.own_lens) + sum(map(_tokens_read, run.runs))
+def _tokens_read(runs: Iterable[SharedRun]) -> int:
+    return sum(run.num_tokens + sum(run.own_lens) + _tokens_read(run.runs) for run in runs)
 
 
-def _tokens_saved(run: SharedRun) -> int:
-    return run.num_tokens * (run.num_sequences - 1) + sum(map(_tokens_saved, run.runs))
-
-
-def _as_dict(run: SharedRun, width: int, tokens: Mapping[int, list[int]]) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "level": run.level,
-        "start_len": run.start_len,
-        "num_tokens": run.num_tokens,
-        "num_sequences": run.num_sequences,
-        "kv_bytes_saved": width * run.num_tokens * (run.num_sequences - 1),
-        "runs": [_as_dict(inner, width, tokens) for inner in run.runs],
-        "own_lens": run.own_lens,
-    }
-    if run.sequence in tokens:
-        end = run.start_len + min(run.num_tokens, MOST_SHOWN_TOKENS)
-        described["token_ids"] = tokens[run.sequence][run.start_len : end]
-    return described
+def _tokens_saved(runs: Iterable[SharedRun]) -> int:
+    return sum(run.num_tokens * (run.num_sequences - 1) + _tokens_saved(run.runs) for run in runs)

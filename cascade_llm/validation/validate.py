@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from cascade_llm.validation.report import Check, Progress, Section, ValidationRe
 from cascade_llm.validation.text import text_token_ids
 from cascade_llm.validation.transformers_check import check_transformers
 from cascade_llm.worker.executor import Executor, LocalExecutor
+from cascade_llm.worker.pool_sizes import PoolShape
 from cascade_llm.worker.worker import WorkerFacts
 
 __all__ = ["FULL", "QUICK", "Effort", "validate"]
@@ -152,7 +153,7 @@ def _check_names(options: Mapping[str, Any]) -> None:
 
 
 def _engine_options(options: Mapping[str, Any], config: ModelConfig, effort: Effort) -> EngineOptions:
-    """The user's options, and a pool that holds `BATCH` sequences that share nothing."""
+    """The user's options, and pools that hold one sequence more than `BATCH`, which share nothing."""
     wanted = max(effort.load.max_model_len, max(effort.prompt_lens) + effort.num_new)
     if wanted > config.max_position_embeddings:
         raise ConfigError(
@@ -162,14 +163,15 @@ def _engine_options(options: Mapping[str, Any], config: ModelConfig, effort: Eff
     given = EngineOptions(**options)
     dtype = resolve_dtype(given.dtype, config.dtype, resolve_device(given.device))
     number_bytes = bytes_per_number(resolve_kv_dtype(given.kv_cache_dtype, dtype), config.head_dim)
-    num_tokens = (BATCH + 1) * -(-wanted // given.page_size) * given.page_size
-    return EngineOptions(
+    engine_options = EngineOptions(
         **options,
         max_model_len=wanted,
         max_num_seqs=BATCH + 1,
-        kv_cache_bytes=num_tokens * config.kv_bytes_of_ranks(number_bytes, given.tensor_parallel_size),
         exact_activations=True,  # what rounding costs is no error of an engine: transformers does not round
     )
+    shape = PoolShape.of(engine_options, config.held_by_ranks(given.tensor_parallel_size), wanted, number_bytes)
+    pages = shape.with_windows(shape.max_num_seqs * shape.pages_per_sequence)
+    return replace(engine_options, kv_cache_bytes=shape.num_bytes(pages))
 
 
 def _subject(checkpoint: Checkpoint, facts: WorkerFacts, options: EngineOptions, seed: int) -> dict[str, Any]:

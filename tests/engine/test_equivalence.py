@@ -80,6 +80,44 @@ def test_planning_a_step_ahead_changes_nothing(
     assert ahead.stats()["held_pages"] == 0
 
 
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers with a window, which have a pool of their own, and one that reads everything."""
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    folder = tmp_path_factory.mktemp("gemma")
+    return save_tiny(folder, "gemma3_text", num_hidden_layers=3, layer_types=layers, sliding_window=12)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"max_num_batched_tokens": 16, "max_num_seqs": 8}, marks=pytest.mark.slow),
+        pytest.param({"cascade_max_levels": 4, "page_size": 1}, marks=pytest.mark.slow),
+        {"max_model_len": 96, "max_num_batched_tokens": 32, "kv_cache_bytes": (32 + 2 * 14) * 1024},
+    ],
+    ids=["plain", "chunked", "four-levels", "preempted"],
+)
+def test_pools_of_windows_change_nothing(
+    pooled: Path, seed: int, options: dict[str, Any], close_after: list[LLM]
+) -> None:
+    """Planned a step ahead, with cascade, cold and warm, against no cascade and no step ahead."""
+    prompts = random_forest(seed, 12, VOCAB, 60)
+    plain = tiny_llm(pooled, enable_cascade_attention=False, schedule_lag=0)
+    ahead = tiny_llm(pooled, schedule_lag=1, **options)
+    close_after.extend((plain, ahead))
+    expected = plain.generate(prompts, GREEDY)
+    for _ in range(2):
+        assert_equal_outputs(ahead.generate(prompts, GREEDY), expected)
+    stats = ahead.stats()
+    assert stats["cascade_steps"] > 0
+    assert stats["window_12_total_pages"] < stats["total_pages"]
+    assert stats["held_pages"] == stats["window_12_held_pages"] == 0
+    if "kv_cache_bytes" in options:
+        assert stats["preemptions"] > 0
+
+
 def test_warm_cache_gives_the_same_as_cold(tiny: Path, close_after: list[LLM]) -> None:
     prompts = random_forest(3, 8, VOCAB, 60)
     llm = tiny_llm(tiny)

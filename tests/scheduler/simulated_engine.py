@@ -424,8 +424,7 @@ class SimulatedEngine:
     def check(self) -> None:
         """Assert that no page, lane or sequence is lost."""
         self.scheduler.check()
-        counts = self.scheduler.page_counts
-        for each in (counts, *self.scheduler.window_page_counts):
+        for _, each in self.scheduler.pools:
             assert each.free_pages + each.held_pages + each.cached_pages == each.total_pages
             assert self.scheduler.num_running or each.held_pages == each.session_pages
 

@@ -26,7 +26,7 @@ def test_a_sequence_holds_all_pages_of_one_kind_and_the_last_of_the_other(lag: i
     held = []
     while engine.scheduler.has_unfinished:
         engine.step()
-        (window,) = engine.scheduler.window_page_counts
+        _, (_, window) = engine.scheduler.pools
         held.append((engine.scheduler.page_counts.held_pages, window.held_pages))
     engine.check_outputs()
     assert max(pages for pages, _ in held) == 55
@@ -46,7 +46,7 @@ def test_a_prompt_is_found_as_far_as_the_window_s_pages_are_there() -> None:
     for i in range(3):
         engine.add(range(2000 + 100 * i, 2060 + 100 * i), max_tokens=1)
         engine.run()
-    (window,) = engine.scheduler.window_page_counts
+    _, (_, window) = engine.scheduler.pools
     assert (window.free_pages, window.cached_pages) == (0, 14)
     assert engine.scheduler.page_counts.cached_pages >= 40
     engine.add([*PROMPT, 2], max_tokens=2)
@@ -79,7 +79,7 @@ def test_a_session_keeps_the_window_of_its_next_turn() -> None:
     for i in range(4):
         engine.add(range(2000 + 100 * i, 2060 + 100 * i), max_tokens=1)
         engine.run()
-    (window,) = engine.scheduler.window_page_counts
+    _, (_, window) = engine.scheduler.pools
     assert window.session_pages in (2, 3)
     turn = [*PROMPT, *engine.outputs["r0", 0].token_ids, 7]
     engine.add(turn, max_tokens=2, session=SessionUse(session_id="a"))

@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import httpx
 import jsonschema_rs
 import pytest
 
+from cascade_llm.server.engine_client import EngineStatus
 from cascade_llm.server.event_schema import DONE
-from tests.server.conftest import RunningServer
+from tests.server.conftest import PATIENCE_S, RunningServer
 
 CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
+LIVE_VIEW = "/v1/cascade/events"
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Say it."}], "max_tokens": 4, "ignore_eos": True}
 USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 
@@ -69,6 +72,27 @@ def test_every_event_of_a_stream_is_one_of_the_documents(
     for event in told:
         jsonschema_rs.Draft202012Validator(item).validate(event)
         validator.validate(json.loads(event["data"]))
+
+
+def test_every_event_of_the_live_view_is_one_of_the_documents(server: RunningServer, document: dict[str, Any]) -> None:
+    content = document["paths"][LIVE_VIEW]["get"]["responses"]["200"]["content"]
+    item = content["text/event-stream"]["itemSchema"]
+    schema = {**item["properties"]["data"]["contentSchema"], "components": document["components"]}
+    validator = jsonschema_rs.Draft202012Validator(schema)
+    with httpx.stream("GET", server.url + LIVE_VIEW, timeout=PATIENCE_S) as answer:
+        lines = (line for line in answer.iter_lines() if line and not line.startswith(":"))
+        for name, data in zip(lines, lines, strict=False):
+            (event,) = events(f"{name}\n{data}")
+            jsonschema_rs.Draft202012Validator(item).validate(event)
+            told = json.loads(event["data"])
+            validator.validate(told)
+            assert not validator.is_valid({**told, "more": 1})
+            if told["last_step"] is not None:
+                break
+            assert server.post(COMPLETIONS, {"prompt": "The sea", "n": 2, "max_tokens": 8}).status_code == 200
+    silent = [status.value for status in EngineStatus if status is not EngineStatus.READY]
+    assert all(validator.is_valid({"engine": status}) for status in silent)
+    assert not validator.is_valid({"engine": "ready"})
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, MESSAGES])

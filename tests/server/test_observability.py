@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.server.answer_forms import Tally
 from cascade_llm.server.guard import RequestRecord
+from cascade_llm.server.metrics import ServerMetrics
 from cascade_llm.server.tracing import asked_attributes, open_tracing, used_attributes
 from tests.cli.conftest import Run
 from tests.server.conftest import RunningServer, StartServer
@@ -27,6 +28,10 @@ TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 
 
 # the dashboard
+
+
+WINDOW = {"window"}
+"""The label of what only models with windows in some layers have."""
 
 
 def exposed(text: str) -> dict[str, set[str]]:
@@ -51,7 +56,7 @@ def unknown_in(dashboard: dict[str, Any], names: dict[str, set[str]]) -> list[st
         assert asked, expression
         unknown += [name for name in asked if name not in names]
         labels = {label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")}
-        known = {label for name in asked for label in names.get(name, ())}
+        known = {label for name in asked for label in names.get(name, ())} | WINDOW
         unknown += sorted(labels - known)
     return unknown
 
@@ -66,6 +71,23 @@ def test_every_query_of_the_dashboard_finds_what_it_asks_for(server: RunningServ
     assert unknown_in(dashboard, names) == []
     del names["cascade_llm_kv_bytes_saved_total"]
     assert set(unknown_in(dashboard, names)) == {"cascade_llm_kv_bytes_saved_total"}, "the check can fail"
+
+
+def test_pages_of_every_pool_are_exposed() -> None:
+    counts = {"total_pages": 9, "free_pages": 4, "held_pages": 3, "cached_pages": 2, "session_pages": 1}
+    window = {f"window_512_{name}": 10 * count for name, count in counts.items()}
+    lines = ServerMetrics().text({**counts, **window, "copied_pages": 7}).decode().splitlines()
+    assert [line for line in lines if "_pages" in line and not line.startswith("#")] == [
+        'cascade_llm_pages{state="free"} 4.0',
+        'cascade_llm_pages{state="held"} 3.0',
+        'cascade_llm_pages{state="cached"} 2.0',
+        'cascade_llm_pages{state="free",window="512"} 40.0',
+        'cascade_llm_pages{state="held",window="512"} 30.0',
+        'cascade_llm_pages{state="cached",window="512"} 20.0',
+        "cascade_llm_session_pages 1.0",
+        'cascade_llm_session_pages{window="512"} 10.0',
+        "cascade_llm_copied_pages_total 7.0",
+    ]
 
 
 def test_panels_of_the_dashboard_do_not_lie_on_each_other(run: Run) -> None:

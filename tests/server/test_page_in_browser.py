@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cascade_llm.server.sharing_schema import SHARING_EVENTS
 from tests.server.browser import Browser, find_browser, open_browser
 from tests.server.conftest import RunningServer, StartServer
 
@@ -54,6 +57,9 @@ def test_chat_branches_and_the_live_view(browser: Browser) -> None:
     ask(browser, "A question of some length, which all answers share.", answers=4, max_tokens=300)
     browser.wait_for("document.querySelector('#tree').innerText.includes('read once for 4 sequences')")
     assert "with a prefix in common" in browser.run("document.querySelector('#sharing-state').textContent")
+    assert re.search(
+        r"all tokens\n\d+ held, \d+ cached, \d+ free", browser.run("document.querySelector('#pools').innerText")
+    )
     browser.run("document.querySelector('#stop').click()")
     assert wait_until_answered(browser) == "stopped"
     beside = "[...document.querySelectorAll('.beside .message')]"
@@ -149,6 +155,59 @@ def test_no_markdown_holds_the_page_up_or_loses_text(browser: Browser) -> None:
     for name, text in HOSTILE.items():
         num_kept = browser.run(f"(async () => {{ {show.format(json.dumps(text))} }})()")
         assert num_kept > 0, name
+
+
+def kind(window_len: int | None, num_layers: int, num_tokens: int) -> dict[str, Any]:
+    """What six sequences share, each with a few tokens of its own."""
+    run = {"level": 0, "start_len": 0, "num_sequences": 6, "kv_bytes_saved": 4500, "runs": [], "own_lens": [4] * 6}
+    return {
+        "window_len": window_len,
+        "num_layers": num_layers,
+        "runs": [{**run, "num_tokens": num_tokens}],
+        "own_lens": [],
+    }
+
+
+def pool(window_len: int | None, free: int, held: int, cached: int) -> dict[str, Any]:
+    counts = {"free_pages": free, "held_pages": held, "cached_pages": cached, "session_pages": 3}
+    return {"window_len": window_len, "total_pages": free + held + cached, **counts}
+
+
+TOLD: dict[str, Any] = {
+    "engine": "ready",
+    **dict.fromkeys(("steps", "cascade_steps", "generated_tokens", "cached_tokens", "kv_bytes_read"), 9),
+    "running_sequences": 6,
+    "waiting_sequences": 0,
+    "kv_bytes_saved": 9000,
+    "last_step": {
+        "step_id": 7,
+        "num_sequences": 6,
+        "num_levels": 2,
+        "num_groups": 1,
+        "reason": None,
+        "kv_bytes_read": 3000,
+        "kv_bytes_saved": 9000,
+        "kinds": [kind(None, 1, 40), kind(24, 2, 16)],
+    },
+    "pools": [pool(None, 40, 30, 10), pool(24, 10, 20, 10)],
+}
+"""An event of a model with a window in two layers of three."""
+
+
+def test_the_live_view_shows_every_kind_and_every_pool(browser: Browser) -> None:
+    SHARING_EVENTS[0].model_validate(TOLD)
+    browser.answer_instead("/v1/cascade/events", f"event: sharing\ndata: {json.dumps(TOLD)}\n\n")
+    browser.run("location.reload()")
+    browser.wait_for("document.querySelectorAll('#pools li').length === 2")
+    pools = browser.run("document.querySelector('#pools').innerText")
+    assert "all tokens\n30 held (3 by sessions), 10 cached, 40 free" in pools
+    assert "the last 24 tokens\n20 held (3 by sessions), 10 cached, 10 free" in pools
+    tree = browser.run("document.querySelector('#tree').innerText")
+    assert "1 layer that reads all tokens" in tree
+    assert "2 layers that read the last 24 tokens" in tree
+    assert "40 tokens, read once for 6 sequences" in tree
+    assert "16 tokens, read once for 6 sequences" in tree
+    assert browser.problems == []
 
 
 @pytest.mark.parametrize("width", [390, 800, 1280])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from cascade_llm.bench.plan_tree import decode_step
 from cascade_llm.config import CascadeConfig
@@ -55,6 +56,44 @@ def test_a_part_of_the_sequences() -> None:
     assert shared_runs(plan, ()) == ([], [])
 
 
+def runs_of(step: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The outermost shared runs of each kind."""
+    return [kind["runs"] for kind in step["kinds"]]
+
+
+def test_every_kind_and_every_pool_is_told_of(tmp_path: Path) -> None:
+    """Six sequences of 45 tokens, 40 of which all share; one layer reads all, two the last 24."""
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    folder = save_tiny(tmp_path, "gemma3_text", num_hidden_layers=3, layer_types=layer_types, sliding_window=24)
+    prompts = [[*range(3, 43), 50 + i, 60, 61] for i in range(6)]
+    with tiny_llm(folder, num_threads=1) as llm:
+        view = SharingView(llm)
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        for number, prompt in enumerate(prompts):
+            llm.engine.add(Request(request_id=str(number), prompt_token_ids=prompt, params=params, seed=1))
+        while llm.stats()["generated_tokens"] < 12:
+            llm.step()
+        told, stats = view.describe(with_tokens=True), llm.stats()
+    step = told["last_step"]
+    assert [(kind["window_len"], kind["num_layers"]) for kind in step["kinds"]] == [(None, 1), (24, 2)]
+    (whole,), (tail,) = runs_of(step)
+    assert (whole["num_tokens"], whole["num_sequences"], whole["token_ids"]) == (40, 6, prompts[0][:40])
+    assert tail["num_sequences"] == 6
+    assert 0 < tail["num_tokens"] < 24
+    assert "token_ids" not in tail
+    saved = [run["kv_bytes_saved"] for run in (whole, tail)]
+    assert saved[1] * whole["num_tokens"] == 2 * saved[0] * tail["num_tokens"], (
+        "two layers read the tail, one the whole"
+    )
+    assert sum(saved) == step["kv_bytes_saved"]
+    pools = told["pools"]
+    assert [pool["window_len"] for pool in pools] == [None, 24]
+    for pool, prefix in zip(pools, ("", "window_24_"), strict=True):
+        for state in ("total", "free", "held", "cached", "session"):
+            assert pool[f"{state}_pages"] == stats[f"{prefix}{state}_pages"]
+    assert 0 < pools[1]["held_pages"] < pools[0]["held_pages"]
+
+
 def test_a_tenant_is_told_of_its_own(tmp_path: Path) -> None:
     prompt = list(range(3, 43))
     with tiny_llm(save_tiny(tmp_path, num_hidden_layers=1), cascade_shared_prefix_len=4, num_threads=1) as llm:
@@ -72,11 +111,12 @@ def test_a_tenant_is_told_of_its_own(tmp_path: Path) -> None:
         own, other, third = (view.describe(tenant, with_tokens=True) for tenant in "abc")
         whole = view.describe(with_tokens=True)
     step = own["last_step"]
-    assert [(run["num_sequences"], run["num_tokens"]) for run in step["runs"]] == [(3, 40)]
-    assert step["runs"][0]["token_ids"] == prompt
+    ((run,),) = runs_of(step)
+    assert (run["num_sequences"], run["num_tokens"], run["token_ids"]) == (3, 40, prompt)
     assert (step["num_sequences"], step["num_levels"], step["num_groups"]) == (3, 2, 1)
     alone = other["last_step"]
-    assert (alone["num_sequences"], alone["num_groups"], alone["runs"], len(alone["own_lens"])) == (1, 0, [], 1)
+    assert (alone["num_sequences"], alone["num_groups"], runs_of(alone)) == (1, 0, [[]])
+    assert len(alone["kinds"][0]["own_lens"]) == 1
     assert third == {"running_sequences": 0, "waiting_sequences": 0, "last_step": None}
     for name in ("kv_bytes_read", "kv_bytes_saved"):
         assert step[name] + alone[name] == whole["last_step"][name]

@@ -75,6 +75,31 @@ def test_plans_with_windows_are_replayed(tmp_path: Path) -> None:
     assert report.passed
 
 
+def test_a_recording_of_several_pools_is_replayed(tmp_path: Path) -> None:
+    """Layers with a window have a pool of their own, and forks copy a page in each."""
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    folder, path = tmp_path / "tiny", tmp_path / "plans"
+    save_tiny(folder, "gemma3_text", num_hidden_layers=3, layer_types=layers, sliding_window=12)
+    prompts = [[*(3 + 7 * i % 80 for i in range(42)), *range(5, 6 + 3 * i)] for i in range(4)]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, n=2)
+    with tiny_llm(folder, record_plans=path, record_token_ids=True, max_num_seqs=8, max_model_len=96, **TORCH) as llm:
+        llm.generate(prompts, params)
+        assert llm.stats()["cascade_steps"] > 0
+        pool_pages = [*llm.facts.pool_pages]
+    with PlanFileReader(path) as reader:
+        assert reader.header.pool_pages == pool_pages
+        copied_in = {copy.pool for step in reader for copy in step.plan.page_copies}
+    assert pool_pages[1] < pool_pages[0]
+    assert copied_in == {0, 1}
+    report = replay(path, folder, TORCH)
+    assert report.passed
+    found = checks_of(report)["torch: sampled tokens against the recorded ones"].figures
+    assert (found["tokens"], found["greedy_differing"]) == (4 * 2 * 8, 0)
+    edit(path, 1, lambda header: header.update(pool_pages=[pool_pages[0], 3]))
+    with pytest.raises(PlanError, match="the pool has 3 pages"):
+        replay(path, folder, TORCH)
+
+
 def with_other_tokens(result: StepResult) -> StepResult:
     return replace(result, token_ids=[(token_id + 1) % 97 for token_id in result.token_ids])
 

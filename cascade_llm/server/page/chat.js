@@ -1,14 +1,20 @@
 // The chat: questions, answers as they come, and branches.
 // @ts-check
 import { Conversations, title } from "./conversations.js";
+import { at, element } from "./elements.js";
 import { MarkdownView } from "./markdown.js";
-import { ask, element, eventData } from "./server.js";
+import { ask, eventData } from "./server.js";
 
 /** @typedef {import("./conversations.js").Conversation} Conversation */
 /** @typedef {import("./conversations.js").Message} Message */
+/** @typedef {{completion_tokens: number, prompt_tokens: number, prompt_tokens_details?: {cached_tokens: number}}} Usage */
+/** @typedef {{choices: {delta?: {content?: string}}[], usage?: Usage, error?: {message: string}}} Piece */
 
-const at = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
-const list = at("conversation-list"), log = at("messages"), question = at("question"), system = at("system");
+const list = at("conversation-list", HTMLUListElement), log = at("messages", HTMLDivElement);
+const question = at("question", HTMLTextAreaElement), system = at("system", HTMLTextAreaElement);
+const send = at("send", HTMLButtonElement), stop = at("stop", HTMLButtonElement);
+const answers = at("answers", HTMLSelectElement);
+const temperature = at("temperature", HTMLInputElement), maxTokens = at("max-tokens", HTMLInputElement);
 const NEAR_END_PX = 60;
 
 export class Chat {
@@ -22,15 +28,15 @@ export class Chat {
     this.shown = new Map();
     /** Of these, what has grown since the last frame. @type {Set<Message>} */
     this.grown = new Set();
-    at("ask").addEventListener("submit", (/** @type {Event} */ event) => { event.preventDefault(); this.send(); });
-    question.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+    at("ask", HTMLFormElement).addEventListener("submit", (event) => { event.preventDefault(); this.send(); });
+    question.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       this.send();
     });
-    at("stop").addEventListener("click", () => this.stop());
-    at("new-conversation").addEventListener("click", () => this.show(this.conversations.begin()));
-    at("delete-conversation").addEventListener("click", () => this.forget());
+    stop.addEventListener("click", () => this.stop());
+    at("new-conversation", HTMLButtonElement).addEventListener("click", () => this.show(this.conversations.begin()));
+    at("delete-conversation", HTMLButtonElement).addEventListener("click", () => this.forget());
     system.addEventListener("input", () => { this.conversations.current.system = system.value; this.conversations.save(); });
     this.show(this.conversations.current);
   }
@@ -60,7 +66,7 @@ export class Chat {
     const text = question.value.trim(), conversation = this.conversations.current;
     if (!text || this.running.has(conversation)) return;
     question.value = "";
-    const numAnswers = Number(at("answers").value), before = conversation.messages.length;
+    const numAnswers = Number(answers.value), before = conversation.messages.length;
     const asked = [conversation];
     for (let i = 1; i < numAnswers; i += 1) asked.push(this.conversations.branch(conversation, before));
     const together = numAnswers > 1 ? crypto.randomUUID() : undefined;
@@ -84,12 +90,12 @@ export class Chat {
     try {
       const body = {
         messages, stream: true, stream_options: { include_usage: true },
-        temperature: Number(at("temperature").value), max_tokens: Number(at("max-tokens").value),
+        temperature: Number(temperature.value), max_tokens: Number(maxTokens.value),
       };
       await this.read(await ask("/v1/chat/completions", { body, signal: controller.signal }), message);
     } catch (error) {
       if (controller.signal.aborted) message.note = "stopped";
-      else message.wrong = String(/** @type {Error} */ (error).message);
+      else message.wrong = error instanceof Error ? error.message : String(error);
     }
     this.running.delete(conversation);
     this.conversations.save();
@@ -106,6 +112,7 @@ export class Chat {
     let firstMs = 0, lastMs = 0;
     for await (const data of eventData(response)) {
       if (data === "[DONE]") return;
+      /** @type {Piece} */
       const piece = JSON.parse(data);
       if (piece.error) throw new Error(piece.error.message);
       const text = piece.choices[0]?.delta?.content;
@@ -151,9 +158,10 @@ export class Chat {
       return item;
     });
     list.replaceChildren(...draw(null));
-    if (hadFocus) list.querySelector("[aria-current=true]").focus();
-    at("stop").disabled = !this.running.size;
-    at("send").disabled = this.running.has(this.conversations.current);
+    const shown = list.querySelector("[aria-current=true]");
+    if (hadFocus && shown instanceof HTMLElement) shown.focus();
+    stop.disabled = !this.running.size;
+    send.disabled = this.running.has(this.conversations.current);
     log.setAttribute("aria-busy", String(this.running.has(this.conversations.current)));
   }
 
@@ -223,7 +231,7 @@ export class Chat {
   }
 }
 
-/** @param {any} usage @param {number} ms between the first piece and the last */
+/** @param {Usage} usage @param {number} ms between the first piece and the last */
 function note(usage, ms) {
   const generated = usage.completion_tokens, cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
   const rate = generated > 1 && ms > 0 ? `, ${((1000 * (generated - 1)) / ms).toFixed(1)} tokens/s` : "";

@@ -72,11 +72,15 @@ export function title(conversation) {
   return said?.content.trim().slice(0, 60) || "Empty conversation";
 }
 
+/** @param {Partial<Conversation> | null} one */
+const isConversation = (one) => typeof one?.id === "string" && Array.isArray(one.messages);
+
 /** @returns {Conversation[]} */
 function read() {
   try {
+    /** @type {unknown} */
     const kept = JSON.parse(localStorage.getItem(PLACE) ?? "[]");
-    return kept.filter((/** @type {any} */ one) => typeof one.id === "string" && Array.isArray(one.messages));
+    return Array.isArray(kept) ? kept.filter(isConversation) : [];
   } catch {
     return [];
   }

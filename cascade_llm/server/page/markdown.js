@@ -1,7 +1,7 @@
 // Markdown as elements: each is made by its name and filled with text nodes, so no text of a model is ever parsed as HTML.
 // The common part of CommonMark and GitHub's tables; what is not understood stays as it was written.
 // @ts-check
-import { element } from "./server.js";
+import { element } from "./elements.js";
 
 const MOST_LEVELS = 8;
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^\s`]*)/;

@@ -27,6 +27,7 @@ export async function ask(path, { body, signal } = {}) {
     method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body), cache: "no-store",
   });
   if (response.ok) return response;
+  /** @type {{error?: {message?: string}} | null} */
   const told = await response.json().catch(() => null);
   const error = new Error(told?.error?.message ?? `the server answered ${response.status}`);
   error.name = response.status === 401 ? "NeedsKey" : "Refused";
@@ -55,16 +56,4 @@ export async function* eventData(response) {
   } finally {
     reader.cancel().catch(() => {});
   }
-}
-
-/**
- * An element with a class and text; text is never read as markup.
- * @param {string} tag @param {string} [className] @param {string} [text]
- * @returns {HTMLElement}
- */
-export function element(tag, className = "", text = "") {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text) made.textContent = text;
-  return made;
 }

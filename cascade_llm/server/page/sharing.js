@@ -1,16 +1,26 @@
-// The live view: which running sequences share what.
+// The live view: which running sequences share what, and where the pages of the KV pools are.
 // @ts-check
-import { ask, element, eventData } from "./server.js";
+import { at, element } from "./elements.js";
+import { ask, eventData } from "./server.js";
 
-const at = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
+/**
+ * What /openapi.json publishes as SharingEvent, TenantEvent and EngineEvent.
+ * @typedef {{level: number, num_tokens: number, num_sequences: number, kv_bytes_saved: number, text?: string,
+ *   runs: Run[], own_lens: number[]}} Run
+ * @typedef {{window_len: number | null, num_layers: number, runs: Run[], own_lens: number[]}} Kind
+ * @typedef {{step_id: number, num_sequences: number, num_levels: number, num_groups: number, kv_bytes_read: number,
+ *   kv_bytes_saved: number, reason: string | null, kinds: Kind[]}} Step
+ * @typedef {{window_len: number | null, total_pages: number, free_pages: number, held_pages: number,
+ *   cached_pages: number, session_pages: number}} Pool
+ * @typedef {{engine: "ready", running_sequences: number, waiting_sequences: number, last_step: Step | null,
+ *   generated_tokens?: number, kv_bytes_saved?: number, pools?: Pool[]}} Ready
+ * @typedef {{engine: "starting" | "down" | "ended"}} Silent
+ */
+
 const SVG = "http://www.w3.org/2000/svg";
 const MOST_STEPS = 60, MOST_OWN_BARS = 12;
 const PAUSES_MS = [1000, 2000, 5000, 10000];
-
-/**
- * @typedef {{level: number, num_tokens: number, num_sequences: number, kv_bytes_saved: number, text?: string,
- *   runs: Run[], own_lens: number[]}} Run
- */
+const stateLine = at("sharing-state", HTMLParagraphElement), timeline = at("timeline", SVGSVGElement);
 
 export class SharingView {
   constructor() {
@@ -18,7 +28,10 @@ export class SharingView {
     this.steps = [];
     /** @type {{tokens: number, ms: number} | null} */
     this.before = null;
-    this.drawn = "";
+    /** Where figures are written, by their names. @type {Map<string, HTMLElement>} */
+    this.figures = new Map();
+    /** What each list was drawn from. @type {Map<Element, string>} */
+    this.drawn = new Map();
     /** @type {AbortController | null} */
     this.listening = null;
     document.addEventListener("visibilitychange", () => this.follow());
@@ -43,19 +56,18 @@ export class SharingView {
         }
       } catch (error) {
         if (signal.aborted) return;
-        const { name, message } = /** @type {Error} */ (error);
-        at("sharing-state").textContent = name === "NeedsKey" ? "The server wants an API key: see Settings." : `No live view: ${message}.`;
+        const needsKey = error instanceof Error && error.name === "NeedsKey";
+        stateLine.textContent = needsKey ? "The server wants an API key: see Settings." : `No live view: ${error instanceof Error ? error.message : error}.`;
       }
       await new Promise((resolve) => setTimeout(resolve, PAUSES_MS[Math.min(failures, PAUSES_MS.length - 1)]));
     }
   }
 
-  /** @param {any} told */
+  /** @param {Ready | Silent} told */
   draw(told) {
-    const step = told.last_step;
-    at("sharing-state").textContent = state(told);
-    if (!("running_sequences" in told)) return;
-    const read = step?.kv_bytes_read ?? 0, saved = step?.kv_bytes_saved ?? 0, whole = read + saved;
+    stateLine.textContent = state(told);
+    if (told.engine !== "ready") return;
+    const step = told.last_step, read = step?.kv_bytes_read ?? 0, saved = step?.kv_bytes_saved ?? 0, whole = read + saved;
     this.drawFigures([
       ["Running", String(told.running_sequences)],
       ["Waiting", String(told.waiting_sequences)],
@@ -65,36 +77,45 @@ export class SharingView {
       ["KV read a step", bytes(read)],
       ["KV saved a step", whole ? `${bytes(saved)} (${Math.round((100 * saved) / whole)}\u00a0%)` : bytes(saved)],
       // a key of a tenant is not told what all tenants did
-      ["KV saved in all", "kv_bytes_saved" in told ? bytes(told.kv_bytes_saved) : "–"],
-      ["Cached pages", "total_pages" in told ? `${told.cached_pages} of ${told.total_pages}` : "–"],
+      ["KV saved in all", told.kv_bytes_saved === undefined ? "–" : bytes(told.kv_bytes_saved)],
     ]);
+    const pools = told.pools ?? [];
+    at("pages", HTMLElement).hidden = !pools.length;
+    this.drawList(at("pools", HTMLUListElement), pools, () => pools.map(drawPool));
     if (!step) return;
     if (this.steps.at(-1)?.id !== step.step_id) this.steps = [...this.steps, { id: step.step_id, read, saved }].slice(-MOST_STEPS);
     this.drawTimeline();
-    const shape = JSON.stringify([step.runs, step.own_lens]);
-    if (shape !== this.drawn) at("tree").replaceChildren(...drawLevel(step.runs, step.own_lens, longest(step)));
-    this.drawn = shape;
+    this.drawList(at("tree", HTMLUListElement), step.kinds, () => drawKinds(step.kinds));
   }
 
-  /** Since the event before. @param {any} told */
+  /** Since the event before. @param {Ready} told */
   rate(told) {
     const before = this.before, ms = performance.now(), tokens = told.generated_tokens;
-    this.before = { tokens, ms };
+    this.before = tokens === undefined ? null : { tokens, ms };
     if (!before || tokens === undefined || !told.running_sequences || ms - before.ms > 3000 || tokens < before.tokens) return "–";
     return ((1000 * (tokens - before.tokens)) / Math.max(1, ms - before.ms)).toFixed(1);
   }
 
   /** @param {[string, string][]} figures */
   drawFigures(figures) {
-    const place = at("figures");
-    if (!place.childElementCount) {
-      place.append(...figures.map(([name]) => {
+    for (const [name, value] of figures) {
+      let place = this.figures.get(name);
+      if (!place) {
+        place = element("dd");
+        this.figures.set(name, place);
         const box = element("div");
-        box.append(element("dt", "", name), element("dd"));
-        return box;
-      }));
+        box.append(element("dt", "", name), place);
+        at("figures", HTMLDListElement).append(box);
+      }
+      place.textContent = value;
     }
-    figures.forEach(([, value], i) => { place.children[i].lastElementChild.textContent = value; });
+  }
+
+  /** Fill a list, unless that is what it shows. @param {Element} list @param {object[]} told @param {() => Element[]} draw */
+  drawList(list, told, draw) {
+    const shape = JSON.stringify(told);
+    if (shape !== this.drawn.get(list)) list.replaceChildren(...draw());
+    this.drawn.set(list, shape);
   }
 
   drawTimeline() {
@@ -103,13 +124,13 @@ export class SharingView {
       const x = 120 - 2 * (this.steps.length - i), low = (30 * read) / most, high = (30 * saved) / most;
       return [bar(x, 32 - low, low, "read"), bar(x, 32 - low - high, high, "saved")];
     });
-    const svg = at("timeline"), last = this.steps.at(-1);
-    svg.replaceChildren(...bars);
-    if (last) svg.setAttribute("aria-label", `KV bytes per step; the last read ${bytes(last.read)} and saved ${bytes(last.saved)}`);
+    const last = this.steps.at(-1);
+    timeline.replaceChildren(...bars);
+    if (last) timeline.setAttribute("aria-label", `KV bytes per step; the last read ${bytes(last.read)} and saved ${bytes(last.saved)}`);
   }
 }
 
-/** @param {any} told */
+/** @param {Ready | Silent} told */
 function state(told) {
   if (told.engine !== "ready") return `The engine is ${told.engine}.`;
   const step = told.last_step;
@@ -118,6 +139,38 @@ function state(told) {
   if (step.reason) return `${when} shared nothing: ${step.reason}.`;
   const groups = `${step.num_groups} ${step.num_groups === 1 ? "group" : "groups"}`;
   return `${when} had ${step.num_sequences} sequences, ${groups} with a prefix in common, read on ${step.num_levels - 1} ${step.num_levels === 2 ? "level" : "levels"}.`;
+}
+
+/** What layers with this window read. @param {number | null} windowLen */
+const reach = (windowLen) => (windowLen === null ? "all tokens" : `the last ${windowLen} tokens`);
+
+/** @param {Pool} pool */
+function drawPool(pool) {
+  const item = element("li"), whole = element("div", "pool");
+  const states = /** @type {const} */ ([["held", pool.held_pages], ["cached", pool.cached_pages]]);
+  whole.setAttribute("aria-hidden", "true");
+  for (const [name, count] of states) {
+    const part = element("div", name);
+    part.style.width = `${(100 * count) / pool.total_pages}%`;
+    whole.append(part);
+  }
+  const sessions = pool.session_pages ? ` (${pool.session_pages} by sessions)` : "";
+  const told = `${pool.held_pages} held${sessions}, ${pool.cached_pages} cached, ${pool.free_pages} free`;
+  item.append(whole, element("div", "", `For layers that read ${reach(pool.window_len)}`), element("small", "", told));
+  return item;
+}
+
+/** Of several kinds each below its name. @param {Kind[]} kinds */
+function drawKinds(kinds) {
+  const whole = Math.max(...kinds.map(longest));
+  const trees = kinds.map((kind) => drawLevel(kind.runs, kind.own_lens, whole));
+  if (trees.length === 1) return trees[0];
+  return kinds.map((kind, i) => {
+    const item = element("li"), tree = element("ul"), layers = kind.num_layers === 1 ? "1 layer that reads" : `${kind.num_layers} layers that read`;
+    tree.append(...trees[i]);
+    item.append(element("strong", "", `${layers} ${reach(kind.window_len)}`), tree);
+    return item;
+  });
 }
 
 /** Tokens of the longest sequence. @param {{runs: Run[], own_lens: number[]}} node @returns {number} */
