@@ -16,7 +16,7 @@ from cascade_llm.loader.gguf_gemma import gemma2_fields, gemma3_fields, layer_ty
 from cascade_llm.loader.gguf_keys import GGUFKeys
 from cascade_llm.loader.gguf_yarn import yarn_scaling
 
-__all__ = ["EXPERTS", "EXPERT_KEYS", "EXPERT_PARTS", "GGUF_ARCHITECTURES", "GGUFArchitecture", "architecture_of"]
+__all__ = ["EXPERT_PARTS", "GGUF_ARCHITECTURES", "GGUFArchitecture", "architecture_of"]
 
 LAYER_NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -60,8 +60,9 @@ class GGUFArchitecture:
     hf_class: str
     model_type: str
     """Hugging Face's name."""
-    layer_names: Mapping[str, str] = field(default_factory=lambda: LAYER_NAMES)
-    """Names of the tensors in a layer, as in `LAYER_NAMES`; with `.weight` where Hugging Face's does not end so."""
+    own_names: Mapping[str, str] = field(default_factory=dict)
+    """Names of tensors in a layer beside `LAYER_NAMES`, or in place of its own; with `.weight` where Hugging
+    Face's does not end so."""
     interleaves_heads: bool = False
     """Whether the conversion interleaves the two halves of each query and key head, row by row: llama.cpp then rotates
     neighbours, Hugging Face halves."""
@@ -69,14 +70,20 @@ class GGUFArchitecture:
     """Keys of `gguf_config.NEUTRAL_VALUES`, and "rope.dimension_count", that `fields` or the common fields read."""
     fields: Callable[[GGUFKeys, int], dict[str, Any]] = _no_fields
     """Fields of config.json beyond those of all, from the keys and the dimensions of a head."""
-    expert_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Tensors in a layer that hold the matrices of all experts, as in `EXPERT_PARTS`."""
+    has_experts: bool = False
+    """Whether its layers have tensors of all experts, as in `EXPERT_PARTS`."""
     norm_offset: float = 0.0
     """What a conversion adds to the weight of every norm."""
     also_holds: tuple[str, ...] = ()
     """Classes of Hugging Face whose models are converted to this architecture too."""
     with_experts: GGUFArchitecture | None = None
     """What it is where the file counts experts, if that is another architecture of Hugging Face."""
+
+    @property
+    def layer_names(self) -> Mapping[str, str]:
+        """Of all tensors in a layer; of those of all experts, what their names begin with."""
+        experts = {"ffn_gate_inp": "mlp.gate", **dict.fromkeys(EXPERT_PARTS, EXPERTS)} if self.has_experts else {}
+        return {**LAYER_NAMES, **experts, **self.own_names}
 
 
 def architecture_of(file: GGUFFile) -> GGUFArchitecture:
@@ -135,7 +142,7 @@ def _qwen3_moe_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     return _expert_fields(keys, divides_by_sum=True)
 
 
-def _mixtral_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
+def _local_expert_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     return {
         "num_local_experts": keys.integer("expert_count"),
         "num_experts_per_tok": keys.integer("expert_used_count"),
@@ -156,8 +163,7 @@ def _gpt_oss_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
     if keys.get("rope.scaling.type") == "yarn":
         scaling = {**yarn_scaling(keys, keys.number("rope.scaling.factor")), "truncate": False}
     return {
-        "num_local_experts": keys.integer("expert_count"),
-        "num_experts_per_tok": keys.integer("expert_used_count"),
+        **_local_expert_fields(keys, head_dim),
         "intermediate_size": keys.integer("expert_feed_forward_length"),
         "sliding_window": keys.integer("attention.sliding_window"),
         "layer_types": layer_types_of(keys, 2),
@@ -166,24 +172,19 @@ def _gpt_oss_fields(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
 
 
 GEMMA_NAMES = {
-    **LAYER_NAMES,
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 GEMMA_KEYS = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"})
 
-FUSED_QKV = {"attn_qkv": "self_attn.qkv_proj"}
-FUSED_GATE_UP = {"ffn_up": "mlp.gate_up_proj"}
-
 MIXTRAL = GGUFArchitecture(
     hf_class="MixtralForCausalLM",
     model_type="mixtral",
-    layer_names={**LAYER_NAMES, "ffn_gate_inp": "mlp.gate"},
     interleaves_heads=True,
-    expert_parts=EXPERT_PARTS,
+    has_experts=True,
     implements=EXPERT_KEYS,
-    fields=_mixtral_fields,
+    fields=_local_expert_fields,
 )
 
 GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
@@ -199,39 +200,35 @@ GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "qwen2moe": GGUFArchitecture(
         hf_class="Qwen2MoeForCausalLM",
         model_type="qwen2_moe",
-        layer_names={
-            **LAYER_NAMES,
-            "ffn_gate_inp": "mlp.gate",
+        own_names={
             "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
             "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
             "ffn_up_shexp": "mlp.shared_expert.up_proj",
             "ffn_down_shexp": "mlp.shared_expert.down_proj",
         },
-        expert_parts=EXPERT_PARTS,
+        has_experts=True,
         implements=EXPERT_KEYS,
         fields=_qwen2_moe_fields,
     ),
     "qwen3moe": GGUFArchitecture(
         hf_class="Qwen3MoeForCausalLM",
         model_type="qwen3_moe",
-        layer_names={**LAYER_NAMES, "ffn_gate_inp": "mlp.gate"},
-        expert_parts=EXPERT_PARTS,
+        has_experts=True,
         implements=EXPERT_KEYS,
         fields=_qwen3_moe_fields,
     ),
     "phi3": GGUFArchitecture(
         hf_class="Phi3ForCausalLM",
         model_type="phi3",
-        layer_names={**LAYER_NAMES, **FUSED_QKV, **FUSED_GATE_UP},
+        own_names={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
         implements=frozenset({"rope.dimension_count", "attention.sliding_window"}),
         fields=_phi3_fields,
     ),
     "glm4": GGUFArchitecture(
         hf_class="Glm4ForCausalLM",
         model_type="glm4",
-        layer_names={
-            **LAYER_NAMES,
-            **FUSED_GATE_UP,
+        own_names={
+            "ffn_up": "mlp.gate_up_proj",
             "post_attention_norm": "post_self_attn_layernorm",
             "post_ffw_norm": "post_mlp_layernorm",
         },
@@ -240,8 +237,7 @@ GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "olmo2": GGUFArchitecture(
         hf_class="Olmo2ForCausalLM",
         model_type="olmo2",
-        layer_names={
-            **LAYER_NAMES,
+        own_names={
             "post_attention_norm": "post_attention_layernorm",
             "post_ffw_norm": "post_feedforward_layernorm",
         },
@@ -252,20 +248,19 @@ GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "gpt-oss": GGUFArchitecture(
         hf_class="GptOssForCausalLM",
         model_type="gpt_oss",
-        layer_names={
-            **LAYER_NAMES,
+        own_names={
             "attn_sinks.weight": "self_attn.sinks",
             "post_attention_norm": "post_attention_layernorm",
             "ffn_gate_inp": "mlp.router",
         },
-        expert_parts=EXPERT_PARTS,
+        has_experts=True,
         implements=EXPERT_KEYS | {"attention.sliding_window"},
         fields=_gpt_oss_fields,
     ),
     "gemma2": GGUFArchitecture(
         hf_class="Gemma2ForCausalLM",
         model_type="gemma2",
-        layer_names=GEMMA_NAMES,
+        own_names=GEMMA_NAMES,
         implements=GEMMA_KEYS,
         fields=gemma2_fields,
         norm_offset=1.0,
@@ -273,7 +268,7 @@ GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "gemma3": GGUFArchitecture(
         hf_class="Gemma3ForCausalLM",
         model_type="gemma3_text",
-        layer_names=GEMMA_NAMES,
+        own_names=GEMMA_NAMES,
         implements=GEMMA_KEYS,
         fields=gemma3_fields,
         norm_offset=1.0,

@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.checkpoint import Checkpoint
-from cascade_llm.loader.gguf_architectures import EXPERTS, GGUFArchitecture, architecture_of
+from cascade_llm.loader.gguf_architectures import EXPERT_PARTS, GGUFArchitecture, architecture_of
 from cascade_llm.loader.gguf_codes import CODED_TYPES, codes_of
 from cascade_llm.loader.gguf_config import ending_token_ids, hf_config_of
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize
@@ -80,7 +80,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _expert_parts(self, name: str) -> tuple[str, ...] | None:
         """Of a tensor that holds all experts, what its outputs are of; None of any other."""
-        parts = self._architecture.expert_parts.get(name.split(".")[-2])
+        parts = EXPERT_PARTS.get(name.split(".")[-2]) if self._architecture.has_experts else None
         if parts is not None and len(self._file.tensors[name].shape) != (3 if name.endswith(".weight") else 2):
             raise CheckpointError(
                 f"{self.path}: {name} has shape {list(self._file.tensors[name].shape)}: one side must be the experts"
@@ -182,7 +182,7 @@ def _names_of_experts(hf_name: str, num_experts: int, parts: tuple[str, ...]) ->
 
 def _hf_name(path: Path, name: str, architecture: GGUFArchitecture) -> str:
     """Of a tensor that holds all experts, what their names begin with, and its kind."""
-    layer_names = {**architecture.layer_names, **dict.fromkeys(architecture.expert_parts, EXPERTS)}
+    layer_names = architecture.layer_names
     match = TENSOR_NAME.fullmatch(name)
     layer, part, kind = match.group("layer", "part", "kind") if match else (None, "", "")
     if layer is None and part in MODEL_NAMES:

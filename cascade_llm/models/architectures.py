@@ -103,6 +103,7 @@ def model_config_from_hf(
     fields = ConfigFields(hf_config, defaults=architecture.defaults)
     _refuse_unimplemented(fields, architecture)
     _require(fields)
+    _check_layer_types(fields)
     hidden_size, num_qo_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     head_dim = fields.count("head_dim", hidden_size // num_qo_heads)
     num_kv_heads = fields.count("num_key_value_heads", num_qo_heads)
@@ -194,6 +195,13 @@ def _refuse_unimplemented(fields: ConfigFields, architecture: Architecture) -> N
             f"config.json asks for what is not implemented: {'; '.join(refused)}. Serving the model without it would "
             "give wrong text; choose a checkpoint without it"
         )
+
+
+def _check_layer_types(fields: ConfigFields) -> None:
+    """Also where an architecture reads nothing of them: a list that is longer or shorter is of another model."""
+    num_layers = fields.count("num_hidden_layers", most=MAX_LAYERS)
+    if "layer_types" in fields and len(fields.texts("layer_types")) != num_layers:
+        raise fields.wrong("layer_types", f"a list of {num_layers}, as num_hidden_layers says")
 
 
 def _dtype(fields: ConfigFields) -> str:

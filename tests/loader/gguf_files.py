@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
 from transformers import PreTrainedModel
 
 PERMUTED = ("llama", "mistral", "mixtral", "smollm3", "granite")
@@ -194,24 +194,49 @@ OWN_KEYS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
 """By Hugging Face's name of the architecture: the keys beside those of all."""
 
 
+TensorType = GGMLQuantizationType | Callable[[str, tuple[int, ...]], GGMLQuantizationType]
+"""Of all matrices, or of each by its name and shape."""
+K_SCALES: Mapping[GGMLQuantizationType, Mapping[int, float]] = {
+    GGMLQuantizationType.Q4_K: {0: 2e-4, 2: 1.5e-3},
+    GGMLQuantizationType.Q6_K: {208: 1e-4},
+}
+"""Where in a block its float16 scales lie, and how large they are for values of about 0.1."""
+
+
+def random_blocks(shape: tuple[int, ...], kind: GGMLQuantizationType) -> np.ndarray:
+    """Bytes [*shape[:-1], bytes of a row] of a type of `K_SCALES`: any codes."""
+    block_len, block_bytes = GGML_QUANT_SIZES[kind]
+    generator = np.random.default_rng(math.prod(shape))
+    blocks = generator.integers(0, 256, (math.prod(shape) // block_len, block_bytes), np.uint8)
+    for place, scale in K_SCALES[kind].items():
+        scales = (scale * generator.uniform(0.7, 1.4, len(blocks))).astype(np.float16)
+        blocks[:, place : place + 2] = scales[:, None].view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
 def write_gguf(
     path: Path,
     architecture: str,
     keys: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
     *,
-    tensor_type: GGMLQuantizationType = GGMLQuantizationType.F32,
+    tensor_type: TensorType = GGMLQuantizationType.F32,
     other_keys: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A file of `architecture`.`keys`, whole names `other_keys`, and tensors; matrices are stored as `tensor_type`."""
+    """A file of `architecture`.`keys`, whole names `other_keys`, and tensors.
+
+    Matrices are stored as `tensor_type`, or as it says of each; of types that the `gguf` package cannot write, with
+    other values of its own.
+    """
     writer = GGUFWriter(path, architecture)
     named = {f"{architecture}.{name}": value for name, value in (keys or {}).items()}
     for name, value in {**named, **(other_keys or {})}.items():
         if value is not None:
             _add_key(writer, name, value)
     for name, values in (tensors or {}).items():
-        stored = tensor_type if values.ndim > 1 else GGMLQuantizationType.F32
-        data = quants.quantize(values, stored)
+        asked = tensor_type(name, values.shape) if callable(tensor_type) else tensor_type
+        stored = asked if values.ndim > 1 else GGMLQuantizationType.F32
+        data = random_blocks(values.shape, stored) if stored in K_SCALES else quants.quantize(values, stored)
         plain = stored in (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
         writer.add_tensor(name, data, raw_dtype=None if plain else stored)
     writer.write_header_to_file()
