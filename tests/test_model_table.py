@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from cascade_llm.engine.architecture_support import architecture_support, markdown_table
-from tests.engine.test_family_formats import CELLS, FORMATS, has_experts
+from tests.engine.test_family_formats import CELLS, FORMATS, OF_EXPERTS, has_experts
 from tests.models.families import FAMILIES
 from tests.models.test_ranks import PLAIN, SHARED
 
@@ -25,5 +25,5 @@ def test_every_cell_has_a_case() -> None:
         assert row.name in ranked
         kinds = {"in situ": True, "GGUF": row.gguf is not None, "safetensors": row.name != "gpt_oss"}
         needed = [name for name in FORMATS if any(name.startswith(kind) and kinds[kind] for kind in kinds)]
-        needed = [name for name in needed if name != "in situ q4_k" or has_experts(row.name)]
+        needed = [name for name in needed if name not in OF_EXPERTS or has_experts(row.name)]
         assert {(row.name, name) for name in needed} <= tested

@@ -26,8 +26,8 @@ from cascade_llm.weights.format import StoredTensor
 from cascade_llm.weights.quantize import quantized
 from tests.engine.test_families import assert_as_transformers
 from tests.engine.tiny_llm import CONTEXT, random_forest, tiny_llm
-from tests.loader.gguf_files import write_model
-from tests.loader.quantized_files import Written, awq, gptq
+from tests.loader.gguf_files import TensorType, write_model
+from tests.loader.quantized_files import Written, awq, gptq, pack_quantized
 from tests.models.checkpoints import TINY, tiny_model
 from tests.models.families import FAMILIES
 
@@ -38,12 +38,19 @@ WIDE = {
     "intermediate_size": 256,
     "moe_intermediate_size": 256,
     "shared_expert_intermediate_size": 256,
+    "num_attention_heads": 16,
 }
 """Whole super-blocks."""
+WITH_SUPER_BLOCKS = ("in situ q4_k", "GGUF Q4_K_M")
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {"shared_expert_intermediate_size": 64},
-    "mistral": {"sliding_window": None},  # GGUF has no key for its window, since its files are llama's
+    "mixtral": {"sliding_window": 24},  # as Mistral's here: shorter than the longest sequence
 }
+GGUF_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "mixtral": {"sliding_window": None},
+}
+"""GGUF has no key for their windows, since their files are llama's."""
 PROJECTIONS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 EXACT_NAMES = (".gate.weight", ".router.weight", "shared_expert_gate.weight", "_bias")
 """Routers, and biases of stacks, which no rounding touches."""
@@ -75,7 +82,24 @@ def with_stacks(model: PreTrainedModel, state: State) -> State:
     return joined
 
 
-def gguf_file(kind: GGMLQuantizationType) -> Callable[[PreTrainedModel, Path], tuple[Path, State]]:
+def q4_k_m(name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
+    """About as llama.cpp mixes them; rows that are no whole super-blocks have a type of 32."""
+    if "ffn_gate_inp" in name:
+        return GGMLQuantizationType.F32
+    if shape[-1] % 256:
+        return GGMLQuantizationType.Q8_0
+    is_finer = name.startswith(("output", "token_embd")) or "attn_v" in name or "ffn_down" in name
+    return GGMLQuantizationType.Q6_K if is_finer else GGMLQuantizationType.Q4_K
+
+
+def mxfp4_moe(name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
+    """Experts in MXFP4, all else in Q8_0, as llama.cpp ships gpt-oss."""
+    if "ffn_gate_inp" in name or name.endswith("bias"):
+        return GGMLQuantizationType.F32
+    return GGMLQuantizationType.MXFP4 if "_exps" in name else GGMLQuantizationType.Q8_0
+
+
+def gguf_file(kind: TensorType) -> Callable[[PreTrainedModel, Path], tuple[Path, State]]:
     def write(model: PreTrainedModel, folder: Path) -> tuple[Path, State]:
         path = write_model(folder / "tiny.gguf", model, tensor_type=kind)
         return path, with_stacks(model, {name: values.float() for name, values in open_checkpoint(path).tensors()})
@@ -144,9 +168,12 @@ FORMATS: Mapping[str, Callable[[PreTrainedModel, Path], tuple[Path, State]]] = {
     "GGUF F32": gguf_file(GGMLQuantizationType.F32),
     "GGUF Q8_0": gguf_file(GGMLQuantizationType.Q8_0),
     "GGUF Q4_1": gguf_file(GGMLQuantizationType.Q4_1),
+    "GGUF Q4_K_M": gguf_file(q4_k_m),
+    "GGUF MXFP4": gguf_file(mxfp4_moe),
     "safetensors FP8": quantized_folder({"quant_method": "fp8", "fmt": "e4m3"}, fp8_parts),
     "safetensors GPTQ": quantized_folder(gptq().config, written_parts(gptq)),
     "safetensors AWQ": quantized_folder(awq().config, written_parts(awq)),
+    "safetensors compressed-tensors": quantized_folder(pack_quantized().config, written_parts(pack_quantized)),
     "in situ q8_0": in_situ("q8_0"),
     "in situ int4": in_situ("int4"),
     "in situ q4_k": in_situ("q4_k"),
@@ -158,23 +185,34 @@ def has_experts(architecture: str) -> bool:
 
 
 SERVED_GGUF = {name for held in GGUF_ARCHITECTURES.values() for name in (held.hf_class, *held.also_holds)}
-FAST = {("phi3", "GGUF Q8_0"), ("glm4", "in situ int4")}
-"""One case of each way in which fused tensors are cut, in every run of the tests."""
+OF_EXPERTS = ("in situ q4_k", "GGUF MXFP4")
+"""What is tested of architectures with experts alone: of what are no experts it is in `test_quantization`."""
+
+
+def is_served(architecture: str, name: str) -> bool:
+    """gpt-oss has MXFP4 of its own, below."""
+    if name in OF_EXPERTS and not has_experts(architecture):
+        return False
+    if name.startswith("GGUF"):
+        return ARCHITECTURES[architecture].hf_class in SERVED_GGUF
+    return not (architecture == "gpt_oss" and name.startswith("safetensors"))
+
+
+FAST = {("phi3", "GGUF Q8_0"), ("glm4", "in situ int4"), ("mistral", "safetensors FP8"), ("mixtral", "GGUF Q4_K_M")}
+"""One case of each way in which fused tensors are cut, one with a window, and experts in super-blocks, in every run."""
 CELLS = [
     pytest.param(architecture, name, marks=[] if (architecture, name) in FAST else pytest.mark.slow)
     for architecture in FAMILIES
     for name in FORMATS
-    if not (name.startswith("GGUF") and ARCHITECTURES[architecture].hf_class not in SERVED_GGUF)
-    and not (architecture == "gpt_oss" and name in ("safetensors FP8", "safetensors GPTQ", "safetensors AWQ"))
-    and not (name == "in situ q4_k" and not has_experts(architecture))
+    if is_served(architecture, name)
 ]
-"""gpt-oss has MXFP4 of its own, below. Q4_K of what are no experts is in `test_quantization`."""
 
 
 @pytest.mark.parametrize(("architecture", "name"), CELLS)
 def test_codes_are_served_as_their_values(architecture: str, name: str, tmp_path: Path) -> None:
-    wide = WIDE if name == "in situ q4_k" else {}
-    own = {"max_position_embeddings": CONTEXT, **SIZES, **CHANGES.get(architecture, {}), **wide}
+    wide = WIDE if name in WITH_SUPER_BLOCKS else {}
+    ggufs = GGUF_CHANGES.get(architecture, {}) if name.startswith("GGUF") else {}
+    own = {"max_position_embeddings": CONTEXT, **SIZES, **CHANGES.get(architecture, {}), **ggufs, **wide}
     model = tiny_model(architecture, **own)
     source, state = FORMATS[name](model, tmp_path)
     prompts = random_forest(1, 4, TINY["vocab_size"], 20)
