@@ -25,8 +25,8 @@ def check_ranks(options: EngineOptions, model: ModelConfig) -> None:
         return
     if resolve_device(options.device).type != "cuda":
         log.warning(
-            "%d ranks on one CPU have %d threads each and wait for each other more than %d times a step: one rank with "
-            "all threads (tensor_parallel_size 1) is faster, unless the machine has several memory nodes",
+            "%d ranks on one CPU, with num_threads %d each, wait for each other more than %d times a step: one rank "
+            "with all threads (tensor_parallel_size 1) is faster, unless the machine has several memory nodes",
             count,
             options_of_rank(options, 0).num_threads,
             2 * model.num_layers,

@@ -82,7 +82,7 @@ def test_three_ranks_without_lag_preempt_as_one_does(tmp_path: Path) -> None:
         ("gemma3_text", {"sliding_window": 12}, {}),
         ("gemma3_text", {"sliding_window": 12}, {"enable_cascade_attention": False}),
         ("qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, {}),
-        ("llama", {"hidden_size": 96, "head_dim": 32, "intermediate_size": 128}, {"quantization": "q8_0"}),
+        ("llama", {"hidden_size": 96, "head_dim": 32, "intermediate_size": 192}, {"quantization": "q8_0"}),
     ],
 )
 def test_windows_pools_experts_and_quantized_weights(
