@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from safetensors.torch import save_file
 
 from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
@@ -28,7 +29,8 @@ Stored = tuple[dict[str, torch.Tensor], torch.Tensor]
 FOUR_BITS: dict[str, dict[str, Any]] = {
     "nf4": {"quant_type": "nf4"},
     "nf4-nested": {"quant_type": "nf4", "compress_statistics": True},
-    "fp4": {"quant_type": "fp4", "blocksize": 128},
+    "fp4": {"quant_type": "fp4"},
+    "nf4-across-rows": {"quant_type": "nf4", "blocksize": 512},
 }
 
 
@@ -36,7 +38,13 @@ def four_bits(weight: torch.Tensor, options: dict[str, Any]) -> Stored:
     """`Params4bit`, without a module around it."""
     codes, state = functional.quantize_4bit(weight.contiguous(), **options)
     tensors = {f"weight.{suffix}": tensor for suffix, tensor in state.as_dict(packed=True).items()}
-    return {"weight": codes, **tensors}, functional.dequantize_4bit(codes, state)
+    if weight.shape[1] % state.blocksize == 0:
+        return {"weight": codes, **tensors}, functional.dequantize_4bit(codes, state)
+    # the compiled code for CPUs takes other scales for blocks that end within a row; the generic code does not
+    values = _dequantize_4bit_compute(
+        codes.flatten(), state.absmax, state.code, state.blocksize, weight.shape, weight.dtype
+    )
+    return {"weight": codes, **tensors}, values
 
 
 def eight_bits(weight: torch.Tensor) -> Stored:

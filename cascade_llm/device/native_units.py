@@ -15,6 +15,7 @@ __all__ = [
     "BLOCKED",
     "EXCHANGE",
     "PACKED_FLOATS",
+    "PACKED_FRACTIONS",
     "PACKED_INTEGERS",
     "PACKED_LAYOUT",
     "PACKED_PRODUCT",
@@ -37,9 +38,10 @@ WHEEL_HEAD_DIMS: Mapping[int, tuple[str, ...]] = {64: OTHER_PAGES, 80: (), 96: (
 """Of the attention kernels in the wheel, and with which pages beside those of the element's own type; others are
 compiled when a model asks."""
 
-PACKED_INTEGERS = ("u2", "u3", "u4", "u5", "u6", "u8", "table")
+PACKED_INTEGERS = ("u2", "u3", "u4", "u5", "u6", "u8", "table", "halved_table")
+PACKED_FRACTIONS = ("fractions",)
 PACKED_FLOATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float32")
-"""Of packed matrices: `enum code` of packed.h, integers first."""
+"""Of packed matrices: `enum code` of packed.h, in this order; products of the last two are exact."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ def routing_unit(element: str) -> NativeUnit:
 
 
 def packed_tiles_unit(code: str, is_exact: bool) -> NativeUnit:
-    """Products of packed tiles, for one code of `PACKED_INTEGERS` or `PACKED_FLOATS`; those of floats are exact."""
-    exact = is_exact and code in PACKED_INTEGERS
+    """Products of packed tiles, for one code; those of fractions and of floats are exact."""
+    exact = code in PACKED_FRACTIONS or (is_exact and code in PACKED_INTEGERS)
     macros = (f"CODE={code.upper()}", *(("EXACT",) if exact else ()))
     return NativeUnit("weights/packed_tiles.c", ("packed_tiles",), macros, f"_{code}{'_exact' if exact else ''}")
 
@@ -127,7 +129,7 @@ def units_of_wheel() -> Iterator[NativeUnit]:
     """All that a library of the wheel holds, as far as its level has the instructions."""
     yield from (PARALLEL, EXCHANGE, SAMPLER, PACKED_LAYOUT, PACKED_PRODUCT, SUPER_BLOCKS, BLOCKED)
     yield from (packed_tiles_unit(code, is_exact) for code in PACKED_INTEGERS for is_exact in (False, True))
-    yield from (packed_tiles_unit(code, is_exact=True) for code in PACKED_FLOATS)
+    yield from (packed_tiles_unit(code, is_exact=True) for code in (*PACKED_FRACTIONS, *PACKED_FLOATS))
     for element in ELEMENTS:
         yield ops_unit(element)
         yield routing_unit(element)

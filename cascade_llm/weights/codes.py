@@ -52,8 +52,8 @@ class CodeLayout:
     times the float16 super-scale of its `SUPER_LEN` inputs."""
     has_minimum: bool = False
     values: tuple[float, ...] | None = None
-    """What a code of 4 bits stands for, 16 numbers; kernels take integers of -128 to 127. None where a code is its own
-    value."""
+    """What a code of 4 bits stands for, 16 numbers; None where a code is its own value. Products are fast where all are
+    integers of -128 to 127."""
 
     @property
     def bits(self) -> int:

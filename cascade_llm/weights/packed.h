@@ -4,7 +4,8 @@
  * tiles of 16 outputs, so that a vector's lanes are outputs and no sum runs across lanes. A tile is a run of blocks of
  * 32 inputs, and one thread reads it from front to back:
  *
- *   super    [16 scales][16 minima]                of float16 or float32, for the blocks that share them
+ *   super    [16 scales][16 minima]                of float16 or float32, for the blocks that share them; twice as many
+ *                                                  where the halves of a block have scales that are no integers
  *   block    [16 or 32 sub-scales][as many sub-minima]   where the scales are themselves integers
  *            planes of code bits
  *
@@ -61,7 +62,7 @@ typedef int8_t small __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef uint8_t smallest __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 /* Kinds of codes, integers first; names and numbers are those of packed_kernels.py. */
-enum code { U2, U3, U4, U5, U6, U8, TABLE, BFLOAT16, FLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2, FLOAT32 };
+enum code { U2, U3, U4, U5, U6, U8, TABLE, HALVED_TABLE, FRACTIONS, BFLOAT16, FLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2, FLOAT32 };
 enum scale { UNSCALED, SCALE16, SCALE32, SUB };
 
 typedef struct product product;
@@ -75,7 +76,8 @@ struct piece {
     tile_product *multiply; /* of packed_tiles.c, as it is built for the code */
     long tile_bytes, num_outputs, first_output, super_blocks;
     int32_t code, scale, zero, has_minimum, is_exact; /* takes activations as they are */
-    uint8_t values[16];                               /* of TABLE, with 128 added */
+    uint8_t values[16];                               /* of TABLE and HALVED_TABLE, with 128 added */
+    float fractions[16];                              /* of FRACTIONS */
 };
 
 /* Rows of activations lie in groups of as many as a tile takes at once, and within a group block by block, so that one
@@ -119,6 +121,9 @@ INLINE bytes lookup(const uint8_t *values, bytes codes) {
 }
 INLINE floats load_float16(const uint8_t *x) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
 INLINE floats float16_of(halves x) { return (floats)_mm512_cvtph_ps((__m256i)x); }
+INLINE floats fractions_at(const float *table, ints places) {
+    return (floats)_mm512_permutexvar_ps((__m512i)places, _mm512_loadu_ps(table));
+}
 
 #elif defined(__AVX2__)
 
@@ -128,6 +133,11 @@ INLINE bytes lookup(const uint8_t *values, bytes codes) {
 }
 INLINE floats load_float16(const uint8_t *x) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)); }
 INLINE floats float16_of(halves x) { return (floats)_mm256_cvtph_ps((__m128i)x); }
+INLINE floats fractions_at(const float *table, ints places) {
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)places);
+    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)places);
+    return (floats)_mm256_blendv_ps(low, high, (__m256)(places << 28)); /* bit 3, as the sign */
+}
 
 #else
 
@@ -142,6 +152,11 @@ INLINE floats float16_of(halves x) {
     floats value = (floats)(magnitude << 13) * 0x1p112f;
     words special = (words)(magnitude >= 0x7c00);
     return (floats)((words)value | (special & 0x7f800000) | (bits & 0x8000) << 16);
+}
+INLINE floats fractions_at(const float *table, ints places) {
+    floats found;
+    for (int i = 0; i < LANES; i++) found[i] = table[places[i]];
+    return found;
 }
 INLINE floats load_float16(const uint8_t *x) {
     halves stored;
@@ -159,7 +174,7 @@ INLINE long plane_bytes(int code) {
     switch (code) {
     case U2: return 128;
     case U3: return 192;
-    case U4: case TABLE: return 256;
+    case U4: case TABLE: case HALVED_TABLE: case FRACTIONS: return 256;
     case U5: return 320;
     case U6: return 384;
     case BFLOAT16: case FLOAT16: return 2 * TILE * BLOCK;
@@ -168,8 +183,9 @@ INLINE long plane_bytes(int code) {
     }
 }
 
-INLINE int is_halved(int code) { return code == U2 || code == U3 || code == U6; }
-INLINE int is_eight(int code) { return code == U8 || code == TABLE; }
+INLINE int is_halved(int code) { return code == U2 || code == U3 || code == U6 || code == HALVED_TABLE; }
+INLINE int is_table(int code) { return code == TABLE || code == HALVED_TABLE; }
+INLINE int is_eight(int code) { return code == U8 || is_table(code); }
 
 /* Bits of every byte, moved from bit `from` to bit `to`; what is outside `mask` is cleared. */
 INLINE bytes moved(bytes x, int from, int to, int mask) {
@@ -192,7 +208,7 @@ INLINE bytes step_codes(int code, const uint8_t *plane, int s, const uint8_t *va
         low = moved(load_bytes(plane + 64 * (s % 4)), s < 4 ? 0 : 4, 0, 15);
         if (code == U5) low |= moved(load_bytes(plane + 256), s, 4, 16);
         if (code == U6) low |= moved(load_bytes(plane + 256 + 64 * (s % 2)), 2 * (s / 2), 4, 48);
-        return code == TABLE ? lookup(values, low) : low;
+        return is_table(code) ? lookup(values, low) : low;
     }
 }
 
@@ -253,7 +269,8 @@ typedef struct {
 } cursor;
 
 INLINE void advance(const piece *p, int code, cursor *c) {
-    int head = p->scale == SCALE32 ? 4 * TILE : 2 * TILE, subs = is_halved(code) ? 2 * TILE : TILE;
+    int halves = is_halved(code) ? 2 : 1, subs = halves * TILE;
+    int head = (p->scale == SCALE32 ? 4 : 2) * TILE * (p->scale == SUB ? 1 : halves);
     if (p->scale != UNSCALED && c->left-- == 0) {
         c->left = p->super_blocks - 1;
         c->scales = c->next;
@@ -281,16 +298,14 @@ INLINE long of_pair(const piece *p, int v) { return v / PER_TILE * p->tile_bytes
 /* Scales of vector `v` of a pair of tiles, for a half of the block where halves have their own. */
 INLINE floats scale_of(const piece *p, const cursor *c, int v, int half) {
     int width = p->scale == SCALE32 ? 4 : 2, lane = LANES * (v % PER_TILE);
-    floats scale = load_number(p->scale, c->scales + of_pair(p, v) + width * lane);
-    if (p->scale == SUB) scale *= load_sub(c->sub_scales + of_pair(p, v) + TILE * half + lane);
-    return scale;
+    if (p->scale != SUB) return load_number(p->scale, c->scales + of_pair(p, v) + width * (TILE * half + lane));
+    return load_number(p->scale, c->scales + of_pair(p, v) + width * lane) * load_sub(c->sub_scales + of_pair(p, v) + TILE * half + lane);
 }
 
 INLINE floats minimum_of(const piece *p, const cursor *c, int v, int half) {
     int width = p->scale == SCALE32 ? 4 : 2, lane = LANES * (v % PER_TILE);
-    floats minimum = load_number(p->scale, c->minima + of_pair(p, v) + width * lane);
-    if (p->scale == SUB) minimum *= load_sub(c->sub_minima + of_pair(p, v) + TILE * half + lane);
-    return minimum;
+    if (p->scale != SUB) return load_number(p->scale, c->minima + of_pair(p, v) + width * (TILE * half + lane));
+    return load_number(p->scale, c->minima + of_pair(p, v) + width * lane) * load_sub(c->sub_minima + of_pair(p, v) + TILE * half + lane);
 }
 
 /* Where the float codes of a vector begin in a block; of bfloat16 two inputs lie side by side. */

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from cascade_llm.device.huge_pages import MemoryRange
+from cascade_llm.device.native_units import PACKED_FRACTIONS, PACKED_INTEGERS
 from cascade_llm.errors import CapacityError
-from cascade_llm.weights.codes import INTEGER_BITS, ROWS_TOGETHER, SUPER_LEN, CodeLayout, Codes
+from cascade_llm.weights.codes import ROWS_TOGETHER, SUPER_LEN, CodeLayout, Codes
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
 from cascade_llm.weights.packed_kernels import (
     CODE_NUMBERS,
@@ -28,14 +29,16 @@ from cascade_llm.weights.packed_kernels import (
 
 __all__ = ["Packed", "codes_in"]
 
-BLOCK_LEN, TILE_LEN = 32, 16
-"""Inputs of a block and outputs of a tile, in the C file."""
+BLOCK_LEN, HALF_LEN, TILE_LEN = 32, 16, 16
+"""Inputs of a block and of its half, and outputs of a tile, in the C file."""
 CHUNK_LEN = 1 << 20
 """Weights that stand as codes at a time, while a matrix is packed."""
-SCALED_CODES = (*INTEGER_BITS, "table", "float8_e4m3fn", "float8_e5m2")
+SCALED_CODES = (*PACKED_INTEGERS, *PACKED_FRACTIONS, "float8_e4m3fn", "float8_e5m2")
 """Codes that have scales; the other floats have none."""
+HALVED_CODES = ("u2", "u3", "u6", "halved_table")
+"""Codes of which half a block shares a scale."""
 TABLE_VALUES = range(-128, 128)
-"""What the 16 numbers of a table may be."""
+"""What the 16 numbers of a table of integers may be; other tables are of fractions."""
 DTYPES = (torch.float32, torch.bfloat16)
 """Of the inputs and outputs of a product."""
 
@@ -141,7 +144,7 @@ class Packed(WeightFormat):
     def describe(self) -> str:
         """The codes, and how they multiply."""
         codes = "+".join(dict.fromkeys(layout.code for layout in self.layouts))
-        is_rounded = not self.spec.options.exact_activations and any(x.code in INTEGER_BITS for x in self.layouts)
+        is_rounded = not all(_is_exact(layout, self.spec.options.exact_activations) for layout in self.layouts)
         return f"{codes} ({'inputs rounded to 8 bits' if is_rounded else 'exact'})"
 
 
@@ -193,19 +196,16 @@ def _reason_against(stored: StoredTensor, in_features: int, exact: bool) -> str 
     if stored.codes is None and stored.decode is not None:
         return f"{stored.format} has no kernel: it is decoded as it is loaded"
     layout = codes_in(stored, slice(0, 1)).layout
-    if any(value not in TABLE_VALUES for value in layout.values or ()):
-        return "there is no kernel for a table of fractions"
     code = _code_of(layout)
     if code not in CODE_NUMBERS:
         return f"there is no kernel for {code}"
     if (layout.group_len is None) == (code in SCALED_CODES):
         return f"there is no kernel for {code} {'without' if layout.group_len is None else 'with'} scales"
+    group_len, halved = layout.group_len or BLOCK_LEN, code in HALVED_CODES
     if layout.scale == "sub":
-        halved = code in ("u2", "u3", "u6")
-        fits = in_features % SUPER_LEN == 0 and layout.group_len == (16 if halved else 32)
+        fits = in_features % SUPER_LEN == 0 and group_len == (HALF_LEN if halved else BLOCK_LEN)
     else:
-        group_len = layout.group_len or BLOCK_LEN
-        fits = group_len % BLOCK_LEN == 0 and in_features % group_len == 0
+        fits = group_len == HALF_LEN if halved else group_len % BLOCK_LEN == 0 and in_features % group_len == 0
     if not fits:
         return f"there is no kernel for groups of {layout.group_len} in {in_features} inputs of {code}"
     return reason_against_packed(code, _is_exact(layout, exact))
@@ -213,12 +213,16 @@ def _reason_against(stored: StoredTensor, in_features: int, exact: bool) -> str 
 
 def _code_of(layout: CodeLayout) -> str:
     """A key of `CODE_NUMBERS`, if there are kernels for it."""
-    return "table" if layout.values else layout.code
+    if layout.values is None:
+        return layout.code
+    if any(value not in TABLE_VALUES for value in layout.values):
+        return "fractions"
+    return "halved_table" if layout.group_len == HALF_LEN else "table"
 
 
 def _is_exact(layout: CodeLayout, exact: bool) -> bool:
     """Whether products leave the inputs as they are: where that is asked for, and where codes are floats."""
-    return exact or layout.code not in INTEGER_BITS
+    return exact or _code_of(layout) not in PACKED_INTEGERS
 
 
 def _piece_of(layout: CodeLayout, num_rows: int, in_features: int, first_output: int, exact: bool) -> Piece:
@@ -228,15 +232,18 @@ def _piece_of(layout: CodeLayout, num_rows: int, in_features: int, first_output:
         multiply=tile_product(code, is_exact),
         num_outputs=num_rows,
         first_output=first_output,
-        super_blocks=super_len // BLOCK_LEN,
+        super_blocks=max(1, super_len // BLOCK_LEN),
         code=CODE_NUMBERS[code],
         scale=SCALE_NUMBERS[layout.scale if layout.group_len is not None else None],
-        zero=layout.zero + (128 if layout.values else 0),
+        zero=layout.zero + (128 if code in ("table", "halved_table") else 0),
         has_minimum=layout.has_minimum,
         is_exact=is_exact,
     )
     for index, value in enumerate(layout.values or ()):
-        piece.values[index] = int(value) + 128
+        if code == "fractions":
+            piece.fractions[index] = value
+        else:
+            piece.values[index] = int(value) + 128
     piece.tile_bytes = packed_kernels().tile_bytes(piece, in_features)
     return piece
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cascade_llm.device.native_library import NativeFunction, native_functions
 from cascade_llm.device.native_units import (
     PACKED_FLOATS,
+    PACKED_FRACTIONS,
     PACKED_INTEGERS,
     PACKED_LAYOUT,
     PACKED_PRODUCT,
@@ -29,8 +30,8 @@ __all__ = [
     "tile_product",
 ]
 
-CODE_NUMBERS = {name: number for number, name in enumerate((*PACKED_INTEGERS, *PACKED_FLOATS))}
-"""`enum code` of the header; "table" is u4 with values."""
+CODE_NUMBERS = {name: number for number, name in enumerate((*PACKED_INTEGERS, *PACKED_FRACTIONS, *PACKED_FLOATS))}
+"""`enum code` of the header; "table", "halved_table" and "fractions" are u4 with values."""
 SCALE_NUMBERS = {None: 0, "float16": 1, "float32": 2, "sub": 3}
 """`enum scale`."""
 
@@ -53,6 +54,7 @@ class Piece(ctypes.Structure):
         ("has_minimum", ctypes.c_int32),
         ("is_exact", ctypes.c_int32),
         ("values", ctypes.c_uint8 * 16),
+        ("fractions", ctypes.c_float * 16),
     )
 
 

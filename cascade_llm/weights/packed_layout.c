@@ -55,16 +55,17 @@ static void pack_tile(void *task, long tile) {
     const packing *s = task;
     const piece *p = s->piece;
     long blocks = s->in_size / BLOCK, per_block = is_halved(p->code) ? 2 : 1, subs = blocks * per_block;
-    long supers = (blocks + p->super_blocks - 1) / p->super_blocks, number = p->scale == SCALE32 ? 4 : 2;
+    long heads = p->scale == SUB ? 1 : per_block, number = p->scale == SCALE32 ? 4 : 2;
+    long supers = (blocks + p->super_blocks - 1) / p->super_blocks * heads;
     long width = p->code >= BFLOAT16 ? plane_bytes(p->code) / BLOCK / TILE : 1;
     long o = tile * TILE, outputs = s->rows - o < TILE ? s->rows - o : TILE;
     cursor c = {s->tiles + tile * p->tile_bytes};
     for (long b = 0; b < blocks; b++) {
         advance(p, p->code, &c);
-        if (p->scale != UNSCALED && b % p->super_blocks == 0) {
-            long at = (o * supers + b / p->super_blocks) * number;
-            pack_numbers(s->scales + at, number, supers, outputs, c.scales);
-            if (p->has_minimum) pack_numbers(s->minima + at, number, supers, outputs, c.minima);
+        for (long head = 0; p->scale != UNSCALED && b % p->super_blocks == 0 && head < heads; head++) {
+            long at = (o * supers + b / p->super_blocks * heads + head) * number, to = head * number * TILE;
+            pack_numbers(s->scales + at, number, supers, outputs, c.scales + to);
+            if (p->has_minimum) pack_numbers(s->minima + at, number, supers, outputs, c.minima + to);
         }
         for (long half = 0; p->scale == SUB && half < per_block; half++) {
             long at = o * subs + b * per_block + half;
@@ -111,7 +112,8 @@ static void unpack_block(const piece *p, row_cursor *c, float *values) {
                 value = load_float_codes(code, float_codes_of(p, code, &c->tile, v), i - j, j)[lane] * code_factor(code);
             } else {
                 bytes w = step_codes(code, c->tile.planes + 4 * LANES * v, i / STEP, p->values);
-                value = (float)(w[lane * STEP + i % STEP] - p->zero);
+                uint8_t found = w[lane * STEP + i % STEP];
+                value = code == FRACTIONS ? p->fractions[found] : (float)(found - p->zero);
             }
             values[i] = value * scale[lane] + minimum[lane];
         }

@@ -82,7 +82,7 @@ INLINE int steps_in_16_bits(int code) {
     switch (code) {
     case U6: return 2;
     case U5: return 4;
-    case U8: case TABLE: return 1;
+    case U8: case TABLE: case HALVED_TABLE: return 1;
     default: return 8;
     }
 }
@@ -190,8 +190,11 @@ INLINE void exact_sums(const piece *p, int code, const cursor *c, const float *x
         UNROLLED for (int v = 0; v < vectors; v++) w[v] = step_codes(code, vector_planes(p, c, v0 + v), s, p->values);
         UNROLLED for (int j = 0; j < STEP; j++) {
             floats wide[PAIR];
-            UNROLLED for (int v = 0; v < vectors; v++)
-                wide[v] = __builtin_convertvector((ints)((words)w[v] >> 8 * j & 255) - p->zero, floats);
+            UNROLLED for (int v = 0; v < vectors; v++) {
+                ints codes = (ints)((words)w[v] >> 8 * j & 255);
+                if (code == FRACTIONS) wide[v] = fractions_at(p->fractions, codes);
+                else wide[v] = __builtin_convertvector(codes - p->zero, floats);
+            }
             UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
                 part[r][v] += wide[v] * broadcast(x[r * BLOCK + s * STEP + j]);
         }

@@ -19,16 +19,18 @@ void packed_rows(const piece *p, const int64_t *ids, long count, long in_size, v
 tile_product packed_tiles_u2, packed_tiles_u3, packed_tiles_u4, packed_tiles_u5, packed_tiles_u6, packed_tiles_u8;
 tile_product packed_tiles_u2_exact, packed_tiles_u3_exact, packed_tiles_u4_exact, packed_tiles_u5_exact;
 tile_product packed_tiles_u6_exact, packed_tiles_u8_exact, packed_tiles_table, packed_tiles_table_exact;
+tile_product packed_tiles_halved_table, packed_tiles_halved_table_exact, packed_tiles_fractions_exact;
 tile_product packed_tiles_bfloat16, packed_tiles_float16, packed_tiles_float8_e4m3fn, packed_tiles_float8_e5m2;
 tile_product packed_tiles_float32;
 
 /* By code; the exact products behind. */
 static tile_product *const PRODUCTS[2][FLOAT32 + 1] = {
     {packed_tiles_u2, packed_tiles_u3, packed_tiles_u4, packed_tiles_u5, packed_tiles_u6, packed_tiles_u8,
-     packed_tiles_table, packed_tiles_bfloat16, packed_tiles_float16, packed_tiles_float8_e4m3fn,
+     packed_tiles_table, packed_tiles_halved_table, packed_tiles_fractions_exact, packed_tiles_bfloat16, packed_tiles_float16, packed_tiles_float8_e4m3fn,
      packed_tiles_float8_e5m2, packed_tiles_float32},
     {packed_tiles_u2_exact, packed_tiles_u3_exact, packed_tiles_u4_exact, packed_tiles_u5_exact, packed_tiles_u6_exact,
-     packed_tiles_u8_exact, packed_tiles_table_exact, packed_tiles_bfloat16, packed_tiles_float16,
+     packed_tiles_u8_exact, packed_tiles_table_exact, packed_tiles_halved_table_exact, packed_tiles_fractions_exact,
+     packed_tiles_bfloat16, packed_tiles_float16,
      packed_tiles_float8_e4m3fn, packed_tiles_float8_e5m2, packed_tiles_float32},
 };
 
@@ -45,6 +47,8 @@ static const kind KINDS[] = {
     {"q2_k", U2, SUB, 0, 1, 8, 4},          {"q3_k", U3, SUB, 4, 0, 8, 8},
     {"q4_k", U4, SUB, 0, 1, 8, 16},         {"q5_k", U5, SUB, 0, 1, 8, 32},
     {"q6_k", U6, SUB, 32, 0, 8, 64},        {"groups of 128", U4, SCALE32, 0, 1, 4, 16},
+    {"halved table", HALVED_TABLE, SCALE32, 128, 0, 1, 16}, {"fractions", FRACTIONS, SCALE32, 0, 0, 2, 16},
+    {"halves of six bits", U6, SCALE32, 32, 1, 1, 64},
     {"table", TABLE, SCALE16, 128, 0, 1, 16}, {"bfloat16", BFLOAT16, UNSCALED, 0, 0, 1, 0},
     {"float16", FLOAT16, UNSCALED, 0, 0, 1, 0}, {"float32", FLOAT32, UNSCALED, 0, 0, 1, 0},
     {"e4m3", FLOAT8_E4M3FN, SCALE32, 0, 0, 4, 0},    {"e5m2", FLOAT8_E5M2, SCALE32, 0, 0, 4, 0},
@@ -93,7 +97,8 @@ static double random_code(const kind *k, const piece *p, uint8_t *at) {
         double size = exponent ? ldexp(1 + digits / 8.0, exponent - 7) : ldexp(digits / 8.0, -6);
         return byte & 0x80 ? -size : size;
     }
-    default: *at = (uint8_t)(byte % k->num_codes); return (k->code == TABLE ? p->values[*at] : *at) - k->zero;
+    case FRACTIONS: *at = byte % 16; return p->fractions[*at];
+    default: *at = (uint8_t)(byte % k->num_codes); return (is_table(k->code) ? p->values[*at] : *at) - k->zero;
     }
 }
 
@@ -108,16 +113,17 @@ static float random_number(int scale, float x, uint8_t *numbers, int index) {
 
 static int is_wrong(const kind *k) {
     static uint8_t codes[OUTPUTS * INPUTS * 4];
-    static _Alignas(4) uint8_t scales[OUTPUTS * 64], minima[OUTPUTS * 64];
+    static _Alignas(4) uint8_t scales[OUTPUTS * 128], minima[OUTPUTS * 128];
     static int8_t sub_scales[OUTPUTS * 32], sub_minima[OUTPUTS * 32];
     static double weight[OUTPUTS][INPUTS];
     static float x[NUM_ROWS * INPUTS], y[NUM_ROWS * OUTPUTS], looked_up[3 * INPUTS];
     piece p = {.num_outputs = OUTPUTS, .super_blocks = k->super_blocks, .code = k->code, .scale = k->scale};
     p.zero = k->zero, p.has_minimum = k->has_minimum;
-    for (int i = 0; i < 16; i++) p.values[i] = (uint8_t)(i * 15 + 3);
+    for (int i = 0; i < 16; i++) p.values[i] = (uint8_t)(i * 15 + 3), p.fractions[i] = (float)(i - 7) / 9;
     p.tile_bytes = packed_tile_bytes(&p, INPUTS);
     int width = k->code >= BFLOAT16 ? (int)(plane_bytes(k->code) / BLOCK / TILE) : 1, wrong = 0;
-    int super_len = BLOCK * k->super_blocks, group_len = is_halved(k->code) ? BLOCK / 2 : BLOCK;
+    int group_len = is_halved(k->code) ? BLOCK / 2 : BLOCK;
+    int super_len = (k->scale == SUB ? BLOCK : group_len) * k->super_blocks;
     for (int o = 0; o < OUTPUTS; o++) {
         float scale = 1, minimum = 0, sub_scale = 1, sub_minimum = 1;
         for (int i = 0; i < INPUTS; i++) {
@@ -141,7 +147,7 @@ static int is_wrong(const kind *k) {
     for (int i = 0; i < NUM_ROWS * INPUTS; i++) x[i] = uniform() - 0.5f;
     for (int is_exact = 0; is_exact < 2; is_exact++) {
         double worst = 0, largest = 0;
-        p.multiply = PRODUCTS[is_exact][k->code], p.is_exact = is_exact || k->code >= BFLOAT16;
+        p.multiply = PRODUCTS[is_exact][k->code], p.is_exact = is_exact || k->code >= FRACTIONS;
         packed_product(x, &p, 1, 0, y, NUM_ROWS, INPUTS, OUTPUTS, 0, 1);
         for (int r = 0; r < NUM_ROWS; r++)
             for (int o = 0; o < OUTPUTS; o++) {
@@ -151,7 +157,7 @@ static int is_wrong(const kind *k) {
                 if (!(error <= worst)) worst = error;
                 if (fabs(sum) > largest) largest = fabs(sum);
             }
-        if (!(worst <= largest * (is_exact || k->code >= BFLOAT16 ? 3e-6 : 2e-2))) wrong = 1;
+        if (!(worst <= largest * (is_exact || k->code >= FRACTIONS ? 3e-6 : 2e-2))) wrong = 1;
     }
     const int64_t ids[3] = {0, OUTPUTS - 1, 17};
     packed_rows(&p, ids, 3, INPUTS, looked_up, 0, 1);

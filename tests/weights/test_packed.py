@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade_llm.errors import CheckpointError
-from cascade_llm.loader.gguf_codes import CODED_TYPES
+from cascade_llm.loader.gguf_codes import CODED_TYPES, MXFP4_VALUES
 from cascade_llm.weights.codes import CodeLayout, Codes
 from cascade_llm.weights.format import StoredTensor
 from cascade_llm.weights.packed import Packed
@@ -19,11 +19,16 @@ from tests.weights.matrices import matrix_spec, plain, random_codes, stored_code
 
 pytestmark = needs_compiler
 
+E2M1_HALVES = CodeLayout("u4", group_len=16, scale="float32", values=MXFP4_VALUES)
+FRACTIONS = CodeLayout("u4", group_len=64, scale="float32", values=tuple((place - 7) / 9 for place in range(16)))
 LAYOUTS = {kind.name: entry.layout for kind, entry in CODED_TYPES.items()} | {
     "4 bits, groups of 128": CodeLayout("u4", group_len=128, scale="float32", has_minimum=True),
     "4 bits, symmetric groups of 64": CodeLayout("u4", zero=8, group_len=64, scale="float32"),
     "8 bits, a scale per output": CodeLayout("u8", zero=128, group_len=512, scale="float32"),
     "8 bits, groups of 64 with minima": CodeLayout("u8", group_len=64, scale="float32", has_minimum=True),
+    "table, groups of 16": E2M1_HALVES,
+    "6 bits, groups of 16 with minima": CodeLayout("u6", group_len=16, scale="float32", has_minimum=True),
+    "fractions": FRACTIONS,
     "e4m3 in blocks": CodeLayout("float8_e4m3fn", group_len=128, scale="float32"),
     "e5m2 per output": CodeLayout("float8_e5m2", group_len=512, scale="float32"),
     "bfloat16": CodeLayout("bfloat16", group_len=None),
@@ -32,6 +37,11 @@ LAYOUTS = {kind.name: entry.layout for kind, entry in CODED_TYPES.items()} | {
 }
 LONG = 512
 """Inputs that every layout takes."""
+
+
+def is_rounded(layout: CodeLayout) -> bool:
+    """Whether products round inputs, unless they are told not to."""
+    return layout.code.startswith("u") and layout != FRACTIONS
 
 
 def rounded_inputs(x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +77,7 @@ def test_a_product_is_that_of_the_dequantized_weights(name: str, dtype: torch.dt
     for rows in (1, 2, 3, 4, 5, 6, 7, 13, 40):
         x = torch.randn(rows, LONG, generator=generator).to(dtype)
         bias = torch.randn(77, generator=generator).to(dtype) if rows % 2 else None
-        taken = x if exact or not codes.layout.code.startswith("u") else rounded_inputs(x)
+        taken = x if exact or not is_rounded(codes.layout) else rounded_inputs(x)
         assert_is_product(matrix.multiply(x, bias), taken, weight, bias)
 
 
@@ -88,7 +98,7 @@ def test_any_shape_has_the_right_product(
     layout, inputs = LAYOUTS[name], LONG * supers
     codes = random_codes(layout, outputs, inputs, generator)
     x = torch.randn(rows, inputs, generator=generator) * 10 ** torch.randint(-3, 4, (1,), generator=generator)
-    taken = x if exact or not layout.code.startswith("u") else rounded_inputs(x)
+    taken = x if exact or not is_rounded(layout) else rounded_inputs(x)
     assert_is_product(packed(codes, exact=exact).multiply(x), taken, codes.dequantized(), None)
 
 

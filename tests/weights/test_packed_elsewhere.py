@@ -11,6 +11,7 @@ import pytest
 from cascade_llm.device.cpu_levels import LEVELS, CpuLevel, architecture, reason_against
 from cascade_llm.device.native_units import (
     PACKED_FLOATS,
+    PACKED_FRACTIONS,
     PACKED_INTEGERS,
     PACKED_LAYOUT,
     PACKED_PRODUCT,
@@ -29,7 +30,7 @@ UNITS = (
     PACKED_LAYOUT,
     PACKED_PRODUCT,
     *(packed_tiles_unit(code, is_exact) for code in PACKED_INTEGERS for is_exact in (False, True)),
-    *(packed_tiles_unit(code, is_exact=True) for code in PACKED_FLOATS),
+    *(packed_tiles_unit(code, is_exact=True) for code in (*PACKED_FRACTIONS, *PACKED_FLOATS)),
 )
 
 
