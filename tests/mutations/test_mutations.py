@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.mutations import fp8_pages, graphs, sampling
+from tests.mutations import fp8_pages, graphs, sampling, window_pools
 from tests.mutations.harness import MUTATIONS, SCENARIOS, Mutation, is_noticed
 
-TABLES = (graphs, fp8_pages, sampling)
+TABLES = (graphs, fp8_pages, sampling, window_pools)
+SLOW = {window_pools.POOLS.name}
+"""Scenarios that `make test` leaves out."""
 Prepared = Callable[[str], tuple[Path, Any]]
 OFTEN = 4
 """In `make test` one fault in so many is planted: each takes a second or two, and tells of tests, not of the engine."""
@@ -31,7 +33,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return prepare
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SCENARIOS]
+)
 def test_nothing_is_noticed_where_nothing_is_broken(name: str, prepared: Prepared) -> None:
     folder, expected = prepared(name)
     with SCENARIOS[name].around():
@@ -42,7 +46,9 @@ def test_nothing_is_noticed_where_nothing_is_broken(name: str, prepared: Prepare
     "mutation",
     [
         pytest.param(
-            mutation, marks=() if place % OFTEN == 0 else pytest.mark.slow, id=f"{mutation.scenario}: {mutation.rule}"
+            mutation,
+            marks=pytest.mark.slow if place % OFTEN or mutation.scenario in SLOW else (),
+            id=f"{mutation.scenario}: {mutation.rule}",
         )
         for place, mutation in enumerate(MUTATIONS)
     ],
@@ -56,6 +62,6 @@ def test_breaking_a_rule_is_noticed(mutation: Mutation, prepared: Prepared, monk
 
 
 def test_every_table_has_its_scenario() -> None:
-    assert {table.__name__.rsplit(".", 1)[1] for table in TABLES} == {"graphs", "fp8_pages", "sampling"}
+    assert {table.__name__.rsplit(".", 1)[1] for table in TABLES} == {"graphs", "fp8_pages", "sampling", "window_pools"}
     assert {mutation.scenario for mutation in MUTATIONS} == SCENARIOS.keys()
     assert len(MUTATIONS) >= 60

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ def find_browser() -> str | None:
     """CASCADE_LLM_CHROMIUM, or what the path has."""
     names = ("chromium", "chromium-browser", "google-chrome")
     return os.environ.get("CASCADE_LLM_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+
+
+class Navigated(AssertionError):
+    """The page that was asked has given way to another."""
 
 
 class Browser:
@@ -46,6 +50,8 @@ class Browser:
         while True:
             message = self._receive()
             if message.get("id") == number:
+                if "navigated" in message.get("error", {}).get("message", ""):
+                    raise Navigated(method)
                 assert "error" not in message, message
                 result: dict[str, Any] = message["result"]
                 return result
@@ -63,12 +69,14 @@ class Browser:
         return told["result"].get("value")
 
     def wait_for(self, expression: str) -> Any:
-        """The value, once it is true."""
+        """The value, once it is true, on this page or on one that is being loaded."""
         end = time.monotonic() + PATIENCE_S
-        while not (value := self.run(expression)):
-            assert time.monotonic() < end, f"{expression}: {self.run('document.body.innerText')}"
+        while True:
+            with suppress(Navigated):
+                if value := self.run(expression):
+                    return value
+                assert time.monotonic() < end, f"{expression}: {self.run('document.body.innerText')}"
             time.sleep(0.05)
-        return value
 
     def look(self, *, width: int, is_dark: bool) -> None:
         """A size and a theme."""
