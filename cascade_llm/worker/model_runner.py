@@ -61,6 +61,19 @@ class ModelRunner:
         self._sampler = Sampler(lanes, compiled=stream is None)  # a kernel of the host's would not wait for a stream
         self._num_threads, self._debug, self._ranks = num_threads, debug, ranks or Ranks()
 
+    def with_attention(self, backend: AttentionBackend) -> ModelRunner:
+        """The same weights, pool and lanes with another backend over that pool, and without graphs; for validation."""
+        return ModelRunner(
+            self.decoder,
+            backend,
+            self.kv_cache,
+            self._lanes,
+            num_threads=self._num_threads,
+            debug=self._debug,
+            ranks=self._ranks,
+            stream=self._stream,
+        )
+
     def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Start a step; returns what waits for its result, once. Steps run in the order of submission."""
         if self._debug:

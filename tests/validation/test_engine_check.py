@@ -29,9 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def build(folder: Path, dtype: str = "float32") -> tuple[ModelRunner, WorkerFacts]:
+def build(folder: Path, dtype: str = "float32", backend: str = "torch") -> tuple[ModelRunner, WorkerFacts]:
     options = EngineOptions(
-        dtype=dtype, page_size=PAGE_SIZE, max_num_seqs=BATCH + 1, max_model_len=40, attention_backend="torch"
+        dtype=dtype, page_size=PAGE_SIZE, max_num_seqs=BATCH + 1, max_model_len=40, attention_backend=backend
     )
     return build_worker(options, open_checkpoint(folder))
 
@@ -41,8 +41,8 @@ def token_ids() -> list[int]:
     return [draw.randrange(3, 97) for _ in range(300)]
 
 
-def run(folder: Path, dtype: str = "float32") -> dict[str, Check]:
-    runner, facts = build(folder, dtype)
+def run(folder: Path, dtype: str = "float32", backend: str = "torch") -> dict[str, Check]:
+    runner, facts = build(folder, dtype, backend)
     checks = check_engine(
         runner,
         facts,
@@ -64,6 +64,13 @@ def test_the_engine_passes(folder: Path, dtype: str) -> None:
     assert evidence["kv_tokens_saved"] > BATCH * LOAD.num_places
     assert evidence["cached_tokens_warm"] >= (LOAD.prefix_len - PAGE_SIZE) * BATCH
     assert checks["greedy tokens, cascade on against off"].figures["tokens"] == BATCH * LOAD.num_places
+
+
+def test_another_kernel_tells_what_rounding_does(folder: Path) -> None:
+    checks = run(folder, backend="native")
+    assert all(check.passed for check in checks.values()), checks
+    noise = checks["yardstick: another attention kernel, nothing shared"].figures
+    assert 0 < noise["typical"] <= noise["largest"] < 1e-3
 
 
 @pytest.mark.parametrize("fault", [ForgetsALevel, ReadsTooMuch])
