@@ -63,7 +63,7 @@ class RunningServer:
     def wait_for(self, ask: Callable[[], Result], patience_s: float = PATIENCE_S) -> Result:
         end = time.monotonic() + patience_s
         while not (result := ask()):
-            assert self.process.poll() is None or "listening" not in self.log, self.log
+            assert self.process.poll() is None, self.log
             assert time.monotonic() < end, self.log
             time.sleep(0.01)
         return result

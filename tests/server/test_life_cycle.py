@@ -64,7 +64,7 @@ def test_keys(start_server: StartServer, tmp_path: Path) -> None:
 
 
 def test_sigterm_lets_requests_end(start_server: StartServer) -> None:
-    server = start_server("--step-timeout", "0.0005")  # every step takes longer
+    server = start_server("--step-timeout", "0.001")  # many a step takes longer
     server.wait_until_ready()
     engine = engine_of(server)
     assert server.get("/health").json() == {"status": "ok"}
