@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from cascade_llm.device.stream import DeviceStream, Event, Graph
 from tests.doubles.planner import DoubleError
@@ -51,8 +50,19 @@ def poison(tensor: torch.Tensor) -> None:
         tensor.fill_(INT_POISON if tensor.dtype in (torch.int32, torch.int64) else 0x5A)
 
 
-def _storages(tensors: list[Any]) -> set[int]:
-    return {address for tensor in tensors if isinstance(tensor, torch.Tensor) and (address := _storage(tensor))}
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    """Those of an operation's arguments or results, which nest tuples, lists and keyword arguments."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [tensor for part in value for tensor in _tensors_in(part)]
+
+
+def _storages(tensors: list[torch.Tensor]) -> set[int]:
+    return {address for tensor in tensors if (address := _storage(tensor))}
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -93,6 +103,8 @@ class DoubleStream(DeviceStream):
         self._pinned: dict[int, torch.Tensor] = {}
         self._device_storages: dict[int, torch.Tensor] = {}
         self._graphs: list[_FakeGraph] = []
+        self._holding: list[_FakeGraph] = []
+        """Graphs whose outputs are not all poisoned: captured or replayed since the last replay of another."""
         self.operations: set[Any] = set()
         """Those that have run: a kernel is loaded by its first call, which must not be in a capture."""
         self._recorder: _Recorder | None = None
@@ -135,6 +147,7 @@ class DoubleStream(DeviceStream):
             self._recorder = None
         graph = _FakeGraph(self, recorder)
         self._graphs.append(graph)
+        self._holding.append(graph)
         return graph
 
     @contextmanager
@@ -179,6 +192,8 @@ class DoubleStream(DeviceStream):
 
     def run_queued(self, up_to: int | None = None) -> None:
         """Do the queued work, in order."""
+        if not self._queue:
+            return
         with _no_modes():
             while self._queue and (up_to is None or self._num_run < up_to):
                 self._queue.popleft().run()
@@ -190,19 +205,20 @@ class DoubleStream(DeviceStream):
         if any(_overlap(span, source) for work in self._queue for source in work.sources):
             raise DoubleError("a pinned buffer is written while a copy from it is in flight")
 
-    def before_operation(self, tensors: list[Any]) -> None:
+    def before_operation(self, arguments: Any) -> None:
         """An eager operation on device memory comes after everything queued that touches it."""
         if self._queue:
-            touched = _storages(tensors) - self._pinned.keys()
+            touched = _storages(_tensors_in(arguments)) - self._pinned.keys()
             if any(work.touched & touched for work in self._queue):
                 self.run_queued()
 
     def poison_others(self, running: _FakeGraph) -> None:
         """What graphs allocate is one pool: a replay may write over the outputs of all others."""
-        for graph in self._graphs:
+        for graph in self._holding:
             if graph is not running:
                 for output in graph.private:
                     poison(output)
+        self._holding = [running]
 
 
 class _DoubleEvent(Event):
@@ -222,12 +238,11 @@ class _StreamMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = tree_leaves((args, kwargs))
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and isinstance(value, torch.Tensor) and self._stream.is_pinned(value):
                 self._stream.check_host_write(value)
         if not func.is_view or func._schema.name in MAY_COPY:  # a view reads nothing
-            self._stream.before_operation(tensors)
+            self._stream.before_operation((args, kwargs))
         if not self._stream.capturing:
             self._stream.operations.add(func)
         return func(*args, **kwargs)
@@ -253,7 +268,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        tensors = _tensors_in((args, kwargs))
         if name in HOST_READS:
             raise DoubleError(f"{name} during capture: the host would wait, or copy pageable memory")
         if any(self._stream.is_pinned(tensor) for tensor in tensors):
@@ -261,7 +276,7 @@ class _Recorder(TorchDispatchMode):
         if name.startswith("index") and any(tensor.dtype == torch.bool for tensor in tensors[1:2]):
             raise DoubleError(f"{name} by a mask during capture: its size would be read by the host")
         result = func(*args, **kwargs)
-        outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        outputs = _tensors_in(result)
         known = _storages(tensors)
         exchanges = func._schema.name.startswith("c10d::")  # their schemas do not say that they write
         writes = exchanges or any(argument.is_write for argument in func._schema.arguments)
@@ -290,7 +305,7 @@ def _exchange(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _recompute(func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor], fresh: list[torch.Tensor]) -> None:
-    again = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+    again = _tensors_in(func(*args, **kwargs))
     for output, value in zip(outputs, again, strict=True):
         if any(output is one for one in fresh):
             output.copy_(value)

@@ -67,10 +67,11 @@ def run_tiles(
         if (segment, q_tile) in states:
             v, s = joined_states(*states[segment, q_tile], v, s)
         states[segment, q_tile] = v, s
-        for packed_row in packed:
-            row, heads = first + packed_row // group, slice(packed_row % group, None, group)
-            out[row, heads] = v[row - rows.start, heads].to(out.dtype)
-            lse[row, heads] = s[row - rows.start, heads].float()
+        for head in range(group):  # of each group: the tile may begin or end inside a row
+            begin_row, end_row = (-((head - packed_row) // group) for packed_row in (packed.start, packed.stop))
+            to = slice(first + begin_row, first + end_row), slice(head, None, group)
+            own = slice(to[0].start - rows.start, to[0].stop - rows.start), to[1]
+            out[to], lse[to] = v[own].to(out.dtype), s[own].float()
 
 
 def readable_keys(rows: range, end: int, kv_len: int, *, causal: bool, window: int) -> list[tuple[int, int]]:

@@ -55,19 +55,23 @@ def test_equals_the_torch_backend(tiny: Path, lag: int, enforce_eager: bool) -> 
             assert 0 < sampled_behind_eager <= sum(counters.eager_steps.values())
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_num_batched_tokens": 24, "max_num_seqs": 8},
-        {"cascade_max_levels": 4, "page_size": 1},
-        {"page_size": 16, "cascade_shared_prefix_len": 16, "max_num_seqs": 24},
-        {"enable_cascade_attention": False},
-    ],
-    ids=["chunked", "four-levels", "page-16", "one-level"],
-)
-def test_graphs_equal_the_torch_backend_over_forests(tiny: Path, seed: int, options: dict[str, Any]) -> None:
-    prompts = random_forest(seed, 14, VOCAB, 50)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "chunked": {"max_num_batched_tokens": 24, "max_num_seqs": 8},
+    "four levels": {"cascade_max_levels": 4, "page_size": 1},
+    "pages of 16": {"page_size": 16, "cascade_shared_prefix_len": 16, "max_num_seqs": 24},
+    "one level": {"enable_cascade_attention": False},
+}
+FORESTS = [
+    pytest.param(name, seed, marks=() if place == seed else pytest.mark.slow)
+    for place, name in enumerate(OPTIONS)
+    for seed in range(4)
+]
+"""In `make test` each of the options with a forest of its own."""
+
+
+@pytest.mark.parametrize(("name", "seed"), FORESTS)
+def test_graphs_equal_the_torch_backend_over_forests(tiny: Path, name: str, seed: int) -> None:
+    prompts, options = random_forest(seed, 14, VOCAB, 50), OPTIONS[name]
     params = [SamplingParams(temperature=0, max_tokens=3 + i % 9, ignore_eos=True) for i in range(len(prompts))]
     with tiny_llm(tiny, **options) as twin:
         expected = tokens(twin.generate(prompts, params))
@@ -89,15 +93,21 @@ def test_preemption_and_a_tiny_pool(tiny: Path) -> None:
 @pytest.mark.parametrize(
     "params",
     [
-        {"temperature": 0.8, "seed": 5},
         {"temperature": 0.8, "seed": 5, "n": 3},
-        {"temperature": 0.7, "top_p": 0.9, "seed": 1},
-        {"temperature": 0.7, "top_k": 5, "seed": 1},
         {"temperature": 1.2, "top_k": 40, "top_p": 0.8, "min_p": 0.05, "seed": 2},
-        {"temperature": 1.0, "min_p": 0.1, "seed": 3},
-        {"temperature": 0, "repetition_penalty": 1.3},
-        {"temperature": 0, "logprobs": 2},
-        {"temperature": 0, "logit_bias": {5: 3.0}},
+        {"temperature": 0, "repetition_penalty": 1.3, "logprobs": 2, "logit_bias": {5: 3.0}},
+        *(
+            pytest.param(params, marks=pytest.mark.slow)
+            for params in (
+                {"temperature": 0.8, "seed": 5},
+                {"temperature": 0.7, "top_p": 0.9, "seed": 1},
+                {"temperature": 0.7, "top_k": 5, "seed": 1},
+                {"temperature": 1.0, "min_p": 0.1, "seed": 3},
+                {"temperature": 0, "repetition_penalty": 1.3},
+                {"temperature": 0, "logprobs": 2},
+                {"temperature": 0, "logit_bias": {5: 3.0}},
+            )
+        ),
     ],
     ids=str,
 )

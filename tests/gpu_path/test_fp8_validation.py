@@ -53,7 +53,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"), "qwen3", **{**SHAPE, "head_dim": 128})
 
 
-def checked(tiny: Path) -> dict[str, Check]:
+def checked(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:
+    """Of pages of 8 bits alone."""
+    monkeypatch.setattr(attention_check, "select_backend", select)
+    monkeypatch.setattr(attention_check, "NUMBERS", ())
     config = model_config_from_hf(open_checkpoint(tiny).hf_config())
     device = torch.device("cpu")
     checks = check_attention(config, device, cases_per_family=4, seed=1, progress=lambda *_: None, kv_dtype=FP8)
@@ -61,8 +64,7 @@ def checked(tiny: Path) -> dict[str, Check]:
 
 
 def test_attention_over_decoded_pages_is_checked(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_check, "select_backend", select)
-    checks = checked(tiny)
+    checks = checked(tiny, monkeypatch)
     own = [check for name, check in checks.items() if name.startswith("flashinfer, bfloat16, float8_e4m3fn pages")]
     assert [check.passed for check in own] == [True] * len(FAMILIES)
     assert all(check.figures["plans"] >= 4 for check in own)
@@ -71,7 +73,6 @@ def test_attention_over_decoded_pages_is_checked(tiny: Path, monkeypatch: pytest
 
 
 def test_a_scale_that_is_left_out_fails_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_check, "select_backend", select)
     original = FlashInferAttentionBackend.prepare
 
     def unscaled(self: FlashInferAttentionBackend, plan: Any) -> Any:
@@ -79,7 +80,8 @@ def test_a_scale_that_is_left_out_fails_it(tiny: Path, monkeypatch: pytest.Monke
         return original(self, plan)
 
     monkeypatch.setattr(OnDouble, "prepare", unscaled)
-    own = [check for name, check in checked(tiny).items() if "float8_e4m3fn pages" in name and "flashinfer" in name]
+    checks = checked(tiny, monkeypatch)
+    own = [check for name, check in checks.items() if name.startswith("flashinfer, bfloat16, float8_e4m3fn pages")]
     assert [check.passed for check in own] == [False] * len(FAMILIES)
 
 
@@ -91,9 +93,9 @@ def test_the_pool_of_a_validation_is_as_large_as_its_pages(tiny: Path, options: 
     assert found.kv_cache_bytes == (BATCH + 1) * 8 * 4 * (2 * 2 * 2 * 128) * num_bytes
 
 
-@pytest.fixture
-def recording(tiny: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "plans.gz"
+@pytest.fixture(scope="module")
+def recording(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recorded") / "plans.gz"
     options = {"record_plans": path, "record_token_ids": True, "max_model_len": 64, "max_num_seqs": 8, **PAGES}
     with gpu_llm(tiny, double_gpu(), **options) as llm:
         llm.generate(random_forest(0, 8, 90, 40), SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))

@@ -49,6 +49,7 @@ from scripts.gpu_suite.stages import (
 from scripts.gpu_suite.stages import machine as machine_stage
 from scripts.gpu_suite.table import STAGES
 from tests.gpu_path.double_machine import DoubleMachine
+from tests.rank_threads import in_ranks
 
 ONE_MODEL = replace(DRY, small_models=DRY.small_models[:1])
 
@@ -258,19 +259,35 @@ def test_the_product_of_experts_is_compared_and_timed(
     assert experts.run(stage("experts"))["headline"]["wrong"] == list(DRY.product_rows)
 
 
-def test_two_ranks_are_compared_with_one(stage: Callable[..., StageRun], monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = replace(ONE_MODEL, families=1, longest=10)
-    found = ranks.run(stage("ranks", sizes))
+def test_two_ranks_are_compared_with_one(
+    stage: Callable[..., StageRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stage("ranks", replace(ONE_MODEL, families=1, longest=10))
+    assert in_ranks(2, tmp_path, lambda own: ranks._wrong_exchanges(own, run.machine)) == [[], []]
+    monkeypatch.setattr(ranks, "_exchanges", lambda stage: {"wrong": [], "us": {}})
+    found = ranks.run(run)
     assert found["headline"]["wrong"] == []
     assert found["verdict"] == "passed"
     assert len(found["runs"]) == len(engine.KINDS)
-    assert found["headline"]["us_of_a_sum"].keys() == {str(2 * size) for size in DRY.exchanged}
-    monkeypatch.setattr(ranks, "_exchanges", lambda stage: {"wrong": ["rank 1: sum"], "us": {}})
+    told = ranks._told({"wrong": ["rank 1: sum"], "us": {}}, found["runs"])
+    assert told["verdict"] == "failed"
+    assert told["headline"]["wrong"] == ["rank 1: sum"]
+
+
+@pytest.mark.slow
+def test_ranks_exchange_in_processes_of_their_own(stage: Callable[..., StageRun]) -> None:
+    found = ranks._exchanges(stage("ranks"))
+    assert found["wrong"] == []
+    assert found["us"].keys() == {str(2 * size) for size in DRY.exchanged}
+
+
+@pytest.mark.slow
+def test_ranks_that_sum_nothing_are_noticed(stage: Callable[..., StageRun], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_exchanges", lambda stage: {"wrong": [], "us": {}})
     monkeypatch.setattr(Ranks, "all_reduce", lambda self, x: x)
-    off = ranks.run(stage("ranks", sizes))
+    off = ranks.run(stage("ranks", replace(ONE_MODEL, families=1, longest=10)))
     assert off["verdict"] == "failed"
-    assert "rank 1: sum" in off["headline"]["wrong"]
-    assert len(off["headline"]["wrong"]) > 1, "runs whose ranks sum nothing"
+    assert off["headline"]["wrong"]
 
 
 def test_ranks_need_as_many_gpus(stage: Callable[..., StageRun], monkeypatch: pytest.MonkeyPatch) -> None:

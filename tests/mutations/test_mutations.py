@@ -15,7 +15,7 @@ TABLES = (graphs, fp8_pages, sampling, window_pools)
 SLOW = {window_pools.POOLS.name}
 """Scenarios that `make test` leaves out."""
 Prepared = Callable[[str], tuple[Path, Any]]
-OFTEN = 4
+OFTEN = 8
 """In `make test` one fault in so many is planted: each takes a second or two, and tells of tests, not of the engine."""
 
 

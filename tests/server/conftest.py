@@ -22,6 +22,8 @@ PATIENCE_S = 60.0
 """For what takes a second where nobody else computes."""
 START_S = 240.0
 """For a process that imports torch and loads a model, beside others that do so."""
+ONE_REQUEST_EACH = httpx.Limits(max_keepalive_connections=0)
+"""For connections. The client is kept: making one reads certificates, ten times the work of a request."""
 Result = TypeVar("Result")
 
 
@@ -34,16 +36,21 @@ class RunningServer:
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
         (self.url,) = self.wait_for(lambda: re.findall(r"listening on (\S+)", self.log), START_S)[:1]
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S, limits=ONE_REQUEST_EACH)
 
     @property
     def log(self) -> str:
         return "".join(self._lines)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
-        return httpx.get(self.url + path, headers=headers, timeout=PATIENCE_S)
+        return self.client.get(path, headers=headers)
 
     def post(self, path: str, body: object, **headers: str) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, headers=headers, timeout=PATIENCE_S)
+        return self.client.post(path, json=body, headers=headers)
+
+    def post_text(self, path: str, text: str) -> httpx.Response:
+        """JSON as it is written."""
+        return self.client.post(path, content=text, headers={"content-type": "application/json"})
 
     def end(self) -> int:
         """Wait until it has ended; returns its exit status."""
@@ -93,8 +100,23 @@ def started(*args: str | Path, repo_root: Path, environment: dict[str, str]) -> 
 @pytest.fixture(scope="session")
 def server(tiny_folder: Path, repo_root: Path, environment: dict[str, str]) -> Iterator[RunningServer]:
     """One that all tests share."""
+    options = ("--served-model-name", "tiny", "--max-queue", "8", "--cascade-shared-prefix-len", "16")
+    with started(tiny_folder, *options, repo_root=repo_root, environment=environment) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture(scope="session")
+def locked(
+    tiny_folder: Path, repo_root: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """One that all tests share and that refuses much: it has keys and limits, is strict, and has no page."""
+    keys = tmp_path_factory.mktemp("locked") / "keys"
+    keys.write_text("second\nthird\n")
+    guards = ("--api-key", "first", "--api-key-file", keys, "--strict", "--no-page", "--allow-chat-templates")
+    limits = ("--max-body-bytes", "4000", "--max-output-len", "6", "--max-prompt-len", "99")
     with started(
-        tiny_folder, "--served-model-name", "tiny", "--max-queue", "8", repo_root=repo_root, environment=environment
+        tiny_folder, "--served-model-name", "tiny", *guards, *limits, repo_root=repo_root, environment=environment
     ) as running:
         running.wait_until_ready()
         yield running

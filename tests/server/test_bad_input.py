@@ -16,11 +16,12 @@ import pytest
 from cascade_llm.engine.chat_template import ChatTemplate
 from cascade_llm.errors import RequestError
 from cascade_llm.server.api_errors import api_error
-from tests.server.conftest import PATIENCE_S, RunningServer, StartServer
+from tests.server.conftest import PATIENCE_S, RunningServer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 SECRET = "xyzzy-plugh"
+KEY = {"authorization": "Bearer first"}
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {}, "prompt"),
@@ -111,8 +112,8 @@ def test_what_a_chat_template_refuses_is_the_client_s_error_in_the_template_s_wo
     assert str(told).endswith("the user speaks first")
 
 
-def assert_serves(server: RunningServer) -> None:
-    answer = server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 2, "ignore_eos": True})
+def assert_serves(server: RunningServer, **headers: str) -> None:
+    answer = server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 2, "ignore_eos": True}, **headers)
     assert answer.json()["usage"]["completion_tokens"] == 2
 
 
@@ -145,33 +146,35 @@ def test_paths_and_methods_that_are_not_there(server: RunningServer) -> None:
     assert server.get(COMPLETIONS).status_code == 405
 
 
-def test_unknown_fields_are_ignored_or_refused(server: RunningServer, start_server: StartServer) -> None:
+def test_unknown_fields_are_ignored_or_refused(server: RunningServer, locked: RunningServer) -> None:
     assert server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 1, "best_off": 2}).status_code == 200
-    limits = ("--max-body-bytes", "4000", "--max-output-len", "5", "--max-prompt-len", "9")
-    strict = start_server("--strict", "--allow-chat-templates", *limits)
-    strict.wait_until_ready()
+    for fields, words in (({"best_off": 2}, ("best_off", "'best_of'")), ({"stream_options": {"x": 1}}, ("'x'",))):
+        assert_error(locked.post(COMPLETIONS, {"prompt": "a", **fields}, **KEY), *words)
+
+
+def test_templates_of_clients_are_held_to_limits(locked: RunningServer) -> None:
     own = {"messages": HELLO, "chat_template": "{{ messages[0].content }}!", "max_tokens": 1}
-    told = strict.post(CHAT, own)
+    told = locked.post(CHAT, own, **KEY)
     assert told.status_code == 200, told.text
-    bare = strict.post(COMPLETIONS, {"prompt": "hello!", "max_tokens": 1})
+    bare = locked.post(COMPLETIONS, {"prompt": "hello!", "max_tokens": 1}, **KEY)
     assert told.json()["usage"]["prompt_tokens"] == bare.json()["usage"]["prompt_tokens"]
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    assert_error(strict.post(CHAT, {**own, "chat_template": endless}), "was stopped")
-    assert_error(strict.post(CHAT, {**own, "chat_template": "{{ messages"}), "no Jinja template")
-    assert_error(strict.post(CHAT, {**own, "chat_template": "{{ ''.__class__.__mro__ }}"}), "refuses")
-    assert_error(strict.post(COMPLETIONS, {"prompt": "a", "best_off": 2}), "best_off", "'best_of'")
-    assert_error(strict.post(COMPLETIONS, {"prompt": "a", "stream_options": {"x": 1}}), "'x'")
-    too_large = strict.post(COMPLETIONS, {"prompt": "a" * 4000})
+    assert_error(locked.post(CHAT, {**own, "chat_template": endless}, **KEY), "was stopped")
+    assert_error(locked.post(CHAT, {**own, "chat_template": "{{ messages"}, **KEY), "no Jinja template")
+    assert_error(locked.post(CHAT, {**own, "chat_template": "{{ ''.__class__.__mro__ }}"}, **KEY), "refuses")
+
+
+def test_limits_are_kept(locked: RunningServer) -> None:
+    too_large = locked.post(COMPLETIONS, {"prompt": "a" * 4000}, **KEY)
     assert too_large.status_code == 413
     assert_error(too_large, "4000 bytes")
-    assert_error(strict.post(COMPLETIONS, {"prompt": "a", "max_tokens": 6}), "at most 5")
-    assert_error(strict.post(COMPLETIONS, {"prompt": [5] * 10}), "at most 9")
-    assert strict.post(COMPLETIONS, {"prompt": "a"}).json()["usage"]["completion_tokens"] <= 5
-    chunked = _send(
-        strict, b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + CHUNKS
-    )
+    assert_error(locked.post(COMPLETIONS, {"prompt": "a", "max_tokens": 7}, **KEY), "at most 6")
+    assert_error(locked.post(COMPLETIONS, {"prompt": [5] * 100}, **KEY), "at most 99")
+    assert locked.post(COMPLETIONS, {"prompt": "a"}, **KEY).json()["usage"]["completion_tokens"] <= 6
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer first\r\n"
+    chunked = _send(locked, head + b"transfer-encoding: chunked\r\n\r\n" + CHUNKS)
     assert b" 413 " in chunked.split(b"\r\n")[0]
-    assert_serves(strict)
+    assert_serves(locked, **KEY)
 
 
 CHUNKS = (b"7d0\r\n" + b"a" * 2000 + b"\r\n") * 3

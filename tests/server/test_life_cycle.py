@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from pathlib import Path
 
 import httpx
 import openai
@@ -16,7 +15,7 @@ from tests.cli.conftest import RunProcess
 from tests.server.conftest import PATIENCE_S, RunningServer, StartServer
 
 LONG = {"prompt": "a", "max_tokens": 400, "ignore_eos": True}
-COMPLETIONS = "/v1/completions"
+COMPLETIONS, EVENTS = "/v1/completions", "/v1/cascade/events"
 
 
 def engine_of(server: RunningServer) -> psutil.Process:
@@ -33,7 +32,7 @@ def begin_stream(server: RunningServer) -> tuple[threading.Thread, list[str]]:
 
     def read() -> None:
         body = {**LONG, "stream": True}
-        with httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=PATIENCE_S) as answer:
+        with server.client.stream("POST", COMPLETIONS, json=body) as answer:
             for line in answer.iter_lines():
                 lines.append(line)
                 begun.set()
@@ -44,23 +43,20 @@ def begin_stream(server: RunningServer) -> tuple[threading.Thread, list[str]]:
     return thread, lines
 
 
-def test_keys(start_server: StartServer, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("second\nthird\n")
-    server = start_server("--api-key", "first", "--api-key-file", str(tmp_path / "keys"))
-    server.wait_until_ready()
+def test_keys(locked: RunningServer) -> None:
     body = {"prompt": "a", "max_tokens": 1}
     for wrong in ({}, {"authorization": "Bearer nope"}, {"authorization": "Basic first"}, {"authorization": "Bearer"}):
-        answer = server.post(COMPLETIONS, body, **wrong)
+        answer = locked.post(COMPLETIONS, body, **wrong)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-        assert server.get("/metrics", **wrong).status_code == 401
+        assert locked.get("/metrics", **wrong).status_code == 401
     for key in ("first", "second", "third"):
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
+        with openai.OpenAI(base_url=f"{locked.url}/v1", api_key=key, max_retries=0) as client:
             assert client.completions.create(model=client.models.list().data[0].id, **body).choices
-    assert server.get("/health").status_code == 200
-    assert "first" not in server.log
-    answer = server.get("/version", authorization="Bearer first", **{"x-request-id": "mine-1"})
+    assert locked.get("/health").status_code == 200
+    assert "first" not in locked.log
+    answer = locked.get("/version", authorization="Bearer first", **{"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
-    server.wait_for(lambda: "mine-1 GET /version 200" in server.log)
+    locked.wait_for(lambda: "mine-1 GET /version 200" in locked.log)
 
 
 def test_sigterm_lets_requests_end(start_server: StartServer) -> None:
@@ -71,7 +67,12 @@ def test_sigterm_lets_requests_end(start_server: StartServer) -> None:
     thread, lines = begin_stream(server)
     stalled = server.wait_for(lambda: next((h for h in [server.get("/health")] if h.status_code == 503), None))
     assert stalled.json()["status"] == "stalled"
-    server.process.send_signal(signal.SIGTERM)
+    with server.client.stream("GET", EVENTS) as listened:
+        told = listened.iter_lines()
+        next(told)
+        server.process.send_signal(signal.SIGTERM)
+        for _ in told:  # a listener does not keep the server from ending, and its stream ends whole
+            pass
     assert server.end() == 0
     thread.join(PATIENCE_S)
     assert lines[-2:] == ["data: [DONE]", ""]

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
-import httpx
 import pytest
 
 from cascade_llm import LLM, SamplingParams
-from tests.server.conftest import PATIENCE_S, RunningServer, StartServer
+from tests.server.conftest import RunningServer
 
 SYSTEM = "The quick brown fox jumps over the lazy dog, and then it does so once more, from the other side of the fence."
 END = 2
@@ -142,30 +141,27 @@ def test_what_a_client_gets_wrong(client: anthropic.Anthropic, server: RunningSe
         ({"messages": ASK, "chat_template_kwargs": {"messages": []}, "max_tokens": 1}, "chat_template_kwargs"),
         ({"messages": [{"role": "user", "content": "word " * 600}], "max_tokens": 1}, "max_model_len"),
     ]
-    with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as raw:
-        for body, words in wrong:
-            answer = raw.post("/v1/messages", content=json.dumps(body), headers={"content-type": "application/json"})
-            assert answer.status_code == 400, (body, answer.text)
-            assert answer.json()["type"] == "error"
-            assert answer.json()["error"]["type"] == "invalid_request_error"
-            assert words in answer.json()["error"]["message"]
-        for path in ("/v1/messages/count_tokens", "/tokenize"):
-            kwargs = {"messages": ASK, "chat_template_kwargs": {"messages": []}}
-            assert raw.post(path, json=kwargs).status_code == 400
-        assert raw.get("/v1/messages").json()["type"] == "error"
+    for body, words in wrong:
+        answer = server.post_text("/v1/messages", json.dumps(body))
+        assert answer.status_code == 400, (body, answer.text)
+        assert answer.json()["type"] == "error"
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert words in answer.json()["error"]["message"]
+    for path in ("/v1/messages/count_tokens", "/tokenize"):
+        kwargs = {"messages": ASK, "chat_template_kwargs": {"messages": []}}
+        assert server.post(path, kwargs).status_code == 400
+    assert server.get("/v1/messages").json()["type"] == "error"
     with pytest.raises(anthropic.NotFoundError, match="not served here"):
         client.messages.create(**{**ASKED, "model": "large"})
     assert client.messages.create(**ASKED).usage.output_tokens == 6
 
 
-def test_keys_and_unknown_fields(start_server: StartServer) -> None:
-    strict = start_server("--strict", "--api-key", "secret", "--served-model-name", "tiny")
-    strict.wait_until_ready()
-    with anthropic.Anthropic(base_url=strict.url, api_key="secret", max_retries=0) as client:
+def test_keys_and_unknown_fields(locked: RunningServer) -> None:
+    with anthropic.Anthropic(base_url=locked.url, api_key="first", max_retries=0) as client:
         assert client.messages.create(**ASKED).usage.output_tokens == 6
         with pytest.raises(anthropic.BadRequestError, match="max_token_s"):
             client.messages.create(**{**ASKED, "extra_body": {"max_token_s": 5}})
-    with anthropic.Anthropic(base_url=strict.url, api_key="guess", max_retries=0) as client:
+    with anthropic.Anthropic(base_url=locked.url, api_key="guess", max_retries=0) as client:
         with pytest.raises(anthropic.AuthenticationError, match="x-api-key") as caught:
             client.messages.create(**ASKED)
         assert caught.value.body == {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ SHARED = {"prompt": SECRET, "n": 2, "max_tokens": 100, "temperature": 1, "ignore
 @contextmanager
 def events(server: RunningServer, **headers: str) -> Iterator[Iterator[dict[str, Any]]]:
     """What a listener is told."""
-    with httpx.stream("GET", server.url + EVENTS, headers=headers, timeout=PATIENCE_S) as answer:
+    with server.client.stream("GET", EVENTS, headers=headers) as answer:
         assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
         lines = (line for line in answer.iter_lines() if line.startswith("data: "))
         yield (json.loads(line.removeprefix("data: ")) for line in lines)
@@ -62,21 +61,21 @@ def test_every_file_is_served_and_nothing_inline_or_from_elsewhere(server: Runni
         assert not re.search(r"[{<(|,] *any\b(?!\.)", text), "a type that is any is not checked"
 
 
-def test_no_page(start_server: StartServer) -> None:
-    server = start_server("--no-page")
-    assert [server.get(path).status_code for path in ("/", "/page/main.js")] == [404, 404]
+def test_no_page(locked: RunningServer) -> None:
+    key = {"authorization": "Bearer first"}
+    assert [locked.get(path, **key).status_code for path in ("/", "/page/main.js")] == [404, 404]
 
 
-def test_two_sequences_with_one_prefix_are_seen_without_their_text(start_server: StartServer) -> None:
-    server = start_server("--cascade-shared-prefix-len", "16", "--api-key", "key")
-    server.wait_until_ready()
-    key = {"authorization": "Bearer key"}
-    assert server.get("/").status_code == 200
-    assert server.get(EVENTS).status_code == 401
-    with events(server, **key) as told:
-        first = next(told)
-        assert (first["engine"], first["last_step"]) == ("ready", None)
-        assert server.post("/v1/completions", SHARED, **key).status_code == 200
+def test_events_need_a_key(locked: RunningServer) -> None:
+    assert locked.get(EVENTS).status_code == 401
+    with events(locked, authorization="Bearer first") as told:
+        assert next(told)["engine"] == "ready"
+
+
+def test_two_sequences_with_one_prefix_are_seen_without_their_text(server: RunningServer) -> None:
+    with events(server) as told:
+        assert next(told)["engine"] == "ready"
+        assert server.post("/v1/completions", SHARED).status_code == 200
         step = next(e["last_step"] for e in told if e["last_step"] and e["last_step"]["kinds"][0]["runs"])
         (run,) = step["kinds"][0]["runs"]
         assert (run["num_sequences"], len(run["own_lens"]), run["num_tokens"] % 16) == (2, 2, 0)
@@ -85,14 +84,9 @@ def test_two_sequences_with_one_prefix_are_seen_without_their_text(start_server:
         assert step["reason"] is None
         assert "text" not in run
         assert "token_ids" not in run
-        assert server.post("/v1/completions", {**SHARED, "n": 1, "max_tokens": 2}, **key).status_code == 200
+        assert server.post("/v1/completions", {**SHARED, "n": 1, "max_tokens": 2}).status_code == 200
         alone = next(event["last_step"] for event in told if event["last_step"]["num_sequences"] == 1)
         assert (alone["reason"], alone["kinds"][0]["runs"], alone["kv_bytes_saved"]) == ("one sequence", [], 0)
-        # a listener does not keep the server from ending, and its stream ends whole
-        server.process.send_signal(signal.SIGTERM)
-        for _ in told:
-            pass
-    assert server.end() == 0
 
 
 @pytest.mark.slow
@@ -101,7 +95,7 @@ def test_text_is_told_where_the_server_is_asked_to(start_server: StartServer) ->
     server.wait_until_ready()
     with events(server) as told:
         body = {**SHARED, "max_tokens": 400, "stream": True}
-        with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+        with server.client.stream("POST", "/v1/completions", json=body) as answer:
             reading = threading.Thread(target=answer.read)
             reading.start()
             runs = (run for event in told if event["last_step"] for run in event["last_step"]["kinds"][0]["runs"])

@@ -46,11 +46,10 @@ def test_all_that_can_be_made_from_the_document(start_server: StartServer, tmp_p
     assert 'cascade_llm_pages{state="held"} 0.0' in metrics
 
 
-def test_the_document_tells_of_keys_and_of_no_other_errors(server: RunningServer, start_server: StartServer) -> None:
+def test_the_document_tells_of_keys_and_of_no_other_errors(server: RunningServer, locked: RunningServer) -> None:
     open_document = server.get("/openapi.json").json()
     assert "securitySchemes" not in open_document["components"]
-    locked = start_server("--api-key", "right")
-    document = locked.get("/openapi.json", authorization="Bearer right").json()
+    document = locked.get("/openapi.json", authorization="Bearer first").json()
     assert document["security"] == [{"bearer": []}, {"key": []}]
     for path, operations in document["paths"].items():
         for operation in operations.values():

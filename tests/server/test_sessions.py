@@ -14,7 +14,7 @@ from cascade_llm.server.messages import EngineFacts
 from cascade_llm.server.options import ServerOptions
 from cascade_llm.server.reading import RequestReader
 from cascade_llm.server.schema import CompletionBody
-from tests.server.conftest import PATIENCE_S, RunningServer, StartServer
+from tests.server.conftest import RunningServer, StartServer
 
 COMPLETIONS, SESSIONS = "/v1/completions", "/v1/sessions"
 PROMPT = list(range(100, 150))  # 3 pages of 16 and 2 tokens
@@ -40,7 +40,7 @@ def held(server: RunningServer) -> dict[str, int]:
 
 
 def drop(server: RunningServer, session_id: str) -> httpx.Response:
-    return httpx.delete(f"{server.url}{SESSIONS}/{session_id}", timeout=PATIENCE_S)
+    return server.client.delete(f"{SESSIONS}/{session_id}")
 
 
 def test_turns_fork_list_and_drop(server: RunningServer) -> None:
@@ -85,7 +85,7 @@ def test_a_cut_stream_drops_a_session_only_where_that_was_asked(server: RunningS
         "session_id": talk,
         "drop_session_on_disconnect": is_dropped,
     }
-    with httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=PATIENCE_S) as answer:
+    with server.client.stream("POST", COMPLETIONS, json=body) as answer:
         next(answer.iter_lines())
     server.wait_for(lambda: server.metric("running_sequences") == 0)
     assert (talk in held(server)) is not is_dropped
@@ -118,8 +118,7 @@ def test_budget_of_nothing_leaves_the_prefix_cache(start_server: StartServer) ->
 )
 def test_wrong_fields_are_named(server: RunningServer, fields: dict[str, Any], param: str) -> None:
     body = json.dumps({"prompt": [1, 2], "max_tokens": 1, **fields})
-    headers = {"content-type": "application/json"}
-    answer = httpx.post(server.url + COMPLETIONS, content=body, headers=headers, timeout=PATIENCE_S)
+    answer = server.post_text(COMPLETIONS, body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 

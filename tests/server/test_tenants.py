@@ -61,7 +61,7 @@ def cached(answer: httpx.Response) -> int:
 def streaming(server: RunningServer, name: str, **body: Any) -> Iterator[None]:
     """A stream whose first piece has come, and that is left at the end."""
     whole = {**LONG, **body, "stream": True}
-    with httpx.stream("POST", server.url + COMPLETIONS, json=whole, headers=bearer(name), timeout=PATIENCE_S) as answer:
+    with server.client.stream("POST", COMPLETIONS, json=whole, headers=bearer(name)) as answer:
         assert answer.status_code == 200
         lines = answer.iter_lines()  # kept: the connection ends with it
         next(lines)
@@ -70,10 +70,14 @@ def streaming(server: RunningServer, name: str, **body: Any) -> Iterator[None]:
 
 def event(server: RunningServer, name: str) -> dict[str, Any]:
     """The next event of the live view."""
-    with httpx.stream("GET", server.url + EVENTS, headers=bearer(name), timeout=PATIENCE_S) as answer:
+    with server.client.stream("GET", EVENTS, headers=bearer(name)) as answer:
         line = next(line for line in answer.iter_lines() if line.startswith("data: "))
     told: dict[str, Any] = json.loads(line.removeprefix("data: "))
     return told
+
+
+def test_the_page_needs_no_key(server: RunningServer) -> None:
+    assert server.get("/").status_code == 200
 
 
 def test_prompts_of_a_tenant_are_cached_for_its_keys_alone(server: RunningServer) -> None:
@@ -96,7 +100,7 @@ def test_a_session_is_its_tenant_s(server: RunningServer) -> None:
         return [item["id"] for item in told["data"]], told["held_pages"]
 
     def drop(name: str) -> int:
-        return httpx.delete(f"{server.url}{SESSIONS}/talk", headers=bearer(name), timeout=PATIENCE_S).status_code
+        return server.client.delete(f"{SESSIONS}/talk", headers=bearer(name)).status_code
 
     assert [listed(name) for name in ("amy", "bob", "ops")] == [(["talk"], 3), ([], 0), ([], 0)]
     assert [drop("bob"), drop("ops"), drop("amy"), drop("alice")] == [404, 404, 200, 404]

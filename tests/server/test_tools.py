@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
-import httpx
 import openai
 import pytest
 
@@ -175,8 +174,7 @@ def test_the_template_gets_tools_calls_and_results(speaking: RunningServer) -> N
 )
 def test_what_is_wrong_is_named(speaking: RunningServer, path: str, body: dict[str, Any], words: str) -> None:
     text = json.dumps({"messages": ASK, "max_tokens": 4, **body})  # ASCII: half a surrogate pair has no UTF-8
-    headers = {"content-type": "application/json"}
-    answer = httpx.post(speaking.url + path, content=text, headers=headers, timeout=PATIENCE_S)
+    answer = speaking.post_text(path, text)
     assert answer.status_code == 400, answer.text
     assert words in answer.json()["error"]["message"]
 

@@ -59,20 +59,21 @@ def test_what_a_start_refuses_comes_as_itself(tiny: Path) -> None:
         tiny_llm(tiny, distributed_executor_backend="mp", kv_cache_bytes=100)
 
 
-def test_a_rank_that_is_killed_ends_all_that_wait(tiny: Path) -> None:
-    with tiny_llm(tiny, distributed_executor_backend="mp", max_num_seqs=2) as llm:
-        (pid,) = pids_of(llm)
-        streams = [llm.stream([5, 6, 7 + i], LONG) for i in range(5)]
-        next(streams[0])
-        os.kill(pid, signal.SIGKILL)
-        for stream in streams:
-            with pytest.raises(GenerationError, match=r"rank 0 \(process \d+\) ended by signal 9 \(SIGKILL\)"):
-                for _ in stream:
-                    pass
-        with pytest.raises(GenerationError, match="create another LLM"):
-            llm.generate([5, 6], LONG)
-        assert llm.stats()["running_sequences"] == llm.stats()["waiting_sequences"] == 0
-        assert is_gone(pid)
+def test_a_rank_that_is_killed_ends_all_that_wait(remote: LLM) -> None:
+    """The last one here that asks for this engine."""
+    (pid,) = pids_of(remote)
+    streams = [remote.stream([5, 6, 7 + i], LONG) for i in range(remote.options.max_num_seqs + 3)]
+    next(streams[0])
+    assert remote.stats()["waiting_sequences"] > 0
+    os.kill(pid, signal.SIGKILL)
+    for stream in streams:
+        with pytest.raises(GenerationError, match=r"rank 0 \(process \d+\) ended by signal 9 \(SIGKILL\)"):
+            for _ in stream:
+                pass
+    with pytest.raises(GenerationError, match="create another LLM"):
+        remote.generate([5, 6], LONG)
+    assert remote.stats()["running_sequences"] == remote.stats()["waiting_sequences"] == 0
+    assert is_gone(pid)
 
 
 def test_closing_ends_the_process(tiny: Path) -> None:
