@@ -25,7 +25,7 @@ from cascade_llm.scheduler.cascade.choice import SegmentCosts
 from cascade_llm.scheduler.cascade.planner import CascadePlanner
 from cascade_llm.scheduler.cascade.tree import PlannedRows
 from cascade_llm.scheduler.pages import PageTables
-from cascade_llm.scheduler.prefix_cache import PrefixMatch, root_key
+from cascade_llm.scheduler.prefix_cache import PrefixMatch, RadixNode, root_key
 from cascade_llm.scheduler.sequence import Request, Sequence, SequenceSharing, SequenceStatus, SequenceUpdate
 from cascade_llm.scheduler.sessions import SessionLimits, SessionName, Sessions
 from cascade_llm.scheduler.sharing import SharingLedger
@@ -172,6 +172,11 @@ class FlashInferScheduler:
     def sessions(self) -> Sessions:
         """What sessions hold; to look at only."""
         return self._tables.sessions
+
+    @property
+    def prefix_tree(self) -> RadixNode:
+        """The root of the prefix cache; to look at only."""
+        return self._tables.cache.root
 
     def limit_sessions(self, limits: SessionLimits) -> None:
         """Set what may stay between requests; what is beyond it is given up."""

@@ -214,8 +214,8 @@ class Api:
             "sharing" if tokenizer is None else "sharing_with_tokens", ASKED_FOR_S, tenant=tenant
         )
         if tokenizer is not None:
-            for kind in (told["last_step"] or {}).get("kinds", ()):
-                _add_texts(kind, tokenizer)
+            for tree in (told["cache"], *(told["last_step"] or {}).get("kinds", ())):
+                _add_texts(tree, tokenizer)
         return {"engine": status, **told}
 
     async def tokenize(self, body: TokenizeBody) -> Tokenized:
@@ -433,7 +433,7 @@ def _tokenizer(reader: RequestReader) -> Any:
 
 
 def _add_texts(node: dict[str, Any], tokenizer: Any) -> None:
-    """Write the token ids of shared runs as text."""
+    """Write the token ids of a tree's runs as text."""
     for run in node["runs"]:
         if (ids := run.pop("token_ids", None)) is not None:
             run["text"] = tokenizer.decode(ids, skip_special_tokens=False)

@@ -66,6 +66,29 @@ class PoolEvent(Answer):
     """Of the held ones those that sessions hold."""
 
 
+class CachedRunEvent(Answer):
+    """Tokens that the prefix cache has behind others."""
+
+    num_tokens: int
+    num_holders: int
+    """Running sequences and sessions; none holds what is only cached."""
+    has_pages: bool
+    """Whether its K/V are there; else its text stands for the way to what is behind it."""
+    runs: list[CachedRunEvent]
+    """Behind it: those that most hold, and that branch most."""
+    num_more: int
+    """Behind it, and not told."""
+    text: str | None = None
+    """How it begins; with --show-text."""
+
+
+class CacheEvent(Answer):
+    """The prefix cache from its beginning on."""
+
+    runs: list[CachedRunEvent]
+    num_more: int
+
+
 class EngineEvent(Answer):
     """The engine does not answer."""
 
@@ -78,6 +101,7 @@ class TenantEvent(Answer):
     engine: Literal["ready"]
     running_sequences: int
     waiting_sequences: int
+    cache: CacheEvent
     last_step: StepEvent | None
 
 

@@ -1,4 +1,7 @@
-"""What the last step shared, as a tree of lengths: read off its plan in the engine process, when somebody asks."""
+"""What the last step shared, as a tree of lengths: read off its plan in the engine process, when somebody asks.
+
+Beside it stands what the prefix cache holds, see `cache_view`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cascade_llm.plan import CascadePlan, StepPlan
 from cascade_llm.scheduler.sequence import SequenceStatus
+from cascade_llm.server.cache_view import MOST_SHOWN_TOKENS, cached_runs
 
 if TYPE_CHECKING:  # heavy
     from cascade_llm.engine.engine import StepEvent
@@ -21,8 +25,6 @@ COUNTERS = (
     *("kv_bytes_read", "kv_bytes_saved"),
 )
 """What is told of `LLM.stats()`."""
-MOST_SHOWN_TOKENS = 48
-"""Of a shared run, where its text may be told."""
 
 
 class SharedRun(NamedTuple):
@@ -123,7 +125,7 @@ class SharingView:
         self._plan = event.plan
 
     def describe(self, tenant: str | None = None, *, with_tokens: bool) -> dict[str, Any]:
-        """Counters, pools and the last step; for the loop, between two steps.
+        """Counters, pools, the prefix cache and the last step; for the loop, between two steps.
 
         Args:
             tenant: whose sequences are told of, as long as they run, and nothing else; None is all
@@ -135,8 +137,12 @@ class SharingView:
         return {
             **{name: stats[name] for name in COUNTERS},
             "pools": [{"window_len": window_len, **asdict(counts)} for window_len, counts in pools],
+            "cache": self._cache(None, with_tokens),
             "last_step": None if self._plan is None else self._step(self._plan, with_tokens),
         }
+
+    def _cache(self, tenant: str | None, with_tokens: bool) -> dict[str, Any]:
+        return cached_runs(self._llm.engine.scheduler.prefix_tree, tenant, with_tokens=with_tokens)
 
     def _of_tenant(self, tenant: str, with_tokens: bool) -> dict[str, Any]:
         own = [s for s in self._llm.engine.scheduler.sequences() if s.request.client.tenant == tenant]
@@ -147,7 +153,7 @@ class SharingView:
             among = {segment for segment, use in enumerate(uses) if use in running}
             last_step = self._part(plan, among, with_tokens) if among else None
         counts = {"running_sequences": len(running), "waiting_sequences": len(own) - len(running)}
-        return {**counts, "last_step": last_step}
+        return {**counts, "cache": self._cache(tenant, with_tokens), "last_step": last_step}
 
     def _part(self, plan: StepPlan, among: set[int], with_tokens: bool) -> dict[str, Any]:
         """As `_step` says it, of some sequences: what they read and save as if they were alone."""

@@ -179,6 +179,19 @@ TOLD: dict[str, Any] = {
     "running_sequences": 6,
     "waiting_sequences": 0,
     "kv_bytes_saved": 9000,
+    "cache": {
+        "runs": [
+            {
+                "num_tokens": 96,
+                "num_holders": 2,
+                "has_pages": True,
+                "text": "Once <b>upon</b>",
+                "num_more": 5,
+                "runs": [{"num_tokens": 16, "num_holders": 0, "has_pages": True, "runs": [], "num_more": 0}],
+            }
+        ],
+        "num_more": 0,
+    },
     "last_step": {
         "step_id": 7,
         "num_sequences": 6,
@@ -207,6 +220,11 @@ def test_the_live_view_shows_every_kind_and_every_pool(browser: Browser) -> None
     assert "2 layers that read the last 24 tokens" in tree
     assert "40 tokens, read once for 6 sequences" in tree
     assert "16 tokens, read once for 6 sequences" in tree
+    cache = browser.run("document.querySelector('#cache').innerText")
+    assert "96 tokens, held by 2 sequences and sessions" in cache
+    assert "Once <b>upon</b>" in cache
+    assert "16 tokens, cached" in cache
+    assert "and 5 more" in cache
     assert browser.problems == []
 
 

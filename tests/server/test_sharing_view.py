@@ -117,6 +117,11 @@ def test_a_tenant_is_told_of_its_own(tmp_path: Path) -> None:
     alone = other["last_step"]
     assert (alone["num_sequences"], alone["num_groups"], runs_of(alone)) == (1, 0, [[]])
     assert len(alone["kinds"][0]["own_lens"]) == 1
-    assert third == {"running_sequences": 0, "waiting_sequences": 0, "last_step": None}
+    nothing = {"runs": [], "num_more": 0}
+    assert third == {"running_sequences": 0, "waiting_sequences": 0, "cache": nothing, "last_step": None}
+    for told, num_holders in ((own, 3), (other, 1)):
+        (cached,) = told["cache"]["runs"]
+        assert (cached["num_tokens"], cached["num_holders"], cached["token_ids"]) == (40, num_holders, prompt)
+    assert [run["num_holders"] for run in whole["cache"]["runs"]] == [3, 1]
     for name in ("kv_bytes_read", "kv_bytes_saved"):
         assert step[name] + alone[name] == whole["last_step"][name]

@@ -12,8 +12,11 @@ import { ask, eventData } from "./server.js";
  *   kv_bytes_saved: number, reason: string | null, kinds: Kind[]}} Step
  * @typedef {{window_len: number | null, total_pages: number, free_pages: number, held_pages: number,
  *   cached_pages: number, session_pages: number}} Pool
- * @typedef {{engine: "ready", running_sequences: number, waiting_sequences: number, last_step: Step | null,
- *   generated_tokens?: number, kv_bytes_saved?: number, pools?: Pool[]}} Ready
+ * @typedef {{num_tokens: number, num_holders: number, has_pages: boolean, text?: string, runs: CachedRun[],
+ *   num_more: number}} CachedRun
+ * @typedef {{runs: CachedRun[], num_more: number}} Cache
+ * @typedef {{engine: "ready", running_sequences: number, waiting_sequences: number, cache: Cache,
+ *   last_step: Step | null, generated_tokens?: number, kv_bytes_saved?: number, pools?: Pool[]}} Ready
  * @typedef {{engine: "starting" | "down" | "ended"}} Silent
  */
 
@@ -82,6 +85,7 @@ export class SharingView {
     const pools = told.pools ?? [];
     at("pages", HTMLElement).hidden = !pools.length;
     this.drawList(at("pools", HTMLUListElement), pools, () => pools.map(drawPool));
+    this.drawList(at("cache", HTMLUListElement), [told.cache], () => drawCached(told.cache, longestCached(told.cache)));
     if (!step) return;
     if (this.steps.at(-1)?.id !== step.step_id) this.steps = [...this.steps, { id: step.step_id, read, saved }].slice(-MOST_STEPS);
     this.drawTimeline();
@@ -201,6 +205,26 @@ function drawLevel(runs, ownLens, whole) {
     ...shown.map((length) => drawBar(length, whole)),
   );
   return [...items, item];
+}
+
+/** Tokens of the longest path. @param {Cache} node @returns {number} */
+function longestCached(node) {
+  return Math.max(1, ...node.runs.map((run) => run.num_tokens + longestCached(run)));
+}
+
+/** @param {Cache} node @param {number} whole @returns {HTMLElement[]} */
+function drawCached(node, whole) {
+  const items = node.runs.map((run) => {
+    const item = element("li", run.num_holders ? "" : "own"), inner = element("ul");
+    const holders = `held by ${run.num_holders} ${run.num_holders === 1 ? "sequence or session" : "sequences and sessions"}`;
+    const state = run.num_holders ? holders : run.has_pages ? "cached" : "given up, what is behind it is cached";
+    item.append(drawBar(run.num_tokens, whole), element("div", "", `${run.num_tokens} tokens, ${state}`));
+    if (run.text) item.append(element("q", "", run.text));
+    inner.append(...drawCached(run, whole));
+    item.append(inner);
+    return item;
+  });
+  return node.num_more ? [...items, element("li", "", `and ${node.num_more} more`)] : items;
 }
 
 /** @param {number} tokens @param {number} whole */
