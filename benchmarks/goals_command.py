@@ -109,7 +109,8 @@ def goals(
             result_console().print(line, style="dim")
 
     whole = {**record, "results": {result.name: result.as_dict() for result in ordered}}
-    out.deliver(whole, show, lambda: text.charts(ordered), caption=text.caption(record["machine"], repeat))
+    caption = text.caption(record["machine"], repeat)
+    out.deliver(whole, show, lambda: text.charts(ordered), caption=caption, columns=2)
     if interrupted:
         raise click.Abort
 

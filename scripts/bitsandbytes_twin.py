@@ -10,22 +10,17 @@ where one differs.
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes import functional
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
-from safetensors.torch import save_file
 
-from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
+from scripts.quantized_twins import Scheme, Stored, compare_schemes
 
-Stored = tuple[dict[str, torch.Tensor], torch.Tensor]
-"""Tensors by suffix, and the values that the package makes of them."""
+METHOD = "bitsandbytes"
 FOUR_BITS: dict[str, dict[str, Any]] = {
     "nf4": {"quant_type": "nf4"},
     "nf4-nested": {"quant_type": "nf4", "compress_statistics": True},
@@ -54,53 +49,16 @@ def eight_bits(weight: torch.Tensor) -> Stored:
     return {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}, values
 
 
-def quantize(
-    source: Path, target: Path, config: dict[str, Any], rounded: Callable[[torch.Tensor], Stored]
-) -> dict[str, torch.Tensor]:
-    """Write the folder; returns what the package dequantizes, by the name of the tensor."""
-    tensors, values = {}, {}
-    for name, tensor in HuggingFaceCheckpoint(source).tensors():
-        if not name.endswith("_proj.weight"):
-            tensors[name] = tensor.clone()
-            continue
-        parts, values[name] = rounded(tensor)
-        layer = name.removesuffix(".weight")
-        tensors.update({f"{layer}.{suffix}": part.clone().contiguous() for suffix, part in parts.items()})
-    target.mkdir(parents=True, exist_ok=True)
-    for file in source.glob("*.json"):
-        if not file.name.endswith(".index.json"):
-            shutil.copy(file, target)
-    save_file(tensors, target / "model.safetensors")
-    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    fields["quantization_config"] = {"quant_method": "bitsandbytes", **config}
-    (target / "config.json").write_text(json.dumps(fields), encoding="utf-8")
-    return values
+def schemes() -> dict[str, Scheme]:
+    """By name; the configuration and the rounding of each."""
 
+    def in_four_bits(options: dict[str, Any]) -> Scheme:
+        config = {"quant_method": METHOD, "load_in_4bit": True, "bnb_4bit_quant_type": options["quant_type"]}
+        return Scheme(config, lambda weight: four_bits(weight, options))
 
-def schemes() -> dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Stored]]]:
-    """The configuration and the rounding of each."""
-    found: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Stored]]] = {
-        name: (
-            {"load_in_4bit": True, "bnb_4bit_quant_type": options["quant_type"]},
-            lambda weight, options=options: four_bits(weight, options),  # type: ignore[misc]
-        )
-        for name, options in FOUR_BITS.items()
-    }
-    return {**found, "int8": ({"load_in_8bit": True}, eight_bits)}
-
-
-def main(source: Path, target: Path, tell: Callable[[str], object] = print) -> int:
-    """One line for each scheme."""
-    num_wrong = 0
-    for name, (config, rounded) in schemes().items():
-        theirs = quantize(source, target / name, config, rounded)
-        ours = {key: values for key, values in HuggingFaceCheckpoint(target / name).tensors() if key in theirs}
-        wrong = [key for key, values in theirs.items() if not torch.equal(ours[key].to(values.dtype), values)]
-        num_bytes = (target / name / "model.safetensors").stat().st_size
-        tell(f"{name}: {len(theirs)} matrices, {len(wrong)} differ, {num_bytes / 1e6:.1f} MB")
-        num_wrong += len(wrong)
-    return int(num_wrong > 0)
+    in_eight_bits = Scheme({"quant_method": METHOD, "load_in_8bit": True}, eight_bits)
+    return {**{name: in_four_bits(options) for name, options in FOUR_BITS.items()}, "int8": in_eight_bits}
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(compare_schemes(schemes(), Path(sys.argv[1]), Path(sys.argv[2])))

@@ -11,9 +11,7 @@ Values are compared in the package's dtype, bit by bit; the exit status is 1 whe
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,8 @@ import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from safetensors.torch import save_file
 
-from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint
+from scripts.quantized_twins import Scheme, Stored, compare_schemes
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64}
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
@@ -62,51 +59,28 @@ def ends(weight: torch.Tensor, arguments: dict[str, Any]) -> tuple[torch.Tensor,
     return groups.amin(-1), groups.amax(-1)
 
 
-def quantize(source: Path, target: Path, stored_as: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Write the folder; returns what the package decompresses, by layer."""
+def scheme_of(stored_as: str, arguments: dict[str, Any]) -> Scheme:
+    """The configuration and the rounding of one format."""
     weights = QuantizationArgs(**arguments)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights, format=stored_as)
     compressor = BaseCompressor.get_value_from_registry(stored_as)
-    tensors, values = {}, {}
-    for name, tensor in HuggingFaceCheckpoint(source).tensors():
-        if not name.endswith("_proj.weight"):
-            tensors[name] = tensor.clone()
-            continue
-        of_all = generate_gparam(*tensor.aminmax()) if stored_as == NVFP4_NAME else None
-        scales, zeros = calculate_qparams(*ends(tensor, arguments), weights, of_all)
-        parts = {"weight": tensor, "weight_scale": scales, "weight_zero_point": zeros, "weight_global_scale": of_all}
+
+    def store(weight: torch.Tensor) -> Stored:
+        of_all = generate_gparam(*weight.aminmax()) if stored_as == NVFP4_NAME else None
+        scales, zeros = calculate_qparams(*ends(weight, arguments), weights, of_all)
+        parts = {"weight": weight, "weight_scale": scales, "weight_zero_point": zeros, "weight_global_scale": of_all}
         state = compressor.compress({name: part for name, part in parts.items() if part is not None}, scheme)
-        layer = name.removesuffix(".weight")
-        tensors.update({f"{layer}.{suffix}": part.contiguous() for suffix, part in state.items()})
-        values[name] = compressor.decompress(dict(state), scheme)["weight"]
-    target.mkdir(parents=True, exist_ok=True)
-    for file in source.glob("*.json"):
-        if not file.name.endswith(".index.json"):
-            shutil.copy(file, target)
-    save_file(tensors, target / "model.safetensors")
-    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    fields["quantization_config"] = {
+        return state, compressor.decompress(dict(state), scheme)["weight"]
+
+    config = {
         "quant_method": "compressed-tensors",
         "format": stored_as,
         "config_groups": {"group_0": json.loads(scheme.model_dump_json())},
         "ignore": ["lm_head"],
     }
-    (target / "config.json").write_text(json.dumps(fields), encoding="utf-8")
-    return values
-
-
-def main(source: Path, target: Path, tell: Callable[[str], object] = print) -> int:
-    """One line for each scheme."""
-    num_wrong = 0
-    for name, (stored_as, arguments) in SCHEMES.items():
-        theirs = quantize(source, target / name, stored_as, arguments)
-        ours = {layer: values for layer, values in HuggingFaceCheckpoint(target / name).tensors() if layer in theirs}
-        wrong = [layer for layer, values in theirs.items() if not torch.equal(ours[layer].to(values.dtype), values)]
-        num_bytes = (target / name / "model.safetensors").stat().st_size
-        tell(f"{name}: {len(theirs)} matrices, {len(wrong)} differ, {num_bytes / 1e6:.1f} MB")
-        num_wrong += len(wrong)
-    return int(num_wrong > 0)
+    return Scheme(config, store)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    schemes = {name: scheme_of(*described) for name, described in SCHEMES.items()}
+    sys.exit(compare_schemes(schemes, Path(sys.argv[1]), Path(sys.argv[2])))
