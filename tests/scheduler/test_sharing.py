@@ -81,8 +81,8 @@ def test_random_loads(lag: int, seeds: range) -> None:
                 if update.sharing is not None:
                     assert_equal(update.sharing, twin.known[update.request_id, update.sample_index])
                     num_ended, num_shared = num_ended + 1, num_shared + (update.sharing.group_size > 1)
-    assert num_ended > 7 * len(seeds)
-    assert num_shared > 2 * len(seeds)
+    assert num_ended > 7.5 * len(seeds)
+    assert num_shared > 2.5 * len(seeds)
 
 
 def test_parts_of_all_sequences_make_what_the_engine_counts() -> None:
