@@ -21,15 +21,15 @@ PAGES = {**ELEMENTS, torch.float16: "float16", torch.float8_e4m3fn: "float8", to
 MAX_HEAD_DIM = 256
 """A block of queries lies on its thread's stack: 0.7 MB in float32 at this size."""
 MAX_GROUP_SIZE = 192
-"""Query heads per KV head that a task can hold: MAX_QUERIES in the C file."""
+"""Query heads per KV head that a task can hold: MAX_QUERIES of native_tasks.h."""
 TASK_FIELDS = 6
-"""int64 numbers that `task` of the C file holds."""
+"""int64 numbers that `task` of native_tasks.h holds."""
 
 _pointer, _long = ctypes.c_void_p, ctypes.c_int64
 
 
 class LevelColumns(ctypes.Structure):
-    """`level` of the C file: addresses of the columns of a `CascadeLevel`."""
+    """`level` of native_pieces.h: addresses of the columns of a `CascadeLevel`."""
 
     _fields_ = (
         ("qo_indptr", _pointer),
@@ -41,7 +41,7 @@ class LevelColumns(ctypes.Structure):
 
 
 class PlanColumns(ctypes.Structure):
-    """`plan` of the C file."""
+    """`plan` of native_pieces.h."""
 
     _fields_ = (
         ("levels", _pointer),
@@ -56,7 +56,7 @@ class PlanColumns(ctypes.Structure):
 
 
 class LayerPages(ctypes.Structure):
-    """`pages` of the C file: one layer's pool."""
+    """`pages` of native_slots.h: one layer's pool."""
 
     _fields_ = (
         ("k", _pointer),

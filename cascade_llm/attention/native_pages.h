@@ -130,30 +130,6 @@ INLINE stored narrow(float value) { return to_bfloat16(value); }
 INLINE stored narrow(float value) { return value; }
 #endif
 
-/* The HEAD_DIM numbers of one token and head into a page. `scale`: the layer's, for e4m3; `own_scale`: int8's. */
-INLINE void store_vector(stored *out, float *own_scale, const element *x, float scale) {
-#ifdef PAGES_INT8
-    uint32_t most = 0; /* as bits, infinity and NaN are larger than all numbers */
-    for (long d = 0; d < HEAD_DIM; d++) {
-        const uint32_t bits = bits_of(load(x[d])) & 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
-    const float own = most < 0x7f800000 ? float_of(most) / 127.0f : NAN;
-    for (long d = 0; d < HEAD_DIM; d++) {
-        const float y = own > 0 ? rintf(load(x[d]) / own) : 0.0f;
-        out[d] = (stored)(y > 127.0f ? 127.0f : y < -127.0f ? -127.0f : y);
-    }
-    *own_scale = own;
-    (void)scale;
-#elif defined(PAGES_FLOAT8)
-    for (long d = 0; d < HEAD_DIM; d++) out[d] = narrow(load(x[d]) / scale);
-    (void)own_scale;
-#else
-    for (long d = 0; d < HEAD_DIM; d++) out[d] = narrow(load(x[d]));
-    (void)own_scale, (void)scale;
-#endif
-}
-
 /* ---- many numbers at once ---- */
 
 typedef stored stored_vector __attribute__((vector_size(LANES * sizeof(stored)), aligned(1), may_alias));

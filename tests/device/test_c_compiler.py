@@ -78,11 +78,16 @@ def test_what_changes_the_library_has_a_file_of_its_own(
     assert (answer(source, 1), answer(source, 2)) == (1, 2)
     source.write_text("int answer(void) { return ANSWER + 10; }\n")
     assert answer(source, 1) == 11
+    source.with_name("more.h").write_text("enum { MORE = 100 };\n")
+    source.write_text('#include "more.h"\nint answer(void) { return ANSWER + MORE; }\n')
+    assert answer(source, 1) == 101
+    source.with_name("more.h").write_text("enum { MORE = 200 };\n")
+    assert answer(source, 1) == 201
     monkeypatch.setattr("platform.machine", lambda: "another")
-    assert answer(source, 1) == 11
+    assert answer(source, 1) == 201
     monkeypatch.setattr(c_compiler, "_version", lambda compiler: "gcc 99")
-    assert answer(source, 1) == 11
-    assert len(list(cache.iterdir())) == 5
+    assert answer(source, 1) == 201
+    assert len(list(cache.iterdir())) == 7
 
 
 @needs_compiler
