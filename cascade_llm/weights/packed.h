@@ -23,43 +23,15 @@
 #ifndef CASCADE_PACKED_H
 #define CASCADE_PACKED_H
 
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
+#include "vectors.h"
 
 enum { TILE = 16, BLOCK = 32, STEPS = 8, STEP = 4 };
 enum { SPREAD_FROM = 65536 /* values, from which a loop over them is worth another thread */ };
-
-#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
-enum { LANES = 16 };
-#elif defined(__AVX2__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
 
 enum {
     ROWS = 6,               /* at most, that a tile meets at once */
     PER_TILE = TILE / LANES /* vectors */
 };
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLLED _Pragma("GCC unroll 16")
-
-typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
-typedef uint16_t pairs __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef int16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef int8_t small __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef uint8_t smallest __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 /* Kinds of codes, integers first; names and numbers are those of packed_kernels.py. */
 enum code { U2, U3, U4, U5, U6, U8, TABLE, HALVED_TABLE, FRACTIONS, BFLOAT16, FLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2, FLOAT32 };
@@ -108,12 +80,9 @@ static inline long first_row(const product *t, long group) {
     return group >= groups ? t->rows : t->rows * group / groups;
 }
 
-INLINE floats broadcast(float x) { return x - (floats){}; }
-INLINE ints broadcast_int(int32_t x) { return x - (ints){}; }
-
 /* ---- what differs between processors ---- */
 
-#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(AVX512)
 
 INLINE bytes lookup(const uint8_t *values, bytes codes) {
     __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values));
@@ -244,7 +213,7 @@ INLINE floats load_float_codes(int code, const uint8_t *x, int i, int j) {
 
 /* LANES numbers of a row of bfloat16 or float32 in memory. */
 INLINE floats load_values(int is_bfloat16, const uint8_t *x) {
-    if (is_bfloat16) return (floats)(__builtin_convertvector(*(const halves *)x, words) << 16);
+    if (is_bfloat16) return load_bfloat16((const uint16_t *)x);
     return *(const floats *)x;
 }
 

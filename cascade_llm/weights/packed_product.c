@@ -10,7 +10,7 @@
 
 /* ---- across the lanes of one vector ---- */
 
-#if defined(__AVX512F__)
+#if defined(AVX512)
 INLINE int32_t sum_of(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
 INLINE uint32_t largest_of(words x) { return _mm512_reduce_max_epu32((__m512i)x); }
 #elif defined(__AVX2__)

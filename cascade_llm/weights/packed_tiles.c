@@ -16,7 +16,7 @@ enum { PAIR = 2 * PER_TILE /* vectors of two tiles, which the rows of one x meet
 
 /* ---- what differs between processors ---- */
 
-#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(AVX512)
 
 enum { SIGNED_CODES = 0, RESTARTS = 0 };
 typedef ints partial;

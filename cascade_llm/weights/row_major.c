@@ -7,23 +7,10 @@
  * Built for one element type of x, y and bias: -DBFLOAT16 or, without it, float. Weights are bfloat16, or float beside
  * float inputs.
  */
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "parallel.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
-enum { LANES = 16 };
-#elif defined(__AVX2__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
+#include "vectors.h"
 
 enum {
     OUTPUTS = 4,
@@ -32,13 +19,6 @@ enum {
     UNIT = 16,                  /* outputs that one thread takes at least */
     CHUNKS_PER_THREAD = 8       /* matrices have different numbers of rows: a delayed thread is helped */
 };
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLLED _Pragma("GCC unroll 4")
-
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 #ifdef BFLOAT16
 typedef uint16_t element;
@@ -69,9 +49,6 @@ INLINE float of_bfloat16(uint16_t x) {
     return value;
 }
 
-INLINE floats load_bfloat16(const uint16_t *x) {
-    return (floats)(__builtin_convertvector(*(const halves *)x, words) << 16);
-}
 INLINE floats load_float(const float *x) { return *(const floats *)x; }
 
 #ifdef BFLOAT16
@@ -91,7 +68,7 @@ INLINE element rounded(float value) { return value; }
 #endif
 
 INLINE float sum_of(floats x) {
-#if defined(__AVX512F__)
+#if defined(AVX512)
     return _mm512_reduce_add_ps((__m512)x);
 #else
     float sum = 0;

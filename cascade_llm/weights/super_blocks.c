@@ -6,18 +6,9 @@
  *
  * Super-blocks are rounded until they stay as they are: 6 bits may leave a grid that the search would not choose. */
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
 #include "parallel.h"
-
-#if defined(__AVX512F__)
-enum { LANES = 16 };
-#elif defined(__AVX__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
+#include "vectors.h"
 
 enum {
     GROUP = 32,
@@ -32,20 +23,15 @@ enum {
     SHARE = 64 /* units that a thread takes at a time */
 };
 
-#define INLINE static inline __attribute__((always_inline))
 #define EACH_LANE for (int lane = 0; lane < LANES; lane++)
 
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t masks __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-INLINE floats broadcast(float x) { return x - (floats){}; }
-INLINE floats chosen(masks mask, floats yes, floats no) { return (floats)(((masks)yes & mask) | ((masks)no & ~mask)); }
+INLINE floats chosen(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
 INLINE floats smaller(floats a, floats b) { return chosen(a < b, a, b); }
 INLINE floats larger(floats a, floats b) { return chosen(a > b, a, b); }
 /* To the nearest integer, of numbers up to 2**22. */
 INLINE floats rounded(floats x) { return (x + 12582912.0f) - 12582912.0f; }
 /* x / y, and 0 where y is 0. */
-INLINE floats quotient(floats x, floats y) { return (floats)((masks)(x / y) & (y != 0)); }
+INLINE floats quotient(floats x, floats y) { return (floats)((ints)(x / y) & (y != 0)); }
 
 /* The sums of a group over its weights x and their importance w. */
 typedef struct {
@@ -62,13 +48,13 @@ INLINE grid least_squares(const sums *s) {
     floats zero = {}, determinant = s->weight * s->square - s->linear * s->linear;
     floats scale = (s->weight * s->mixed - s->linear * s->goal) / determinant;
     floats minimum = (s->square * s->goal - s->linear * s->mixed) / determinant;
-    masks has_both = (determinant > 0) & (minimum <= 0);
+    ints has_both = (determinant > 0) & (minimum <= 0);
     scale = chosen(has_both, scale, quotient(s->mixed, s->square));
     return (grid){larger(scale, zero), chosen(has_both, minimum, zero), zero};
 }
 
 INLINE void keep_better(grid *best, const grid *other) {
-    masks is_better = other->error < best->error;
+    ints is_better = other->error < best->error;
     best->scale = chosen(is_better, other->scale, best->scale);
     best->minimum = chosen(is_better, other->minimum, best->minimum);
     best->error = chosen(is_better, other->error, best->error);
@@ -178,7 +164,7 @@ static void round_once(const floats x[VECTORS][GROUP], const float *ends, long n
 
 /* Whether finite numbers of `a` have become others in `b`; what is infinite is an error, which Python finds. */
 static int differ(const floats a[VECTORS][GROUP], const floats b[VECTORS][GROUP]) {
-    masks any = {};
+    ints any = {};
     for (int v = 0; v < VECTORS; v++)
         for (int i = 0; i < GROUP; i++) any |= (a[v][i] != b[v][i]) & (a[v][i] - a[v][i] == 0);
     int32_t found = 0;
