@@ -101,10 +101,23 @@ def windows_of(model: BenchModel, text: Text, *, num_tokens: int, window_len: in
 
 
 def score_model(
-    model: BenchModel, windows: Sequence[Sequence[int]], *, with_twin: bool, peer: PeerInterpreter | None = None
+    model: BenchModel,
+    windows: Sequence[Sequence[int]],
+    *,
+    with_exact: bool = True,
+    with_twin: bool,
+    peer: PeerInterpreter | None = None,
 ) -> ModelScores:
-    """One model by all sides, one after the other: ours, its dequantized twin, and another engine where given."""
-    sides = dict(_own_scores(model, windows))
+    """One model by all sides, one after the other: ours, its dequantized twin, and another engine where given.
+
+    Args:
+        model: whose files are read
+        windows: token ids, each window read by itself
+        with_exact: whether ours is scored with exact inputs of products too
+        with_twin: whether the dequantized weights are scored
+        peer: the other engine
+    """
+    sides = dict(_own_scores(model, windows, with_exact))
     if with_twin:
         sides[TWIN] = _twin_scores(model, windows)
     if peer is not None:
@@ -113,8 +126,12 @@ def score_model(
     return ModelScores(model.name, sum(types.values()), types, sides)
 
 
-def _own_scores(model: BenchModel, windows: Sequence[Sequence[int]]) -> Iterator[tuple[str, list[float]]]:
+def _own_scores(
+    model: BenchModel, windows: Sequence[Sequence[int]], with_exact: bool
+) -> Iterator[tuple[str, list[float]]]:
     for side, exact in ((ROUNDED, False), (EXACT, True)):
+        if exact and not with_exact:
+            continue
         options = {**model.options, "exact_activations": exact}
         yield side, _scores(model.name, windows, options)
 

@@ -33,6 +33,7 @@ text_options = stacked(
 @click.option("-m", "--model", "models", multiple=True, default=("smollm2",), help="As elsewhere; may be repeated.")
 @click.option("--against", type=click.Choice(["llama.cpp"]), help="Score files of GGUF by this engine too.")
 @click.option("--peer-python", type=click.Path(path_type=Path), help="The interpreter that has it.")
+@click.option("--exact/--no-exact", default=True, help="Score with exact inputs of products too.")
 @click.option("--twin/--no-twin", default=True, help="Score the dequantized float32 weights too.")
 @text_options
 @output_options
@@ -43,6 +44,7 @@ def perplexity(
     models: tuple[str, ...],
     against: str | None,
     peer_python: Path | None,
+    exact: bool,
     twin: bool,
     text: Path | None,
     num_tokens: int,
@@ -67,7 +69,8 @@ def perplexity(
     results = []
     for model in opened:
         is_file = (found := model.checkpoint.tokenizer_source) is not None and found.is_file()
-        results.append(score_model(model, windows, with_twin=twin, peer=peer if is_file else None))
+        other = peer if is_file else None
+        results.append(score_model(model, windows, with_exact=exact, with_twin=twin, peer=other))
         error_console().print(_result_line(results[-1]), style="dim")
     record = {
         "text": {"name": source.name, "sha256": source.digest, "windows": len(windows), "window_len": window_len},

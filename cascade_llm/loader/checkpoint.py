@@ -72,6 +72,10 @@ class Checkpoint(ABC):
         One tensor is read at a time, so that peak memory stays near the largest.
         """
 
+    def stored_name(self, name: str) -> str:
+        """What its files call the tensor that `shapes` calls `name`, or would call it where it is missing."""
+        return name
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The values of `stored_tensors`, on the CPU: in the file's own dtype, float32 where blocks are decoded.
 

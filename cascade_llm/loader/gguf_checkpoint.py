@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,20 +13,17 @@ from pathlib import Path
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from cascade_llm.errors import CheckpointError, UnsupportedModelError
+from cascade_llm.errors import CheckpointError
 from cascade_llm.loader.checkpoint import Checkpoint
-from cascade_llm.loader.gguf_architectures import EXPERT_PARTS, GGUFArchitecture, architecture_of
+from cascade_llm.loader.gguf_architectures import EXPERT_PARTS, architecture_of
 from cascade_llm.loader.gguf_codes import CODED_TYPES, codes_of
 from cascade_llm.loader.gguf_config import ending_token_ids, hf_config_of
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize
 from cascade_llm.loader.gguf_names import first_part
+from cascade_llm.loader.gguf_tensor_names import gguf_name_of, hf_name_of, names_of_experts
 from cascade_llm.weights.format import StoredTensor, Unread
 
 __all__ = ["GGUFCheckpoint", "stored_blocks"]
-
-MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """Read by `gguf_config` into rope_scaling; not weights of the model."""
@@ -49,7 +45,7 @@ class GGUFCheckpoint(Checkpoint):
         )
         self._architecture = architecture_of(self._file)
         names = (name for name in self._file.tensors if name not in ROPE_TENSORS)
-        self._hf_names = {name: _hf_name(self._file.path, name, self._architecture) for name in names}
+        self._hf_names = {name: hf_name_of(self._file.path, name, self._architecture) for name in names}
         by_type: Counter[str] = Counter()
         for name in self._hf_names:
             by_type[self._file.tensors[name].type.name] += self._file.tensors[name].num_bytes
@@ -64,7 +60,7 @@ class GGUFCheckpoint(Checkpoint):
                 yield hf_name, shape
             else:
                 sizes = shape[1] // len(parts), *shape[2:]
-                yield from ((own, sizes) for own in _names_of_experts(hf_name, shape[0], parts))
+                yield from ((own, sizes) for own in names_of_experts(hf_name, shape[0], parts))
 
     def stored_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """All weights in the order of the file; blocks stay as they are until somebody asks for their values."""
@@ -77,6 +73,10 @@ class GGUFCheckpoint(Checkpoint):
             else:
                 yield from self._of_experts(hf_name, stored, parts)
             self._file.release(tensor)
+
+    def stored_name(self, name: str) -> str:
+        """See `Checkpoint`; of the part of an expert, the tensor of all experts."""
+        return gguf_name_of(name, self._architecture, self._file.tensors)
 
     def _expert_parts(self, name: str) -> tuple[str, ...] | None:
         """Of a tensor that holds all experts, what its outputs are of; None of any other."""
@@ -91,7 +91,7 @@ class GGUFCheckpoint(Checkpoint):
         self, hf_name: str, stored: StoredTensor, parts: tuple[str, ...]
     ) -> Iterator[tuple[str, StoredTensor]]:
         """A tensor [experts, outputs of all parts, ...] cut apart."""
-        num_rows, names = stored.shape[1] // len(parts), _names_of_experts(hf_name, stored.shape[0], parts)
+        num_rows, names = stored.shape[1] // len(parts), names_of_experts(hf_name, stored.shape[0], parts)
         for expert in range(stored.shape[0]):
             is_matrix = len(stored.shape) == 3
             own = stored.matrix(expert) if is_matrix else StoredTensor.plain(stored.values()[expert])
@@ -172,26 +172,3 @@ def _decoded(block_type: GGMLQuantizationType, blocks: torch.Tensor) -> torch.Te
 def _hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of a tensor in Hugging Face's model: conversions drop the first side of a shared expert's gate, which is 1."""
     return (1, *shape) if name.endswith("ffn_gate_inp_shexp.weight") and len(shape) == 1 else shape
-
-
-def _names_of_experts(hf_name: str, num_experts: int, parts: tuple[str, ...]) -> Iterator[str]:
-    """What a tensor of all experts is cut into, in its order."""
-    experts, kind = hf_name.rsplit(".", 1)
-    return (f"{experts}.{expert}.{part}.{kind}" for expert in range(num_experts) for part in parts)
-
-
-def _hf_name(path: Path, name: str, architecture: GGUFArchitecture) -> str:
-    """Of a tensor that holds all experts, what their names begin with, and its kind."""
-    layer_names = architecture.layer_names
-    match = TENSOR_NAME.fullmatch(name)
-    layer, part, kind = match.group("layer", "part", "kind") if match else (None, "", "")
-    if layer is None and part in MODEL_NAMES:
-        return f"{MODEL_NAMES[part]}.{kind}"
-    if layer is not None and f"{part}.{kind}" in layer_names:
-        return f"model.layers.{layer}.{layer_names[f'{part}.{kind}']}"
-    if layer is not None and part in layer_names:
-        return f"model.layers.{layer}.{layer_names[part]}.{kind}"
-    raise UnsupportedModelError(
-        f"{path}: tensor {name} belongs to no part of the implemented architectures, so its model would be computed "
-        "wrongly without it"
-    )

@@ -81,6 +81,10 @@ class HuggingFaceCheckpoint(Checkpoint):
                 yield name, StoredTensor.plain(file.tensor(name), partial(file.release, name))
                 file.release(name)
 
+    def stored_name(self, name: str) -> str:
+        """See `Checkpoint`."""
+        return name if self._quantized is None else self._quantized.stored_name(name)
+
     def _take_config_beside(self) -> None:
         """modelopt, and older tools for GPTQ, tell bits and groups in a file of their own; it counts where codes are
         there."""

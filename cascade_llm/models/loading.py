@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from cascade_llm.errors import CheckpointError
 from cascade_llm.kv_cache.paged_kv_cache import KVScale
 from cascade_llm.models.architectures import ARCHITECTURES
 from cascade_llm.models.decoder import Decoder
+from cascade_llm.models.stored_names import StoredNames
 from cascade_llm.weights.format import StoredTensor
 
 __all__ = ["KVScaleReader", "check_shapes", "init_dummy", "load_weights"]
@@ -33,17 +34,20 @@ RECOMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotar
 SCALE_NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
 
 
-def check_shapes(decoder: Decoder, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+def check_shapes(
+    decoder: Decoder, shapes: Iterable[tuple[str, tuple[int, ...]]], stored_name: Callable[[str], str] = str
+) -> None:
     """Compare the names and shapes that a checkpoint's headers tell with the decoder's, before weights are read.
 
-    Raises as `load_weights` does.
+    `stored_name`: see `Checkpoint`; messages have the names of the files. Raises as `load_weights` does.
     """
-    shapes, expected = list(shapes), _Expected(decoder)
+    shapes, expected = list(shapes), _Expected(decoder, stored_name)
     if num_others := len(shapes) - sum(1 for _ in _named(decoder, shapes)):
         log.warning("%d tensors of parts beside the language model are left out: text alone is read", num_others)
-    named = ((name, shape) for name, shape in _named(decoder, shapes) if SCALE_NAME.fullmatch(name) is None)
-    problems = [expected.take(name, shape) for name, shape in named]
-    expected.finish([problem for problem in problems if problem is not None])
+    for name, own, shape in _named(decoder, shapes):
+        if SCALE_NAME.fullmatch(own) is None:
+            expected.take(name, own, shape)
+    expected.finish()
 
 
 def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) -> None:
@@ -54,58 +58,85 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, StoredTensor]]) 
     or given twice.
     """
     expected = _Expected(decoder)
-    problems: list[str] = []
     held: dict[str, StoredTensor] = {}
-    for name, tensor in _named(decoder, tensors):
-        if name in expected.tied:
-            held[name] = tensor
-        problem = expected.take(name, tensor.shape) or _dtype_problem(name, tensor)
-        if problem is not None:
-            problems.append(problem)
-        elif name in expected.parameters:
-            expected.parameters[name].load(tensor)
+    for name, own, tensor in _named(decoder, tensors):
+        if own in expected.tied:
+            held[own] = tensor
+        if expected.take(name, own, tensor.shape, _dtype_problem(tensor)) and own in expected.parameters:
+            expected.parameters[own].load(tensor)
     if len(held) == 2 and not torch.equal(held[HEAD].values(), held[EMBEDDING].values()):
-        problems.append(f"{HEAD} is another matrix than {EMBEDDING}, and the configuration ties them")
-    expected.finish(problems)
+        expected.problems.append((HEAD, f"is another matrix than {EMBEDDING}, and the configuration ties them"))
+    expected.finish()
 
 
-def _named(decoder: Decoder, tensors: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-    """By the names that the blocks have, without what belongs to parts that are not served."""
+def _named(decoder: Decoder, tensors: Iterable[tuple[str, T]]) -> Iterator[tuple[str, str, T]]:
+    """By the checkpoint's names and those that the blocks have, without what belongs to parts that are not served."""
     own_name = ARCHITECTURES[decoder.config.architecture].tensor_name
     for name, tensor in tensors:
         if (own := own_name(name)) is not None:
-            yield own, tensor
+            yield name, own, tensor
 
 
 class _Expected:
-    """The parameters of a decoder, and which of them no tensor was there for yet."""
+    """The parameters of a decoder, which of them no tensor was there for yet, and what was wrong with others."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, stored_name: Callable[[str], str] = str) -> None:
         self.parameters = dict(decoder.named_parameters())
-        whole = [name for name, parameter in self.parameters.items() if not parameter.stands_for]
-        self._missing, self._num_expected = dict.fromkeys(whole), len(whole)
+        self._whole = [name for name, parameter in self.parameters.items() if not parameter.stands_for]
+        self._missing = dict.fromkeys(self._whole)
         self._architecture = decoder.config.architecture
         self.tied = (HEAD, EMBEDDING) if decoder.config.tie_word_embeddings else ()
+        self.problems: list[tuple[str, str]] = []
+        """Names of parameters, and what is wrong with their tensors."""
+        stacks = {name: parameter.stands_for for name, parameter in self.parameters.items()}
+        self._names = StoredNames(stacks, stored_name)
 
-    def take(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """What is wrong with a tensor, or None."""
-        parameter = self.parameters.get(name)
+    def take(self, name: str, own: str, shape: tuple[int, ...], problem: str | None = None) -> bool:
+        """Note what is wrong with a tensor: `problem`, or what is seen here. Returns whether there is nothing.
+
+        Args:
+            name: the checkpoint's
+            own: the parameter's
+            shape: as stored
+            problem: what else is known to be wrong
+        """
+        self._names.learn(own, name)
+        problem = self._problem(own, shape) or problem
+        if problem is not None:
+            self.problems.append((own, problem))
+        return problem is None
+
+    def _problem(self, own: str, shape: tuple[int, ...]) -> str | None:
+        parameter = self.parameters.get(own)
         if parameter is None:
-            is_passed_over = name in self.tied or name.endswith(RECOMPUTED_SUFFIXES)
-            return None if is_passed_over else f"{name} is not a tensor of {self._architecture}"
-        names = parameter.stands_for or (name,)
-        if any(own not in self._missing for own in names):
-            return f"{name} is given twice"
-        for own in names:
-            del self._missing[own]
+            is_passed_over = own in self.tied or own.endswith(RECOMPUTED_SUFFIXES)
+            return None if is_passed_over else f"is not a tensor of {self._architecture}"
+        names = parameter.stands_for or (own,)
+        if any(each not in self._missing for each in names):
+            return "is given twice"
+        for each in names:
+            del self._missing[each]
         if shape != parameter.shape:
-            return f"{name} has shape {list(shape)}, the configuration says {list(parameter.shape)}"
+            return f"has shape {list(shape)}, the configuration says {list(parameter.shape)}"
         return None
 
-    def finish(self, problems: list[str]) -> None:
-        """Raise `CheckpointError` where there were any, or a parameter is without values."""
-        if problems := [*problems, *(f"{name} is missing" for name in self._missing)]:
-            raise CheckpointError(_summary(problems, self._num_expected))
+    def finish(self) -> None:
+        """Raise `CheckpointError` where there were problems, or a parameter is without values."""
+        of_tensors = self._names.by_tensor(self._whole)
+        told = [f"{self._told(own, of_tensors)} {problem}" for own, problem in self.problems]
+        for stored, names in of_tensors.items():
+            missing = [name for name in names if name in self._missing]
+            if missing and len(missing) == len(names):
+                told.append(f"{stored} is missing")
+            elif missing:
+                told += (f"{stored} lacks its part {name}: this is missing" for name in missing)
+        if told:
+            raise CheckpointError(_summary(told, len(self._whole)))
+
+    def _told(self, own: str, of_tensors: Mapping[str, list[str]]) -> str:
+        """The file's name of a tensor, and its part where it holds several."""
+        stored = self._names.of(own)
+        return stored if own == stored or of_tensors.get(stored, [own]) == [own] else f"{stored}, its part {own},"
 
 
 def init_dummy(decoder: Decoder, seed: int = 0) -> None:
@@ -155,9 +186,9 @@ def _scale(name: str, tensor: torch.Tensor) -> float:
     return value
 
 
-def _dtype_problem(name: str, tensor: StoredTensor) -> str | None:
+def _dtype_problem(tensor: StoredTensor) -> str | None:
     if tensor.decode is None and tensor.dtype not in WEIGHT_DTYPES:
-        return f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, not a plain float"
+        return f"has dtype {str(tensor.dtype).removeprefix('torch.')}, not a plain float"
     return None
 
 

@@ -217,7 +217,7 @@ def _decoder(
         if checkpoint.is_dummy:
             init_dummy(decoder, options.seed)
         else:
-            check_shapes(decoder, checkpoint.shapes())
+            check_shapes(decoder, checkpoint.shapes(), checkpoint.stored_name)
             load_weights(decoder, scales.without_scales(told_tensors(checkpoint, on_start)))
         num_huge = collect_into_huge_pages(part for linear in decoder.linears for part in linear.matrix.memory)
         _tell_weights(decoder, num_huge)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.engine.test_families import assert_as_transformers
 from tests.engine.tiny_llm import CONTEXT, random_forest, tiny_llm
 from tests.loader.gguf_files import TensorType, write_model
 from tests.loader.quantized_files import Written, awq, gptq, pack_quantized
+from tests.loader.table_files import bnb4, llm_int8, modelopt_fp8, modelopt_nvfp4
 from tests.models.checkpoints import TINY, tiny_model
 from tests.models.families import FAMILIES
 
@@ -174,6 +176,10 @@ FORMATS: Mapping[str, Callable[[PreTrainedModel, Path], tuple[Path, State]]] = {
     "safetensors GPTQ": quantized_folder(gptq().config, written_parts(gptq)),
     "safetensors AWQ": quantized_folder(awq().config, written_parts(awq)),
     "safetensors compressed-tensors": quantized_folder(pack_quantized().config, written_parts(pack_quantized)),
+    "safetensors modelopt NVFP4": quantized_folder(modelopt_nvfp4().config, written_parts(modelopt_nvfp4)),
+    "safetensors modelopt FP8": quantized_folder(modelopt_fp8().config, written_parts(modelopt_fp8)),
+    "safetensors bitsandbytes NF4": quantized_folder(bnb4().config, written_parts(partial(bnb4, nested=True))),
+    "safetensors bitsandbytes int8": quantized_folder(llm_int8().config, written_parts(llm_int8)),
     "in situ q8_0": in_situ("q8_0"),
     "in situ int4": in_situ("int4"),
     "in situ q4_k": in_situ("q4_k"),

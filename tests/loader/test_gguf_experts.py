@@ -31,7 +31,8 @@ def check(folder: Path, architecture: str, tensors: Callable[[Tensors], Tensors]
     path = write_gguf(folder / "tiny.gguf", architecture_name(model), whole, tensors(convert(model)))
     checkpoint = GGUFCheckpoint(path)
     weights = WeightOptions(dtype=torch.float32, device=torch.device("cpu"))
-    check_shapes(Decoder(model_config_from_hf(checkpoint.hf_config()), weights), checkpoint.shapes())
+    decoder = Decoder(model_config_from_hf(checkpoint.hf_config()), weights)
+    check_shapes(decoder, checkpoint.shapes(), checkpoint.stored_name)
 
 
 def as_it_is(tensors: Tensors) -> Tensors:
@@ -56,12 +57,20 @@ def cut(name: str) -> Callable[[Tensors], Tensors]:
 @pytest.mark.parametrize(
     ("tensors", "keys", "message"),
     [
-        (without(UP), {}, r"layers\.1\.mlp\.experts\.0\.up_proj\.weight is missing"),
-        (cut(UP), {}, r"layers\.1\.mlp\.experts\.4\.up_proj\.weight is missing"),
-        (as_it_is, {"expert_count": 6}, r"experts\.5\.up_proj\.weight is missing"),
-        (as_it_is, {"expert_count": 4}, r"experts\.4\.\w+_proj\.weight is not a tensor of"),
-        (cut("blk.1.ffn_gate_inp.weight"), {}, r"layers\.1\.mlp\.\w+\.weight has shape \[4, 48\], .* says \[5, 48\]"),
-        (without("blk.1.ffn_gate_inp.weight"), {}, r"layers\.1\.mlp\.\w+\.weight is missing"),
+        (without(UP), {}, r"  blk\.1\.ffn_up_exps\.weight is missing"),
+        (cut(UP), {}, r"blk\.1\.ffn_up_exps\.weight lacks its part \S+\.experts\.4\.up_proj\.weight"),
+        (as_it_is, {"expert_count": 6}, r"blk\.0\.ffn_up_exps\.weight lacks its part \S+experts\.5\.up_proj\.weight"),
+        (
+            as_it_is,
+            {"expert_count": 4},
+            r"ffn_\w+_exps\.weight, its part \S+experts\.4\.\S+, is not a tensor of",
+        ),
+        (
+            cut("blk.1.ffn_gate_inp.weight"),
+            {},
+            r"  blk\.1\.ffn_gate_inp\.weight has shape \[4, 48\], .* \[5, 48\]",
+        ),
+        (without("blk.1.ffn_gate_inp.weight"), {}, r"  blk\.1\.ffn_gate_inp\.weight is missing"),
         (as_it_is, {"expert_used_count": 6}, "num_experts_per_tok is 6"),
         (as_it_is, {"block_count": 4}, r"block_count is 4, its tensors are of 3 blocks"),
     ],

@@ -264,3 +264,24 @@ def test_a_folder_without_an_expert_is_refused_before_weights_are_read(
     monkeypatch.setattr(HuggingFaceCheckpoint, "stored_tensors", lambda self: pytest.fail("weights are read"))
     with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.experts\.3\.down_proj\.weight is missing"):
         LLM(tmp_path, device="cpu", max_num_seqs=1)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_what_is_missing_or_wrong_is_called_as_its_folder_calls_it(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture, num_local_experts=4)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    told = {
+        "mixtral": ("block_sparse_moe.experts.1.w3.weight", "block_sparse_moe.gate.weight"),
+        "gpt_oss": ("mlp.experts.down_proj_bias", "mlp.router.weight"),
+    }
+    missing, wrong = (f"model.layers.1.{name}" for name in told[architecture])
+    del tensors[missing]
+    tensors[wrong] = torch.zeros(3, 48)
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        check_shapes(empty_decoder(model), checkpoint.shapes(), checkpoint.stored_name)
+    assert "2 problems" in str(caught.value)
+    assert f"  {missing} is missing" in str(caught.value)
+    assert f"  {wrong} has shape [3, 48], the configuration says [4, 48]" in str(caught.value)

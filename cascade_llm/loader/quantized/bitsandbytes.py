@@ -124,7 +124,7 @@ class FourBits(MatrixFormat):
             )
         try:
             fields = json.loads(bytes(parts.tensor(suffix, BYTES).flatten().tolist()))
-            return _checked_state(fields, self._kind, NESTED_ABSMAX in parts)
+            return _checked_state(fields, self._kind, _is_nested(parts))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise parts.error(suffix, f"holds no description of a matrix ({str(error)[:MAX_TOLD]})") from error
 
@@ -176,10 +176,14 @@ def _checked_state(fields: Mapping[str, Any], kind: str, is_nested: bool) -> Sta
     return state
 
 
+def _is_nested(parts: MatrixParts) -> bool:
+    return NESTED_ABSMAX in parts or NESTED_TABLE in parts
+
+
 def _largest(parts: MatrixParts, state: State, num_blocks: int) -> torch.Tensor:
     """The largest weight of each block, float32 [blocks]."""
     why = f": blocks have {state.block_len} weights"
-    if NESTED_ABSMAX not in parts:
+    if not _is_nested(parts):
         return parts.scales_or_zeros(ABSMAX, FLOAT32, (num_blocks,), why)
     places = parts.tensor(ABSMAX, BYTES, (num_blocks,), why).long()
     scales = parts.scales_or_zeros(NESTED_ABSMAX, FLOAT32, (-(-num_blocks // state.nested_len),))

@@ -115,6 +115,8 @@ class CompressedTensors(MatrixFormat):
     def grid(self, parts: MatrixParts) -> Grid:
         """See `QuantizedFormat`."""
         scheme = self._scheme_of(parts)
+        if scheme.is_float and "weight_g_idx" in parts:
+            raise parts.error("weight_g_idx", f"orders the inputs of {scheme.stored_as}, where nobody reads an order")
         if scheme.stored_as == NVFP4:
             factor = 1 / parts.number("weight_global_scale").double()
             return nvfp4_grid(parts, "weight_packed", "weight_scale", factor, "weight_global_scale")

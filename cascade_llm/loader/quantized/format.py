@@ -64,6 +64,10 @@ class QuantizedFormat(ABC):
     def tensors(self, parts: MatrixParts) -> Iterator[tuple[str, StoredTensor]]:
         """What is stored under a name: a name below it, and the tensor."""
 
+    def stored_name(self, name: str) -> str:
+        """See `Checkpoint.stored_name`."""
+        return name
+
 
 class MatrixFormat(QuantizedFormat):
     """Each name is one matrix [out, in]."""

@@ -11,6 +11,7 @@ and up alternate. Format: OCP Microscaling 1.0, and the model card of openai/gpt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = ["MXFP4"]
 BLOCK_LEN, BLOCK_BYTES = 32, 16
 STACKS: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """The parts whose outputs alternate in each tensor."""
+PART_NAME = re.compile(r"(?P<experts>.+\.experts)\.\d+\.(?P<part>\w+)\.weight")
 
 
 class MXFP4(QuantizedFormat):
@@ -44,6 +46,12 @@ class MXFP4(QuantizedFormat):
     def is_ignored(self, name: str) -> bool:
         """See `QuantizedFormat`."""
         return False
+
+    def stored_name(self, name: str) -> str:
+        """See `Checkpoint.stored_name`."""
+        match = PART_NAME.fullmatch(name)
+        stacks = (stack for stack, parts in STACKS.items() if match and match["part"] in parts)
+        return next((f"{match['experts']}.{stack}_blocks" for stack in stacks if match), name)
 
     def check(self, parts: MatrixParts) -> None:
         """See `QuantizedFormat`."""

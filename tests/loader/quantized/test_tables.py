@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from cascade_llm.loader.quantized.select import quantized_format
 from cascade_llm.weights.codes import CodeLayout
 from tests.loader.quantized.test_bad_quantized import assert_refused
 from tests.loader.quantized.test_formats import assert_read_exactly, layout_of, stored_of
-from tests.loader.quantized_files import LAYER, Written, save_folder
+from tests.loader.quantized_files import LAYER, Written, float_quantized, pack_quantized, save_folder
 from tests.loader.table_files import TABLE_WRITERS, bnb4, llm_int8, modelopt_fp8, modelopt_nvfp4, mxfp4, nvfp4
 
 NAN = float("nan")
 STATE = "weight.quant_state.bitsandbytes__nf4"
+NESTED = partial(bnb4, nested=True)
+WITH_NESTED: Mapping[str, Callable[..., Written]] = {**TABLE_WRITERS, "bnb4-nested": NESTED}
 
 
 @settings(max_examples=12, deadline=None)
@@ -189,9 +193,13 @@ def test_a_configuration_that_makes_no_sense(config: dict[str, Any], named: str)
         (modelopt_fp8, "weight_scale", 0.0, "all must be positive"),
         (bnb4, "weight.absmax", -1.0, "all must be positive or 0"),
         (bnb4, "weight.absmax", NAN, "all must be positive or 0"),
+        (NESTED, "weight.nested_absmax", -1.0, "all must be positive or 0"),
+        (NESTED, "weight.nested_absmax", NAN, "all must be positive or 0"),
+        (NESTED, "weight.nested_quant_map", NAN, "values that are not finite"),
         (bnb4, "weight.quant_map", 1.5, "between -1 and 1"),
         (bnb4, "weight.quant_map", NAN, "between -1 and 1"),
         (llm_int8, "SCB", -1.0, "all must be positive or 0"),
+        (llm_int8, "SCB", float("inf"), "all must be positive or 0"),
         (llm_int8, "weight_format", 1, "order of a GPU's tiles"),
     ],
 )
@@ -203,9 +211,9 @@ def test_numbers_that_are_no_scales(tmp_path: Path, writer: Any, suffix: str, ch
     assert_refused(tmp_path, written, suffix, problem)
 
 
-@pytest.mark.parametrize("name", TABLE_WRITERS)
+@pytest.mark.parametrize("name", WITH_NESTED)
 def test_tensors_of_another_shape_or_missing(tmp_path: Path, name: str) -> None:
-    written = TABLE_WRITERS[name]()
+    written = WITH_NESTED[name]()
     for suffix in sorted(set(written.tensors) - {"weight", "weight_packed", "weight_format", STATE}):
         if suffix.startswith("input_"):
             continue
@@ -216,6 +224,59 @@ def test_tensors_of_another_shape_or_missing(tmp_path: Path, name: str) -> None:
         assert_refused(tmp_path, Written(written.config, tensors, written.values), suffix, "has shape")
         tensors[suffix] = torch.ones(found.shape, dtype=torch.int8)
         assert_refused(tmp_path, Written(written.config, tensors, written.values), suffix, "has dtype I8")
+
+
+@pytest.mark.parametrize("name", WITH_NESTED)
+def test_a_file_that_ends_within_its_tensors(tmp_path: Path, name: str) -> None:
+    path = save_folder(tmp_path, WITH_NESTED[name]()) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        HuggingFaceCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", TABLE_WRITERS)
+def test_codes_of_another_dtype_or_shape(tmp_path: Path, name: str) -> None:
+    """What holds the codes is no matrix of bytes."""
+    written = TABLE_WRITERS[name]()
+    suffix = "weight_packed" if "weight_packed" in written.tensors else "weight"
+    codes = written.tensors[suffix]
+    written.tensors[suffix] = codes[None].contiguous()
+    if name != "bnb4":  # one run of bytes, of any shape
+        assert_refused(tmp_path, written, suffix, "it must be a matrix")
+    written.tensors[suffix] = torch.ones(codes.shape, dtype=torch.int32)
+    assert_refused(tmp_path, written, suffix, "has dtype I32")
+
+
+@pytest.mark.parametrize(
+    ("written", "config", "suffix", "problem"),
+    [
+        (nvfp4(), mxfp4().config, "weight_scale", "has dtype F8_E4M3"),
+        (mxfp4(), nvfp4().config, "weight_global_scale", "is missing"),
+        (nvfp4(), pack_quantized().config, "weight_packed", "has dtype U8"),
+        (pack_quantized(), mxfp4().config, "weight_packed", "has dtype I32"),
+        (modelopt_nvfp4(), modelopt_fp8().config, "weight", "has dtype U8"),
+        (modelopt_fp8(), modelopt_nvfp4().config, "weight_scale_2", "is missing"),
+        (modelopt_nvfp4(), nvfp4().config, "weight_global_scale", "is missing"),
+    ],
+)
+def test_a_configuration_that_contradicts_the_tensors(
+    tmp_path: Path, written: Written, config: dict[str, Any], suffix: str, problem: str
+) -> None:
+    assert_refused(tmp_path, Written(config, written.tensors, written.values), suffix, problem)
+
+
+@pytest.mark.parametrize("writer", [nvfp4, mxfp4, float_quantized])
+def test_an_order_of_inputs_where_nobody_reads_one_is_refused(tmp_path: Path, writer: Any) -> None:
+    written = writer()
+    written.tensors["weight_g_idx"] = torch.zeros(64, dtype=torch.int32)
+    assert_refused(tmp_path, written, "weight_g_idx", "where nobody reads an order")
+
+
+def test_layers_that_bitsandbytes_leaves_out_are_plain(tmp_path: Path) -> None:
+    for written in (bnb4(), llm_int8()):
+        config = {**written.config, "llm_int8_skip_modules": ["self_attn.q_proj"]}
+        with pytest.raises(CheckpointError, match=f"says that {LAYER} is not quantized"):
+            HuggingFaceCheckpoint(save_folder(tmp_path, Written(config, written.tensors, written.values)))
 
 
 def test_inputs_that_are_no_groups(tmp_path: Path) -> None:
@@ -233,10 +294,14 @@ def test_inputs_that_are_no_groups(tmp_path: Path) -> None:
         ({"shape": [16]}, "shape"),
         ({"shape": [16.0, 64]}, "shape"),
         ({"shape": None}, "no description"),
+        ({"nested_blocksize": 0}, "nested_blocksize 0"),
+        ({"nested_blocksize": 2.5}, "nested_blocksize 2.5"),
+        ({"nested_offset": NAN}, "nested_offset nan"),
+        ({"nested_offset": "x"}, "no description"),
     ],
 )
 def test_a_description_that_makes_no_sense(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
-    written = bnb4()
+    written = NESTED()
     fields = json.loads(bytes(written.tensors[STATE].tolist())) | change
     written.tensors[STATE] = torch.tensor(list(json.dumps(fields).encode())).byte()
     assert_refused(tmp_path, written, STATE, problem)
