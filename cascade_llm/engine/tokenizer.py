@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from cascade_llm.engine.chat_template import ChatTemplate, plain_messages, text_of
 from cascade_llm.errors import CascadeError, CheckpointError, PromptError, RequestError, UnsupportedModelError
 from cascade_llm.loader.gguf_file import GGUFFile
+from cascade_llm.loader.gguf_texts import GGUFTexts
 from cascade_llm.loader.gguf_tokenizer import build_tokenizer
 from cascade_llm.loader.hf_folder import read_json
 
@@ -386,7 +387,7 @@ def _from_gguf(path: Path) -> Tokenizer:
 def _gguf_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
     """Those of a GGUF file, by name: one, and others that a list names."""
     names = metadata.get("tokenizer.chat_templates", [])
-    if not isinstance(names, list):
+    if not isinstance(names, list | GGUFTexts):
         raise CheckpointError(f"{path}: tokenizer.chat_templates is a {type(names).__name__}, not a list of names")
     keys = {str(name): f"tokenizer.chat_template.{name}" for name in names}
     if metadata.get("tokenizer.chat_template") is not None:

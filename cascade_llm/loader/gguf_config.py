@@ -13,6 +13,7 @@ from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.gguf_architectures import GGUFArchitecture, architecture_of
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, dequantize
 from cascade_llm.loader.gguf_keys import GGUFKeys
+from cascade_llm.loader.gguf_texts import GGUFTexts
 from cascade_llm.loader.gguf_yarn import yarn_scaling
 
 __all__ = ["ending_token_ids", "hf_config_of"]
@@ -109,9 +110,8 @@ def ending_token_ids(file: GGUFFile) -> list[int]:
     """End of sequence, of turn (eot) and of message (eom), in this order, each once."""
     ids = [_token_id(file, name) for name in ("eos", "eot", "eom")]
     if ids[1] is None:
-        texts, types = _list(file, "tokens", str), _list(file, "token_type", int)
-        pairs = enumerate(zip(texts, types, strict=False))
-        ids += [i for i, (text, kind) in pairs if kind == CONTROL_TOKEN and text in END_OF_TURN_TEXTS]
+        texts, types = _texts(file), _token_types(file)
+        ids += [i for i in range(min(len(texts), len(types))) if types[i] == CONTROL_TOKEN and texts[i] in END_OF_TURN_TEXTS]
     return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
 
 
@@ -122,12 +122,20 @@ def _token_id(file: GGUFFile, name: str) -> int | None:
     return value
 
 
-def _list(file: GGUFFile, name: str, kind: type) -> list[Any]:
-    """A list of the vocabulary; empty where there is none."""
-    values = file.metadata.get(f"tokenizer.ggml.{name}", [])
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise CheckpointError(f"{file.path}: tokenizer.ggml.{name} is no list of {kind.__name__}")
-    return values
+def _texts(file: GGUFFile) -> GGUFTexts | list[str]:
+    """The vocabulary; empty where there is none."""
+    texts = file.metadata.get("tokenizer.ggml.tokens", [])
+    if isinstance(texts, GGUFTexts) or texts == []:
+        return texts
+    raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens is no list of texts")
+
+
+def _token_types(file: GGUFFile) -> list[int]:
+    """Of each token of the vocabulary; empty where there is none."""
+    types = file.metadata.get("tokenizer.ggml.token_type", [])
+    if isinstance(types, list) and all(isinstance(kind, int) for kind in types):
+        return types
+    raise CheckpointError(f"{file.path}: tokenizer.ggml.token_type is no list of integers")
 
 
 def _check_features(keys: GGUFKeys, architecture: GGUFArchitecture) -> None:

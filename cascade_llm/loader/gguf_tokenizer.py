@@ -176,11 +176,8 @@ def _add_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
     """Control and user-defined tokens are never cut; they keep the ids that the vocabulary gives them."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", ())
     for special, kind in ((True, CONTROL), (False, USER_DEFINED)):
-        added = [
-            AddedToken(token, normalized=False, special=special)
-            for token, token_type in zip(tokens, types, strict=False)
-            if token_type == kind
-        ]
+        ids = (token_id for token_id, token_type in enumerate(types[: len(tokens)]) if token_type == kind)
+        added = [AddedToken(tokens[token_id], normalized=False, special=special) for token_id in ids]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
 
 

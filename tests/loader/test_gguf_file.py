@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.gguf_file import GGUFFile
+from cascade_llm.loader.gguf_texts import GGUFTexts
 from cascade_llm.loader.resolve import open_checkpoint
 from tests.loader.gguf_files import write_gguf, write_model
 from tests.models.checkpoints import tiny_model
@@ -35,10 +36,15 @@ def tiny_file(folder: Path) -> Path:
     )
 
 
+def plain(metadata: dict[str, Any]) -> dict[str, Any]:
+    """With lists in the place of texts that are read when they are asked for."""
+    return {key: list(value) if isinstance(value, GGUFTexts) else value for key, value in metadata.items()}
+
+
 def test_reads_what_gguf_s_own_reader_reads(tmp_path: Path) -> None:
     path = tiny_file(tmp_path)
     file, oracle = GGUFFile(path), GGUFReader(path)
-    assert file.metadata == {"general.architecture": "test", **KEYS}
+    assert plain(file.metadata) == {"general.architecture": "test", **KEYS}
     assert list(file.tensors) == [tensor.name for tensor in oracle.tensors]
     for theirs in oracle.tensors:
         ours = file.tensors[theirs.name]
@@ -54,10 +60,20 @@ def test_smollm2_s_header_is_what_gguf_s_own_reader_reads() -> None:
     file, oracle = GGUFFile(path), GGUFReader(path)
     for name, field in oracle.fields.items():
         if not name.startswith("GGUF."):
-            assert file.metadata[name] == field.contents(), name
+            assert plain(file.metadata)[name] == field.contents(), name
     assert [(t.name, t.offset, t.num_bytes) for t in file.tensors.values()] == [
         (t.name, t.data_offset, t.n_bytes) for t in oracle.tensors
     ]
+
+
+def test_a_text_of_a_list_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    path = tiny_file(tmp_path)
+    path.write_bytes(path.read_bytes().replace("ß".encode(), b"\xff\xff"))
+    texts = GGUFFile(path).metadata["test.texts"]
+    assert (len(texts), texts[0], texts[1]) == (3, "a", "")
+    for read in (lambda: texts[-1], lambda: list(texts)):
+        with pytest.raises(CheckpointError, match="is not UTF-8"):
+            read()
 
 
 def test_every_truncation_is_an_error_of_ours(tmp_path: Path) -> None:
