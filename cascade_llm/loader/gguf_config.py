@@ -111,7 +111,8 @@ def ending_token_ids(file: GGUFFile) -> list[int]:
     ids = [_token_id(file, name) for name in ("eos", "eot", "eom")]
     if ids[1] is None:
         texts, types = _texts(file), _token_types(file)
-        ids += [i for i in range(min(len(texts), len(types))) if types[i] == CONTROL_TOKEN and texts[i] in END_OF_TURN_TEXTS]
+        control = [i for i, kind in enumerate(types[: len(texts)]) if kind == CONTROL_TOKEN]
+        ids += [i for i in control if texts[i] in END_OF_TURN_TEXTS]
     return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
 
 
