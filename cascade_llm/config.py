@@ -313,7 +313,7 @@ class EngineOptions:
     distributed_executor_backend: str = "uni"
     """uni: steps run in this process | mp: in a spawned process of their own, as several ranks always do"""
     enforce_eager: bool = False
-    """Never capture CUDA graphs."""
+    """Never capture CUDA graphs; on the CPU, never replay a recorded step."""
     schedule_lag: int | None = None
     """Steps that are planned ahead of the last known result: None is 1 on CUDA, 0 on the CPU."""
     seed: int = 0

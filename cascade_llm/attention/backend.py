@@ -125,12 +125,18 @@ class PreparedAttention(ABC):
             out [rows, num_qo_heads, head_dim], q's dtype; lse [rows, num_qo_heads], float32, base 2
         """
 
+    def take_over(self, other: PreparedAttention) -> None:
+        """Stand for another step's plan of as many rows, from now on; where the backend `can_be_recorded`."""
+        raise NotImplementedError
+
 
 class AttentionBackend(ABC):
     """Attention over a paged KV cache for one model on one device."""
 
     slot_dtype = torch.int64
     """What `write` takes slots in."""
+    can_be_recorded = False
+    """Whether what `write` and `attend` call may be called again, with another step's plan in the first one's place."""
 
     def __init__(self, spec: AttentionSpec, kv_cache: PagedKVCache) -> None:
         self.spec = spec

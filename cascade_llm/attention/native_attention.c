@@ -123,15 +123,24 @@ static void combine_part(void *of, long index) {
         combine(l->p, t, row, index % heads, l->from->v_scale, l->out, l->lse, l->partials);
 }
 
+/* A step's plan, shared out; partials hold as many floats as plan_tasks asked for. Whoever calls `attend` again with the
+ * same address may have put another step's there. */
+typedef struct {
+    const plan *p;
+    const task *tasks;
+    int64_t num_tasks, threads;
+    float *partials;
+} shared_out;
+
 /* Attention of all rows in one layer: q [rows, num_qo_heads, HEAD_DIM] with q_stride elements from row to row; out the
- * same, contiguous; lse [rows, num_qo_heads]; partials as many floats as plan_tasks asked for. Where level_ns
- * [num_levels] is not NULL, the nanoseconds that all threads spent on each level are added to it; the joining of parts
- * is no level's. */
-void attend(const plan *p, const task *tasks, int64_t num_tasks, int64_t threads, const pages *from, const element *q,
-            int64_t q_stride, element *out, float *lse, float *partials, int64_t *level_ns) {
-    layer l = {p, tasks, from, q, q_stride, out, lse, partials, level_ns};
+ * same, contiguous; lse [rows, num_qo_heads]. Where level_ns [num_levels] is not NULL, the nanoseconds that all threads
+ * spent on each level are added to it; the joining of parts is no level's. */
+void attend(const shared_out *step, const pages *from, const element *q, int64_t q_stride, element *out, float *lse,
+            int64_t *level_ns) {
+    layer l = {step->p, step->tasks, from, q, q_stride, out, lse, step->partials, level_ns};
     int in_parts = 0;
-    for (int64_t i = 0; i < num_tasks; i++) in_parts |= tasks[i].num_parts > 1;
-    parallel_for(attend_part, &l, num_tasks * p->num_kv_heads, (int)threads);
-    if (in_parts) parallel_for(combine_part, &l, num_tasks * p->num_kv_heads, (int)threads);
+    for (int64_t i = 0; i < step->num_tasks; i++) in_parts |= step->tasks[i].num_parts > 1;
+    const int64_t num_parts = step->num_tasks * step->p->num_kv_heads;
+    parallel_for(attend_part, &l, num_parts, (int)step->threads);
+    if (in_parts) parallel_for(combine_part, &l, num_parts, (int)step->threads);
 }

@@ -19,6 +19,7 @@ from cascade_llm.attention.native_kernels import (
     LayerPages,
     LevelColumns,
     PlanColumns,
+    SharedOut,
     kernels_for,
     reasons_against_native,
 )
@@ -63,6 +64,8 @@ class NativeAttentionBackend(AttentionBackend):
         self._workspace = Workspace(spec.device)
         self._layers = [LayerPages.of(kv_cache, layer) for layer in range(kv_cache.num_layers)]
         self._pages = [ctypes.addressof(layer) for layer in self._layers]
+
+    can_be_recorded = True
 
     @staticmethod
     def preferred_layout(device: torch.device) -> KVLayout:
@@ -135,7 +138,16 @@ class _PreparedNativeAttention(PreparedAttention):
             ctypes.addressof(partial_size),
         )
         self._partials = backend._workspace.take("partials", (partial_size.value,), torch.float32)
-        self._arguments = (plan_address, self._tasks.data_ptr(), num_tasks, num_threads)
+        tasks, partials = self._tasks.data_ptr(), self._partials.data_ptr()
+        self._shared_out = SharedOut(plan_address, tasks, num_tasks, num_threads, partials)
+        self._address = ctypes.addressof(self._shared_out)
+        self._replacement: PreparedAttention | None = None
+
+    def take_over(self, other: PreparedAttention) -> None:
+        """See `PreparedAttention`."""
+        assert isinstance(other, _PreparedNativeAttention)
+        self._replacement = other  # whose memory the kernels read from now on
+        ctypes.memmove(self._address, other._address, ctypes.sizeof(SharedOut))
 
     def attend(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `PreparedAttention`."""
@@ -144,13 +156,12 @@ class _PreparedNativeAttention(PreparedAttention):
         out = q.new_empty(q.shape)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         backend._kernels["attend"](
-            *self._arguments,
+            self._address,
             backend._pages[layer],
             q.data_ptr(),
             q.stride(0),
             out.data_ptr(),
             lse.data_ptr(),
-            self._partials.data_ptr(),
             None if self.on_part is None else self._level_ns.data_ptr(),
         )
         if self.on_part is not None:

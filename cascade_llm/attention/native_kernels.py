@@ -9,12 +9,21 @@ from collections.abc import Mapping
 import torch
 
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_function import NativeFunction
+from cascade_llm.device.native_library import native_functions
 from cascade_llm.device.native_units import attention_unit
 from cascade_llm.errors import BackendError
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 
-__all__ = ["TASK_FIELDS", "LayerPages", "LevelColumns", "PlanColumns", "kernels_for", "reasons_against_native"]
+__all__ = [
+    "TASK_FIELDS",
+    "LayerPages",
+    "LevelColumns",
+    "PlanColumns",
+    "SharedOut",
+    "kernels_for",
+    "reasons_against_native",
+]
 
 ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 PAGES = {**ELEMENTS, torch.float16: "float16", torch.float8_e4m3fn: "float8", torch.int8: "int8"}
@@ -52,6 +61,18 @@ class PlanColumns(ctypes.Structure):
         ("num_kv_heads", _long),
         ("score_scale", ctypes.c_double),
         ("soft_cap", ctypes.c_double),
+    )
+
+
+class SharedOut(ctypes.Structure):
+    """`shared_out` of the C file: a step's plan, and the tasks that it was cut into."""
+
+    _fields_ = (
+        ("plan", _pointer),
+        ("tasks", _pointer),
+        ("num_tasks", _long),
+        ("threads", _long),
+        ("partials", _pointer),
     )
 
 
@@ -109,10 +130,7 @@ def kernels_for(dtype: torch.dtype, page_dtype: torch.dtype, head_dim: int) -> M
         BackendError: the machine cannot compile or load them
     """
     functions = native_functions(attention_unit(ELEMENTS[dtype], PAGES[page_dtype], head_dim))
-    functions["plan_tasks"].argtypes = (_pointer, _long, _long, _pointer, _long, _pointer)
-    functions["plan_tasks"].restype = _long
-    functions["attend"].argtypes = (*[_pointer] * 2, _long, _long, *[_pointer] * 2, _long, *[_pointer] * 4)
-    functions["attend"].restype = None
-    functions["write_slots"].argtypes = (*[_pointer] * 3, _long, _long, _pointer, _long, _long)
-    functions["write_slots"].restype = None
+    functions["plan_tasks"].declare(_pointer, _long, _long, _pointer, _long, _pointer, returns=_long)
+    functions["attend"].declare(*[_pointer] * 3, _long, *[_pointer] * 3)
+    functions["write_slots"].declare(*[_pointer] * 3, _long, _long, _pointer, _long, _long)
     return functions

@@ -112,6 +112,7 @@ def timed_parts(llm: LLM) -> Iterator[StepClock]:
     runner = executor.runner
     with ExitStack() as stack:
         stack.enter_context(_told(llm, clock.on_step))
+        _replace(stack, runner, "recorded", None)  # a replay calls none of what is replaced below
         _replace(stack, runner.backend, "prepare", _timed_prepare(clock, runner.backend.prepare))
         _replace(stack, runner.backend, "write", clock.around(runner.backend.write, "KV write"))
         blocks = [block for layer in runner.decoder.layers for block in (layer.attention, layer.mlp)]

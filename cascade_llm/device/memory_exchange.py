@@ -148,8 +148,8 @@ def _compiled_calls() -> Calls | None:
     except BackendError:
         return None
     tell, wait = functions["rank_tell"], functions["rank_wait"]
-    tell.restype, tell.argtypes = None, (ctypes.c_void_p, ctypes.c_uint32)
-    wait.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_uint32)
+    tell.declare(ctypes.c_void_p, ctypes.c_uint32)
+    wait.declare(ctypes.c_void_p, ctypes.c_long, ctypes.c_uint32, returns=ctypes.c_int)
     return tell, wait
 
 

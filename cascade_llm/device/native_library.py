@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from cascade_llm.device.c_compiler import compile_library, describe_library_cache, find_compiler, load_library
 from cascade_llm.device.cpu_levels import (
@@ -25,15 +24,14 @@ from cascade_llm.device.cpu_levels import (
     reason_against,
 )
 from cascade_llm.device.native_build import library_name
+from cascade_llm.device.native_function import NativeFunction
 from cascade_llm.device.native_units import PACKAGE, PARALLEL, NativeUnit
 from cascade_llm.errors import BackendError
 
-__all__ = ["NativeFunction", "describe_native_code", "native_functions", "serving_level"]
+__all__ = ["describe_native_code", "native_functions", "serving_level"]
 
 WHEEL_FOLDER = PACKAGE / "device" / "libraries"
 """Where the wheel has its libraries, `<architecture>-<level>.so`; a checkout has no such folder."""
-
-NativeFunction: TypeAlias = "ctypes._NamedFuncPointer"
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def native_functions(unit: NativeUnit) -> Mapping[str, NativeFunction]:
     library = serving.shipped
     if library is None or not all(hasattr(library, name) for name in unit.exported):
         library = compile_library(unit.path, (*serving.level.options, *unit.options), unit.exported)
-    return {name: library[full] for name, full in zip(unit.functions, unit.exported, strict=True)}
+    return {name: NativeFunction(library[full]) for name, full in zip(unit.functions, unit.exported, strict=True)}
 
 
 def serving_level() -> CpuLevel | None:

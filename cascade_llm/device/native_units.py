@@ -20,6 +20,7 @@ __all__ = [
     "PACKED_LAYOUT",
     "PACKED_PRODUCT",
     "PARALLEL",
+    "REPLAY",
     "SAMPLER",
     "SUPER_BLOCKS",
     "NativeUnit",
@@ -84,6 +85,7 @@ class NativeUnit:
 
 
 PARALLEL = NativeUnit("device/parallel.c", ("cascade_parallel_for",))
+REPLAY = NativeUnit("device/replay.c", ("replay_calls",))
 EXCHANGE = NativeUnit("device/exchange.c", ("rank_tell", "rank_wait"))
 SAMPLER = NativeUnit("sampling/native_sampler.c", ("scratch_len", "sample_rows", "draw_rows"))
 PACKED_LAYOUT = NativeUnit("weights/packed_layout.c", ("packed_tile_bytes", "pack_tiles", "packed_rows"))
@@ -127,7 +129,7 @@ def ops_unit(element: str) -> NativeUnit:
 
 def units_of_wheel() -> Iterator[NativeUnit]:
     """All that a library of the wheel holds, as far as its level has the instructions."""
-    yield from (PARALLEL, EXCHANGE, SAMPLER, PACKED_LAYOUT, PACKED_PRODUCT, SUPER_BLOCKS, BLOCKED)
+    yield from (PARALLEL, REPLAY, EXCHANGE, SAMPLER, PACKED_LAYOUT, PACKED_PRODUCT, SUPER_BLOCKS, BLOCKED)
     yield from (packed_tiles_unit(code, is_exact) for code in PACKED_INTEGERS for is_exact in (False, True))
     yield from (packed_tiles_unit(code, is_exact=True) for code in (*PACKED_FRACTIONS, *PACKED_FLOATS))
     for element in ELEMENTS:

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 
 import torch
 
-from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_function import NativeFunction
+from cascade_llm.device.native_library import native_functions
 from cascade_llm.device.native_units import ops_unit
 from cascade_llm.errors import BackendError
 from cascade_llm.layers.fused_ops import FusedOps, HeadLayout, RMSNorm, TorchOps
@@ -128,11 +129,9 @@ def _compiled(dtype: torch.dtype) -> Mapping[str, NativeFunction]:
     if dtype not in ELEMENTS:
         raise BackendError(f"native operations are for float32 and bfloat16, not {str(dtype).removeprefix('torch.')}")
     functions = native_functions(ops_unit(ELEMENTS[dtype]))
-    functions["add_rms_norm"].argtypes = (*[_pointer] * 4, _long, _long, _float, _float, _int)
-    functions["silu_and_mul"].argtypes = (_pointer, _pointer, _long, _long, _int)
-    functions["gelu_tanh_and_mul"].argtypes = (_pointer, _pointer, _long, _long, _int)
-    functions["clamped_swiglu"].argtypes = (_pointer, _pointer, _long, _long, _float, _float, _int)
-    functions["rotate"].argtypes = (*[_pointer] * 4, *[_long] * 6, _int, _float, _float, _int)
-    for function in functions.values():
-        function.restype = None
+    functions["add_rms_norm"].declare(*[_pointer] * 4, _long, _long, _float, _float, _int)
+    functions["silu_and_mul"].declare(_pointer, _pointer, _long, _long, _int)
+    functions["gelu_tanh_and_mul"].declare(_pointer, _pointer, _long, _long, _int)
+    functions["clamped_swiglu"].declare(_pointer, _pointer, _long, _long, _float, _float, _int)
+    functions["rotate"].declare(*[_pointer] * 4, *[_long] * 6, _int, _float, _float, _int)
     return functions

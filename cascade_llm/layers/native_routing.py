@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import torch
 
-from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_function import NativeFunction
+from cascade_llm.device.native_library import native_functions
 from cascade_llm.device.native_units import routing_unit
 from cascade_llm.errors import BackendError
 from cascade_llm.layers.routing import RoutedRows, Router, Routing, TorchRouter
@@ -94,8 +95,6 @@ def _compiled(dtype: torch.dtype) -> Mapping[str, NativeFunction]:
     if dtype not in ELEMENTS:
         raise BackendError(f"native routing is for float32 and bfloat16, not {str(dtype).removeprefix('torch.')}")
     functions = native_functions(routing_unit(ELEMENTS[dtype]))
-    functions["route_rows"].argtypes = (_pointer, *[_long] * 3, _int, *[_pointer] * 5)
-    functions["combine_rows"].argtypes = (*[_pointer] * 4, *[_long] * 3, _int)
-    for function in functions.values():
-        function.restype = None
+    functions["route_rows"].declare(_pointer, *[_long] * 3, _int, *[_pointer] * 5)
+    functions["combine_rows"].declare(*[_pointer] * 4, *[_long] * 3, _int)
     return functions

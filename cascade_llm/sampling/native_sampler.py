@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_function import NativeFunction
+from cascade_llm.device.native_library import native_functions
 from cascade_llm.device.native_units import SAMPLER
 from cascade_llm.errors import BackendError
 from cascade_llm.sampling.draw import Filters
@@ -166,10 +167,9 @@ def _compiled() -> Mapping[str, NativeFunction]:
     """The functions, with the types of their arguments; raises `BackendError` where there are none."""
     functions = native_functions(SAMPLER)
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    functions["scratch_len"].argtypes, functions["scratch_len"].restype = (long,), long
-    functions["sample_rows"].argtypes = (
-        *(pointer, integer, long, long, pointer, pointer, pointer, pointer, long, pointer, pointer, pointer, integer),
+    functions["scratch_len"].declare(long, returns=long)
+    functions["sample_rows"].declare(
+        *(pointer, integer, long, long, pointer, pointer, pointer, pointer, long, pointer, pointer, pointer, integer)
     )
-    functions["draw_rows"].argtypes = (pointer, long, pointer, long, pointer, pointer, integer)
-    functions["sample_rows"].restype = functions["draw_rows"].restype = None
+    functions["draw_rows"].declare(pointer, long, pointer, long, pointer, pointer, integer)
     return functions

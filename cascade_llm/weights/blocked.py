@@ -14,7 +14,8 @@ import functools
 import torch
 
 from cascade_llm.device.huge_pages import MemoryRange
-from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_function import NativeFunction
+from cascade_llm.device.native_library import native_functions
 from cascade_llm.device.native_units import BLOCKED
 from cascade_llm.errors import BackendError
 from cascade_llm.weights.format import MatrixSpec, WeightFormat
@@ -120,6 +121,5 @@ def _compiled() -> NativeFunction | str:
     except BackendError as error:
         return str(error)
     pointer, long = ctypes.c_void_p, ctypes.c_long
-    kernel.argtypes = (*[pointer] * 4, *[long] * 4, ctypes.c_int)
-    kernel.restype = None
+    kernel.declare(*[pointer] * 4, *[long] * 4, ctypes.c_int)
     return kernel

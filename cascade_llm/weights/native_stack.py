@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cascade_llm.device.huge_pages import MemoryRange
-from cascade_llm.device.native_library import NativeFunction
+from cascade_llm.device.native_function import NativeFunction
 from cascade_llm.errors import CapacityError
 from cascade_llm.weights.format import MatrixSpec, WeightFormat
 from cascade_llm.weights.stack import MatrixStack

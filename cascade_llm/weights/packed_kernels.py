@@ -9,7 +9,8 @@ import ctypes
 import functools
 from dataclasses import dataclass
 
-from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_function import NativeFunction
+from cascade_llm.device.native_library import native_functions
 from cascade_llm.device.native_units import (
     PACKED_FLOATS,
     PACKED_FRACTIONS,
@@ -89,10 +90,9 @@ def packed_kernels() -> PackedKernels:
     functions = {**native_functions(PACKED_LAYOUT), **native_functions(PACKED_PRODUCT)}
     piece = ctypes.POINTER(Piece)
     product, tile_bytes = functions["packed_product"], functions["packed_tile_bytes"]
-    product.argtypes = (_pointer, piece, _long, _pointer, _pointer, *[_long] * 3, *[_int] * 2)
-    product.restype = _int
+    product.declare(_pointer, piece, _long, _pointer, _pointer, *[_long] * 3, *[_int] * 2, returns=_int)
     stack_product = functions["packed_stack_product"]
-    stack_product.argtypes = (
+    stack_product.declare(
         *[_pointer] * 2,
         piece,
         _long,
@@ -101,15 +101,12 @@ def packed_kernels() -> PackedKernels:
         *[_pointer] * 2,
         *[_long] * 2,
         *[_int] * 2,
+        returns=_int,
     )
-    stack_product.restype = _int
-    tile_bytes.argtypes = (piece, _long)
-    tile_bytes.restype = _long
+    tile_bytes.declare(piece, _long, returns=_long)
     pack_tiles, rows = functions["pack_tiles"], functions["packed_rows"]
-    pack_tiles.argtypes = (piece, *[_pointer] * 5, _long, _long, _pointer, _int)
-    pack_tiles.restype = None
-    rows.argtypes = (piece, _pointer, _long, _long, _pointer, _int, _int)
-    rows.restype = None
+    pack_tiles.declare(piece, *[_pointer] * 5, _long, _long, _pointer, _int)
+    rows.declare(piece, _pointer, _long, _long, _pointer, _int, _int)
     return PackedKernels(product, stack_product, tile_bytes, pack_tiles, rows)
 
 
@@ -125,6 +122,4 @@ def tile_product(code: str, is_exact: bool) -> int:
         BackendError: there is none, and none can be compiled
     """
     (function,) = native_functions(packed_tiles_unit(code, is_exact)).values()
-    address = ctypes.cast(function, _pointer).value
-    assert address is not None
-    return address
+    return function.address

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_function import NativeFunction
+from cascade_llm.device.native_library import native_functions
 from cascade_llm.device.native_units import row_major_unit
 from cascade_llm.errors import BackendError
 from cascade_llm.weights.format import MatrixSpec, StoredTensor, WeightFormat
@@ -117,6 +118,5 @@ def _compiled(dtype: torch.dtype) -> NativeFunction | str:
         kernel = native_functions(row_major_unit(ELEMENTS[dtype]))["row_major_product"]
     except BackendError as error:
         return str(error)
-    kernel.argtypes = (*[_pointer] * 3, _long, _pointer, _long, *[_pointer] * 2, *[_long] * 2, *[_int] * 2)
-    kernel.restype = _int
+    kernel.declare(*[_pointer] * 3, _long, _pointer, _long, *[_pointer] * 2, *[_long] * 2, *[_int] * 2, returns=_int)
     return kernel

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cascade_llm.device.native_library import NativeFunction, native_functions
+from cascade_llm.device.native_function import NativeFunction
+from cascade_llm.device.native_library import native_functions
 from cascade_llm.device.native_units import SUPER_BLOCKS
 from cascade_llm.errors import BackendError
 from cascade_llm.weights.codes import SUPER_LEN, CodeLayout, Codes
@@ -104,8 +105,7 @@ def native_rounding() -> NativeFunction | None:
         function = native_functions(SUPER_BLOCKS)["round_super_blocks"]
     except BackendError:
         return None
-    function.argtypes = (c_void_p, c_long, c_void_p, c_long, *[c_void_p] * 5, c_int)
-    function.restype = None
+    function.declare(c_void_p, c_long, c_void_p, c_long, *[c_void_p] * 5, c_int)
     return function
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from cascade_llm.attention.backend import AttentionBackend, StepAttention, column_tensor
+from cascade_llm.attention.backend import AttentionBackend, column_tensor
 from cascade_llm.device.devices import thread_limit
 from cascade_llm.device.ranks import Ranks
 from cascade_llm.device.stream import DeviceStream
@@ -20,6 +20,7 @@ from cascade_llm.sampling.logprobs import token_logprobs
 from cascade_llm.sampling.masks import TokenMasks
 from cascade_llm.sampling.sampler import Sampler
 from cascade_llm.worker.cuda_graphs import CudaGraphs
+from cascade_llm.worker.recorded_steps import ForwardInputs, RecordedSteps
 
 __all__ = ["ModelRunner"]
 
@@ -44,6 +45,7 @@ class ModelRunner:
         ranks: Ranks | None = None,
         stream: DeviceStream | None = None,
         graphs: CudaGraphs | None = None,
+        recorded: RecordedSteps | None = None,
     ) -> None:
         """Take what steps are run on.
 
@@ -53,9 +55,10 @@ class ModelRunner:
             ranks: that run the same steps; rank 0 samples, and its lanes' tokens go to the others
             stream: what a GPU's work is queued on
             graphs: captured decode steps, tried before eager ones
+            recorded: the same on a CPU; steps that are observed from outside must not be replayed
         """
         self.decoder, self.backend, self.kv_cache = decoder, backend, kv_cache
-        self.graphs = graphs
+        self.graphs, self.recorded = graphs, recorded
         self._stream = stream
         self._lanes = lanes
         self._sampler = Sampler(lanes, compiled=stream is None)  # a kernel of the host's would not wait for a stream
@@ -172,8 +175,10 @@ class ModelRunner:
             token_ids[self._index(plan.lane_rows)] = self._lanes.last_tokens[self._index(plan.lane_row_lanes)]
         prepared = [self.backend.prepare(cascade) for cascade in plan.cascades]
         slots = [self._index(column).to(self.backend.slot_dtype) for column in (plan.slots, *plan.window_slots)]
-        attention = StepAttention(prepared, self.backend, slots, plan.layer_kinds)
-        positions = self._index(plan.positions)
+        inputs = ForwardInputs(token_ids, self._index(plan.positions), slots, prepared, plan.layer_kinds)
+        if self.recorded is not None and (hidden := self.recorded.forward(inputs)) is not None:
+            return hidden, None
+        attention, positions = inputs.attention(self.backend), inputs.positions
         if self.graphs is not None and (hidden := self.graphs.forward(token_ids, positions, attention)) is not None:
             return hidden, None
         observer = FirstNonFinite() if self._debug else None

@@ -35,6 +35,7 @@ from cascade_llm.worker.graph_shapes import GraphShape, graph_shapes
 from cascade_llm.worker.memory import available_bytes, check_sizes, step_bytes
 from cascade_llm.worker.model_runner import ModelRunner
 from cascade_llm.worker.pool_sizes import PoolShape
+from cascade_llm.worker.recorded_steps import RecordedSteps
 from cascade_llm.worker.start_progress import CAPTURING, OnStart, told_tensors
 
 __all__ = ["WorkerFacts", "build_worker"]
@@ -162,6 +163,7 @@ def build_worker(
         ranks=ranks,
         stream=platform.stream if platform else None,
         graphs=graphs,
+        recorded=_recorded_steps(options, decoder, backend, ranks),
     )
     facts = WorkerFacts(
         model=model,
@@ -173,6 +175,18 @@ def build_worker(
         capture=report,
     )
     return runner, facts
+
+
+def _recorded_steps(
+    options: EngineOptions, decoder: Decoder, backend: AttentionBackend, ranks: Ranks
+) -> RecordedSteps | None:
+    """What a CPU has in the place of graphs; None where every step is to run as Python says."""
+    if options.enforce_eager or options.debug:
+        return None
+    if reasons := RecordedSteps.reasons_against(decoder, backend, ranks):
+        log.info("steps are run by Python, call by call: %s", "; ".join(reasons))
+        return None
+    return RecordedSteps(decoder, backend)
 
 
 def _backend_choice(

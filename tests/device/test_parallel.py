@@ -14,7 +14,7 @@ from cascade_llm.device.native_library import native_functions
 from cascade_llm.device.native_units import PARALLEL
 PART = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_long)
 loop = native_functions(PARALLEL)["cascade_parallel_for"]
-loop.argtypes, loop.restype = (PART, ctypes.c_void_p, ctypes.c_long, ctypes.c_int), None
+loop.declare(PART, ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
 def run(count, threads, also=lambda index: None):
     seen, by = [], set()
     def part(task, index):
