@@ -126,8 +126,10 @@ def _token_id(file: GGUFFile, name: str) -> int | None:
 def _texts(file: GGUFFile) -> GGUFTexts | list[str]:
     """The vocabulary; empty where there is none."""
     texts = file.metadata.get("tokenizer.ggml.tokens", [])
-    if isinstance(texts, GGUFTexts) or texts == []:
+    if isinstance(texts, GGUFTexts):
         return texts
+    if texts == []:
+        return []
     raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens is no list of texts")
 
 
