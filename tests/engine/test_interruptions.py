@@ -133,8 +133,8 @@ def test_waiting_requests_keep_their_place(tiny: Path, expected: list[list[int]]
     with small_llm(tiny, max_num_seqs=1) as llm:
         running, waiting = llm.stream(PROBES[0], LONG), llm.stream(PROBES[0], SHORT)
         next(running)
-        llm.engine.scheduler._planner.plan_next = _raising  # type: ignore[method-assign]
-        llm.engine.scheduler._planner.plan = _raising  # type: ignore[method-assign]
+        llm.engine.scheduler._planner._cascade.plan_next = _raising  # type: ignore[method-assign]
+        llm.engine.scheduler._planner._cascade.plan = _raising  # type: ignore[method-assign]
         with pytest.raises(GenerationError, match="Injected"):
             for _ in running:
                 pass

@@ -21,7 +21,8 @@ __all__ = ["watch_published_pages"]
 def watch_published_pages(llm: LLM, double: FlashInferDouble) -> None:
     """Watch an engine's prefix cache, and let the double check every append of every step against it."""
     scheduler, runner = llm.engine.scheduler, llm.engine.executor.runner
-    cache = scheduler._tables.cache
+    tables = scheduler._roster.tables
+    cache = tables.cache
     published, new = set[int](), set[int]()
     schedule, submit, append = scheduler.schedule, runner.submit, cache.append
 
@@ -53,7 +54,7 @@ def watch_published_pages(llm: LLM, double: FlashInferDouble) -> None:
         pool = runner.kv_cache
         padding = range((pool.num_pages - 1) * pool.page_size, pool.num_slots)
         others = dict[int, tuple[set[int], set[int]]]()
-        for kind, (slots, windows) in enumerate(zip(plan.window_slots, scheduler._tables.window_pools, strict=True), 1):
+        for kind, (slots, windows) in enumerate(zip(plan.window_slots, tables.window_pools, strict=True), 1):
             padding_of = range((pool.kind_pages[kind] - 1) * pool.page_size, pool.kind_pages[kind] * pool.page_size)
             expected = {windows.places[page] for page in published} - {-1}, {*slots, *padding_of}
             layers = [layer for layer, own in enumerate(plan.layer_kinds) if own == kind]

@@ -19,7 +19,7 @@ from cascade_llm.attention.flashinfer import levels as flashinfer_levels
 from cascade_llm.attention.flashinfer.graph import GraphAttention
 from cascade_llm.attention.flashinfer.levels import LevelBuffers, LevelColumns, LevelKernel, LevelOutput, LevelRun
 from cascade_llm.plan import CascadePlan, StepResult
-from cascade_llm.scheduler.scheduler import FlashInferScheduler
+from cascade_llm.scheduler.step_planner import StepPlanner
 from cascade_llm.worker import graph_sampling
 from cascade_llm.worker.cuda_graphs import CudaGraphs
 from cascade_llm.worker.graph_shapes import GraphShape, fitting_shape
@@ -394,14 +394,14 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("a published page is not written again, not even with what it holds")
 def _(patch: pytest.MonkeyPatch) -> None:
-    original = FlashInferScheduler._plan_sequence
+    original = StepPlanner._plan_sequence
 
-    def one_page_again(self: FlashInferScheduler, draft: Any, sequence: Any, num_new: int) -> bool:
+    def one_page_again(self: StepPlanner, draft: Any, sequence: Any, num_new: int) -> bool:
         if sequence.planned_len == sequence.num_cached_tokens > 0:
-            sequence.planned_len = sequence.committed_len = sequence.planned_len - self.config.page_size
+            sequence.planned_len = sequence.committed_len = sequence.planned_len - self._config.page_size
         return original(self, draft, sequence, num_new)
 
-    patch.setattr(FlashInferScheduler, "_plan_sequence", one_page_again)
+    patch.setattr(StepPlanner, "_plan_sequence", one_page_again)
 
 
 @mutation("the tokens of padding rows go to a lane that no sequence has")

@@ -21,7 +21,7 @@ class SlowLedger:
         self.known: defaultdict[Name, SequenceSharing] = defaultdict(SequenceSharing)
 
     def count(self, engine: SimulatedEngine, plan: StepPlan) -> None:
-        lanes = {s.lane: (s.request.request_id, s.sample_index) for s in engine.scheduler._running}
+        lanes = {s.lane: (s.request.request_id, s.sample_index) for s in engine.scheduler._roster.running}
         kinds = plan.layer_kinds or (0,)
         weights = [kinds.count(kind) / len(kinds) for kind in range(len(plan.cascades))]
         paths = [list(cascade.paths()) for cascade in plan.cascades]
@@ -71,7 +71,7 @@ def test_random_loads(lag: int, seeds: range) -> None:
                 twin.count(engine, plan)
             if engine.pending and (plan is None or len(engine.pending) > lag):
                 engine.commit()
-            if rng.random() < 0.05 and (running := engine.scheduler._running):
+            if rng.random() < 0.05 and (running := engine.scheduler._roster.running):
                 stopped = rng.choice(running)
                 name = stopped.request.request_id, stopped.sample_index
                 assert_equal(engine.scheduler.finish(*name, "stop"), twin.known[name])

@@ -8,9 +8,9 @@ import pytest
 
 from cascade_llm.plan import StepPlan
 from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.lanes import LanePool
 from cascade_llm.scheduler.prefix_cache import root_key
 from cascade_llm.scheduler.sequence import Request, Sequence
-from cascade_llm.scheduler.step import LanePool
 from tests.scheduler.generated import RandomLoad, random_engine
 from tests.scheduler.simulated_engine import SimulatedEngine, small_config
 
@@ -71,7 +71,7 @@ def test_plans_are_those_decided_anew(lag: int, seeds: range) -> None:
         for step in range(40):
             if step % 8 == 0:
                 assert load.add_to(engine, 3) == twin_load.add_to(twin, 3)
-            twin.scheduler._decode_run = None
+            twin.scheduler._planner._decode_run = None
             plan, twin_plan = engine.step(), twin.step()
             assert (plan is None) == (twin_plan is None)
             if plan is None or twin_plan is None:

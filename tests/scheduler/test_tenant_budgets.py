@@ -100,7 +100,7 @@ def test_what_runs_is_not_counted() -> None:
 
 def test_the_checks_notice_a_tenant_beyond_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_with_shares()
-    monkeypatch.setattr(type(engine.scheduler._tables), "_keep_in_budget", lambda self, tenant: None)
+    monkeypatch.setattr(type(engine.scheduler._roster.tables), "_keep_in_budget", lambda self, tenant: None)
     turn(engine, "small", 1)
     turn(engine, "small", 2)
     with pytest.raises(AssertionError, match="beyond its budget"):

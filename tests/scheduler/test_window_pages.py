@@ -50,7 +50,7 @@ def test_a_prompt_is_found_by_its_last_pages() -> None:
     engine.add(range(2000, 2140), max_tokens=1)
     while engine.scheduler.num_running + engine.scheduler.num_waiting > 1:
         engine.step()
-    first_node = next(node for node in engine.scheduler._tables.cache.nodes() if node.token_ids[0] == PROMPT[0])
+    first_node = next(node for node in engine.scheduler._roster.tables.cache.nodes() if node.token_ids[0] == PROMPT[0])
     assert not first_node.pages, "it is hollow"
     engine.scheduler.abort("first")
     before = engine.counters.cached_tokens
