@@ -13,7 +13,7 @@ from cascade_llm.attention.native_kernels import reasons_against_native
 from cascade_llm.attention.torch_backend import TorchAttentionBackend
 from cascade_llm.errors import BackendError
 
-__all__ = ["BackendChoice", "select_backend"]
+__all__ = ["REASONS_AGAINST", "BackendChoice", "select_backend"]
 
 BACKENDS: dict[str, type[AttentionBackend]] = {
     "flashinfer": FlashInferAttentionBackend,
@@ -71,3 +71,4 @@ REASONS_AGAINST: dict[str, Callable[[AttentionSpec], list[str]]] = {
     "native": reasons_against_native,
     "torch": _reasons_against_torch,
 }
+"""By name; each returns no reason for a model that its backend can serve."""

@@ -12,11 +12,10 @@ import torch
 
 from cascade_llm import __version__
 from cascade_llm.attention.backend import AttentionSpec
-from cascade_llm.attention.select import BACKENDS, select_backend
+from cascade_llm.attention.select import REASONS_AGAINST
 from cascade_llm.device.device_name import device_name
 from cascade_llm.device.devices import resolve_device, resolve_dtype
 from cascade_llm.device.native_library import describe_native_code
-from cascade_llm.errors import BackendError
 from cascade_llm.layers.fused_ops import TorchOps
 from cascade_llm.layers.native_ops import select_fused_ops
 from cascade_llm.sampling.native_sampler import reason_against_native_sampler
@@ -77,14 +76,7 @@ def backend_reasons() -> dict[str, str | None]:
         dtype=resolve_dtype("auto", "bfloat16", device),
         device=device,
     )
-    reasons: dict[str, str | None] = {}
-    for name in BACKENDS:
-        try:
-            select_backend(name, spec)
-            reasons[name] = None
-        except BackendError as error:
-            reasons[name] = str(error)
-    return reasons
+    return {name: "; ".join(reasons_against(spec)) or None for name, reasons_against in REASONS_AGAINST.items()}
 
 
 def _elementwise() -> dict[str, str | None]:

@@ -31,9 +31,8 @@ def test_a_backend_serves_or_says_why_not() -> None:
     backends = describe_machine()["backends"]
     assert backends.keys() == BACKENDS.keys()
     assert backends["torch"] is None
-    assert all(reason is None or reason.startswith("no attention backend can serve") for reason in backends.values())
     if not torch.cuda.is_available():
-        assert "CUDA" in str(backends["flashinfer"])
+        assert str(backends["flashinfer"]).startswith("needs a CUDA GPU")
 
 
 def test_without_a_compiler_it_says_what_torch_does_instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
