@@ -97,19 +97,24 @@ def attend_rows(
     """(v, s) of rows over tokens begin:stop of one segment, float64, s base 2; (0, -inf) where there are none."""
     assert indices is not None
     rows, heads, head_dim = q.shape
-    page_size, group = pools[0].shape[1], heads // pools[0].shape[2]
+    page_size, num_kv_heads = pools[0].shape[1:3]
+    if begin == stop:
+        empty = torch.full((rows, heads), -torch.inf, dtype=torch.float64)
+        return q.new_zeros(q.shape, dtype=torch.float64), empty
     token = torch.arange(begin, stop)
     pages = indices[first_entry + token // page_size].long()
-    k, v = (_gathered(pool, pages, token % page_size).repeat_interleave(group, dim=1) for pool in pools)
-    scores = torch.einsum("rhd,khd->rhk", q.double(), k) * (scale or head_dim**-0.5)
+    k, v = (_gathered(pool, pages, token % page_size).transpose(0, 1) for pool in pools)
+    by_kv_head = q.double().reshape(rows, num_kv_heads, -1, head_dim).transpose(0, 1)
+    scores = by_kv_head.flatten(1, 2) @ k.mT * (scale or head_dim**-0.5)
     if soft_cap is not None:
         scores = soft_cap * (scores / soft_cap).tanh()
-    lower, upper = torch.tensor(limits).view(-1, 2, 1).unbind(1)
-    hidden = (token < lower) | (token >= upper)
-    scores.masked_fill_(hidden[:, None, :], -torch.inf)
-    s = scores.logsumexp(-1) if len(token) else torch.full((rows, heads), -torch.inf, dtype=torch.float64)
+    if any(lower > begin or upper < stop for lower, upper in limits):
+        lower, upper = torch.tensor(limits).repeat_interleave(heads // num_kv_heads, dim=0).unsqueeze(-1).unbind(1)
+        scores.masked_fill_((token < lower) | (token >= upper), -torch.inf)
+    s = scores.logsumexp(-1)
     weights = torch.exp(scores - s.masked_fill(s == -torch.inf, 0.0).unsqueeze(-1))
-    return torch.einsum("rhk,khd->rhd", weights, v), s / math.log(2.0)
+    out = (weights @ v).view(by_kv_head.shape).transpose(0, 1).reshape(q.shape)
+    return out, s.view(num_kv_heads, rows, -1).transpose(0, 1).reshape(rows, heads) / math.log(2.0)
 
 
 def _gathered(pool: torch.Tensor, pages: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from scripts.gpu_suite.sizes import DRY
 from tests.doubles import device
 from tests.doubles.flashinfer import ARCH
 from tests.doubles.torch_products import cuda_products
-from tests.gpu_path.gpu_engine import double_gpu, on_double
+from tests.gpu_path.double_gpu import double_gpu, on_double
 from tests.gpu_path.rank_executor import RankThreads
 
 __all__ = ["DoubleMachine"]

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import cascade_llm.engine.assembly
 from cascade_llm import LLM, SamplingParams
 from cascade_llm.worker.cuda_graphs import CudaGraphs
-from cascade_llm.worker.worker import build_worker
-from tests.doubles.device import DoubleStream
 from tests.doubles.flashinfer import FlashInferDouble
 from tests.engine.tiny_llm import tiny_llm
+from tests.gpu_path.double_gpu import double_gpu, on_double
 from tests.gpu_path.published_pages import watch_published_pages
 
 __all__ = ["OPTIONS", "PARAMS", "PROMPTS", "SHAPE", "double_gpu", "gpu_llm", "graphs_of", "on_double"]
@@ -29,19 +23,6 @@ PROMPTS += [[*FAMILIES[0][:40], 50 + i] for i in range(2)] + [[60 - i for i in r
 PARAMS = [SamplingParams(temperature=0, max_tokens=6 + 3 * i, ignore_eos=True) for i in range(len(PROMPTS))]
 """Some sequences grow past 128 tokens of their own, where kernels begin to split K/V."""
 OPTIONS: dict[str, Any] = {"page_size": 4, "cascade_shared_prefix_len": 32, "max_num_seqs": 10}
-
-
-def double_gpu(*, num_sm: int = 8, exact: bool = True) -> FlashInferDouble:
-    """Eight processors: with two KV heads, up to eight tiles are filled by splitting K/V."""
-    return FlashInferDouble(DoubleStream(), num_sm=num_sm, exact=exact)
-
-
-@contextmanager
-def on_double(double: FlashInferDouble) -> Iterator[None]:
-    """What is built inside takes the double for its GPU."""
-    built = partial(build_worker, platform=double.platform())
-    with patch.object(cascade_llm.engine.assembly, "build_worker", built):
-        yield
 
 
 def gpu_llm(folder: Path, double: FlashInferDouble, **options: Any) -> LLM:

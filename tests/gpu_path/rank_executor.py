@@ -17,8 +17,8 @@ from cascade_llm.worker.model_runner import ModelRunner
 from cascade_llm.worker.rank_options import options_of_rank
 from cascade_llm.worker.start_progress import OnStart
 from cascade_llm.worker.worker import WorkerFacts, build_worker
+from tests.gpu_path.double_gpu import double_gpu
 from tests.gpu_path.gloo_ranks import join_by_gloo
-from tests.gpu_path.gpu_engine import double_gpu
 
 __all__ = ["RankThreads"]
 

@@ -41,7 +41,7 @@ def sampling(num_requests: int, **changes: Any) -> list[SamplingParams]:
     ]
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize(
     "options",
     [

@@ -32,10 +32,12 @@ def save(folder: Path, architecture: str, num_layers: int, **changes: Any) -> Pa
     return save_tiny(folder, architecture, **{**SHAPE, "num_hidden_layers": num_layers, **changes})
 
 
-def forward_launches(folder: Path, capacities: tuple[int, ...], **options: Any) -> list[str]:
+def forward_launches(folder: Path, *capacities: tuple[int, ...], **options: Any) -> list[list[str]]:
+    """Of the graph of each of these capacities."""
     with gpu_llm(folder, double_gpu(exact=False), dtype="bfloat16", max_num_seqs=ROWS, **options) as llm:
-        forward: Any = graphs_of(llm)._shapes[GraphShape(ROWS, capacities)].forward
-        return [name.removeprefix("FlashInferDouble.") for name in forward.launches]
+        shapes = graphs_of(llm)._shapes
+        forwards: list[Any] = [shapes[GraphShape(ROWS, each)].forward for each in capacities]
+        return [[name.removeprefix("FlashInferDouble.") for name in forward.launches] for forward in forwards]
 
 
 def layer_launches(first: bool, extra: list[str], num_shared: int, leaf: str = "DecodeWrapper.run") -> list[str]:
@@ -43,27 +45,25 @@ def layer_launches(first: bool, extra: list[str], num_shared: int, leaf: str = "
     return norm + PROJECTED + extra + WRITTEN + [leaf] + SHARED * num_shared + REST
 
 
-@pytest.mark.parametrize("capacities", [(), (2,), (8, 8)], ids=str)
 @pytest.mark.parametrize(("architecture", "extra"), [("qwen3", NORMS_OF_HEADS), ("llama", []), ("qwen2", [])])
-def test_of_a_forward_pass(tmp_path: Path, architecture: str, extra: list[str], capacities: tuple[int, ...]) -> None:
-    found = forward_launches(save(tmp_path, architecture, 2), capacities)
-    layers = [layer_launches(first, extra, len(capacities)) for first in (True, False)]
-    assert found == [*BEFORE, *layers[0], *layers[1], "fused_add_rmsnorm", *HEAD]
+def test_of_a_forward_pass(tmp_path: Path, architecture: str, extra: list[str]) -> None:
+    graphs: list[tuple[int, ...]] = [(), (2,), (8, 8)]
+    found = forward_launches(save(tmp_path, architecture, 2), *graphs)
+    for capacities, launches in zip(graphs, found, strict=True):
+        layers = [layer_launches(first, extra, len(capacities)) for first in (True, False)]
+        assert launches == [*BEFORE, *layers[0], *layers[1], "fused_add_rmsnorm", *HEAD], capacities
 
 
-@pytest.mark.parametrize(("capacities", "per_layer"), [((), 12), ((2,), 14), ((8, 8), 16)])
-def test_of_a_layer_of_qwen3(tmp_path: Path, capacities: tuple[int, ...], per_layer: int) -> None:
-    lengths = [
-        len(forward_launches(save(tmp_path / str(num_layers), "qwen3", num_layers), capacities))
-        for num_layers in (1, 3)
-    ]
-    assert lengths[1] - lengths[0] == 2 * per_layer
+def test_of_a_layer_of_qwen3(tmp_path: Path) -> None:
+    graphs = {(): 12, (2,): 14, (8, 8): 16}
+    one, three = (forward_launches(save(tmp_path / str(layers), "qwen3", layers), *graphs) for layers in (1, 3))
+    assert [(len(b) - len(a)) / 2 for a, b in zip(one, three, strict=True)] == list(graphs.values())
 
 
 def test_of_8_bit_pages(tmp_path: Path) -> None:
     """Without scales: K and V are clamped and converted before they are appended."""
     folder = save(tmp_path, "llama", 1, head_dim=128)
-    found = forward_launches(folder, (), kv_cache_dtype="fp8_e4m3")
+    (found,) = forward_launches(folder, (), kv_cache_dtype="fp8_e4m3")
     layer = layer_launches(True, [], 0)
     append = layer.index("append_paged_kv_cache")
     encoded = [*layer[:append], *["aten.clamp", "aten.to"] * 2, *layer[append:]]
