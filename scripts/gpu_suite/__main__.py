@@ -12,6 +12,7 @@ import os
 import sys
 import tarfile
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from scripts.gpu_suite.runner import Runner, Stage, pack
@@ -34,7 +35,10 @@ def main() -> int:
         _set_environment(arguments, folder)
         options = ["--quick"] if arguments.quick or arguments.dry else []
         options += ["--machine", DRY_MACHINE] if arguments.dry else []
-        summary = Runner(arguments.out, arguments.budget_s, options).run(_chosen(arguments.stage))
+        stages = _chosen(arguments.stage)
+        if arguments.dry:  # limits are for a GPU, on a machine of its own
+            stages = [replace(stage, limit_s=arguments.budget_s) for stage in stages]
+        summary = Runner(arguments.out, arguments.budget_s, options).run(stages)
     pack(arguments.out)
     return int(any(entry["verdict"] == "failed" for entry in summary["stages"].values()))
 
@@ -69,7 +73,7 @@ def _arguments() -> argparse.Namespace:
     names = [stage.name for stage in STAGES]
     parser.add_argument("--stage", action="append", default=[], choices=names, metavar="NAME", help="only these")
     parser.add_argument("--quick", action="store_true", help="small sizes: a first look in about three minutes")
-    parser.add_argument("--dry", action="store_true", help="on doubles of GPU and FlashInfer, quick sizes")
+    parser.add_argument("--dry", action="store_true", help="on doubles, quick sizes; the budget alone is a limit")
     parser.add_argument("--archive", type=Path, help="packages to unpack and use, site-packages as .tar.xz")
     parser.add_argument("--kernels", type=Path, help="a cache folder with compiled kernels (CASCADE_LLM_CACHE)")
     parser.add_argument("--budget-s", type=float, default=570.0, help="seconds for all stages (default 570)")

@@ -30,6 +30,7 @@ from cascade_llm.bench.sides import opened_sides
 from cascade_llm.bench.throughput import compare
 from cascade_llm.bench.workloads import ChatWorkload, RandomWorkload, RolloutWorkload, SharedPrefixWorkload
 from cascade_llm.errors import BackendError, ConfigError
+from tests.patience import PATIENCE_S
 
 OPTIONS = {"dtype": "float32", "page_size": 4, "num_threads": 1}
 SHARED = SharedPrefixWorkload(prefix_len=20, num_requests=3, suffix_len=4, output_len=5)
@@ -80,10 +81,10 @@ def process(counting: PeerInterpreter) -> PeerProcess:
 
 
 def start(process: PeerProcess) -> int:
-    child = process.ask({"op": "start"}, timeout_s=30)["flags"]["child"]
+    child = process.ask({"op": "start"}, timeout_s=PATIENCE_S)["flags"]["child"]
     assert isinstance(child, int)
     requests = [{"token_ids": [1], "output_len": 4, "n": 2}]
-    process.ask({"op": "load", "requests": requests, "temperature": 0.0, "top_p": 1.0}, timeout_s=30)
+    process.ask({"op": "load", "requests": requests, "temperature": 0.0, "top_p": 1.0}, timeout_s=PATIENCE_S)
     return child
 
 
@@ -96,7 +97,8 @@ def state_of(pid: int) -> str:
 
 
 def wait_for(pid: int, states: tuple[str, ...]) -> None:
-    for _ in range(500):
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
         if state_of(pid) in states:
             return
         time.sleep(0.01)
@@ -105,19 +107,19 @@ def wait_for(pid: int, states: tuple[str, ...]) -> None:
 
 def test_answers_come_without_the_noise_and_children_rest_between(process: PeerProcess) -> None:
     child = start(process)
-    answer = process.ask({"op": "run", "output_len": None, "reset": True}, timeout_s=30)
+    answer = process.ask({"op": "run", "output_len": None, "reset": True}, timeout_s=PATIENCE_S)
     assert answer["num_generated"] == 8
     assert answer["elapsed_s"] >= 0
     wait_for(child, ("T",))
-    assert process.ask({"op": "run", "output_len": 1, "reset": False}, timeout_s=30)["num_generated"] == 2
-    assert process.ask({"op": "memory"}, timeout_s=30)["peak_bytes"] > 1 << 20
+    assert process.ask({"op": "run", "output_len": 1, "reset": False}, timeout_s=PATIENCE_S)["num_generated"] == 2
+    assert process.ask({"op": "memory"}, timeout_s=PATIENCE_S)["peak_bytes"] > 1 << 20
     process.close()
     wait_for(child, ("", "Z"))
 
 
 @pytest.mark.parametrize(
     ("output_len", "timeout_s", "words"),
-    [(97, 30, "ValueError: no such thing"), (98, 30, "has ended"), (99, 0.5, "has not answered for")],
+    [(97, PATIENCE_S, "ValueError: no such thing"), (98, PATIENCE_S, "has ended"), (99, 0.5, "has not answered for")],
 )
 def test_failures_are_told_with_the_engines_words(
     process: PeerProcess, output_len: int, timeout_s: float, words: str
@@ -134,7 +136,7 @@ def test_an_engine_that_dies_between_commands_is_told(process: PeerProcess) -> N
     os.killpg(process._process.pid, signal.SIGKILL)
     process._process.wait()
     with pytest.raises(BackendError, match=r"has ended.*noise on standard output"):
-        process.ask({"op": "memory"}, timeout_s=30)
+        process.ask({"op": "memory"}, timeout_s=PATIENCE_S)
     process.close()
 
 

@@ -14,6 +14,7 @@ import pytest
 from cascade_llm.cli.main import main
 from cascade_llm.errors import ModelNotFoundError
 from tests.cli.conftest import Run, RunProcess, json_lines, process_args
+from tests.patience import PATIENCE_S
 
 Capture = pytest.CaptureFixture[str]
 
@@ -52,7 +53,7 @@ def test_an_interruption_is_one_line(repo_root: Path, environment: dict[str, str
     try:
         process.stdin.write("more than a pipe holds" * 20_000)  # returns when the command has begun to read
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 130, errors
@@ -72,7 +73,7 @@ def test_a_reader_that_leaves_is_no_error(repo_root: Path, environment: dict[str
     )
     assert process.stdout is not None
     process.stdout.close()
-    _, errors = process.communicate("one\ntwo\n", timeout=120)
+    _, errors = process.communicate("one\ntwo\n", timeout=PATIENCE_S)
     assert process.returncode == 1
     assert errors == ""
 

@@ -17,12 +17,12 @@ from cascade_llm.errors import EngineClosedError
 from cascade_llm.outputs import CompletionDelta
 from cascade_llm.scheduler.sequence import Request
 from tests.engine.tiny_llm import save_tiny, tiny_llm
+from tests.patience import PATIENCE_S
 
 SHARED = [3 + (i * 7) % 80 for i in range(40)]
 PROMPTS = [[*SHARED, 5 + i] for i in range(6)]
 SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
-PATIENCE_S = 60.0
 
 
 class Readers:

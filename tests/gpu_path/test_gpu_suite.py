@@ -472,8 +472,9 @@ def test_stages_that_are_named_run_after_the_machine_is_known() -> None:
 
 
 def dry(out: Path, repo_root: Path, *options: str) -> Any:
-    command = [sys.executable, "-m", "scripts.gpu_suite", str(out), "--dry", *options]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=590, check=False)
+    """The budget is against hanging alone: other work may take the processors."""
+    command = [sys.executable, "-m", "scripts.gpu_suite", str(out), "--dry", "--budget-s", "3600", *options]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     return read(out / "summary.json")
 

@@ -15,13 +15,10 @@ import httpx
 import pytest
 
 from tests.cli.conftest import environment, process_args, run, run_process, tiny_folder
+from tests.patience import PATIENCE_S
 
 __all__ = ["environment", "run", "run_process", "started", "tiny_folder"]
 
-PATIENCE_S = 60.0
-"""For what takes a second where nobody else computes."""
-START_S = 240.0
-"""For a process that imports torch and loads a model, beside others that do so."""
 ONE_REQUEST_EACH = httpx.Limits(max_keepalive_connections=0)
 """For connections. The client is kept: making one reads certificates, ten times the work of a request."""
 Result = TypeVar("Result")
@@ -35,7 +32,7 @@ class RunningServer:
         self._lines: list[str] = []
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
-        (self.url,) = self.wait_for(lambda: re.findall(r"listening on (\S+)", self.log), START_S)[:1]
+        (self.url,) = self.wait_for(lambda: re.findall(r"listening on (\S+)", self.log))[:1]
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S, limits=ONE_REQUEST_EACH)
 
     @property
@@ -59,7 +56,7 @@ class RunningServer:
         return status
 
     def wait_until_ready(self) -> None:
-        self.wait_for(lambda: self.get("/ready").status_code == 200, START_S)
+        self.wait_for(lambda: self.get("/ready").status_code == 200)
 
     def metric(self, name: str, **headers: str) -> float:
         text = self.get("/metrics", **headers).text

@@ -16,7 +16,8 @@ import pytest
 from cascade_llm.engine.chat_template import ChatTemplate
 from cascade_llm.errors import RequestError
 from cascade_llm.server.api_errors import api_error
-from tests.server.conftest import PATIENCE_S, RunningServer
+from tests.patience import PATIENCE_S
+from tests.server.conftest import RunningServer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]

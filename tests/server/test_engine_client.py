@@ -23,12 +23,12 @@ from cascade_llm.scheduler.sequence import Request
 from cascade_llm.server.engine_client import Answers, EngineClient, EngineStatus
 from cascade_llm.server.messages import Abort, decode_command, given_params
 from tests.engine.tiny_llm import save_tiny, tiny_llm
+from tests.patience import PATIENCE_S
 
 OPTIONS = {"dtype": "float32", "page_size": 4, "max_num_seqs": 16, "num_threads": 1}
 PROMPTS = [[*(3 + (i * 7) % 80 for i in range(40)), 5 + j] for j in range(3)]
 SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1, prompt_logprobs=0, n=2)
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")

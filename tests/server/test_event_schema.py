@@ -12,7 +12,8 @@ import pytest
 
 from cascade_llm.server.engine_client import EngineStatus
 from cascade_llm.server.event_schema import DONE
-from tests.server.conftest import PATIENCE_S, RunningServer
+from tests.patience import PATIENCE_S
+from tests.server.conftest import RunningServer
 
 CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 LIVE_VIEW = "/v1/cascade/events"

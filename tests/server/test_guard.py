@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from cascade_llm.server.options import ServerOptions
-from tests.server.conftest import PATIENCE_S, RunningServer
+from tests.patience import PATIENCE_S
+from tests.server.conftest import RunningServer
 
 COMPLETIONS = "/v1/completions"
 

@@ -25,7 +25,8 @@ from cascade_llm.server.schema import (
     read_body,
     wrong_body,
 )
-from tests.server.conftest import PATIENCE_S, RunningServer
+from tests.patience import PATIENCE_S
+from tests.server.conftest import RunningServer
 
 SECRET = "plover-xyzzy"
 TURN = {"role": "user", "content": SECRET}

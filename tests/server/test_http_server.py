@@ -14,10 +14,10 @@ import pytest
 
 from cascade_llm.server.guard import Receive, Scope, Send
 from cascade_llm.server.http_server import ConnectionLimits, HttpServer, most_connections
+from tests.patience import PATIENCE_S
 
 GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n"
 LIMITS = ConnectionLimits(head_timeout_s=0.3, most=4)
-PATIENCE_S = 60.0
 
 
 async def application(scope: Scope, receive: Receive, send: Send) -> None:

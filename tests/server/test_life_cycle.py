@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from tests.cli.conftest import RunProcess
-from tests.server.conftest import PATIENCE_S, RunningServer, StartServer
+from tests.patience import PATIENCE_S
+from tests.server.conftest import RunningServer, StartServer
 
 LONG = {"prompt": "a", "max_tokens": 400, "ignore_eos": True}
 COMPLETIONS, EVENTS = "/v1/completions", "/v1/cascade/events"

@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from cascade_llm.server.sharing_feed import MOST_LISTENERS
-from tests.server.conftest import PATIENCE_S, RunningServer, StartServer
+from tests.patience import PATIENCE_S
+from tests.server.conftest import RunningServer, StartServer
 
 EVENTS = "/v1/cascade/events"
 SECRET = "The quick brown fox jumps over the lazy dog, and then it does so once more, from the other side of the fence."

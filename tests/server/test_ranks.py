@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from tests.cli.conftest import RunProcess
-from tests.server.conftest import PATIENCE_S, RunningServer, StartServer
+from tests.patience import PATIENCE_S
+from tests.server.conftest import RunningServer, StartServer
 from tests.server.test_life_cycle import COMPLETIONS, LONG, begin_stream, engine_of
 
 RANKS = ("--tensor-parallel-size", "2")

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import PATIENCE_S, RunningServer, started
+from tests.patience import PATIENCE_S
+from tests.server.conftest import RunningServer, started
 
 COMPLETIONS, SESSIONS, EVENTS = "/v1/completions", "/v1/sessions", "/v1/cascade/events"
 KEYS = """

@@ -11,7 +11,8 @@ import anthropic
 import openai
 import pytest
 
-from tests.server.conftest import PATIENCE_S, RunningServer, started
+from tests.patience import PATIENCE_S
+from tests.server.conftest import RunningServer, started
 from tests.server.speaking_model import save_speaking
 from tests.server.test_event_schema import data_validator, stream
 from tests.server.test_hostile_bodies import deep

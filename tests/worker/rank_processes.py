@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cascade_llm import LLM, SamplingParams
 from cascade_llm.worker.process_executor import ProcessExecutor
+from tests.patience import PATIENCE_S
 
 SHARED = [3 + (i * 7) % 80 for i in range(40)]
 PROMPTS = [[*SHARED, *range(50 + 5 * i, 53 + 5 * i)] for i in range(5)] + [[9, 8, 7]]
@@ -30,7 +31,7 @@ def pids_of(llm: LLM) -> list[int]:
     return [pid for pid in executor_of(llm).pids if pid is not None]
 
 
-def is_gone(pid: int, within_s: float = 20.0) -> bool:
+def is_gone(pid: int, within_s: float = PATIENCE_S) -> bool:
     """Whether a process ends in that time; one that nobody has waited for counts as ended."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
