@@ -15,8 +15,8 @@ import psutil
 
 from cascade_llm.errors import ConfigError
 from cascade_llm.sampling_params import SamplingParams
+from cascade_llm.scheduler.page_keys import root_key
 from cascade_llm.scheduler.pages import PageTables
-from cascade_llm.scheduler.prefix_cache import root_key
 from cascade_llm.scheduler.sequence import Request, Sequence
 
 __all__ = ["CacheTreeLoad", "CacheTreeReport", "measure_cache_tree"]

@@ -24,8 +24,8 @@ from cascade_llm.scheduler.cascade.cost_model import AttentionShape, CostModel
 from cascade_llm.scheduler.cascade.device_costs import DEVICE_COSTS
 from cascade_llm.scheduler.cascade.planner import CascadePlanner
 from cascade_llm.scheduler.cascade.tree import PlannedRows
+from cascade_llm.scheduler.page_keys import root_key
 from cascade_llm.scheduler.pages import PageTables
-from cascade_llm.scheduler.prefix_cache import root_key
 from cascade_llm.scheduler.scheduler import FlashInferScheduler
 from cascade_llm.scheduler.sequence import Request
 from cascade_llm.scheduler.sequence import Sequence as TokenSequence

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar, Literal, NoReturn, Self, cast
+from typing import Any, ClassVar, NoReturn, Self, cast
 
 from cascade_llm.config import EngineOptions
 from cascade_llm.engine.assembly import assemble
@@ -20,32 +19,22 @@ from cascade_llm.engine.call_arguments import (
     SharingArguments,
     as_conversations,
     as_many,
-    one_per_prompt,
     template_arguments,
 )
+from cascade_llm.engine.calls import CallReader, OnError, Reader, call_outputs
 from cascade_llm.engine.engine import Engine
-from cascade_llm.engine.input_processor import Prompt, ReadPrompt
+from cascade_llm.engine.input_processor import Prompt
 from cascade_llm.engine.process_lock import ProcessLock, forked
+from cascade_llm.engine.progress_bars import StartBars, request_bar
 from cascade_llm.engine.requests import RequestState
-from cascade_llm.errors import (
-    BackendError,
-    ConfigError,
-    EngineClosedError,
-    GenerationError,
-    RequestError,
-)
-from cascade_llm.outputs import CompletionDelta, CompletionOutput, RequestOutput
+from cascade_llm.engine.token_stream import TokenStream
+from cascade_llm.errors import BackendError, EngineClosedError, RequestError
+from cascade_llm.outputs import RequestOutput
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.sequence import Request
-from cascade_llm.scheduler.sessions import SessionInfo, SessionName, SessionUse
-from cascade_llm.worker.start_progress import CAPTURING, LOADING
+from cascade_llm.scheduler.sessions import SessionInfo, SessionName
 
-__all__ = ["LLM", "TokenStream"]
-
-OnError = Literal["raise", "return"]
-SHOWN_AFTER_S = 1.0
-"""Of loading, before there is a bar."""
-Reader = Callable[[SamplingParams], ReadPrompt]
+__all__ = ["LLM"]
 
 
 class LLM:
@@ -73,6 +62,7 @@ class LLM:
         self.tokenizer, self.facts = parts.tokenizer, parts.facts
         self.model_name, self.cost_source = parts.model_name, parts.cost_source
         self._engine, self._input, self._resources = parts.engine, parts.input_processor, parts.resources
+        self._calls = CallReader(self._input, has_prefix_cache=self.options.enable_prefix_caching)
         self._lock = ProcessLock()
         LLM._first_process = os.getpid()
         self._closed = False
@@ -171,16 +161,12 @@ class LLM:
             reader = partial(self._input.read_chat, cast(Messages, prompt), arguments)
         else:
             reader = partial(self._input.read_prompt, cast(Prompt, prompt))
+        sharing = SharingArguments(session_id, fork_of, cache_salt)
         with self._lock:
             self._check_open()
-            params = SamplingParams() if params is None else params
-            read = self._read(reader, params, priority)
-            if isinstance(read, RequestError):
-                raise read
-            (sharing,) = self._sharing(SharingArguments(session_id, fork_of, cache_salt), [params])
-            request = self._input.request(read, params, priority, *sharing)
+            request, text = self._calls.read_one(reader, params, priority, sharing)
             with self._abandoned_on_error([request]):
-                return TokenStream(self, self._engine.add(request, read.text))
+                return TokenStream(self._engine.add(request, text), self.step, self._abort, self._engine.abandon)
 
     def _serve(
         self,
@@ -191,64 +177,13 @@ class LLM:
         on_error: OnError,
         progress: bool,
     ) -> list[RequestOutput]:
-        if on_error not in ("raise", "return"):
-            raise ConfigError(f"on_error is {on_error!r}: it must be 'raise' or 'return'")
         with self._lock:
             self._check_open()
-            params = SamplingParams() if params is None else params
-            all_params = one_per_prompt("params", params, SamplingParams, len(readers))
-            priorities = one_per_prompt("priority", priority, int, len(readers))
-            prompts = self._read_all(readers, all_params, priorities, on_error)
-            all_sharing = self._sharing(sharing, all_params)
-            admitted = [
-                prompt
-                if isinstance(prompt, RequestError)
-                else (self._input.request(prompt, own_params, rank, *own_sharing), prompt.text)
-                for prompt, own_params, rank, own_sharing in zip(
-                    prompts, all_params, priorities, all_sharing, strict=True
-                )
-            ]
+            admitted = self._calls.read(readers, params, priority, sharing, on_error)
             with self._abandoned_on_error([item[0] for item in admitted if isinstance(item, tuple)]):
                 states = [item if isinstance(item, RequestError) else self._engine.add(*item) for item in admitted]
                 self._run([state for state in states if isinstance(state, RequestState)], progress)
-        outputs = [_output(state, index) for index, state in enumerate(states)]
-        if on_error == "raise":
-            _raise_first_failure(outputs)
-        return outputs
-
-    def _sharing(
-        self, arguments: SharingArguments, params: Sequence[SamplingParams]
-    ) -> Sequence[tuple[SessionUse | None, bytes]]:
-        return arguments.read(params, has_prefix_cache=self.options.enable_prefix_caching)
-
-    def _read_all(
-        self,
-        readers: Sequence[Reader],
-        all_params: Sequence[SamplingParams],
-        priorities: Sequence[int],
-        on_error: OnError,
-    ) -> list[ReadPrompt | RequestError]:
-        read = [self._read(*item) for item in zip(readers, all_params, priorities, strict=True)]
-        bad = [(index, item) for index, item in enumerate(read) if isinstance(item, RequestError)]
-        if bad and on_error == "raise":
-            if len(read) == 1:
-                raise bad[0][1]
-            kind = type(bad[0][1]) if len({type(error) for _, error in bad}) == 1 else RequestError
-            listed = "; ".join(f"prompt {index}: {error}" for index, error in bad)
-            raise kind(f"{len(bad)} of {len(read)} prompts cannot be served (nothing has run): {listed}")
-        return read
-
-    def _read(self, reader: Reader, params: SamplingParams, priority: int) -> ReadPrompt | RequestError:
-        """One prompt, with everything about its request checked; or what is wrong with it, whatever it is."""
-        try:
-            self._input.check(params, priority)
-            return reader(params)
-        except RequestError as error:
-            return error
-        except Exception as error:
-            wrapped = RequestError(f"the prompt cannot be read ({type(error).__name__}: {error})")
-            wrapped.__cause__ = error
-            return wrapped
+        return call_outputs(states, on_error)
 
     # -- the engine's own state --------------------------------------------------------------------------------------
 
@@ -350,7 +285,7 @@ class LLM:
 
     def _run(self, states: Sequence[RequestState], progress: bool) -> None:
         """Step until these requests have ended."""
-        with _progress_bar(len(states), enabled=progress) as advance:
+        with request_bar(len(states), enabled=progress) as advance:
             num_unfinished = len(states)
             while num_unfinished:
                 self._engine.step()
@@ -368,135 +303,3 @@ class LLM:
                 self._engine.abandon(request.request_id)
             self._engine.settle()
             raise
-
-
-class TokenStream:
-    """An iterator over what a request gains: `CompletionDelta`s, as tokens come.
-
-    `output` is the whole so far. Leaving it early (`close()`, or the end of a `with` block) aborts the request and
-    frees its pages.
-    """
-
-    def __init__(self, llm: LLM, state: RequestState) -> None:
-        self._llm, self._state = llm, state
-        self._ready: list[CompletionDelta] = []
-
-    @property
-    def output(self) -> RequestOutput:
-        """Everything generated so far."""
-        return self._state.output
-
-    def __iter__(self) -> Iterator[CompletionDelta]:
-        return self
-
-    def __next__(self) -> CompletionDelta:
-        while not self._ready:
-            self._ready = self._state.take_deltas()[::-1]
-            if self._ready:
-                break
-            if self.output.finished:
-                if self.output.error is not None:
-                    raise self.output.error
-                raise StopIteration
-            self._llm.step()
-        return self._ready.pop()
-
-    def poll(self) -> list[CompletionDelta]:
-        """What has come since the last delta, without making a step; see `LLM.step`."""
-        ready, self._ready = self._ready[::-1], []
-        return ready + self._state.take_deltas()
-
-    def close(self) -> None:
-        """Abort the request unless it has ended."""
-        self._llm._abort(self._state.request.request_id)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # the garbage collector may call this in the middle of a step, so it only leaves a note
-        self._llm._engine.abandon(self._state.request.request_id)
-
-
-def _output(state: RequestState | RequestError, index: int) -> RequestOutput:
-    if isinstance(state, RequestState):
-        return state.output
-    return RequestOutput(f"refused-{index}", None, [], [CompletionOutput(0, finish_reason="error")], error=state)
-
-
-def _raise_first_failure(outputs: list[RequestOutput]) -> None:
-    failed = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
-    if failed:
-        listed = "; ".join(f"prompt {index}: {error}" for index, error in failed)
-        raise GenerationError(
-            f"{len(failed)} of {len(outputs)} requests ended early (this error's `outputs` has all that was generated; "
-            f'on_error="return" returns it): {listed}',
-            outputs,
-        ) from failed[0][1]
-
-
-class StartBars:
-    """Draws a bar for each stage of a start that takes long, on standard error, on terminals only; an `OnStart`."""
-
-    def __init__(self, open_bars: ExitStack, clock: Callable[[], float] = time.monotonic) -> None:
-        """`open_bars`: closes the last of them."""
-        self._open_bars, self._clock = open_bars, clock
-        self._what, self._since = "", 0.0
-        self._update: Callable[..., None] | None = None
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Bytes of the weights, or graphs, done of all."""
-        if what != self._what:
-            self._open_bars.close()
-            self._what, self._since, self._update = what, self._clock(), None
-        if self._update is None and (what == CAPTURING or self._clock() - self._since > SHOWN_AFTER_S):
-            self._update = self._begin(what, total)
-        if self._update is not None:
-            self._update(completed=done)
-
-    def _begin(self, what: str, total: int) -> Callable[..., None]:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        counts = (DownloadColumn(), TransferSpeedColumn()) if what == LOADING else (MofNCompleteColumn(),)
-        columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
-        console = Console(stderr=True)
-        bar = self._open_bars.enter_context(
-            Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        )
-        return partial(bar.update, bar.add_task(what, total=total))
-
-
-@contextmanager
-def _progress_bar(total: int, *, enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function of (requests that ended, tokens generated by the engine so far)."""
-    if not enabled:
-        yield lambda ended, generated: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    counted, console = TextColumn("{task.fields[generated]} tokens"), Console(stderr=True)
-    with Progress(*columns, counted, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("generating", total=total, generated=0)
-        first: list[int] = []
-
-        def advance(ended: int, generated: int) -> None:
-            first[:] = first or [generated]
-            bar.update(task, advance=ended, generated=generated - first[0])
-
-        yield advance

@@ -50,7 +50,7 @@ class Door(NamedTuple):
 
 DOORS: Mapping[str, Door] = {
     "transformers": Door(("engine.tokenizer", "validation.transformers_model")),
-    "jinja2": Door(("engine.chat_template",)),
+    "jinja2": Door(("engine.chat_template", "engine.template_sandbox")),
     "tokenizers": Door(("engine.tokenizer", "loader")),
     "gguf": Door(("loader",)),
     "safetensors": Door(("loader",)),
@@ -67,7 +67,7 @@ DOORS: Mapping[str, Door] = {
     "msgspec": Door(("server",)),
     "opentelemetry": Door(("server.tracing",), one_module=True),
     "prometheus_client": Door(("server",), one_module=True),
-    "rich": Door(("cli", "bench", "validation", "llm")),
+    "rich": Door(("cli", "bench", "validation", "engine.progress_bars")),
 }
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from cascade_llm.bench.arrivals import Arrival, ArrivalQueue
 from cascade_llm.bench.load import Load
 from cascade_llm.bench.reading import Reading
+from cascade_llm.engine.token_stream import TokenStream
 from cascade_llm.errors import ConfigError
-from cascade_llm.llm import LLM, TokenStream
+from cascade_llm.llm import LLM
 
 __all__ = [
     "AllAtOnce",

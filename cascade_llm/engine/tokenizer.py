@@ -19,7 +19,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as BackendTokenizer
 
-from cascade_llm.engine.chat_template import ChatTemplate, plain_messages, text_of
+from cascade_llm.engine.chat_messages import plain_messages, text_of
+from cascade_llm.engine.chat_template import ChatTemplate
 from cascade_llm.errors import CascadeError, CheckpointError, PromptError, RequestError, UnsupportedModelError
 from cascade_llm.loader.gguf_file import GGUFFile
 from cascade_llm.loader.gguf_texts import GGUFTexts

@@ -14,8 +14,9 @@ from cascade_llm.config import SchedulerConfig
 from cascade_llm.metrics import SchedulerCounters
 from cascade_llm.plan import LaneStart
 from cascade_llm.scheduler.lanes import LanePool
+from cascade_llm.scheduler.page_keys import root_key
 from cascade_llm.scheduler.pages import PageTables
-from cascade_llm.scheduler.prefix_cache import PrefixMatch, root_key
+from cascade_llm.scheduler.prefix_cache import PrefixMatch
 from cascade_llm.scheduler.sequence import Request, Sequence, SequenceStatus
 from cascade_llm.scheduler.sessions import SessionLimits, SessionName
 from cascade_llm.scheduler.waiting import Turns, WaitingQueue

@@ -13,7 +13,8 @@ from cascade_llm.errors import GenerationError
 from cascade_llm.outputs import TokenLogprob
 from cascade_llm.plan import IntColumn
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.prefix_cache import PageKeys, RadixNode
+from cascade_llm.scheduler.page_keys import PageKeys
+from cascade_llm.scheduler.prefix_cache import RadixNode
 from cascade_llm.scheduler.sessions import SessionName, SessionUse
 
 __all__ = ["Client", "Request", "Sequence", "SequenceSharing", "SequenceStatus", "SequenceUpdate", "TokenMask"]

@@ -8,8 +8,9 @@ from itertools import islice
 from pathlib import Path
 
 from cascade_llm.engine.output_queue import RequestGain
+from cascade_llm.engine.token_stream import TokenStream
 from cascade_llm.errors import CascadeError
-from cascade_llm.llm import LLM, TokenStream
+from cascade_llm.llm import LLM
 from cascade_llm.server.answer_forms import AnswerForm
 from cascade_llm.server.api_errors import ApiError, api_error
 from cascade_llm.server.batch_lines import (

@@ -10,8 +10,8 @@ import pytest
 from cascade_llm.plan import PageCopy
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.page_allocator import PageAllocator
+from cascade_llm.scheduler.page_keys import root_key
 from cascade_llm.scheduler.pages import PageTables
-from cascade_llm.scheduler.prefix_cache import root_key
 from cascade_llm.scheduler.sequence import Request, Sequence
 
 # the allocator

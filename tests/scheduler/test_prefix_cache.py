@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import pytest
 import xxhash
 
-from cascade_llm.scheduler.prefix_cache import PageKeys, PrefixCache, RadixNode, next_page_key, root_key
+from cascade_llm.scheduler.page_keys import PageKeys, next_page_key, root_key
+from cascade_llm.scheduler.prefix_cache import PrefixCache, RadixNode
 
 SIZE = 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.prefix_cache import root_key
+from cascade_llm.scheduler.page_keys import root_key
 from cascade_llm.scheduler.sequence import Request, Sequence
 
 

@@ -9,7 +9,7 @@ import pytest
 from cascade_llm.plan import StepPlan
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.lanes import LanePool
-from cascade_llm.scheduler.prefix_cache import root_key
+from cascade_llm.scheduler.page_keys import root_key
 from cascade_llm.scheduler.sequence import Request, Sequence
 from tests.scheduler.generated import RandomLoad, random_engine
 from tests.scheduler.simulated_engine import SimulatedEngine, small_config

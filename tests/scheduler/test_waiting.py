@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from cascade_llm.sampling_params import SamplingParams
-from cascade_llm.scheduler.prefix_cache import root_key
+from cascade_llm.scheduler.page_keys import root_key
 from cascade_llm.scheduler.sequence import Client, Request, Sequence, SequenceStatus
 from cascade_llm.scheduler.waiting import OUTPUT_WEIGHT, Turns, WaitingQueue
 from tests.scheduler.simulated_engine import SimulatedEngine, small_config

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cascade_llm.scheduler.prefix_cache import PageKeys, PrefixCache, RadixNode, root_key
+from cascade_llm.scheduler.page_keys import PageKeys, root_key
+from cascade_llm.scheduler.prefix_cache import PrefixCache, RadixNode
 from cascade_llm.server.cache_view import MOST_RUNS, cached_runs
 
 PAGE_SIZE = 2

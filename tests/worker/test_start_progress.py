@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cascade_llm.config import EngineOptions
-from cascade_llm.llm import StartBars
+from cascade_llm.engine.progress_bars import StartBars
 from cascade_llm.loader.checkpoint import Checkpoint
 from cascade_llm.loader.gguf_checkpoint import GGUFCheckpoint
 from cascade_llm.loader.hf_folder import HuggingFaceCheckpoint

@@ -8,7 +8,8 @@ from collections.abc import Sequence as Rows
 
 from cascade_llm.sampling_params import SamplingParams
 from cascade_llm.scheduler.cascade.tree import PlannedRows, Run, attach_nodes, shared_forest
-from cascade_llm.scheduler.prefix_cache import PageKeys, PrefixCache, RadixNode, root_key
+from cascade_llm.scheduler.page_keys import PageKeys, root_key
+from cascade_llm.scheduler.prefix_cache import PrefixCache, RadixNode
 from cascade_llm.scheduler.sequence import Request, Sequence
 from tests.scheduler.forests import all_runs
 
