@@ -36,7 +36,7 @@ class TypeSupport:
     architectures: tuple[str, ...]
     """Keys of `ARCHITECTURES` that may come in it."""
     note: str | None
-    """Why it is not read, or that no kernel multiplies it in its own bits."""
+    """Why it is not read, that no kernel multiplies it in its own bits, or what is slow about its products."""
 
     @property
     def growth(self) -> float:
@@ -86,6 +86,6 @@ def _support(stored_type: StoredType, options: WeightOptions) -> TypeSupport:
         memory_bits=8 * matrix.num_bytes / (example.shape[0] * example.shape[1]),
         held_as=matrix.name,
         architectures=served,
-        note=None,
+        note=matrix.note,
     )
     return row if row.growth <= AS_LARGE else replace(row, note="no kernel: decoded while loading")

@@ -266,6 +266,11 @@ class WeightFormat(ABC):
         """Of the host, that each product reads and that is this matrix's own; empty where that is not known."""
         return ()
 
+    @property
+    def note(self) -> str | None:
+        """What is slow about its products; None where nothing is."""
+        return None
+
     def describe(self) -> str:
         """For the log."""
         return self.name

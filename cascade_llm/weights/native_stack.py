@@ -78,6 +78,11 @@ class NativeStack(MatrixStack):
         """See `MatrixStack`."""
         return tuple(part for matrix in self._matrices for part in matrix.memory)
 
+    @property
+    def note(self) -> str | None:
+        """See `MatrixStack`."""
+        return next((matrix.note for matrix in self._matrices if matrix.note), None)
+
     def describe(self) -> str:
         """See `MatrixStack`."""
         return "experts of " + " and ".join(dict.fromkeys(matrix.describe() for matrix in self._matrices))

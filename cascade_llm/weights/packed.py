@@ -39,6 +39,9 @@ HALVED_CODES = ("u2", "u3", "u6", "halved_table")
 """Codes of which half a block shares a scale."""
 TABLE_VALUES = range(-128, 128)
 """What the 16 numbers of a table of integers may be; other tables are of fractions."""
+FRACTIONS = "fractions"
+SLOW_FRACTIONS = "a table of fractions multiplies inputs as they are: prompts are slower than of decoded weights"
+"""Of NF4 and FP4; decision 0040."""
 DTYPES = (torch.float32, torch.bfloat16)
 """Of the inputs and outputs of a product."""
 
@@ -141,6 +144,11 @@ class Packed(WeightFormat):
         """See `WeightFormat`."""
         return tuple(MemoryRange(tiles.data_ptr(), tiles.nbytes) for tiles in self._tiles)
 
+    @property
+    def note(self) -> str | None:
+        """See `WeightFormat`."""
+        return SLOW_FRACTIONS if any(_code_of(layout) == FRACTIONS for layout in self.layouts) else None
+
     def describe(self) -> str:
         """The codes, and how they multiply."""
         codes = "+".join(dict.fromkeys(layout.code for layout in self.layouts))
@@ -216,7 +224,7 @@ def _code_of(layout: CodeLayout) -> str:
     if layout.values is None:
         return layout.code
     if any(value not in TABLE_VALUES for value in layout.values):
-        return "fractions"
+        return FRACTIONS
     return "halved_table" if layout.group_len == HALF_LEN else "table"
 
 
@@ -240,7 +248,7 @@ def _piece_of(layout: CodeLayout, num_rows: int, in_features: int, first_output:
         is_exact=is_exact,
     )
     for index, value in enumerate(layout.values or ()):
-        if code == "fractions":
+        if code == FRACTIONS:
             piece.fractions[index] = value
         else:
             piece.values[index] = int(value) + 128

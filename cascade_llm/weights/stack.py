@@ -54,6 +54,11 @@ class MatrixStack(ABC):
         """As `WeightFormat.refused`, of all matrices."""
         return ()
 
+    @property
+    def note(self) -> str | None:
+        """As `WeightFormat.note`, of the first matrix that has one."""
+        return None
+
     @abstractmethod
     def describe(self) -> str:
         """Of one matrix, for the log."""
@@ -91,6 +96,11 @@ class OneByOne(MatrixStack):
     def refused(self) -> tuple[Refusal, ...]:
         """See `MatrixStack`."""
         return tuple(dict.fromkeys(refusal for matrix in self.matrices for refusal in matrix.refused))
+
+    @property
+    def note(self) -> str | None:
+        """See `MatrixStack`."""
+        return next((matrix.note for matrix in self.matrices if matrix.note), None)
 
     def describe(self) -> str:
         """See `MatrixStack`."""

@@ -255,6 +255,8 @@ def _tell_weights(decoder: Decoder, num_huge: int) -> None:
             dtype,
             8 * decoder.dtype.itemsize,
         )
+    for note in sorted({note for linear in linears if (note := linear.matrix.note)}):
+        log.warning("weights: %s", note)
 
 
 def _kv_cache(

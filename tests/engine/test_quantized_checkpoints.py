@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from cascade_llm import SamplingParams
+from cascade_llm.weights.packed_kernels import reason_against_packed
 from tests.engine.tiny_llm import assert_equal_outputs, tiny_llm
 from tests.loader.quantized_files import WRITERS, Written, gptq, pack_quantized
 from tests.loader.table_files import TABLE_WRITERS, bnb4
 from tests.models.checkpoints import tiny_model
+from tests.native_code import expect_native
 
 FORMATS: dict[str, Callable[..., Written]] = {
     **WRITERS,
@@ -63,3 +65,14 @@ def test_tokens_are_those_of_the_dequantized_checkpoint(tmp_path: Path, name: st
             outputs.append(llm.generate(prompts, params))
     assert len({token for output in outputs[1] for token in output.outputs[0].token_ids}) > 1
     assert_equal_outputs(*outputs)
+
+
+@pytest.mark.parametrize(("name", "is_slow"), [("bnb4", True), ("llm-int8", False)])
+def test_a_table_of_fractions_is_said_to_be_slow(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, is_slow: bool
+) -> None:
+    expect_native(reason_against_packed())
+    folder, _ = save_twins(tmp_path, "llama", FORMATS[name], hidden_size=96, intermediate_size=160)
+    with tiny_llm(folder, max_model_len=64) as llm:
+        assert len(llm.generate([[5, 6]], SamplingParams(max_tokens=2, ignore_eos=True))[0]["token_ids"]) == 2
+    assert ("a table of fractions multiplies inputs as they are" in caplog.text) == is_slow
