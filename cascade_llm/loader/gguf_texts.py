@@ -42,8 +42,14 @@ class GGUFTexts:
         return text_at(self._path, self._data, self._starts[index])
 
     def __iter__(self) -> Iterator[str]:
-        """All in their order; raises as for one."""
-        return (text_at(self._path, self._data, start) for start in self._starts)
+        """All in their order, faster than one by one; raises as for one."""
+        data, head_bytes, length_at = self._data, LENGTH.size, LENGTH.unpack_from
+        for start in self._starts:
+            begin = start + head_bytes
+            try:
+                yield data[begin : begin + length_at(data, start)[0]].decode()
+            except UnicodeDecodeError:
+                text_at(self._path, data, start)  # says what is wrong
 
 
 def text_at(path: Path, data: mmap.mmap, start: int) -> str:
