@@ -38,6 +38,10 @@ __all__ = [
 BLOCK_LENS = (256, 128, 64, 32)
 """Inputs of a block of weights, in any format that has blocks."""
 
+ROWS_AT_ONCE = 1024
+"""Of a gated product on the CPU. The inner values of 8,192 rows are the most that a step holds: 0.15 GB for
+a hidden size of 576, 1.4 GB for one of 4,096."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -271,8 +275,17 @@ class GatedMLP(MLP):
         yield from linear_parameters(self.down)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """See `MLP`."""
-        return self.down(self._activation(self.gate_up(x)))
+        """See `MLP`; on the CPU some rows at a time, whose inner values stay in its caches."""
+        if len(x) <= ROWS_AT_ONCE or x.device.type != "cpu":
+            return self._rows(x)
+        out = torch.empty_like(x)
+        for start in range(0, len(x), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            self._rows(x[rows], out[rows])
+        return out
+
+    def _rows(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.down(self._activation(self.gate_up(x)), out)
 
 
 @dataclass(frozen=True)
@@ -351,8 +364,9 @@ class DecoderLayer:
             rotation: of these rows; None where the layer rotates nothing
             attention: over this step's rows
         """
-        q, k, v = self.before_attention(residual, delta, rotation)
-        return self.after_attention(residual, self.attend(attention, q, k, v))
+        return self.after_attention(
+            residual, self.attend(attention, *self.before_attention(residual, delta, rotation))
+        )  # q, k and v are not held beyond attention
 
     def attend(self, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What lies between the two pieces: [rows, num_qo_heads, head_dim] of what `before_attention` returned."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cascade_llm.models import blocks
 from cascade_llm.models import decoder as decoder_module
 from cascade_llm.models.architectures import ARCHITECTURES, Architecture
 from cascade_llm.models.blocks import (
@@ -81,3 +82,13 @@ def test_each_row_has_the_product_of_its_own_expert(decoder: Decoder) -> None:
     for row, expert in enumerate((x @ weights["gate.weight"].T).argmax(-1).tolist()):
         gate, up, down = (weights[f"experts.{expert}.{part}_proj.weight"] for part in ("gate", "up", "down"))
         torch.testing.assert_close(got[row], down @ (F.silu(gate @ x[row]) * (up @ x[row])), rtol=1e-4, atol=1e-3)
+
+
+def test_a_gated_product_of_many_rows_is_that_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = empty_decoder(tiny_model("llama"))
+    init_dummy(decoder)
+    mlp = decoder.layers[0].mlp
+    x = torch.randn(23, decoder.config.hidden_size)
+    expected = mlp(x)
+    monkeypatch.setattr(blocks, "ROWS_AT_ONCE", 8)
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
