@@ -63,10 +63,10 @@ class CachedReport:
 
 def describe_cache(hubs: Iterable[Hub]) -> Iterator[CachedReport]:
     """All models of these caches; reads headers only."""
-    support = {(row.container, row.type): row for row in weight_support()}
-    for hub in hubs:
-        for model in cached_models(hub):
-            yield _describe(model, support)
+    models = [model for hub in hubs for model in cached_models(hub)]
+    if models:  # what is served is known from the compiled code, which in a checkout may have to be compiled
+        support = {(row.container, row.type): row for row in weight_support()}
+        yield from (_describe(model, support) for model in models)
 
 
 def reason_against(hub: Hub, name: HubName, files: Iterable[RepositoryFile]) -> str | None:

@@ -68,6 +68,11 @@ def change_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_caches_without_models_compile_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade_llm.engine.cached_models.weight_support", lambda: pytest.fail("kernels were asked"))
+    assert list(describe_cache([HubAt(tmp_path), ModelScopeAt(tmp_path / "none")])) == []
+
+
 def test_what_is_served(tiny: Path, tmp_path: Path) -> None:
     cached(tmp_path, "org/tiny", tiny)
     cached(tmp_path, "org/tiny", tiny, OTHER, "refs/pr/1")
