@@ -292,7 +292,8 @@ class EngineOptions:
     kv_cache_bytes: int | None = None
     """Size of the KV pool, over all ranks; None takes what the sequences could need, as far as the memory gives it."""
     kv_cache_dtype: str = "auto"
-    """auto (as dtype) | float32 | bfloat16 | float16 | fp8_e4m3 | int8 (a scale per token and head; CPU only)"""
+    """auto (as dtype; float16 where dtype=auto gives float32) | float32 | bfloat16 | float16 | fp8_e4m3 | int8 (a scale
+    per token and head; CPU only)"""
     enable_prefix_caching: bool = True
     """Keep the pages of prompts for later requests that begin alike."""
     enable_cascade_attention: bool = True

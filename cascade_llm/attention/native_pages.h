@@ -6,7 +6,8 @@
  * or a pair of bfloat16 where the activations are bfloat16 and the processor multiplies those (AVX512-BF16). A number of
  * a page becomes a float, or half a pair, when it is packed; int8 and e4m3 fit a bfloat16 exactly.
  *
- * What a page can not hold: numbers beyond the largest of 8- and 16-bit floats become that one, infinity too, NaN stays.
+ * What a page can not hold: numbers beyond the largest of 8-bit floats become that one, infinity too; beyond 65,504, in
+ * float16, they become NaN, so that what reads them is seen to be wrong. NaN stays.
  * An int8 vector (one token, one head) has a scale of its own, its largest magnitude / 127; where that is not finite,
  * the scale is NaN and with it all that is read.
  */
@@ -91,11 +92,13 @@ INLINE element store(float value) { return value; }
 typedef uint8_t stored;
 enum { MANTISSA = 3, BIAS = 7, SIGN = 0x80, NOT_FINITE = 0x7f, STORED_NAN = 0x7f };
 #define LARGEST 448.0f
+#define LAST_NUMBER INFINITY /* larger ones become LARGEST */
 #define SMALL_FLOAT 1
 #elif defined(PAGES_FLOAT16)
 typedef uint16_t stored;
 enum { MANTISSA = 10, BIAS = 15, SIGN = 0x8000, NOT_FINITE = 0x7c00, STORED_NAN = 0x7e00 };
 #define LARGEST 65504.0f
+#define LAST_NUMBER LARGEST /* what is larger becomes NaN */
 #define SMALL_FLOAT 1
 #elif defined(PAGES_BFLOAT16)
 typedef uint16_t stored;
@@ -122,7 +125,7 @@ INLINE stored narrow(float value) {
     const float coarse = float_of((uint32_t)(127 + 24 - BIAS - MANTISSA) << 23);
     const uint32_t subnormal = bits_of(float_of(kept) + coarse) - bits_of(coarse);
     const uint32_t finite = kept < (uint32_t)(128 - BIAS) << 23 ? subnormal : normal;
-    return (stored)(sign | (bits > 0x7f800000 ? (uint32_t)STORED_NAN : finite));
+    return (stored)(sign | (bits > bits_of(LAST_NUMBER) ? (uint32_t)STORED_NAN : finite));
 }
 #elif defined(PAGES_BFLOAT16)
 INLINE stored narrow(float value) { return to_bfloat16(value); }

@@ -35,7 +35,16 @@ INLINE void store_vector(stored *out, float *own_scale, const element *x, float 
     for (long d = 0; d < HEAD_DIM; d++) out[d] = narrow(load(x[d]) / scale);
     (void)own_scale;
 #else
-    for (long d = 0; d < HEAD_DIM; d++) out[d] = narrow(load(x[d]));
+    long done = 0;
+#if defined(PAGES_FLOAT16) && defined(FLOAT32) && defined(__F16C__)
+    for (; done + 8 <= HEAD_DIM; done += 8) {
+        const __m256 numbers = _mm256_loadu_ps(x + done), magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), numbers);
+        const __m256 beyond = _mm256_cmp_ps(magnitude, _mm256_set1_ps(LAST_NUMBER), _CMP_GT_OQ); /* all ones: a NaN */
+        const __m128i halves = _mm256_cvtps_ph(_mm256_or_ps(numbers, beyond), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128((__m128i *)(out + done), halves);
+    }
+#endif
+    for (long d = done; d < HEAD_DIM; d++) out[d] = narrow(load(x[d]));
     (void)own_scale, (void)scale;
 #endif
 }

@@ -13,8 +13,9 @@ import torch
 from cascade_llm import __version__
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.select import REASONS_AGAINST
+from cascade_llm.config import EngineOptions
 from cascade_llm.device.device_name import device_name
-from cascade_llm.device.devices import resolve_device, resolve_dtype
+from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_page_dtype
 from cascade_llm.device.native_library import describe_native_code
 from cascade_llm.layers.fused_ops import TorchOps
 from cascade_llm.layers.native_ops import select_fused_ops
@@ -102,15 +103,19 @@ def _versions() -> dict[str, str | None]:
 
 def _cpu() -> dict[str, Any]:
     affinity = getattr(os, "sched_getaffinity", None)
+    device = torch.device("cpu")
+    dtype = resolve_dtype("auto", "bfloat16", device)
+    pages = resolve_page_dtype(EngineOptions(), dtype, device, "BF16")
     return {
-        "name": device_name(torch.device("cpu")),
+        "name": device_name(device),
         "cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "usable_cores": len(affinity(0)) if affinity else psutil.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "features": [name for name, check in CPU_FEATURES.items() if getattr(torch.cpu, check, lambda: False)()],
-        "auto_dtype": str(resolve_dtype("auto", "bfloat16", torch.device("cpu"))).removeprefix("torch."),
+        "auto_dtype": str(dtype).removeprefix("torch."),
+        "auto_page_dtype": {"name": str(pages.dtype).removeprefix("torch."), "reason": pages.reason},
     }
 
 

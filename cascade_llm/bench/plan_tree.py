@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 from cascade_llm.attention.backend import AttentionSpec
 from cascade_llm.attention.select import select_backend
 from cascade_llm.config import CascadeConfig, EngineOptions, ModelConfig, SchedulerConfig
-from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_kv_dtype
+from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_page_dtype
 from cascade_llm.engine.cost_setup import attention_shape, choose_cost_model
 from cascade_llm.engine.input_processor import InputProcessor, Prompt
 from cascade_llm.engine.tokenizer import Tokenizer, load_tokenizer
@@ -141,7 +141,8 @@ def plan_prompts(
         ending_token_ids=config.ending_token_ids,
         seed=options.seed,
     )
-    return plan_tree(_read_all(processor, prompts), config, options, tokenizer=tokenizer, costs=costs)
+    token_ids, stored_type = _read_all(processor, prompts), checkpoint.main_type
+    return plan_tree(token_ids, config, options, tokenizer=tokenizer, costs=costs, stored_type=stored_type)
 
 
 def plan_tree(
@@ -151,16 +152,18 @@ def plan_tree(
     *,
     tokenizer: Tokenizer | None = None,
     costs: str | None = None,
+    stored_type: str | None = None,
 ) -> PrefixTree:
     """The tree and plan of prompts that fit the context, given as token ids.
 
     Args:
         tokenizer: for how runs begin; without it no text is shown
         costs: the device whose cost model decides; default the model that an engine with `options` plans with here
+        stored_type: `Checkpoint.main_type`
 
     Raises `ConfigError` for a device that has no cost model.
     """
-    spec = _attention_spec(config, options)
+    spec = _attention_spec(config, options, stored_type)
     cost_model, source = _cost_model(spec, options, costs)
     decode_of = partial(
         decode_step,
@@ -193,10 +196,11 @@ def _attention_s(plan: StepPlan, config: ModelConfig, costs: CostModel) -> float
     return sum([kinds[kind] for kind in plan.layer_kinds or [0] * config.num_layers])
 
 
-def _attention_spec(config: ModelConfig, options: EngineOptions) -> AttentionSpec:
+def _attention_spec(config: ModelConfig, options: EngineOptions, stored_type: str | None) -> AttentionSpec:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, config.dtype, device)
-    return AttentionSpec.for_model(config, dtype, device, resolve_kv_dtype(options.kv_cache_dtype, dtype))
+    pages = resolve_page_dtype(options, dtype, device, stored_type)
+    return AttentionSpec.for_model(config, dtype, device, pages.dtype)
 
 
 def _cost_model(spec: AttentionSpec, options: EngineOptions, device: str | None) -> tuple[CostModel, str]:

@@ -14,7 +14,7 @@ from cascade_llm.bench.machine_limits import MachineLimits, machine_limits
 from cascade_llm.bench.step_work import ModelShape
 from cascade_llm.bench.workloads import Vocabulary, Workload
 from cascade_llm.config import EngineOptions, ModelConfig
-from cascade_llm.device.devices import compute_capability, resolve_device, resolve_dtype, resolve_kv_dtype
+from cascade_llm.device.devices import compute_capability, resolve_device, resolve_dtype, resolve_page_dtype
 from cascade_llm.engine.tokenizer import load_tokenizer
 from cascade_llm.engine.weight_support import held_matrix
 from cascade_llm.errors import CapacityError
@@ -79,7 +79,9 @@ class BenchModel:
     @property
     def kv_dtype(self) -> torch.dtype:
         """What K and V are stored in."""
-        return resolve_kv_dtype(self.options.get("kv_cache_dtype", "auto"), self.dtype)
+        return resolve_page_dtype(
+            EngineOptions(**self.options), self.dtype, self.device, self.checkpoint.main_type
+        ).dtype
 
     def shape(self) -> ModelShape:
         """What a step's work depends on."""

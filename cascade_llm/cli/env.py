@@ -104,6 +104,8 @@ def _table(machine: Mapping[str, Any]) -> Table:
     table.add_row("cpu features", f"{', '.join(cpu['features']) or 'none'} (torch uses {cpu['torch_capability']})")
     table.add_row("torch threads", str(cpu["torch_threads"]))
     table.add_row("dtype=auto", f"{cpu['auto_dtype']} on the CPU")
+    pages = cpu["auto_page_dtype"]
+    table.add_row("kv_cache_dtype=auto", f"{pages['name']} on the CPU{_because(pages['reason'])}")
     table.add_row("memory", f"{format_bytes(memory['available'])} of {format_bytes(memory['total'])} available")
     table.add_row("CUDA devices", "\n".join(map(_device_line, machine["devices"])) or "none")
     table.add_section()

@@ -73,13 +73,13 @@ def attention_spec(model: str, dtype: str, kv_cache_dtype: str = "auto") -> Atte
     import torch
 
     from cascade_llm.attention.backend import AttentionSpec
-    from cascade_llm.device.devices import resolve_kv_dtype
+    from cascade_llm.device.devices import KV_DTYPES
     from cascade_llm.loader.resolve import open_checkpoint
     from cascade_llm.models.architectures import model_config_from_hf
 
     config = model_config_from_hf(open_checkpoint(model, load_format="dummy").hf_config())
     computed = getattr(torch, dtype)
-    kv_dtype = resolve_kv_dtype(kv_cache_dtype, computed)
+    kv_dtype = KV_DTYPES.get(kv_cache_dtype, computed)
     return AttentionSpec.for_model(config, computed, torch.device("cpu"), kv_dtype)
 
 

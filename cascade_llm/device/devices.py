@@ -5,14 +5,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
+from cascade_llm.config import EngineOptions
 from cascade_llm.device.cpu_cores import usable_cores
 from cascade_llm.device.cpu_levels import levels_to_try
 from cascade_llm.errors import ConfigError
 
-__all__ = ["compute_capability", "resolve_device", "resolve_dtype", "resolve_kv_dtype", "thread_count", "thread_limit"]
+__all__ = [
+    "PageDtype",
+    "compute_capability",
+    "resolve_device",
+    "resolve_dtype",
+    "resolve_page_dtype",
+    "thread_count",
+    "thread_limit",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_DTYPES = {**DTYPES, "fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
@@ -51,9 +61,36 @@ def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> tor
     return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
 
 
-def resolve_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What K and V are stored in; `auto`: what the model computes in."""
-    return dtype if name == "auto" else KV_DTYPES[name]
+class PageDtype(NamedTuple):
+    """What K and V are stored in, and why."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def resolve_page_dtype(
+    options: EngineOptions, dtype: torch.dtype, device: torch.device, stored_type: str | None
+) -> PageDtype:
+    """What K and V are stored in.
+
+    `auto` is what the model computes in. Where that is float32 for want of bfloat16 products only, and not asked for,
+    it is float16 on processors that widen it as they read; decision 0043 has what it costs.
+
+    Args:
+        options: the user's
+        dtype: that the model computes in
+        device: where it does
+        stored_type: that most of the checkpoint's weights have in its files, `Checkpoint.main_type`
+    """
+    if options.kv_cache_dtype != "auto":
+        return PageDtype(KV_DTYPES[options.kv_cache_dtype], "as kv_cache_dtype says")
+    if device.type != "cpu" or dtype != torch.float32 or options.dtype != "auto":
+        return PageDtype(dtype, "as the model computes")
+    if stored_type in ("F32", "F64"):
+        return PageDtype(dtype, "the checkpoint's own values are float32")
+    if not _cpu_widens_float16():
+        return PageDtype(dtype, "the processor has no instruction that widens float16")
+    return PageDtype(torch.float16, "half the bytes of float32, which kv_cache_dtype='float32' keeps")
 
 
 def thread_count(num_threads: int | None) -> int:
@@ -79,6 +116,10 @@ def thread_limit(num_threads: int | None) -> Iterator[None]:
 def _cores_at_start() -> int:
     """A step asks, so the system is asked once."""
     return usable_cores()
+
+
+def _cpu_widens_float16() -> bool:
+    return any("f16c" in level.flags for level in levels_to_try())
 
 
 def _cpu_has_bfloat16() -> bool:

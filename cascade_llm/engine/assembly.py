@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from cascade_llm import __version__
 from cascade_llm.config import CascadeConfig, EngineOptions, SchedulerConfig
+from cascade_llm.device.devices import KV_DTYPES
 from cascade_llm.engine.cost_setup import choose_cost_model
 from cascade_llm.engine.engine import Engine, StepEvent, StepObserver
 from cascade_llm.engine.input_processor import InputProcessor
@@ -139,6 +140,12 @@ def _open_recording(options: EngineOptions, resources: ExitStack) -> PlanFileWri
     return writer
 
 
+def _page_dtype_name(facts: WorkerFacts) -> str:
+    """As `PlanFileHeader` has it."""
+    name = next(name for name, dtype in KV_DTYPES.items() if dtype == facts.kv_dtype)
+    return "auto" if facts.kv_dtype == facts.dtype else name
+
+
 def _begin_recording(
     writer: PlanFileWriter, options: EngineOptions, model_name: str, facts: WorkerFacts
 ) -> StepObserver:
@@ -159,7 +166,7 @@ def _begin_recording(
         max_model_len=facts.max_model_len,
         max_num_seqs=options.max_num_seqs,
         token_ids=options.record_token_ids,
-        kv_cache_dtype=options.kv_cache_dtype if facts.kv_dtype != facts.dtype else "auto",
+        kv_cache_dtype=_page_dtype_name(facts),
         attention_soft_cap=model.attention_soft_cap,
     )
     writer.begin(header)

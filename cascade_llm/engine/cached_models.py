@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cascade_llm.config import EngineOptions, ModelConfig
-from cascade_llm.device.devices import resolve_device, resolve_dtype
+from cascade_llm.device.devices import resolve_device, resolve_dtype, resolve_page_dtype
 from cascade_llm.device.ranks import Ranks
 from cascade_llm.engine.weight_support import TypeSupport, weight_support
 from cascade_llm.errors import CapacityError, CascadeError
@@ -101,13 +101,13 @@ def _describe(model: CachedModel, support: Support) -> CachedReport:
         checkpoint = open_checkpoint(model.path)
         known["types"] = dict(checkpoint.bytes_by_type)
         if container == "GGUF":
-            known["quantization"] = _largest_type(checkpoint.bytes_by_type)
+            known["quantization"] = checkpoint.main_type
         config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     except CascadeError as error:
         return CachedReport(**known, reason=" ".join(str(error).split()))
     known["weights_bytes"] = _weights_bytes(config, checkpoint, container, support)
     try:
-        known["pool_bytes"] = _pool_bytes(config)
+        known["pool_bytes"] = _pool_bytes(config, checkpoint.main_type)
     except CapacityError as error:
         return CachedReport(**known, reason=str(error))
     return CachedReport(**known, reason=_unread(checkpoint, container, support, known["quantization"]))
@@ -128,10 +128,6 @@ def _quantization(hf_config: Mapping[str, Any]) -> str | None:
     return f"{method}, {bits} bits" if isinstance(bits, int) else str(method)
 
 
-def _largest_type(bytes_by_type: Mapping[str, int]) -> str | None:
-    return max(bytes_by_type, key=lambda name: bytes_by_type[name], default=None)
-
-
 def _unread(checkpoint: Checkpoint, container: str, support: Support, quantization: str | None) -> str | None:
     """A type that is not read; what a quantization keeps its codes in is its own affair."""
     if container == "safetensors" and quantization is not None:
@@ -149,15 +145,16 @@ def _weights_bytes(config: ModelConfig, checkpoint: Checkpoint, container: str, 
         num_bytes if (row := types[name]) is None else int(num_bytes * row.growth)
         for name, num_bytes in checkpoint.bytes_by_type.items()
     )
-    main = types.get(_largest_type(checkpoint.bytes_by_type) or "")
+    main = types.get(checkpoint.main_type or "")
     if config.tie_word_embeddings and main is not None and main.is_plain and main.held_as != Dense.name:
         total += config.vocab_size * config.hidden_size * _dtype(config).itemsize  # rows are looked up in dense ones
     return total
 
 
-def _pool_bytes(config: ModelConfig) -> int:
+def _pool_bytes(config: ModelConfig, stored_type: str | None) -> int:
     options, device = EngineOptions(), resolve_device("auto")
-    pools = PoolShape.of(options, config, max_context_len(config), _dtype(config).itemsize)
+    pages = resolve_page_dtype(options, _dtype(config), device, stored_type)
+    pools = PoolShape.of(options, config, max_context_len(config), pages.dtype.itemsize)
     return pools.num_bytes(pool_pages(options, pools, device, Ranks()))
 
 

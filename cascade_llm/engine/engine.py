@@ -284,7 +284,7 @@ def _not_finite(update: SequenceUpdate, stage: str | None) -> GenerationError:
     where = f"first in: {stage}" if stage else "debug=True names the layer"
     return GenerationError(
         f"the logits of {update.request_id}, sample {update.sample_index}, are not finite ({where}): check the "
-        "weights, or use dtype='float32'"
+        "weights, or use dtype='float32' and kv_cache_dtype='float32' (pages of float16 hold no K or V beyond 65,504)"
     )
 
 

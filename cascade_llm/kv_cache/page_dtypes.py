@@ -9,8 +9,6 @@ import torch
 
 __all__ = ["bytes_per_number", "has_vector_scales", "int8_vectors", "rounded_to_float"]
 
-SATURATING = (torch.float8_e4m3fn, torch.float16)
-"""Numbers beyond the largest become the largest: a conversion may make infinity or NaN of what lies beyond."""
 LARGEST_INT8 = 127
 
 
@@ -25,15 +23,19 @@ def bytes_per_number(dtype: torch.dtype, head_dim: int) -> float:
 
 
 def rounded_to_float(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
-    """x, of any shape [...], in a floating-point dtype. Numbers for 8 bits are divided by `scale` in float32 first."""
+    """x, of any shape [...], in a floating-point dtype. Numbers for 8 bits are divided by `scale` in float32 first.
+
+    What lies beyond the largest number becomes that number in 8 bits, and NaN in float16: whoever reads it is told.
+    """
     if x.dtype == dtype:
         return x
-    if dtype not in SATURATING:
-        return x.to(dtype)
-    if dtype.itemsize > 1 or scale != 1.0:
-        x = x.float() / scale
     limit = torch.finfo(dtype).max
-    return x.clamp(-limit, limit).to(dtype)
+    if dtype == torch.float16:
+        x = x.float()
+        return x.masked_fill(x.abs() > limit, torch.nan).to(dtype)
+    if dtype.itemsize > 1:
+        return x.to(dtype)
+    return (x.float() / scale if scale != 1.0 else x).clamp(-limit, limit).to(dtype)
 
 
 def int8_vectors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

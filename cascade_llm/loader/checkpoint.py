@@ -53,6 +53,11 @@ class Checkpoint(ABC):
         """What the weights take in their files; 0 where there are none."""
         return sum(self.bytes_by_type.values())
 
+    @property
+    def main_type(self) -> str | None:
+        """The type that takes the most bytes; None where there are no weights."""
+        return max(self.bytes_by_type, key=lambda name: self.bytes_by_type[name], default=None)
+
     def hf_config(self) -> dict[str, Any]:
         """The fields of config.json; the caller's own copy."""
         return deepcopy(dict(self._hf_config))

@@ -17,7 +17,7 @@ import torch
 from cascade_llm.attention.backend import AttentionBackend, AttentionSpec
 from cascade_llm.attention.reference import reference_attention
 from cascade_llm.attention.select import BACKENDS, select_backend
-from cascade_llm.device.devices import DTYPES, resolve_kv_dtype
+from cascade_llm.device.devices import DTYPES, KV_DTYPES
 from cascade_llm.errors import BackendError, CapacityError, PlanError
 from cascade_llm.kv_cache.paged_kv_cache import PagedKVCache
 from cascade_llm.plan import CascadePlan
@@ -192,6 +192,6 @@ def _spec(header: PlanFileHeader, device: torch.device) -> AttentionSpec:
         sm_scale=header.sm_scale,
         dtype=dtype,
         device=device,
-        kv_dtype=resolve_kv_dtype(header.kv_cache_dtype, dtype),
+        kv_dtype=KV_DTYPES.get(header.kv_cache_dtype, dtype),
         logits_soft_cap=header.attention_soft_cap,
     )

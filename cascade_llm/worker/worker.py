@@ -13,7 +13,13 @@ from cascade_llm.attention.flashinfer.backend import FlashInferAttentionBackend,
 from cascade_llm.attention.flashinfer.workspace import float_workspace_bytes
 from cascade_llm.attention.select import BackendChoice, select_backend
 from cascade_llm.config import EngineOptions, ModelConfig
-from cascade_llm.device.devices import compute_capability, resolve_device, resolve_dtype, resolve_kv_dtype, thread_limit
+from cascade_llm.device.devices import (
+    compute_capability,
+    resolve_device,
+    resolve_dtype,
+    resolve_page_dtype,
+    thread_limit,
+)
 from cascade_llm.device.huge_pages import collect_into_huge_pages
 from cascade_llm.device.ranks import Ranks
 from cascade_llm.device.start_errors import compiled_kernels, memory_for
@@ -109,9 +115,10 @@ def build_worker(
     model = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, model.dtype, device)
-    kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
+    pages = resolve_page_dtype(options, dtype, device, checkpoint.main_type)
+    log.info("pages of K and V: %s (%s)", *pages)
     max_model_len = _max_model_len(options, model)
-    spec = AttentionSpec.for_model(model, dtype, device, kv_dtype, ranks)
+    spec = AttentionSpec.for_model(model, dtype, device, pages.dtype, ranks)
     own_part = replace(model, num_kv_heads=spec.num_kv_heads)
     pools = PoolShape.of(options, own_part, max_model_len, spec.kv_number_bytes)
     check_sizes(options, model, dtype, pools.least_bytes, max_model_len, ranks, checkpoint.num_bytes)

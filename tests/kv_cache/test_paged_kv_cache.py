@@ -52,6 +52,19 @@ def test_rows_are_rounded_to_the_dtype_of_the_pool() -> None:
     assert torch.equal(cache.read(0, slots)[0], k.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_float16_cannot_hold_is_read_as_nan(dtype: torch.dtype) -> None:
+    cache, slots = make_cache("NHD", torch.float16), torch.tensor([3])
+    k, v = rows(1, 0).to(dtype), rows(1, 1).to(dtype)
+    k[0, 1, :4] = torch.tensor([65_280, -65_280, 65_536, -1e9])  # these are numbers of bfloat16 too
+    v[0, 2, 5] = torch.inf
+    cache.write(0, k, v, slots)
+    read_k, read_v = cache.read(0, slots)
+    assert read_k[0, 1, :2].tolist() == [65_280, -65_280]
+    assert read_k[0, 1, 2:4].isnan().all()
+    assert (int(read_k.isnan().sum()), int(read_v.isnan().sum())) == (2, 1)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_page_copies_read_before_they_write(layout: KVLayout) -> None:
     cache, every_slot = make_cache(layout), torch.arange(28)
