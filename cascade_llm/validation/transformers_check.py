@@ -54,8 +54,9 @@ def check_transformers(
     facts = executor.facts
     if checkpoint.is_dummy:
         return [Check(name="against transformers", passed=None, note="dummy weights: there is nothing to load")]
-    if facts.kv_dtype.itemsize == 1:
-        note = "pages of 8 bits round K and V, transformers has none such: validate once without kv_cache_dtype"
+    if facts.kv_dtype.itemsize < facts.dtype.itemsize:
+        pages = _name(facts.kv_dtype)
+        note = f"pages of {pages} round K and V, transformers does not: validate once without kv_cache_dtype"
         return [Check(name="against transformers", passed=None, note=note)]
     ours = _continue_greedily(executor, prompts, page_size, num_new, progress)
     try:

@@ -18,7 +18,6 @@ from cascade_llm.device.devices import (
     KV_DTYPES,
     resolve_device,
     resolve_dtype,
-    resolve_page_dtype,
     thread_count,
     thread_limit,
 )
@@ -88,7 +87,7 @@ def validate(
     _check_names(options)
     checkpoint = open_checkpoint(model, load_format=str(options.get("load_format", "auto")))
     config = model_config_from_hf(checkpoint.hf_config(), checkpoint.generation_config())
-    engine_options = _engine_options(options, config, effort, checkpoint.main_type)
+    engine_options = _engine_options(options, config, effort)
     device = resolve_device(engine_options.device)
     progress(f"loading {checkpoint.name}", 0, 1)
 
@@ -152,9 +151,7 @@ def _check_names(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"validation sets {name} itself, to what it reads: leave it out")
 
 
-def _engine_options(
-    options: Mapping[str, Any], config: ModelConfig, effort: Effort, stored_type: str | None
-) -> EngineOptions:
+def _engine_options(options: Mapping[str, Any], config: ModelConfig, effort: Effort) -> EngineOptions:
     """The user's options, and pools that hold one sequence more than `BATCH`, which share nothing."""
     wanted = max(effort.load.max_model_len, max(effort.prompt_lens) + effort.num_new)
     if wanted > config.max_position_embeddings:
@@ -163,12 +160,13 @@ def _engine_options(
             "use quick validation, which reads fewer"
         )
     given = EngineOptions(**options)
-    device = resolve_device(given.device)
-    dtype = resolve_dtype(given.dtype, config.dtype, device)
-    page_dtype = resolve_page_dtype(given, dtype, device, stored_type).dtype
-    number_bytes = bytes_per_number(page_dtype, config.head_dim)
+    dtype = resolve_dtype(given.dtype, config.dtype, resolve_device(given.device))
+    number_bytes = bytes_per_number(KV_DTYPES.get(given.kv_cache_dtype, dtype), config.head_dim)
     engine_options = EngineOptions(
-        **options,
+        **{
+            **options,
+            "dtype": str(dtype).removeprefix("torch."),
+        },  # named, it is that of pages too unless they are asked for
         max_model_len=wanted,
         max_num_seqs=BATCH + 1,
         exact_activations=True,  # what rounding costs is no error of an engine: transformers does not round
