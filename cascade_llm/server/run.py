@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from cascade_llm.errors import CascadeError, ConfigError, WorkerError
 from cascade_llm.scheduler.sessions import SessionLimits
-from cascade_llm.server.app import Api, build_application
+from cascade_llm.server.api import Api
+from cascade_llm.server.app import build_application
 from cascade_llm.server.engine_client import EngineClient
 from cascade_llm.server.guard import RequestRecord
 from cascade_llm.server.http_server import ConnectionLimits, HttpServer, most_connections
