@@ -1,10 +1,9 @@
 """From the sequences of a step to its cascade plan.
 
-1. The sequences' paths in the prefix tree give the tree of shared runs (`prefix_forest`).
-2. A cost model decides which runs become segments of a level (`segment_choice`), and on a device of many processors
-   which level each goes to (`level_arrangement`).
-3. A depth-first walk orders the rows, so that sharers are neighbours, and the levels are written down
-   (`cascade_layout`).
+1. The sequences' paths in the prefix tree give the tree of shared runs (`tree`).
+2. A cost model decides which runs become segments of a level (`choice`), and on a device of many processors which
+   level each goes to (`balance`).
+3. A depth-first walk orders the rows, so that sharers are neighbours, and the levels are written down (`layout`).
 
 All of this depends on which sequences are there, where their paths end and how many rows each has. While that does not
 change, the shared levels are kept as they are, and only the leaf is new. From one decode step to the next even the leaf
