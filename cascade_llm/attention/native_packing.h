@@ -2,6 +2,8 @@
 #ifndef CASCADE_NATIVE_PACKING_H
 #define CASCADE_NATIVE_PACKING_H
 
+#include <string.h>
+
 #include "native_amx.h"
 #include "native_pages.h"
 #include "native_slots.h"

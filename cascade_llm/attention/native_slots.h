@@ -2,7 +2,9 @@
 #ifndef CASCADE_NATIVE_SLOTS_H
 #define CASCADE_NATIVE_SLOTS_H
 
+#include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "native_pages.h"
 

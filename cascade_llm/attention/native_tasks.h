@@ -20,7 +20,7 @@ typedef struct {
     int64_t partial; /* where the block's states lie; used where there are parts */
 } task;
 
-/* The coarsest level where this row shares keys with the next: they belong in one block. */
+/* Whether this row reads keys, on some level, that the next one reads too: then they belong in one block. */
 static int rows_share_keys(const plan *p, int64_t row) {
     for (int64_t depth = 0; depth < p->num_levels; depth++) {
         const level *l = p->levels + depth;
