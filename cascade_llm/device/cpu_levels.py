@@ -53,9 +53,13 @@ _BF16 = _level("avx512bf16", "-march=x86-64-v4 -mavx512vnni -mavx512bf16", "avx5
 _AMX_OPTIONS = f"{' '.join(_BF16.options)} -mamx-tile -mamx-int8 -mamx-bf16"
 _AMX = _level("amx", _AMX_OPTIONS, "amx_tile amx_int8 amx_bf16", _BF16)
 _ARM = _level("baseline", "-march=armv8-a", "asimd")
-_DOT = _level("neon", "-march=armv8.2-a+dotprod+fp16", "asimddp asimdhp", _ARM)
+_DOT = _level("dotprod", "-march=armv8.2-a+dotprod", "asimddp", _ARM)
+_I8MM = _level("i8mm", "-march=armv8.2-a+dotprod+i8mm+bf16", "i8mm bf16", _DOT)
 
-LEVELS: Mapping[str, tuple[CpuLevel, ...]] = {"x86_64": (_V2, _V3, _VNNI, _V4, _BF16, _AMX), "aarch64": (_ARM, _DOT)}
+LEVELS: Mapping[str, tuple[CpuLevel, ...]] = {
+    "x86_64": (_V2, _V3, _VNNI, _V4, _BF16, _AMX),
+    "aarch64": (_ARM, _DOT, _I8MM),
+}
 """By architecture, lowest first."""
 
 
@@ -72,7 +76,7 @@ def processor_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         # Apple's processors all have these; of others nothing is known but their architecture's first version
-        arm = "asimd asimddp asimdhp" if sys.platform == "darwin" else "asimd"
+        arm = "asimd asimddp" if sys.platform == "darwin" else "asimd"
         return frozenset(arm.split()) if architecture() == "aarch64" else frozenset()
     named = [line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))]
     return frozenset(named[0].split()) if named else frozenset()

@@ -6,19 +6,31 @@ Standard library only: `setup.py` runs this, where nothing is installed.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cascade_llm.device.c_compiler import FLAGS, HEADERS, LINK_FLAGS, find_compiler, run_compiler
+from cascade_llm.device.c_compiler import (
+    ASKED_ITS_VERSION,
+    FLAGS,
+    HEADERS,
+    LINK_FLAGS,
+    find_compiler,
+    run_compiler,
+)
 from cascade_llm.device.cpu_levels import LEVELS, CpuLevel
 from cascade_llm.device.native_units import NativeUnit, units_of_wheel
+from cascade_llm.device.watched_process import run_watched
 from cascade_llm.errors import BackendError
 
-__all__ = ["build_libraries", "compiler_command", "library_name"]
+__all__ = ["build_libraries", "compiler_architecture", "compiler_command", "library_name", "needed_glibc"]
+
+OLDEST_GLIBC = 17
+"""2.17 is the first that platform tags name for aarch64, and older than what Python 3.11 runs on."""
 
 
 def library_name(architecture: str, level: CpuLevel) -> str:
@@ -33,6 +45,19 @@ def compiler_command() -> list[str] | None:
         return asked
     found = find_compiler()
     return None if found is None else [found]
+
+
+def compiler_architecture(compiler: list[str]) -> str | None:
+    """What a compiler builds for, as `LEVELS` spells it; None where it does not tell, or it is none of them."""
+    _, output = run_watched([*compiler, "-dumpmachine"], ASKED_ITS_VERSION)
+    machine = output.strip().partition("-")[0]
+    return {"arm64": "aarch64"}.get(machine, machine if machine in LEVELS else None)
+
+
+def needed_glibc(libraries: Iterable[Path]) -> int | None:
+    """The x of the oldest glibc 2.x that has all that these libraries ask of it; None where they ask for no glibc."""
+    asked = [int(number) for path in libraries for number in re.findall(rb"\0GLIBC_2\.(\d+)", path.read_bytes())]
+    return max(OLDEST_GLIBC, *asked) if asked else None
 
 
 def build_libraries(compiler: list[str], architecture: str, folder: Path) -> list[Path]:

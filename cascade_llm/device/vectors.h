@@ -11,7 +11,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
@@ -22,6 +22,13 @@ enum { LANES = 16 };
 enum { LANES = 8 };
 #else
 enum { LANES = 4 };
+#endif
+
+/* Of vectors, that a program has. */
+#if defined(AVX512) || defined(__aarch64__)
+enum { REGISTERS = 32 };
+#else
+enum { REGISTERS = 16 };
 #endif
 
 #define INLINE static inline __attribute__((always_inline))

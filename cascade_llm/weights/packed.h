@@ -17,8 +17,9 @@
  *   1 bit    1 vector, step s at bit s
  *   8 bits   8 vectors
  *
- * and 3, 5 and 6 bits are two planes. Codes that are floats lie as 16 numbers for each input, bfloat16 as 16 pairs for
- * each two.
+ * and 3, 5 and 6 bits are two planes. Where products take eight inputs (USMMLA, IN_EIGHTS), two steps of four outputs are
+ * taken together: in 16 bytes stand eight inputs of the first output and of the second, in the next step's those of the
+ * third and the fourth. Codes that are floats lie as 16 numbers for each input, bfloat16 as 16 pairs for each two.
  */
 #ifndef CASCADE_PACKED_H
 #define CASCADE_PACKED_H
@@ -26,6 +27,13 @@
 #include "vectors.h"
 
 enum { TILE = 16, BLOCK = 32, STEPS = 8, STEP = 4 };
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define IN_EIGHTS 1
+#else
+#define IN_EIGHTS 0
+#endif
+
 enum { SPREAD_FROM = 65536 /* values, from which a loop over them is worth another thread */ };
 
 enum {
@@ -108,6 +116,22 @@ INLINE floats fractions_at(const float *table, ints places) {
     return (floats)_mm256_blendv_ps(low, high, (__m256)(places << 28)); /* bit 3, as the sign */
 }
 
+#elif defined(__aarch64__)
+
+INLINE bytes lookup(const uint8_t *values, bytes codes) {
+    return (bytes)vqtbl1q_u8(vld1q_u8(values), (uint8x16_t)codes);
+}
+INLINE floats float16_of(halves x) { return (floats)vcvt_f32_f16((float16x4_t)x); }
+INLINE floats fractions_at(const float *table, ints places) {
+    uint32x4_t at = (uint32x4_t)((words)places * 0x04040404 + 0x03020100); /* of a number's four bytes */
+    return (floats)vqtbl4q_u8(vld1q_u8_x4((const uint8_t *)table), vreinterpretq_u8_u32(at));
+}
+INLINE floats load_float16(const uint8_t *x) {
+    halves stored;
+    memcpy(&stored, x, sizeof stored);
+    return float16_of(stored);
+}
+
 #else
 
 INLINE bytes lookup(const uint8_t *values, bytes codes) {
@@ -164,6 +188,21 @@ INLINE bytes moved(bytes x, int from, int to, int mask) {
     return (bytes)wide & (uint8_t)mask;
 }
 
+/* In which step an input of a tile's output lies, and where in its 64 bytes. */
+INLINE int step_of(int output, int input) {
+    return IN_EIGHTS ? input / 8 * 2 + output % 4 / 2 : input / STEP;
+}
+INLINE int byte_of(int output, int input) {
+    return IN_EIGHTS ? output / 4 * 16 + output % 2 * 8 + input % 8 : output * STEP + input % STEP;
+}
+
+/* Where input `i` of row `r` lies among the codes of a block of a group of rows; where products take eight inputs of two
+ * rows, these lie side by side. */
+INLINE long place_of_code(long rows, long r, long i) {
+    if (!IN_EIGHTS || (r == rows - 1 && rows % 2)) return r * BLOCK + i;
+    return r / 2 * 2 * BLOCK + i / 8 * 16 + r % 2 * 8 + i % 8;
+}
+
 /* The unsigned codes of one step and one vector of outputs; `plane` points to the vector in the block's first plane. */
 INLINE bytes step_codes(int code, const uint8_t *plane, int s, const uint8_t *values) {
     bytes low;
@@ -181,7 +220,17 @@ INLINE bytes step_codes(int code, const uint8_t *plane, int s, const uint8_t *va
     }
 }
 
-/* Steps whose products fit 16 bits together, at codes of that size times 127 twice. */
+/* The codes of one step with a lane for each output. */
+INLINE bytes output_codes(int code, const uint8_t *plane, int s, const uint8_t *values) {
+#if IN_EIGHTS
+    uint32x4_t low = (uint32x4_t)step_codes(code, plane, s / 2 * 2, values);
+    uint32x4_t high = (uint32x4_t)step_codes(code, plane, s / 2 * 2 + 1, values);
+    return (bytes)(s % 2 ? vuzp2q_u32(low, high) : vuzp1q_u32(low, high));
+#else
+    return step_codes(code, plane, s, values);
+#endif
+}
+
 INLINE floats load_number(int scale, const uint8_t *x) {
     if (scale == SCALE32) return *(const floats *)x;
     return load_float16(x);

@@ -4,7 +4,6 @@
 #include "packed.h"
 #include "parallel.h"
 
-
 /* Bytes of a tile, so that Python need not know the layout. */
 long packed_tile_bytes(const piece *p, long in_size) {
     cursor c = {0};
@@ -16,7 +15,7 @@ static void pack_planes(int code, const uint8_t *codes, long in_size, long outpu
     memset(planes, 0, plane_bytes(code));
     for (int o = 0; o < outputs; o++)
         for (int i = 0; i < BLOCK; i++) {
-            int s = i / STEP, at = o * STEP + i % STEP, value = codes[o * in_size + i];
+            int s = step_of(o, i), at = byte_of(o, i), value = codes[o * in_size + i];
             if (code == U8) {
                 planes[64 * s + at] = value;
             } else if (code == U2 || code == U3) {
@@ -111,7 +110,7 @@ static void unpack_block(const piece *p, row_cursor *c, float *values) {
                 int j = i % inputs_side_by_side(code);
                 value = load_float_codes(code, float_codes_of(p, code, &c->tile, v), i - j, j)[lane] * code_factor(code);
             } else {
-                bytes w = step_codes(code, c->tile.planes + 4 * LANES * v, i / STEP, p->values);
+                bytes w = output_codes(code, c->tile.planes + 4 * LANES * v, i / STEP, p->values);
                 uint8_t found = w[lane * STEP + i % STEP];
                 value = code == FRACTIONS ? p->fractions[found] : (float)(found - p->zero);
             }

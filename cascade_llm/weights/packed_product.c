@@ -24,6 +24,9 @@ INLINE uint32_t largest_of(words x) {
     most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4e));
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(most, _mm_shuffle_epi32(most, 0xb1)));
 }
+#elif defined(__aarch64__)
+INLINE int32_t sum_of(ints x) { return vaddvq_s32((int32x4_t)x); }
+INLINE uint32_t largest_of(words x) { return vmaxvq_u32((uint32x4_t)x); }
 #else
 INLINE int32_t sum_of(ints x) {
     int32_t sum = 0;
@@ -41,9 +44,9 @@ INLINE uint32_t largest_of(words x) {
 
 enum { PER_BLOCK = BLOCK / LANES };
 
-/* 32 integers of -127 to 127 and their scale; a block with NaN or infinity gets the scale NaN. `sums` are the two
- * halves'. Adding 1.5 * 2**23 rounds to the nearest integer, which then are the lowest bits. */
-INLINE float quantize_block(const floats *x, int8_t *codes, int32_t *sums) {
+/* 32 integers of -127 to 127, of row r in a group's codes, and their scale; a block with NaN or infinity gets the scale
+ * NaN. `sums` are the two halves'. Adding 1.5 * 2**23 rounds to the nearest integer, which then are the lowest bits. */
+INLINE float quantize_block(const floats *x, int8_t *codes, long rows, long r, int32_t *sums) {
     words largest = {};
     UNROLLED for (int v = 0; v < PER_BLOCK; v++) {
         words magnitude = (words)x[v] & 0x7fffffff, is_larger = (words)(magnitude > largest);
@@ -59,7 +62,7 @@ INLINE float quantize_block(const floats *x, int8_t *codes, int32_t *sums) {
         floats shifted = x[v] * inverse + 12582912.0f;
         ints rounded = (ints)shifted - 0x4b400000;
         if (!is_finite) rounded = (ints){};
-        *(small *)(codes + LANES * v) = __builtin_convertvector(rounded, small);
+        *(small *)(codes + place_of_code(rows, r, LANES * v)) = __builtin_convertvector(rounded, small);
         halves[v >= PER_BLOCK / 2] += rounded;
     }
     sums[0] = sum_of(halves[0]);
@@ -79,7 +82,7 @@ static void prepare_row(const product *t, long row, int r, int rows, uint8_t *in
             uint8_t *record = integers + b * rows * INTEGER_BYTES;
             float *numbers = (float *)(record + rows * BLOCK);
             int32_t sums[2];
-            float scale = quantize_block(block, (int8_t *)record + r * BLOCK, sums);
+            float scale = quantize_block(block, (int8_t *)record, rows, r, sums);
             numbers[r] = scale;
             ((int32_t *)numbers)[rows + r] = sums[0] + sums[1];
             numbers[2 * rows + r] = scale * (float)(sums[0] + sums[1]);

@@ -5,6 +5,7 @@
  * exact way widens codes to float in registers. A row's arithmetic is the same whatever rows are beside it.
  */
 #include "packed.h"
+#include "packed_dots.h"
 
 #ifdef EXACT
 enum { IS_EXACT = 1 };
@@ -12,125 +13,21 @@ enum { IS_EXACT = 1 };
 enum { IS_EXACT = 0 };
 #endif
 
-enum { PAIR = 2 * PER_TILE /* vectors of two tiles, which the rows of one x meet together where registers are many */ };
-
-/* ---- what differs between processors ---- */
-
-#if defined(AVX512)
-
-enum { SIGNED_CODES = 0, RESTARTS = 0 };
-typedef ints partial;
-INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
-    (void)is_signed;
-    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
-}
-INLINE ints flush(ints sum, partial part) { (void)sum; return part; }
-
-#elif defined(__AVX2__)
-
-#if defined(__AVXVNNI__)
-enum { SIGNED_CODES = 0, RESTARTS = 0 };
-typedef ints partial;
-INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
-    (void)is_signed;
-    return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, _mm256_set1_epi32(x));
-}
-INLINE ints flush(ints sum, partial part) { (void)sum; return part; }
-#else
-/* Products are summed in 16 bits as long as they fit, then in 32. Codes of 8 bits fill 16 bits at once, and are taken
- * as signed: |w| times x with w's sign. */
-enum { SIGNED_CODES = 1, RESTARTS = 1 };
-typedef int16_t partial __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
-    __m256i row = _mm256_set1_epi32(x), weight = (__m256i)w;
-    if (is_signed) /* the sum is 0 */
-        return (partial)_mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(row, weight));
-    sum += (partial)_mm256_maddubs_epi16(weight, row);
-    __asm__("" : "+x"(sum)); /* GCC would keep all products, to add them in another order */
-    return sum;
-}
-INLINE ints flush(ints sum, partial part) {
-    sum += (ints)_mm256_madd_epi16((__m256i)part, _mm256_set1_epi16(1));
-    __asm__("" : "+x"(sum)); /* as above */
-    return sum;
-}
-#endif
-
-#else
-
-typedef ints partial;
-#if defined(__ARM_FEATURE_DOTPROD)
-enum { SIGNED_CODES = 1, RESTARTS = 0 };
-INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
-    (void)is_signed; /* unsigned codes are below 64 */
-    return (ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, vreinterpretq_s8_s32(vdupq_n_s32(x)));
-}
-#else
-enum { SIGNED_CODES = 0, RESTARTS = 0 };
-INLINE partial dot(partial sum, bytes w, int32_t x, int is_signed) {
-    (void)is_signed;
-    words lanes = (words)w;
-    for (int j = 0; j < STEP; j++) sum += (ints)(lanes >> 8 * j & 255) * (int8_t)(x >> 8 * j);
-    return sum;
-}
-#endif
-INLINE ints flush(ints sum, partial part) { (void)sum; return part; }
-
-#endif
-/* Steps whose products fit 16 bits together, at codes of that size times 127 twice. */
-INLINE int steps_in_16_bits(int code) {
-    switch (code) {
-    case U6: return 2;
-    case U5: return 4;
-    case U8: case TABLE: case HALVED_TABLE: return 1;
-    default: return 8;
-    }
-}
-
 /* ---- the products: `vectors` of a pair of tiles from `v0` on, for rows `r0` to `r0 + rows`; all constants but r0 ---- */
 
 /* A block, or where halves have scales of their own the half of it: its sums of products times scales. */
 INLINE void integer_sums(const piece *p, int code, const cursor *c, const uint8_t *x, int half, int rows, int v0,
                          int vectors, floats sums[ROWS][PAIR]) {
-    int is_signed = SIGNED_CODES && is_eight(code), halved = is_halved(code);
-    int zero = p->zero - (is_signed ? 128 : 0), first = 4 * half, last = halved ? first + 4 : STEPS;
+    int halved = is_halved(code);
     const float *numbers = (const float *)(x + rows * BLOCK), *x_scales = numbers;
     const int32_t *x_sums = (const int32_t *)numbers + rows * (halved ? 3 + half : 1);
     const float *totals = numbers + rows * (halved ? 5 + half : 2);
     ints whole[ROWS][PAIR];
-    partial part[ROWS][PAIR];
-    UNROLLED for (int r = 0; r < rows; r++) {
-        ints start = {};
-        if (zero) start = broadcast_int(x_sums[r]) * -zero;
-        UNROLLED for (int v = 0; v < vectors; v++) {
-            whole[r][v] = start;
-            if (RESTARTS) part[r][v] = (partial){};
-            else part[r][v] = (partial)start;
-        }
-    }
-    UNROLLED for (int s = first; s < last; s++) {
-        bytes w[PAIR];
-        UNROLLED for (int v = 0; v < vectors; v++) {
-            w[v] = step_codes(code, vector_planes(p, c, v0 + v), s, p->values);
-            if (is_signed) w[v] ^= 0x80;
-        }
-        UNROLLED for (int r = 0; r < rows; r++) {
-            int32_t four;
-            memcpy(&four, x + r * BLOCK + s * STEP, sizeof four);
-            UNROLLED for (int v = 0; v < vectors; v++) part[r][v] = dot(part[r][v], w[v], four, is_signed);
-        }
-        if (RESTARTS && ((s - first + 1) % steps_in_16_bits(code) == 0 || s + 1 == last))
-            UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) {
-                whole[r][v] = flush(whole[r][v], part[r][v]);
-                part[r][v] = (partial){};
-            }
-    }
+    block_dots(p, code, c, x, x_sums, half, rows, v0, vectors, whole);
     UNROLLED for (int v = 0; v < vectors; v++) {
         floats scale = scale_of(p, c, v0 + v, half);
-        UNROLLED for (int r = 0; r < rows; r++) {
-            ints sum = RESTARTS ? whole[r][v] : flush(whole[r][v], part[r][v]);
-            sums[r][v] += __builtin_convertvector(sum, floats) * (scale * broadcast(x_scales[r]));
-        }
+        UNROLLED for (int r = 0; r < rows; r++)
+            sums[r][v] += __builtin_convertvector(whole[r][v], floats) * (scale * broadcast(x_scales[r]));
         if (p->has_minimum) {
             floats minimum = minimum_of(p, c, v0 + v, half);
             UNROLLED for (int r = 0; r < rows; r++) sums[r][v] += minimum * broadcast(totals[r]);
@@ -187,7 +84,7 @@ INLINE void exact_sums(const piece *p, int code, const cursor *c, const float *x
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) part[r][v] = (floats){};
     UNROLLED for (int s = first; s < last; s++) {
         bytes w[PAIR];
-        UNROLLED for (int v = 0; v < vectors; v++) w[v] = step_codes(code, vector_planes(p, c, v0 + v), s, p->values);
+        UNROLLED for (int v = 0; v < vectors; v++) w[v] = output_codes(code, vector_planes(p, c, v0 + v), s, p->values);
         UNROLLED for (int j = 0; j < STEP; j++) {
             floats wide[PAIR];
             UNROLLED for (int v = 0; v < vectors; v++) {
@@ -304,11 +201,16 @@ static __attribute__((noinline)) void store_outputs(const product *t, const piec
 
 /* ---- one tile for a block of rows ---- */
 
+/* What the registers hold beside the sums of these rows. */
+INLINE int vectors_at_once(int rows, int code) {
+    if (LANES == 4 && REGISTERS == 32) return rows <= 3 ? 4 : 2;
+    return REGISTERS == 32 || rows <= 2 || code >= BFLOAT16 ? 2 : 1;
+}
+
 INLINE void tile_of_rows(const product *t, const piece *p, int code, long tile, long r0, int rows, turn asks) {
     floats out[ROWS][PAIR];
     const uint8_t *data = p->data + tile * p->tile_bytes;
-    /* at a time: what the registers hold beside the sums of these rows */
-    int vectors = LANES == 16 || rows <= 2 || code >= BFLOAT16 ? 2 : 1;
+    int vectors = vectors_at_once(rows, code);
     for (int v0 = 0; v0 < PAIR; v0 += vectors) {
         if (code >= BFLOAT16) float_tile(t, p, code, data, r0, rows, v0, vectors, asks, out);
         else if (IS_EXACT) exact_tile(t, p, code, data, r0, rows, v0, vectors, asks, out);

@@ -14,7 +14,7 @@
 
 enum {
     OUTPUTS = 4,
-    ROWS = LANES == 16 ? 4 : 2, /* at most, of a tile */
+    ROWS = REGISTERS == 32 ? 4 : 2, /* at most, of a tile */
     MOST_ROWS = 128,            /* of a product, so that its inputs stay in the second-level cache */
     UNIT = 16,                  /* outputs that one thread takes at least */
     CHUNKS_PER_THREAD = 8       /* matrices have different numbers of rows: a delayed thread is helped */
@@ -70,12 +70,31 @@ INLINE element rounded(float value) { return value; }
 INLINE float sum_of(floats x) {
 #if defined(AVX512)
     return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__aarch64__)
+    return vaddvq_f32((float32x4_t)x);
 #else
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += x[i];
     return sum;
 #endif
 }
+
+/* Where bfloat16 inputs and weights are multiplied in pairs: 2 * LANES of them, and their products added to LANES sums. */
+#if defined(BFLOAT16) && defined(__AVX512BF16__)
+#define HAS_PAIRS 1
+typedef __m512bh pairs_of_inputs;
+INLINE pairs_of_inputs load_pairs(const uint16_t *x) { return (__m512bh)_mm512_loadu_si512(x); }
+INLINE floats add_products(floats sums, pairs_of_inputs x, pairs_of_inputs y) {
+    return (floats)_mm512_dpbf16_ps((__m512)sums, x, y);
+}
+#elif defined(BFLOAT16) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define HAS_PAIRS 1
+typedef bfloat16x8_t pairs_of_inputs;
+INLINE pairs_of_inputs load_pairs(const uint16_t *x) { return vreinterpretq_bf16_u16(vld1q_u16(x)); }
+INLINE floats add_products(floats sums, pairs_of_inputs x, pairs_of_inputs y) {
+    return (floats)vbfdotq_f32((float32x4_t)sums, x, y);
+}
+#endif
 
 /* Sums of OUTPUTS rows of W, each `in_size` long, with some rows of inputs; `is_narrow`: W is bfloat16. Both are
  * constants where this is called. The same bytes of the next outputs are asked for: rows of a page or two are too short
@@ -85,18 +104,17 @@ INLINE void sums_of(const element *const *x, const void *w, long in_size, int ro
     floats sums[ROWS][OUTPUTS];
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int o = 0; o < OUTPUTS; o++) sums[r][o] = (floats){};
     long i = 0;
-#if defined(BFLOAT16) && defined(__AVX512BF16__)
+#ifdef HAS_PAIRS
     for (; i + 2 * LANES <= in_size; i += 2 * LANES) {
         const uint16_t *at = (const uint16_t *)w + i;
-        __m512bh weights[OUTPUTS];
+        pairs_of_inputs weights[OUTPUTS];
         UNROLLED for (int o = 0; o < OUTPUTS; o++) {
-            weights[o] = (__m512bh)_mm512_loadu_si512(at + o * in_size);
+            weights[o] = load_pairs(at + o * in_size);
             __builtin_prefetch(at + (OUTPUTS + o) * in_size);
         }
         UNROLLED for (int r = 0; r < rows; r++) {
-            __m512bh inputs = (__m512bh)_mm512_loadu_si512(x[r] + i);
-            UNROLLED for (int o = 0; o < OUTPUTS; o++)
-                sums[r][o] = (floats)_mm512_dpbf16_ps((__m512)sums[r][o], weights[o], inputs);
+            pairs_of_inputs inputs = load_pairs(x[r] + i);
+            UNROLLED for (int o = 0; o < OUTPUTS; o++) sums[r][o] = add_products(sums[r][o], weights[o], inputs);
         }
     }
 #endif

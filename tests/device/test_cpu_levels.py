@@ -45,6 +45,21 @@ def test_levels_that_a_processor_has(flags: str, expected: list[str], processor:
     assert has(processor, flags) == expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fp asimd crc32 cpuid", ["baseline"]),  # Cortex-A72
+        ("fp asimd atomics asimdhp asimddp", ["dotprod", "baseline"]),  # Neoverse N1
+        ("asimd asimdhp asimddp sve bf16 i8mm", ["i8mm", "dotprod", "baseline"]),  # Neoverse V1
+        ("asimd asimdhp asimddp i8mm", ["dotprod", "baseline"]),
+        ("asimd asimdhp sve", ["baseline"]),  # A64FX
+    ],
+)
+def test_levels_that_an_arm_processor_has(flags: str, expected: list[str], processor: pytest.MonkeyPatch) -> None:
+    processor.setattr(cpu_levels, "architecture", lambda: "aarch64")
+    assert has(processor, flags) == expected
+
+
 def test_a_process_can_be_held_to_a_lower_level(processor: pytest.MonkeyPatch) -> None:
     processor.setenv(LEVEL_VARIABLE, "avx2")
     assert has(processor, f"{V4} avx_vnni avx512_vnni") == ["avx2", "baseline"]
