@@ -23,6 +23,7 @@ import pytest
 from cascade_llm.device import native_library
 from cascade_llm.device.c_compiler import FLAGS, HEADERS, LINK_FLAGS
 from cascade_llm.device.cpu_levels import LEVELS, CpuLevel
+from cascade_llm.device.native_function import NativeFunction
 from cascade_llm.device.native_units import PARALLEL, NativeUnit
 
 COMPILERS = {"aarch64": "aarch64-linux-gnu-gcc"}
@@ -66,13 +67,14 @@ class EmulatedLevel:
         )
         self.functions(PARALLEL)
 
-    def functions(self, unit: NativeUnit) -> Mapping[str, EmulatedFunction]:
+    def functions(self, unit: NativeUnit) -> Mapping[str, NativeFunction]:
         """In place of `native_functions`."""
         library = self._folder / f"{unit.path.stem}{unit.suffix}.so"
         if not library.exists():
             subprocess.run([*self._command, *unit.options, unit.path, "-o", library, "-lm"], check=True)
             self.call(str(library), [], [])
-        return {name: EmulatedFunction(self, full) for name, full in zip(unit.functions, unit.exported, strict=True)}
+        names = zip(unit.functions, unit.exported, strict=True)
+        return {name: NativeFunction(_EmulatedFunction(self, full)) for name, full in names}
 
     def call(self, name: str, integers: list[int], floats: list[float]) -> int:
         """One call; arguments that are floats go another way than the rest."""
@@ -93,8 +95,8 @@ class EmulatedLevel:
         shutil.rmtree(self._folder)
 
 
-class EmulatedFunction:
-    """Called as the function of a library that ctypes has loaded."""
+class _EmulatedFunction:
+    """In place of a function of a library that ctypes has loaded."""
 
     def __init__(self, level: EmulatedLevel, name: str) -> None:
         self._level, self._name = level, name
