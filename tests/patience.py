@@ -4,4 +4,4 @@ from __future__ import annotations
 
 __all__ = ["PATIENCE_S"]
 
-PATIENCE_S = 300.0
+PATIENCE_S = 900.0

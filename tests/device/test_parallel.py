@@ -38,7 +38,7 @@ for pause_s in (0, 0.05):
     time.sleep(pause_s)
     others = threading.Event()
     def also(index):
-        if index == 0: assert others.wait(300), "nobody came"
+        if index == 0: assert others.wait(900), "nobody came"
         if index == 49: others.set()
     assert len(run(50, 2, also)) == 2
 """
