@@ -11,6 +11,7 @@ import torch
 
 from cascade_llm.bench.load import Load
 from cascade_llm.bench.machine_limits import MachineLimits, machine_limits
+from cascade_llm.bench.own_memory import forget_peak
 from cascade_llm.bench.step_work import ModelShape
 from cascade_llm.bench.workloads import Vocabulary, Workload
 from cascade_llm.config import EngineOptions, ModelConfig
@@ -69,12 +70,14 @@ class BenchModel:
     def limits(self) -> MachineLimits:
         """What this machine can do at most with the model's dtype, and with integers where its weights are such."""
         is_quantized = any(stored.codes is not None for _, stored in self.checkpoint.stored_tensors())
-        return machine_limits(
+        limits = machine_limits(
             self.device,
             self.dtype,
             num_threads=self.options.get("num_threads"),
             with_integers=is_quantized or self.options.get("quantization") is not None,
         )
+        forget_peak()  # a gigabyte was read and copied, which is no engine's
+        return limits
 
     @property
     def kv_dtype(self) -> torch.dtype:

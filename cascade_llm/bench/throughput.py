@@ -8,7 +8,6 @@ ratios are taken turn by turn. Decode with cascade attention on against off is c
 
 from __future__ import annotations
 
-import resource
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 from cascade_llm.bench.load import Load
 from cascade_llm.bench.machine import describe_machine
 from cascade_llm.bench.machine_limits import MachineLimits
+from cascade_llm.bench.own_memory import peak_bytes
 from cascade_llm.bench.paired import PairedDecode, measure_paired
 from cascade_llm.bench.reading import Reading, Spread, spread_of_ratios
 from cascade_llm.bench.setup import BenchModel
@@ -285,8 +285,7 @@ def _split_steps(report: ThroughputReport, sides: Sequence[Side], on_run: OnRun)
 def _peak_memory(sides: Sequence[Side]) -> dict[str, int]:
     """By side; ours where one engine alone is in this process."""
     engines = [side for side in sides if isinstance(side, EngineSide)]
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    memory = {engines[0].name: own} if len(engines) == 1 and engines[0].runs_here else {}
+    memory = {engines[0].name: peak_bytes()} if len(engines) == 1 and engines[0].runs_here else {}
     told = {side.name: side.peak_memory_bytes() for side in sides if not isinstance(side, EngineSide)}
     return memory | {name: num_bytes for name, num_bytes in told.items() if num_bytes is not None}
 
