@@ -55,10 +55,9 @@ def test_the_floor_is_the_work_of_the_steps_at_the_machines_limits(report: Throu
     assert cold.work.num_steps == warm.work.num_steps == 6
     assert first.work.num_steps == 1
     assert cold.seconds > warm.seconds > first.seconds > 0
-    for name in report.quantities():
-        share = report.share_of_limit("cascade on", name)
-        assert share is not None
-        assert 0 < share < 1
+    for name, floor in (("cold", cold), ("warm", warm)):
+        speed = report.tokens_per_s("cascade on", name).median
+        assert report.share_of_limit("cascade on", name) == pytest.approx(speed * floor.seconds / (4 * 6))
 
 
 def test_a_report_is_json_and_has_all_that_was_chosen(report: ThroughputReport) -> None:
