@@ -50,7 +50,10 @@ def fit_plans() -> list[PlanWork]:
     return [plan_work(case.plan(depths)) for case in cases for depths in case.subsets(2)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"level_s": 0.0}, {"tile_rows": 1, "step_s": 0.0}, {"llc_bytes": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"level_s": 0.0}, marks=pytest.mark.slow), {"tile_rows": 1, "step_s": 0.0}, {"llc_bytes": 0}],
+)
 def test_constants_are_found_from_the_times_that_they_make(changes: dict[str, float]) -> None:
     true = CostModel(SHAPE, replace(TRUE, **changes))  # type: ignore[arg-type]
     measured = [(work, true.plan_s(work)) for work in fit_plans()]

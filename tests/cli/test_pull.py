@@ -88,7 +88,7 @@ def failed(done: subprocess.CompletedProcess[str]) -> str:
     return " ".join(done.stderr.split())
 
 
-SOURCES = pytest.mark.parametrize("prefix", ["hf://", "ms://"])
+SOURCES = pytest.mark.parametrize("prefix", ["hf://", pytest.param("ms://", marks=pytest.mark.slow)])
 
 
 @SOURCES

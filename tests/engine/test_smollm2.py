@@ -97,7 +97,9 @@ print(int(peak.split()[1]) * 1024)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's own peak")
-@pytest.mark.parametrize(("dtype", "most_bytes"), [("bfloat16", 0.6e9), ("float32", 0.6e9)])
+@pytest.mark.parametrize(
+    ("dtype", "most_bytes"), [pytest.param("bfloat16", 0.6e9, marks=pytest.mark.slow), ("float32", 0.6e9)]
+)
 def test_a_start_with_default_options_holds_little_more_than_the_weights(
     run_python: Callable[[str], str], dtype: str, most_bytes: float
 ) -> None:

@@ -45,7 +45,7 @@ def sampling(num_requests: int, **changes: Any) -> list[SamplingParams]:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"max_num_seqs": 4},
         {"max_num_batched_tokens": 24, "max_num_seqs": 8},
     ],

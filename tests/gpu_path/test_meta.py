@@ -119,11 +119,11 @@ def last_tokens_of_lanes(patch: pytest.MonkeyPatch) -> None:
     "plant",
     [
         columns_of_a_leaf,
-        results_of_a_level,
-        row_numbers_of_the_rotation,
+        pytest.param(results_of_a_level, marks=pytest.mark.slow),
+        pytest.param(row_numbers_of_the_rotation, marks=pytest.mark.slow),
         table_of_appends,
         what_lies_between_pieces,
-        last_tokens_of_lanes,
+        pytest.param(last_tokens_of_lanes, marks=pytest.mark.slow),
     ],
     ids=lambda plant: plant.__name__,
 )

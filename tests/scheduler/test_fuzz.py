@@ -134,7 +134,9 @@ def is_beside(other: Request, request: Request) -> bool:
     )
 
 
-@pytest.mark.parametrize("first_seed", range(0, 300, 50))
+@pytest.mark.parametrize(
+    "first_seed", [0, 50, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(100, 300, 50))]
+)
 def test_random_loads(first_seed: int) -> None:
     for seed in range(first_seed, first_seed + 50):
         Fuzz(seed, lag=seed % 2, num_requests=12, trouble=0.01 if seed % 4 < 2 else 0.0).run()
