@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from cascade_llm.errors import CheckpointError
 from cascade_llm.loader.checkpoint import Checkpoint
@@ -20,7 +21,6 @@ from cascade_llm.loader.gguf_config import ending_token_ids, hf_config_of
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFFile, GGUFTensor, dequantize
 from cascade_llm.loader.gguf_names import first_part
 from cascade_llm.loader.gguf_tensor_names import gguf_name_of, hf_name_of, names_of_experts
-from cascade_llm.loader.gguf_types import GGML_QUANT_SIZES, GGMLQuantizationType
 from cascade_llm.weights.format import StoredTensor, Unread
 
 __all__ = ["GGUFCheckpoint", "stored_blocks"]

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from cascade_llm.loader.gguf_types import GGML_QUANT_SIZES, GGMLQuantizationType
 from cascade_llm.weights.codes import CodeLayout, Codes
 
 __all__ = ["CODED_TYPES", "codes_of"]

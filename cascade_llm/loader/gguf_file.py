@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
 from cascade_llm.loader.gguf_names import PART_NAME
 from cascade_llm.loader.gguf_texts import LENGTH, GGUFTexts, text_at
-from cascade_llm.loader.gguf_types import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 __all__ = ["PLAIN_TYPES", "GGUFFile", "GGUFTensor", "dequantize", "is_gguf"]
 
@@ -171,8 +172,8 @@ class GGUFFile:
             return name, shape, GGMLQuantizationType(type_id), offset
         except ValueError:
             raise UnsupportedModelError(
-                f"{self.path}: tensor {name} has block type {type_id}, which is not "
-                "implemented: use the model in another quantization"
+                f"{self.path}: tensor {name} has block type {type_id}, which the installed gguf package does not "
+                "know: upgrade gguf, or use the model in another quantization"
             ) from None
 
     def _data_start(self, position: int) -> int:
@@ -210,19 +211,16 @@ def dequantize(data: npt.NDArray[np.uint8], tensor_type: GGMLQuantizationType, s
 
 
 def _dequantize_blocks(data: npt.NDArray[np.uint8], tensor_type: GGMLQuantizationType) -> torch.Tensor:
-    import gguf  # see `gguf_types`
-
     block_len, block_bytes = GGML_QUANT_SIZES[tensor_type]
     blocks_per_chunk = max(1, CHUNK_LEN // block_len)
     out = torch.empty(data.size // block_bytes * block_len, dtype=torch.float32)
     values = out.numpy()
     try:
-        gguf_type = gguf.GGMLQuantizationType(tensor_type)
         for block in range(0, data.size // block_bytes, blocks_per_chunk):
             chunk = data[block * block_bytes : (block + blocks_per_chunk) * block_bytes]
             start = block * block_len
-            values[start : start + chunk.size // block_bytes * block_len] = gguf.dequantize(chunk[None], gguf_type)[0]
-    except (NotImplementedError, ValueError) as error:  # the second where the package is older than the type
+            values[start : start + chunk.size // block_bytes * block_len] = gguf.dequantize(chunk[None], tensor_type)[0]
+    except NotImplementedError as error:
         raise UnsupportedModelError(f"block type {tensor_type.name} cannot be dequantized: {error}") from error
     return out
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from cascade_llm.errors import UnsupportedModelError
 from cascade_llm.loader.gguf_architectures import GGUF_ARCHITECTURES
 from cascade_llm.loader.gguf_checkpoint import stored_blocks
 from cascade_llm.loader.gguf_file import PLAIN_TYPES, GGUFTensor
-from cascade_llm.loader.gguf_types import GGML_QUANT_SIZES, GGMLQuantizationType
 from cascade_llm.loader.quantized.examples import quantized_examples
 from cascade_llm.loader.safetensors_file import DTYPES
 from cascade_llm.weights.format import StoredTensor

@@ -13,7 +13,7 @@ from tests.native_code import needs_compiler
 
 NOT_NEEDED = {
     *("transformers", "huggingface_hub", "modelscope_hub", "sentencepiece", "matplotlib", "click", "fastapi"),
-    *("pydantic", "gguf", "torch._dynamo", "torch._inductor", "sympy"),
+    *("pydantic", "torch._dynamo", "torch._inductor", "sympy"),
 }
 """Each takes 10 to 100 MB or a tenth of a second to a second."""
 MOST_TOKENS = 512

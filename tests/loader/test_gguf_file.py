@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade_llm.errors import CheckpointError, UnsupportedModelError
-from cascade_llm.loader import gguf_types
 from cascade_llm.loader.gguf_file import GGUFFile
 from cascade_llm.loader.gguf_texts import GGUFTexts
 from cascade_llm.loader.resolve import open_checkpoint
@@ -34,17 +33,6 @@ def tiny_file(folder: Path) -> Path:
     tensors = {"b.weight": np.arange(96, dtype=np.float32).reshape(3, 32), "a.bias": np.ones(3, np.float32)}
     return write_gguf(
         folder / "tiny.gguf", "test", tensors=tensors, other_keys=KEYS, tensor_type=GGMLQuantizationType.Q8_0
-    )
-
-
-def test_types_are_those_of_gguf_s_own_tables() -> None:
-    for ours, theirs in (
-        (gguf_types.GGMLQuantizationType, GGMLQuantizationType),
-        (gguf_types.GGUFValueType, GGUFValueType),
-    ):
-        assert [theirs[kind.name] for kind in ours] == list(ours)
-    assert {kind: GGML_QUANT_SIZES[GGMLQuantizationType(kind)] for kind in gguf_types.GGML_QUANT_SIZES} == (
-        gguf_types.GGML_QUANT_SIZES
     )
 
 
