@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from cascade_llm.device.native_function import NativeFunction
 from cascade_llm.device.native_library import native_functions
 from cascade_llm.device.native_units import REPLAY
-from cascade_llm.errors import CapacityError
+from cascade_llm.errors import BackendError, CapacityError
 
 __all__ = ["NativeCalls", "can_be_listed", "replay_function"]
 
@@ -54,8 +55,10 @@ def replay_function() -> NativeFunction:
     """What walks the list.
 
     Raises:
-        BackendError: there is no native code here
+        BackendError: there is no native code here, or the system's calls put arguments elsewhere than the C file says
     """
+    if sys.platform != "linux":
+        raise BackendError(f"the list of a step's calls is for Linux's calling conventions, not {sys.platform}'s")
     (function,) = native_functions(REPLAY).values()
     function.declare(ctypes.c_void_p, ctypes.c_long, returns=ctypes.c_int)
     return function

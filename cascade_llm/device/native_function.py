@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -28,12 +28,6 @@ class NativeFunction:
     def declare(self, *argument_types: Any, returns: Any = None) -> None:
         """Say what it takes and returns, as types of ctypes; None returns nothing."""
         self._function.argtypes, self._function.restype = argument_types, returns
-
-    @property
-    def argument_types(self) -> Sequence[Any]:
-        """What `declare` said."""
-        types: Sequence[Any] = self._function.argtypes
-        return types
 
     @property
     def address(self) -> int:

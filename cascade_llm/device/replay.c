@@ -1,7 +1,7 @@
 /* Calls of compiled functions, made again in order.
  *
- * A call is made with more arguments than its function takes. Both calling conventions that this is built for (System V
- * for AMD64, AAPCS64 on Linux) pass integers and floats in two sequences, each in order, and the caller takes what lies
+ * A call is made with more arguments than its function takes. Both calling conventions that this is used with (System V
+ * for AMD64 and AAPCS64, on Linux; Apple's packs what lies on the stack) pass integers and floats in two sequences, each in order, and the caller takes what lies
  * on the stack away again, so that a function finds its own arguments and does not see the others. */
 enum { MOST_INTEGERS = 16, MOST_FLOATS = 4 };
 

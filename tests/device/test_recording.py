@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from cascade_llm.device.arena import Arena
+from cascade_llm.device.native_calls import replay_function
 from cascade_llm.device.native_function import NativeFunction
 from cascade_llm.device.recording import NotRecordable, Recording
-from cascade_llm.errors import CapacityError
+from cascade_llm.errors import BackendError, CapacityError
 from cascade_llm.layers.fused_ops import RMSNorm
 from cascade_llm.layers.native_ops import select_fused_ops
 from tests.native_code import needs_compiler
@@ -132,6 +133,14 @@ def test_arguments_of_every_kind_come_in_their_order() -> None:
     memory[1] = 5
     recording.replay()
     assert heard == [args, (4,), args, (5,)]
+
+
+def test_other_systems_have_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's calls pack small arguments on the stack."""
+    monkeypatch.setattr("sys.platform", "darwin")
+    replay_function.cache_clear()
+    with pytest.raises(BackendError, match="Linux's calling conventions, not darwin's"):
+        replay_function()
 
 
 @pytest.mark.parametrize(
