@@ -1,8 +1,8 @@
 """Forward passes on a CPU, recorded once for each number of rows and replayed with new integers in fixed memory.
 
-A forward pass of a small model is some ten calls of compiled code a layer, and for one request Python takes a quarter of
-the time to make them; in a replay C makes them from a list. It is what CUDA graphs are to a GPU, and it needs no shapes in
-advance: a step whose number of rows comes again is recorded then.
+A forward pass of a small model is some ten calls of compiled code a layer, and for one request Python takes a quarter
+of the time to make them; in a replay C makes them from a list. It is what CUDA graphs are to a GPU, and it needs no
+shapes in advance: a step whose number of rows comes again is recorded then.
 """
 
 from __future__ import annotations

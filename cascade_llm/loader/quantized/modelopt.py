@@ -99,8 +99,12 @@ def _algorithm(fields: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise unsupported(f"quant_algo={short_repr(name)}", INSTEAD)
     groups = fields.get("config_groups") or {}
-    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
-    for holder in (fields, *weights):
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise CheckpointError(
+            "config.json: quantization_config: config_groups must be an object of objects; use the configuration that "
+            "was saved with these weights"
+        )
+    for holder in (fields, *(group.get("weights") for group in groups.values())):
         length = holder.get("group_size") if isinstance(holder, Mapping) else None
         if name in NVFP4_ALGORITHMS and length not in (None, NVFP4_LEN):
             raise unsupported(

@@ -170,6 +170,8 @@ def test_what_nobody_implements_is_refused_by_name(config: dict[str, Any], named
         ({"quant_method": "bitsandbytes"}, "neither load_in_4bit nor load_in_8bit"),
         ({"quant_method": "modelopt", "quantization": []}, "must be an object"),
         ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "quantized_layers must be"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": [1]}, "an object of objects"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": {"group_0": 9}}, "an object of objects"),
     ],
     ids=str,
 )
